@@ -1,0 +1,183 @@
+"""A folder of shards: its manifest and index; and the Plan: which samples make global step i.
+
+    folder/
+      shard-000000.tar ...   WebDataset tars: <key>.jpg, <key>.cls where there is a class
+      manifest.json          format, source, classes, per shard: name, samples, bytes, sha256
+      index.npy              one INDEX record per sample, shard by shard in the manifest's order; loads by memory map
+
+A *sample id* is a row of the index. Nothing here decodes a picture, and nothing is ever extracted from a tar: a sample
+is `size` bytes at `offset` of its shard.
+"""
+
+import json
+import os
+import threading
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.draws import hash64, permute
+from runtime.mistake import Mistake
+
+FORMAT = 1
+INDEX = np.dtype(
+    [
+        ("shard", "<u4"),  # position in the manifest's list of shards
+        ("offset", "<u8"),  # of the photo's first byte in the tar
+        ("size", "<u4"),  # bytes of the photo
+        ("height", "<u2"),
+        ("width", "<u2"),
+        ("label", "<i4"),  # position in the manifest's classes; -1: none
+        ("crc32", "<u4"),  # of the photo's bytes: damage is what differs from this, whatever a decoder thinks
+    ]
+)
+
+
+class Shards:
+    """Manifest, index and bytes of one folder.
+
+    Raises Mistake where the folder is no shard folder or a shard is missing or of another size than the manifest says.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        manifest = self.folder / "manifest.json"
+        if not manifest.is_file():
+            hint = ""
+            if self.folder.is_dir() and any(self.folder.glob("*.tar")):
+                hint = f"; these tars were made elsewhere? `make index DST={self.folder}` writes one"
+            elif self.folder.is_dir():
+                hint = f"; `make shards SRC=photos/ DST={self.folder}` makes shards of a folder of photos"
+            raise Mistake(f"{self.folder}: no shards here (no manifest.json){hint}")
+        try:
+            self.manifest = json.loads(manifest.read_text())
+            told = self.manifest["format"]
+            self.shards: list[dict] = self.manifest["shards"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Mistake(f"{manifest}: not a manifest of shards ({error!r})") from None
+        if told != FORMAT:
+            raise Mistake(f"{manifest}: format {told}, this program reads format {FORMAT}; make the shards again")
+        self.classes: list[str] = self.manifest["classes"]
+        try:
+            # a plain ndarray over the map: the same pages, without memmap's cost at every look-up
+            self.index = np.asarray(np.load(self.folder / "index.npy", mmap_mode="r", allow_pickle=False))
+        except (OSError, ValueError) as error:
+            raise Mistake(f"{self.folder}/index.npy: {error}; `make index DST={self.folder}` writes it again") from None
+        self.counts = np.array([s["samples"] for s in self.shards], np.int64)  # [S]
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)])  # [S+1] first sample id of each shard
+        if self.index.dtype != INDEX or len(self.index) != self.starts[-1]:
+            raise Mistake(
+                f"{self.folder}: the index holds {len(self.index)} samples, the manifest {self.starts[-1]}; "
+                f"`make index DST={self.folder}` writes both again"
+            )
+        for s in self.shards:
+            path = self.folder / s["name"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != s["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise Mistake(f"{path}: {found}, the manifest says {s['bytes']} bytes; `make verify DST={self.folder}`")
+        self._files: dict[int, BinaryIO] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __reduce__(self):  # a worker process opens the folder anew
+        return Shards, (self.folder,)
+
+    def read(self, sample: int) -> bytes:
+        """The photo's bytes as they stand in the shard, sound or not (see `is_sound`). Thread-safe."""
+        record = self.index[sample]
+        file = self._file(int(record["shard"]))
+        return os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
+
+    def is_sound(self, sample: int, photo: bytes) -> bool:
+        """Whether these are the bytes that the index was written for (27 µs for 110 kB, measured)."""
+        return zlib.crc32(photo) == self.index["crc32"][sample]
+
+    def _file(self, shard: int) -> BinaryIO:
+        file = self._files.get(shard)
+        if file is None:
+            with self._lock:
+                if len(self._files) >= 256:  # lanes walk on; a file being read stays open until its reader lets go
+                    self._files.pop(next(iter(self._files)))
+                file = self._files[shard] = open(self.folder / self.shards[shard]["name"], "rb", buffering=0)  # noqa: SIM115
+        return file
+
+
+class Plan:
+    """Which samples make global step i: a pure function of (seed, step), for any number of processes.
+
+    An epoch permutes the shards and the samples inside each, lays them end to end and cuts the sequence into `lanes`
+    equal lanes; position p of the epoch belongs to lane p mod `lanes`. A lane walks along `mix` shards' worth of
+    samples at a time, permuted inside. So an epoch covers every sample once (less than one global batch is left over,
+    others each time), a rank that takes whole lanes reads long runs of few shards, and nothing as long as the data set
+    is listed.
+
+    batch: images of a global step, all ranks together. holdout: share of each shard's samples that no step ever sees,
+    the same in all epochs (`held_out`).
+    """
+
+    def __init__(self, shards: Shards, *, batch: int, seed: int, holdout: float = 0.0, lanes: int = 64, mix: int = 4):
+        self.seed, self.batch, self.lanes = seed, batch, lanes
+        self._starts, self._counts = shards.starts, shards.counts
+        self._kept_out = np.round(holdout * shards.counts).astype(np.int64)  # [S]
+        self._trained = shards.counts - self._kept_out  # [S]
+        self.samples = int(self._trained.sum())
+        self.steps_per_epoch = self.samples // batch
+        if self.steps_per_epoch == 0:
+            raise Mistake(
+                f"{shards.folder}: {self.samples} samples to train on (of {len(shards)}) are fewer than one "
+                f"global batch of {batch}; take a smaller optim.batch or more photos"
+            )
+        self._run = max(1, mix * self.samples // max(1, int((self._trained > 0).sum())))
+        self._epoch_of_order = -1
+
+    def epoch(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def samples_of(self, step: int, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
+        """Sample ids of this rank's slice of a global step: [batch / world]. `world` divides `batch`."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        position = within * self.batch + np.arange(rank, self.batch, world)
+        lane, slot = position % self.lanes, position // self.lanes
+        # equal lanes of the epoch's sequence; the first (samples mod lanes) are one longer
+        length, longer = divmod(self.samples, self.lanes)
+        start = lane * length + np.minimum(lane, longer)
+        length_of = length + (lane < longer)
+        run = slot // self._run
+        size = np.minimum(self._run, length_of - run * self._run)
+        key = hash64(self.seed, epoch, "run", lane, run)
+        return self._sample_at(epoch, start + run * self._run + permute(slot % self._run, size, key))
+
+    def held_out(self) -> NDArray[np.int64]:
+        """Sample ids that no step sees, in order."""
+        shard = np.repeat(np.arange(len(self._counts)), self._kept_out)
+        within = np.arange(len(shard)) - np.repeat(np.cumsum(self._kept_out) - self._kept_out, self._kept_out)
+        return np.sort(self._place(shard, within))
+
+    def replacement(self, sample: int, step: int, attempt: int) -> int:
+        """The sample read instead of a damaged one: another of the same shard, whichever process asks."""
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        draw = hash64(self.seed, self.epoch(step), "replacement", sample, attempt)
+        within = self._kept_out[shard] + int(draw % np.uint64(self._trained[shard]))
+        return int(self._place(np.array([shard]), np.array([within]))[0])
+
+    def _sample_at(self, epoch: int, at: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sample ids at places of the epoch's sequence."""
+        if epoch != self._epoch_of_order:
+            self._order = np.argsort(hash64(self.seed, epoch, "shard", np.arange(len(self._counts))), kind="stable")
+            self._ends = np.cumsum(self._trained[self._order])
+            self._epoch_of_order = epoch
+        turn = np.searchsorted(self._ends, at, side="right")
+        shard = self._order[turn]
+        within = at - (self._ends[turn] - self._trained[shard])
+        within = permute(within, self._trained[shard], hash64(self.seed, epoch, "sample", shard))
+        return self._place(shard, self._kept_out[shard] + within)
+
+    def _place(self, shard: NDArray[np.int64], within: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A fixed permutation of each shard decides who is held out: its first `_kept_out[shard]` places."""
+        return self._starts[shard] + permute(within, self._counts[shard], hash64(self.seed, "holdout", shard))

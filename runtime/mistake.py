@@ -1,0 +1,28 @@
+"""What a user got wrong, told in one clear message."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class Mistake(Exception):
+    """A wrong input: the message names the thing and the nearest right one; the program ends with exit code 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message: `, did you mean 'x'?` for the known word closest to `word`, or nothing."""
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def tell_mistakes(main: Callable[[], int | None]) -> None:
+    """Run a program's `main`: a Mistake becomes a message on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        code = main() or 0
+    except Mistake as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        code = 130
+    sys.exit(code)
