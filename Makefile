@@ -1,0 +1,83 @@
+# Everything a user types. `make` alone lists it.
+
+PYTHON  ?= python3
+PY      := .venv/bin/python
+READY   := .venv/.ready
+CONFIG  ?= configs/demo.yaml
+METHOD  ?=
+ARGS    ?=
+GPUS    ?=
+SHARDS  ?=
+VAL     ?=
+WHAT    ?= step
+name    := $(basename $(notdir $(CONFIG)))$(if $(METHOD),-$(METHOD))
+RUN     ?= runs/$(name)
+SCENES  := data/scenes
+
+# one process, or torchrun where there are several devices
+launch   = $(if $(filter-out 1,$(GPUS)),.venv/bin/torchrun --standalone --nproc-per-node=$(if $(filter all,$(GPUS)),gpu,$(GPUS)),$(PY))
+words    = run.folder=$(RUN) $(if $(METHOD),method=$(METHOD)) $(if $(SHARDS),data.shards=$(SHARDS) data.val=$(or $(VAL),null)) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup scenes shards verify index pretrain eval bench test check lock clean
+
+help: ## this list
+	@echo "DenseDINO: photos -> shards -> pretraining -> what it learnt"
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## install everything into .venv (TORCH=cpu: torch for machines without a GPU)
+
+$(READY): requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}; PYTHON=python3.12 names another")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+ifeq ($(TORCH),cpu)
+	$(PY) -m pip install torch torchvision torchcodec --index-url https://download.pytorch.org/whl/cpu
+	$(PY) -m pip install --quiet -e .[dev]
+else
+	@echo "installing the packages of requirements.lock (some GB, a minute or two) ..."
+	$(PY) -m pip install --quiet --require-hashes -r requirements.lock
+endif
+	@touch $@
+
+shards: $(READY) ## SRC=photos/ DST=folder [SHARD_MB=256 ARGS='--resize-short 256 --quality 90']: photos -> shards
+	@$(PY) -m tools.make_shards make "$(SRC)" "$(DST)" $(if $(SHARD_MB),--shard-mb $(SHARD_MB)) $(ARGS)
+
+verify: $(READY) ## DST=folder: hash every shard again
+	@$(PY) -m tools.make_shards verify "$(DST)"
+
+index: $(READY) ## DST=folder: manifest and index for WebDataset tars that others made
+	@$(PY) -m tools.make_shards index "$(DST)"
+
+scenes: $(READY) # the embedded default: painted scenes and their shards
+	@$(PY) -m tools.make_scenes $(SCENES)
+	@$(PY) -m tools.make_shards make $(SCENES)/train $(SCENES)/shards/train
+	@$(PY) -m tools.make_shards make $(SCENES)/val $(SCENES)/shards/val
+
+pretrain: $(READY) $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(CONFIG)),scenes)) ## [CONFIG=… SHARDS=… VAL=… GPUS=n|all RUN=… METHOD=dino ARGS='a.b=c …']
+	@$(launch) train.py $(CONFIG) $(words)
+	@$(PY) -m eval.report $(RUN) --if-missing
+	@$(PY) -m tools.show_views $(RUN) --if-missing
+	@$(PY) -m tools.show_attention $(RUN) --if-missing
+
+eval: $(READY) ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained
+	@$(PY) -m eval.report $(RUN)
+
+bench: $(READY) ## WHAT=data|step|shards: images per second
+	@$(PY) -m tools.benchmark $(WHAT) $(ARGS)
+
+test: $(READY) ## all tests, on any machine
+	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+check: $(READY) ## ruff and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+lock: $(READY) # write requirements.lock anew from pyproject.toml
+	@$(PY) -m uv pip compile pyproject.toml --extra dev --extra dali13 --universal --python-version 3.11 \
+	  --generate-hashes --quiet --no-header -o requirements.lock
+
+clean: ## remove caches (runs, data and .venv stay)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,201 @@
+"""What the frozen network is asked about: photos with a class each, and scenes with a class for every pixel.
+
+Photos come from labelled shards, scenes from a folder in Pascal VOC's layout. Both give uint8 pictures [3,S,S] that are
+cut and sized as the published evaluations do it; normalising is left to the device (eval/features.py).
+
+H, W height and width of a picture in its file · S side of a prepared picture, pixels.
+"""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as transform
+
+from pipeline.shards import Shards
+from runtime.mistake import Mistake, nearest
+
+try:
+    from torchcodec.decoders import decode_jpeg
+except (ImportError, OSError, RuntimeError):  # not installed, or installed for another torch
+    decode_jpeg = None  # type: ignore[assignment]
+
+NO_CLASS = -1  # of a photo: it has no label, or it is damaged
+IGNORE = 255  # of a pixel: it counts nowhere
+PHOTOS = (".jpg", ".jpeg", ".png")
+
+
+def decode(photo: bytes) -> Tensor:
+    """RGB picture, uint8 [3,H,W] of a JPEG (the same from torchcodec and Pillow, bit by bit), PNG or WebP file.
+
+    Raises ValueError where the bytes are no whole picture.
+    """
+    try:
+        if decode_jpeg is not None and photo.startswith(b"\xff\xd8"):
+            return torch.as_tensor(decode_jpeg(photo))
+        with Image.open(BytesIO(photo), formats=["JPEG", "PNG", "WEBP"]) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"no picture: {error}") from None
+
+
+def centre_crop(picture: Tensor, size: int) -> Tensor:
+    """The middle of a picture for a class: uint8 [3,H,W] -> [3,size,size].
+
+    Shorter side to 256/224 of `size`, bicubic with antialiasing, then the centre square: 256 and 224 in DINO's k-NN
+    (Caron et al. 2021, eval_knn.py), the same share of every other size.
+    """
+    shorter = round(size * 256 / 224)
+    picture = transform.resize(picture, [shorter], InterpolationMode.BICUBIC, antialias=True)
+    return transform.center_crop(picture, [size, size])
+
+
+def open_shards(folder: str | Path) -> Shards:
+    """The shards of a folder; a folder of photos is told how to become one. Raises Mistake."""
+    folder = Path(folder)
+    if folder.is_dir() and not (folder / "manifest.json").is_file() and not any(folder.glob("*.tar")):
+        inside = [folder, *(d for d in sorted(folder.iterdir())[:20] if d.is_dir())]
+        if any(file.suffix.lower() in PHOTOS for place in inside for file in place.iterdir()):
+            raise Mistake(
+                f"{folder}: photos, not shards; `make shards SRC={folder} DST={folder}-shards` makes shards of them"
+            )
+    return Shards(folder)
+
+
+class LabelledPhotos(Dataset[tuple[Tensor, int]]):
+    """Photos of shards, prepared: (uint8 [3,size,size], label).
+
+    rows: sample ids, all where None. classes: names in the order that labels count in (the bank's, for queries from
+    other shards); by default the shards' own. A damaged photo is black and of NO_CLASS: it is left out, not guessed.
+    Raises Mistake where the shards have a class that `classes` lacks.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        size: int,
+        rows: NDArray[np.int64] | None = None,
+        classes: Sequence[str] | None = None,
+    ):
+        self.shards, self.size = shards, size
+        self.rows = np.arange(len(shards)) if rows is None else rows
+        self.classes = list(shards.classes if classes is None else classes)
+        place = {name: label for label, name in enumerate(self.classes)}
+        for name in shards.classes:
+            if name not in place:
+                raise Mistake(f"{shards.folder}: class '{name}' is not among the bank's{nearest(name, place)}")
+        self._label = [place[name] for name in shards.classes]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        row = int(self.rows[i])
+        photo, label = self.shards.read(row), int(self.shards.index["label"][row])
+        if self.shards.is_sound(row, photo):
+            try:
+                return centre_crop(decode(photo), self.size), self._label[label] if label >= 0 else NO_CLASS
+            except ValueError:
+                pass
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), NO_CLASS
+
+
+class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
+    """Scenes and their masks in Pascal VOC's layout, prepared: (uint8 [3,size,size], class of each pixel uint8 [size,size]).
+
+        folder/JPEGImages/<id>.jpg  SegmentationClass/<id>.png  ImageSets/Segmentation/<split>.txt
+        folder/SegmentationClassAug/<id>.png    where there is one, the masks of `trainaug` (VOC's own for what it lacks)
+        folder/classes.txt                      where there is one, the names of the classes, one a line
+
+    A mask is a palette or grey PNG of class numbers, 255: ignore. As published (DenseDINO, eval_segment.py, after
+    Leopart): the whole scene is squeezed to the square, aspect ratio not kept, bilinear, its mask by the nearest pixel.
+    augment: instead a random window of .8 to 1 of the area, sides 3:4 to 4:3, and a flip in one of two cases, drawn
+    with torch's own generator.
+
+    classes: how many; by default those of classes.txt, else the highest number in this split's masks + 1.
+    Raises Mistake for a missing folder, split, picture or mask, and for a mask that is none.
+    """
+
+    def __init__(self, folder: str | Path, split: str, size: int, *, augment: bool = False, classes: int | None = None):
+        self.folder, self.split, self.size, self.augment = Path(folder), split, size, augment
+        lists = self.folder / "ImageSets" / "Segmentation"
+        if not lists.is_dir():
+            raise Mistake(f"{self.folder}: not in Pascal VOC's layout (no ImageSets/Segmentation/)")
+        if not (lists / f"{split}.txt").is_file():
+            known = sorted(path.stem for path in lists.glob("*.txt"))
+            raise Mistake(f"{lists}: no split '{split}'{nearest(split, known)} (there are: {', '.join(known)})")
+        ids = (lists / f"{split}.txt").read_text().split()
+        if not ids:
+            raise Mistake(f"{lists / split}.txt: names no scene")
+        masks = ["SegmentationClassAug", "SegmentationClass"] if split.endswith("aug") else ["SegmentationClass"]
+        self.pictures = [self._find("JPEGImages", i, PHOTOS, "picture") for i in ids]
+        self.masks = [self._find(masks, i, (".png",), "mask") for i in ids]
+        names = self.folder / "classes.txt"
+        self.names = names.read_text().split("\n") if names.is_file() else []
+        self.names = [name.strip() for name in self.names if name.strip()]
+        self.classes = classes or len(self.names) or 1 + max(self._highest(path) for path in self.masks)
+
+    def _find(self, rooms: str | list[str], scene: str, suffixes: tuple[str, ...], what: str) -> Path:
+        rooms = [rooms] if isinstance(rooms, str) else rooms
+        for room in rooms:
+            for suffix in suffixes:
+                path = self.folder / room / (scene + suffix)
+                if path.is_file():
+                    return path
+        raise Mistake(
+            f"{self.folder / rooms[-1] / scene}{suffixes[0]}: no such {what}, and split '{self.split}' names it"
+        )
+
+    @staticmethod
+    def _highest(path: Path) -> int:
+        numbers = np.asarray(_open_mask(path))
+        return int(numbers[numbers != IGNORE].max(initial=0))
+
+    def name(self, label: int) -> str:
+        return self.names[label] if label < len(self.names) else str(label)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        try:
+            picture = decode(self.pictures[i].read_bytes())
+        except ValueError as error:
+            raise Mistake(f"{self.pictures[i]}: {error}") from None
+        mask = _open_mask(self.masks[i])
+        height, width = picture.shape[1:]
+        if mask.size != (width, height):
+            raise Mistake(f"{self.masks[i]}: {mask.size} pixels, but the picture has {(width, height)}")
+        square = [self.size, self.size]
+        if self.augment:
+            top, left, height, width = RandomResizedCrop.get_params(picture, scale=[0.8, 1.0], ratio=[3 / 4, 4 / 3])
+            picture = transform.crop(picture, top, left, height, width)
+            mask = mask.crop((left, top, left + width, top + height))
+        picture = transform.resize(picture, square, InterpolationMode.BILINEAR, antialias=True)
+        numbers = torch.from_numpy(np.array(mask.resize((self.size, self.size), Image.Resampling.NEAREST)))
+        if self.augment and torch.rand(()) < 0.5:
+            picture, numbers = picture.flip(-1), numbers.flip(-1)
+        highest = int(numbers.where(numbers != IGNORE, 0).max())
+        if highest >= self.classes:
+            raise Mistake(
+                f"{self.masks[i]}: class {highest}, but there are {self.classes} classes (0 to {self.classes - 1})"
+            )
+        return picture, numbers
+
+
+def _open_mask(path: Path) -> Image.Image:
+    try:
+        mask = Image.open(path, formats=["PNG"])
+        mask.load()
+    except OSError as error:
+        raise Mistake(f"{path}: no mask ({error})") from None
+    if mask.mode not in ("P", "L"):
+        raise Mistake(f"{path}: a mask is a palette or grey PNG of class numbers, this one is {mask.mode}")
+    return mask

@@ -1,0 +1,165 @@
+"""The frozen network over a data set, batch by batch.
+
+n pictures · S side of a picture, pixels · D width · h, w patches of a picture's height and width.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from eval.datasets import LabelledPhotos, VocSegmentation
+from model.vit import ViT
+from pipeline.augment import MEAN, STD
+from runtime.mistake import Mistake, nearest
+
+PIXELS = 32  # a side of the picture whose raw pixels are compared
+KINDS = ("cls", "patches", "pixels")
+
+
+def check_size(network: ViT, size: int) -> None:
+    """Raises Mistake where pictures of `size` pixels a side do not fall into whole patches."""
+    if size < network.patch or size % network.patch:
+        near = max(1, round(size / network.patch)) * network.patch
+        raise Mistake(f"size {size}: not a multiple of the patch size {network.patch}; the nearest is {near}")
+
+
+def check_kind(kind: str) -> str:
+    if kind not in KINDS:
+        raise Mistake(f"features '{kind}': one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+    return kind
+
+
+def default_workers(items: int) -> int:
+    """Reading processes for a data set: none where starting them takes longer than reading."""
+    return 0 if items < 20_000 else min(16, os.cpu_count() or 1)
+
+
+def batches(
+    data: Dataset, batch: int, device: torch.device, *, workers: int = 0, shuffle: torch.Generator | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(pictures uint8 [n,3,S,S], labels [n] or masks [n,S,S]) on the device, in order unless shuffled."""
+    loader = DataLoader(
+        data,
+        batch,
+        shuffle=shuffle is not None,
+        generator=shuffle or torch.Generator(),  # its own: evaluating in the middle of a run draws none of the run's
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    try:
+        for pictures, answers in loader:
+            yield pictures.to(device, non_blocking=True), answers.to(device, non_blocking=True)
+    except Mistake as mistake:  # a worker sends its traceback along; the last line is what was wrong
+        raise Mistake(str(mistake).strip().splitlines()[-1].removeprefix("runtime.mistake.Mistake: ")) from None
+
+
+@torch.inference_mode()
+def tokens(network: ViT, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures uint8 [n,3,S,S] -> ([CLS] [n,D], patch tokens [n,h*w,D]) after the final norm, float32."""
+    mean, std = (torch.tensor(c, device=pictures.device).view(1, 3, 1, 1) for c in (MEAN, STD))
+    with torch.autocast(pictures.device.type, torch.bfloat16, enabled=pictures.device.type == "cuda"):
+        cls, patches, _ = network((pictures / 255 - mean) / std)
+    return cls.float(), patches.float()
+
+
+def raw_pixels(pictures: Tensor) -> Tensor:
+    """Pictures uint8 [n,3,S,S] -> [n, 3*32*32]: what k-NN finds without any network.
+
+    Values 0 to 1, sized to 32 x 32 (bilinear, antialiased; smaller pictures stay as they are), less the mean of the
+    picture's own values, so that the cosine between two pictures is the correlation of their pixels.
+    """
+    pixels = pictures / 255
+    if pictures.shape[-1] > PIXELS:
+        pixels = F.interpolate(pixels, (PIXELS, PIXELS), mode="bilinear", antialias=True)
+    pixels = pixels.flatten(1)
+    return pixels - pixels.mean(dim=1, keepdim=True)
+
+
+def photo_features(
+    network: ViT | None,
+    photos: LabelledPhotos,
+    kinds: Sequence[str] = ("cls",),
+    *,
+    batch: int = 256,
+    workers: int = 0,
+    show: str | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One vector for each photo: ({kind: float32 [n,D]}, labels int64 [n]), on the CPU; photos of no class are left out.
+
+    kinds: 'cls' ([CLS] after the final norm), 'patches' (mean of the patch tokens) and 'pixels' (`raw_pixels`; asks
+    for no network). Features of a kind take n*D*4 bytes and no more. show: the words beside a progress bar.
+    """
+    device = next(network.parameters()).device if network else torch.device("cpu")
+    features: dict[str, Tensor] = {}
+    labels = torch.empty(len(photos), dtype=torch.int64)
+    filled = 0
+    for pictures, known in shown(batches(photos, batch, device, workers=workers), -(-len(photos) // batch), show):
+        pictures, known = pictures[known >= 0], known[known >= 0]
+        made = {}
+        if network and ("cls" in kinds or "patches" in kinds):
+            cls, patches = tokens(network, pictures)
+            made = {"cls": cls, "patches": patches.mean(dim=1)}
+        if "pixels" in kinds:
+            made["pixels"] = raw_pixels(pictures)
+        rows = slice(filled, filled + len(known))
+        for kind in kinds:
+            if kind not in features:
+                features[kind] = torch.empty(len(photos), made[kind].shape[1])
+            features[kind][rows] = made[kind].cpu()
+        labels[rows] = known.cpu()
+        filled = rows.stop
+    return {kind: features[kind][:filled] for kind in features}, labels[:filled]
+
+
+class SceneTokens(NamedTuple):
+    """Scenes as the linear map sees them."""
+
+    tokens: Tensor  # float32 [n,D,h,w]
+    masks: Tensor  # uint8 [n,S,S]
+
+
+def scene_batches(
+    network: ViT,
+    scenes: VocSegmentation,
+    *,
+    batch: int = 64,
+    workers: int = 0,
+    shuffle: torch.Generator | None = None,
+) -> Iterator[SceneTokens]:
+    """Patch tokens on their grid and masks, on the network's device."""
+    device = next(network.parameters()).device
+    side = scenes.size // network.patch
+    for pictures, masks in batches(scenes, batch, device, workers=workers, shuffle=shuffle):
+        _, patches = tokens(network, pictures)
+        # cloned, for a tensor born in inference mode can enter no gradient
+        yield SceneTokens(patches.clone().transpose(1, 2).unflatten(2, (side, side)), masks)
+
+
+def scene_tokens(
+    network: ViT, scenes: VocSegmentation, *, batch: int = 64, workers: int = 0, show: str | None = None
+) -> SceneTokens:
+    """All scenes at once, on the CPU: n*D*h*w*4 bytes (Pascal VOC's trainaug at 448 px through ViT-S/16: 12.7 GB)."""
+    all_tokens, all_masks, filled = torch.empty(0), torch.empty(0), 0
+    for made, masks in shown(
+        scene_batches(network, scenes, batch=batch, workers=workers), -(-len(scenes) // batch), show
+    ):
+        if not filled:
+            all_tokens = torch.empty(len(scenes), *made.shape[1:]).contiguous(memory_format=torch.channels_last)
+            all_masks = torch.empty(len(scenes), *masks.shape[1:], dtype=torch.uint8)
+        rows = slice(filled, filled + len(masks))
+        all_tokens[rows], all_masks[rows] = made.cpu(), masks.cpu()
+        filled = rows.stop
+    return SceneTokens(all_tokens, all_masks)
+
+
+def shown(steps: Iterable[Any], total: int, words: str | None) -> Iterable[Any]:
+    """The steps, with a progress bar on stderr where there are words for it and a terminal to show it."""
+    console = Console(stderr=True)
+    return track(steps, words, total, console=console, transient=True) if words and console.is_terminal else steps

@@ -1,0 +1,248 @@
+"""Linear segmentation with frozen features: a 1x1 convolution tells the class of every patch token.
+
+    python -m eval.linear_seg RUN_OR_CHECKPOINT --data VOC_FOLDER [--train-split trainaug] [--val-split val]
+        [--classes N] [--size N] [--train-size N] [--[no-]augment] [--epochs 25] [--lr .01] [--batch 64] [--untrained]
+
+Paper section 4.2, the protocol of Leopart (Ziegler & Asano 2022) as the published eval_segment.py runs it: scenes of
+448 x 448, patch tokens of 28 x 28, upsampled to 100 x 100 to train on and to 448 x 448 to be judged; SGD with momentum
+.9 and weight decay 1e-4 for 25 epochs, learning rate .01 for each 60 scenes of a batch, a tenth of it from epoch 20 on.
+
+Two things are done otherwise than published, and mean the same: logits are upsampled instead of features, for a 1x1
+convolution and a bilinear upsampling can change places (its weights sum to one); and features that augmentation does
+not change are computed once.
+
+The small protocol, for networks trained on views of less than 128 pixels: scenes of the view's own size, no
+augmentation, trained on logits and masks of half that size (4 for each patch of 8 pixels, about as many as published;
+twice as many cost four times the time and moved mIoU by 0.1), judged at full size. Features are cached, so that minutes
+become seconds; a network of little width may want a larger --lr to get to the end of its 25 epochs.
+
+n scenes · D width · h, w patches · C classes · S side of a scene, pixels.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+
+from eval.datasets import IGNORE, VocSegmentation
+from eval.features import SceneTokens, check_size, default_workers, scene_batches, scene_tokens, shown
+from eval.subject import Subject
+from model.vit import ViT
+from runtime.mistake import Mistake, tell_mistakes
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The published protocol; `for_views` gives the one that suits a network."""
+
+    size: int = 448  # S
+    train_size: int = 100  # side of the logits and masks that the loss compares
+    augment: bool = True
+    epochs: int = 25
+    batch: int = 64  # 8 on each of 8 GPUs
+    lr: float = 0.01  # for each 60 scenes of a batch
+    seed: int = 0
+
+    @staticmethod
+    def for_views(image_size: int, size: int | None = None) -> "Protocol":
+        """The protocol for a network trained on views of `image_size`, perhaps with scenes of another size."""
+        size = size or (Protocol.size if image_size >= 128 else image_size)
+        small = size < 128
+        return Protocol(size, size // 2 if small else round(size * Protocol.train_size / Protocol.size), not small)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What an epoch scored on the validation scenes, in percent."""
+
+    epoch: int
+    miou: float  # mean over all classes, as published
+    miou_present: float  # mean over the classes that the masks contain
+    iou: list[float]  # per class
+
+
+# ------------------------------------------------------------------------------------------------------------ the score
+
+
+def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Pixels counted by (true class, predicted class): int64 [C,C].
+
+    truth and predicted: integer tensors of one shape. What the truth ignores (255, or any number that is no class)
+    counts nowhere, also not as a wrong prediction.
+    """
+    truth = truth.flatten().long()
+    truth = truth.where((truth >= 0) & (truth < classes), classes)  # one row more, for what is ignored
+    pairs = torch.bincount(truth * classes + predicted.flatten(), minlength=(classes + 1) * classes)
+    return pairs.view(classes + 1, classes)[:classes]
+
+
+def intersection_over_union(counts: Tensor) -> Tensor:
+    """Of each class, 0 to 1: float64 [C] from a confusion matrix [C,C]; 0 for a class that is nowhere, as published."""
+    counts = counts.double()
+    right = counts.diagonal()
+    return right / (counts.sum(0) + counts.sum(1) - right + 1e-6)
+
+
+def scored(counts: Tensor, epoch: int = 0) -> Figures:
+    """mIoU in both conventions: over all classes (published), and over those that occur in the masks."""
+    iou = 100 * intersection_over_union(counts)
+    present = counts.sum(1) > 0
+    return Figures(epoch, float(iou.mean()), float(iou[present].mean()), iou.tolist())
+
+
+# -------------------------------------------------------------------------------------------------------- the linear map
+
+
+@torch.random.fork_rng(devices=())  # what is drawn here is drawn from the protocol's seed and leaves no trace
+def fit(
+    network: ViT,
+    train: VocSegmentation,
+    val: VocSegmentation,
+    protocol: Protocol,
+    *,
+    workers: int = 0,
+    show: bool = False,
+) -> list[Figures]:
+    """Train the linear map on `train`; its figures on `val` after each epoch. A function of the seed (and of `workers`,
+    which draw the augmentation).
+
+    Raises Mistake where the size is no multiple of the network's patch.
+    """
+    check_size(network, protocol.size)
+    device = next(network.parameters()).device
+    told = dict(batch=protocol.batch, workers=workers)
+    judged = scene_tokens(network, val, **told, show="val scenes" if show else None)
+    kept = None if train.augment else scene_tokens(network, train, **told, show="train scenes" if show else None)
+    torch.manual_seed(protocol.seed)
+    draws = torch.Generator().manual_seed(protocol.seed)
+
+    def epoch_of_batches() -> Iterator[SceneTokens]:
+        if kept is None:
+            yield from scene_batches(network, train, **told, shuffle=draws)
+            return
+        for rows in torch.randperm(len(train), generator=draws).split(protocol.batch):
+            yield SceneTokens(kept.tokens[rows].to(device), kept.masks[rows].to(device))
+
+    head = nn.Conv2d(network.width, train.classes, 1)
+    nn.init.normal_(head.weight, std=0.01)
+    assert head.bias is not None
+    nn.init.zeros_(head.bias)
+    head = head.to(device)
+    rate = protocol.lr * protocol.batch / 60
+    optimiser = torch.optim.SGD(head.parameters(), rate, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.StepLR(optimiser, step_size=20, gamma=0.1)
+
+    history = []
+    for epoch in shown(range(1, protocol.epochs + 1), protocol.epochs, "linear map" if show else None):
+        for tokens, masks in epoch_of_batches():
+            logits = upsampled(head(tokens), protocol.train_size)
+            answers = F.interpolate(masks[:, None].float(), logits.shape[-1], mode="nearest")[:, 0].long()
+            loss = F.cross_entropy(logits, answers, ignore_index=IGNORE, reduction="sum")
+            loss = loss / (answers != IGNORE).sum().clamp(min=1)  # 0, not NaN, where all pixels are ignored
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        schedule.step()
+        history.append(scored(judge(head, judged), epoch))
+    return history
+
+
+@torch.inference_mode()
+def judge(head: nn.Module, scenes: SceneTokens, batch: int = 32) -> Tensor:
+    """Confusion matrix [C,C] of the head's predictions at the masks' full size."""
+    device = next(head.parameters()).device
+    counts = torch.zeros((), dtype=torch.int64, device=device)
+    for tokens, masks in zip(scenes.tokens.split(batch), scenes.masks.split(batch), strict=True):
+        logits = head(tokens.to(device))
+        predicted = upsampled(logits, masks.shape[-1]).max(1).indices  # ten times argmax's speed on a CPU
+        counts = counts + confusion(masks.to(device), predicted, logits.shape[1])
+    return counts
+
+
+def upsampled(logits: Tensor, size: int) -> Tensor:
+    """[n,C,h,w] -> [n,C,size,size]"""
+    return F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
+
+
+def scenes_of(
+    folder: str | Path, protocol: Protocol, train_split: str | None, val_split: str, classes: int | None = None
+) -> tuple[VocSegmentation, VocSegmentation]:
+    """(train, val) of a folder in Pascal VOC's layout; the train split is by default `trainaug` where there is one."""
+    has_aug = (Path(folder) / "ImageSets" / "Segmentation" / "trainaug.txt").is_file()
+    split = train_split or ("trainaug" if has_aug else "train")
+    train = VocSegmentation(folder, split, protocol.size, augment=protocol.augment, classes=classes)
+    return train, VocSegmentation(folder, val_split, protocol.size, classes=train.classes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m eval.linear_seg", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("network", help="a run folder, a checkpoint or a backbone file")
+    parser.add_argument("--data", help="folder in Pascal VOC's layout (default: the run's eval.voc)")
+    parser.add_argument("--train-split", help="default: trainaug where it is listed, else train")
+    parser.add_argument("--val-split", default="val", help="default: val")
+    parser.add_argument("--classes", type=int, help="how many (default: see classes.txt or the train masks)")
+    parser.add_argument("--size", type=int, help="side of a scene in pixels (default: 448; small protocol: the view's)")
+    parser.add_argument(
+        "--train-size", type=int, help="side of the logits that are trained (default: 100/448 of --size)"
+    )
+    parser.add_argument("--augment", action=argparse.BooleanOptionalAction, help="default: yes; small protocol: no")
+    parser.add_argument("--epochs", type=int, help="default: the run's eval.seg_epochs, 25")
+    parser.add_argument("--lr", type=float, help="for each 60 scenes of a batch (default: the run's eval.seg_lr, .01)")
+    parser.add_argument("--batch", type=int, help=f"scenes (default: {Protocol.batch})")
+    parser.add_argument("--seed", type=int, help="of the map's first weights and of the order (default: 0)")
+    parser.add_argument("--untrained", action="store_true", help="the run's network before training")
+    parser.add_argument("--workers", type=int, help="reading processes (default: by the number of scenes read)")
+    args = parser.parse_args(argv)
+
+    began = time.perf_counter()
+    for name in ("classes", "size", "train_size", "epochs", "lr", "batch"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise Mistake(f"--{name.replace('_', '-')} {value}: more than 0")
+    subject = Subject(args.network)
+    data = args.data or subject.settings.voc
+    if data is None:
+        raise Mistake("which scenes? --data names a folder in Pascal VOC's layout (or eval.voc in the run's config)")
+    network = subject.network(args.untrained)
+    protocol = Protocol.for_views(network.image_size, args.size)
+    given: dict[str, Any] = dict(epochs=subject.settings.seg_epochs, lr=subject.settings.seg_lr)
+    for name in ("train_size", "augment", "epochs", "lr", "batch", "seed"):
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+    protocol = replace(protocol, **given)
+    check_size(network, protocol.size)
+    train, val = scenes_of(data, protocol, args.train_split, args.val_split, args.classes)
+    workers = default_workers(len(train) * (protocol.epochs if protocol.augment else 1))
+    history = fit(network, train, val, protocol, workers=workers if args.workers is None else args.workers, show=True)
+
+    last, best = history[-1], max(history, key=lambda figures: figures.miou)
+    title = f"linear segmentation, {subject.path}{', untrained' if args.untrained else ''}: {data}, {len(val)} scenes"
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("IoU %")
+    for figures, word in ((last, "last epoch"), (best, "best epoch")):
+        table.add_column(f"{word} ({figures.epoch})", justify="right")
+    for label, (a, b) in enumerate(zip(last.iou, best.iou, strict=True)):
+        table.add_row(train.name(label), f"{a:.2f}", f"{b:.2f}")
+    table.add_section()
+    table.add_row(f"mean of all {train.classes} classes", f"[bold]{last.miou:.2f}[/bold]", f"{best.miou:.2f}")
+    table.add_row("mean of the classes present", f"{last.miou_present:.2f}", f"{best.miou_present:.2f}")
+    Console().print(table)
+    sets = dict(data=str(data), train_split=train.split, val_split=val.split, scenes=len(train), classes=train.classes)
+    seconds = round(time.perf_counter() - began, 1)
+    scores = dict(last=asdict(last), best=asdict(best), seconds=seconds)
+    print(subject.record("linear_seg", untrained=args.untrained, **asdict(protocol), **sets, **scores))
+    return 0
+
+
+if __name__ == "__main__":
+    tell_mistakes(main)

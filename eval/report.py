@@ -1,0 +1,126 @@
+"""All figures of a run side by side: the trained teacher, the same network untrained, and no network at all.
+
+    python -m eval.report RUN [--voc FOLDER] [--limit N] [--workers N]
+
+k-NN (eval/knn.py) on [CLS], on the mean of the patch tokens and on raw pixels; linear segmentation (eval/linear_seg.py)
+of a folder in Pascal VOC's layout. Prints one table and writes RUN/results.json.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from eval.features import check_size, default_workers
+from eval.knn import photo_knn
+from eval.linear_seg import Protocol, fit, scenes_of
+from eval.subject import Subject
+from runtime.mistake import Mistake, tell_mistakes
+
+
+def report(subject: Subject, voc: str | None, limit: int | None = None, workers: int | None = None) -> dict[str, Any]:
+    """The figures in percent as results.json keeps them; None for what was skipped. Says what it skips, and why."""
+    settings = subject.settings
+    figures: dict[str, dict[str, float | None]] = {"trained": {}, "untrained": {}, "pixels": {}}
+    told: dict[str, Any] = {}
+    for who in ("trained", "untrained"):
+        network = subject.network(untrained=who == "untrained")
+        photos = subject.photos(network.image_size, limit=limit)
+        if photos is None:
+            if who == "trained":
+                print("k-NN skipped: these shards have no classes")
+        else:
+            bank, val = photos
+            reading = default_workers(len(bank)) if workers is None else workers
+            # the pixels need no network: read the photos once and compare them on the way
+            kinds = ("cls", "patches", "pixels") if who == "trained" else ("cls", "patches")
+            top = photo_knn(
+                network, bank, val, kinds, k=settings.k, temperature=settings.temperature, workers=reading, show=True
+            )
+            figures[who] |= {"knn_top1": top["cls"][0], "knn_top1_patches": top["patches"][0]}
+            if "pixels" in top:
+                figures["pixels"] = {"knn_top1": top["pixels"][0]}
+            told["knn"] = dict(
+                bank=str(bank.shards.folder), val=str(val.shards.folder), photos=len(bank), queries=len(val),
+                classes=len(bank.classes), size=bank.size, k=settings.k, temperature=settings.temperature,
+            )  # fmt: skip
+        if voc is None:
+            if who == "trained":
+                print("mIoU skipped: no scenes to segment (--voc FOLDER, or eval.voc in the config)")
+            continue
+        protocol = Protocol.for_views(network.image_size)
+        protocol = replace(protocol, epochs=settings.seg_epochs, lr=settings.seg_lr)
+        check_size(network, protocol.size)
+        train, scenes = scenes_of(voc, protocol, None, "val")
+        reading = default_workers(len(train) * (protocol.epochs if protocol.augment else 1))
+        history = fit(network, train, scenes, protocol, workers=reading if workers is None else workers, show=True)
+        figures[who] |= {
+            "miou": history[-1].miou,
+            "miou_present": history[-1].miou_present,
+            "miou_best": max(epoch.miou for epoch in history),
+        }
+        told["segmentation"] = dict(
+            data=str(voc), train_split=train.split, scenes=len(train), val_scenes=len(scenes), classes=train.classes
+        ) | asdict(protocol)  # fmt: skip
+    missing = dict.fromkeys(("knn_top1", "knn_top1_patches", "miou"))
+    return {
+        **missing,
+        **figures["trained"],
+        "untrained": missing | figures["untrained"],
+        "pixels": {"knn_top1": figures["pixels"].get("knn_top1")},
+        "settings": told,
+    }
+
+
+def table_of(results: dict[str, Any], title: str) -> Table:
+    """One table: a row for each figure; trained, untrained, raw pixels."""
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("%")
+    for who in ("trained", "untrained", "raw pixels"):
+        table.add_column(who, justify="right")
+    rows = {
+        "knn_top1": "k-NN top-1, [CLS]",
+        "knn_top1_patches": "k-NN top-1, mean of the patch tokens",
+        "miou": "mIoU, a linear map on patch tokens",
+    }
+    for key, words in rows.items():
+        values = (results[key], results["untrained"][key], results["pixels"].get(key))
+        table.add_row(escape(words), *("–" if v is None else f"{v:.2f}" for v in values))
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m eval.report", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", help="a run folder")
+    parser.add_argument("--voc", help="scenes in Pascal VOC's layout (default: the run's eval.voc)")
+    parser.add_argument("--limit", type=int, help="at most so many photos of each set in k-NN, evenly spread")
+    parser.add_argument("--workers", type=int, help="reading processes (default: by the number of photos)")
+    args = parser.parse_args(argv)
+
+    began = time.perf_counter()
+    if args.limit is not None and args.limit <= 0:
+        raise Mistake(f"--limit {args.limit}: more than 0")
+    subject = Subject(args.run)
+    if subject.run is None:
+        raise Mistake(f"{args.run}: no run folder (no config.yaml); eval.knn and eval.linear_seg take a backbone file")
+    results = report(subject, args.voc or subject.settings.voc, args.limit, args.workers)
+    results |= {
+        "network": str(subject.path),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    Console().print(table_of(results, str(subject.path)))
+    (subject.run / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {subject.run / 'results.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    tell_mistakes(main)

@@ -1,0 +1,104 @@
+"""What is evaluated: a run, one of its checkpoints, or a backbone file from elsewhere; and where its figures are kept."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from eval.datasets import LabelledPhotos, open_shards
+from model.vit import ViT
+from model.weights import load_backbone
+from pipeline.shards import Plan, Shards
+from runtime.config import Config, Eval, load_config
+from runtime.mistake import Mistake, nearest
+from runtime.record import append_jsonl
+
+
+class Subject:
+    """The network behind a path, and what its run knows: the photos it was trained on and those it never saw.
+
+    path: a run folder, a checkpoint (folder or file) or a backbone file. `run` and `config` are None where the path
+    lies in no run folder. Raises Mistake where there is nothing at `path`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.exists():
+            beside = self.path.parent.iterdir() if self.path.parent.is_dir() else ()
+            raise Mistake(f"{path}: no such run, checkpoint or backbone file{nearest(str(path), map(str, beside))}")
+        places = [self.path, *self.path.absolute().parents[:3]]
+        self.run = next((place for place in places if (place / "config.yaml").is_file()), None)
+        self.config: Config | None = load_config(self.run / "config.yaml", []) if self.run else None
+        self.settings = self.config.eval if self.config else Eval()
+
+    def network(self, untrained: bool = False) -> ViT:
+        """The teacher's backbone, frozen, on the best device; `untrained`: the run's network as it was at step 0."""
+        if untrained and self.run is None:
+            raise Mistake(f"{self.path}: only a run knows its untrained network, this lies in no run folder")
+        network = load_backbone(self.run if untrained and self.run else self.path, untrained=untrained)
+        return network.to(best_device()).eval().requires_grad_(False)
+
+    def photos(
+        self, size: int, bank: str | None = None, val: str | None = None, limit: int | None = None
+    ) -> tuple[LabelledPhotos, LabelledPhotos] | None:
+        """Photos for k-NN: (those that vote, those that are asked about); None where they have no classes.
+
+        bank: shards, by default the run's training shards less those it holds out. val: shards, by default the run's
+        `data.val`, else the samples it holds out. limit: at most so many of each, evenly spread.
+        """
+        data = self.config.data if self.config else None
+        bank = bank or (data.shards if data else None)
+        if bank is None:
+            raise Mistake(
+                f"{self.path}: lies in no run folder; say which shards vote (--bank) and which are asked (--val)"
+            )
+        bank_shards = open_shards(bank)
+        held_out = self._held_out(bank_shards)
+        kept = np.setdiff1d(np.arange(len(bank_shards)), held_out)
+        val = val or (data.val if data else None)
+        if val is not None and not same_folder(val, bank):
+            val_shards = open_shards(val)
+            asked = np.arange(len(val_shards))
+        elif len(held_out):
+            val_shards, asked = bank_shards, held_out
+        else:
+            raise Mistake(f"{bank}: all of it votes, nothing is left to ask about; give other shards with --val")
+        if not bank_shards.classes or not val_shards.classes:
+            return None
+        return (
+            LabelledPhotos(bank_shards, size, spread(kept, limit)),
+            LabelledPhotos(val_shards, size, spread(asked, limit), classes=bank_shards.classes),
+        )
+
+    def _held_out(self, shards: Shards) -> NDArray[np.int64]:
+        c = self.config
+        if c is None or c.data.shards is None or not same_folder(c.data.shards, shards.folder):
+            return np.empty(0, np.int64)
+        return Plan(shards, batch=c.optim.batch, seed=c.seed, holdout=c.data.holdout).held_out()
+
+    def record(self, what: str, **figures: Any) -> str:
+        """Append a line to the run's evaluations.jsonl; returns what to tell the user about it."""
+        if self.run is None:
+            return f"not recorded: {self.path} lies in no run folder"
+        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "what": what, "network": str(self.path)}
+        file = self.run / "evaluations.jsonl"
+        append_jsonl(file, line | figures)
+        return f"recorded in {file}"
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def same_folder(a: str | Path, b: str | Path) -> bool:
+    return Path(a).resolve() == Path(b).resolve()
+
+
+def spread(rows: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
+    """At most `limit` of the rows, evenly spaced: shards may be sorted by class."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows[np.arange(limit) * len(rows) // limit]

@@ -1,0 +1,60 @@
+"""Projection heads onto prototypes. DINO (Caron et al. 2021), appendix C; the paper uses the same for points.
+
+Letters: D width, K prototypes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.init import trunc_normal_
+
+
+class ProjectionHead(nn.Module):
+    """[..., D] -> three-layer MLP -> unit sphere of `bottleneck` dimensions -> cosines to K prototypes [..., K].
+
+    norm "batch": BatchNorm after both hidden layers, over all tokens given (an option of published DINO); its statistics
+    are always the batch's own. unit_prototypes: the weight norm's gain stays 1 (DINO's norm_last_layer).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        hidden: int,
+        bottleneck: int,
+        prototypes: int,
+        norm: str = "none",
+        unit_prototypes: bool = True,
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inner in (width, hidden):
+            layers.append(nn.Linear(inner, hidden))
+            if norm == "batch":
+                layers.append(nn.BatchNorm1d(hidden, track_running_stats=False))
+            layers.append(nn.GELU())
+        layers.append(nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(*layers)
+        self.last_layer = Prototypes(bottleneck, prototypes, unit_prototypes)
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        z = self.mlp(tokens.flatten(0, -2))
+        z = F.normalize(z, dim=-1)
+        return self.last_layer(z).unflatten(0, tokens.shape[:-1])
+
+
+class Prototypes(nn.Module):
+    """A linear map without bias whose rows are weight-normed: weight_g [K,1] times unit rows of weight_v [K,bottleneck]."""
+
+    def __init__(self, inner: int, prototypes: int, unit: bool):
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.empty(prototypes, inner).uniform_(-(inner**-0.5), inner**-0.5))
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not unit)
+
+    def forward(self, z: Tensor) -> Tensor:
+        rows = self.weight_g * self.weight_v / self.weight_v.norm(dim=1, keepdim=True)
+        return F.linear(z, rows.to(z.dtype))

@@ -1,0 +1,185 @@
+"""Weights of other people's making, and of ours: whatever the file, one network's tensors under our names. Strict: a key
+that no dialect knows, or one that is missing, is an error that names it.
+
+    ours            backbone.<timm's name>, cls_head.*, reference_head.*
+    timm, DINO's    <timm's name>                                  "backbone only" files; a classifier is left out
+    DINO            {student, teacher}: [module.]backbone.*, head.*
+    DenseDINO       the same with backbone.cls_pos_embed and .patch_pos_embed, ref_head.*
+    Leopart         [teacher. | student.]<timm's name>, projection_head.*, prototypes.*  (its heads are left out)
+"""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.dense_dino import DenseDINO
+from model.vit import ViT, build_vit
+from pipeline.draws import hash64
+from runtime.checkpoint import newest_checkpoint, read_checkpoint
+from runtime.config import Config, load_config, parse_config
+from runtime.mistake import Mistake
+
+_BACKBONE = re.compile(
+    r"cls_token|pos_embed|cls_pos_embed|patch_pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
+    r"|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+)
+_HEAD = re.compile(r"mlp\.\d+\.(weight|bias)|last_layer\.(weight_g|weight_v)")
+_LEFT_OUT = re.compile(
+    r"(head|fc_norm)\.(weight|bias)"  # a classifier
+    r"|projection_head\.\d+\.(weight|bias)|prototypes\.weight"  # Leopart's
+    r"|backbone\.ref_learn_token"  # published, unused: the reference token's content is its position alone
+    r"|(cls_head|reference_head|head|ref_head)\.mlp\.\d+\.(running_mean|running_var|num_batches_tracked)"
+)
+_HEADS = {"head": "cls_head", "cls_head": "cls_head", "ref_head": "reference_head", "reference_head": "reference_head"}
+
+
+def our_names(tensors: Mapping[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:
+    """One network's tensors in any dialect -> ours. Raises Mistake for a key that no dialect knows."""
+    ours: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        key = name.removeprefix("module.")
+        key = key.replace("last_layer.parametrizations.weight.original0", "last_layer.weight_g")
+        key = key.replace("last_layer.parametrizations.weight.original1", "last_layer.weight_v")
+        where, _, rest = key.partition(".")
+        if where == "backbone" and _BACKBONE.fullmatch(rest):
+            ours[key] = tensor
+        elif _BACKBONE.fullmatch(key):
+            ours[f"backbone.{key}"] = tensor
+        elif where in _HEADS and _HEAD.fullmatch(rest):
+            ours[f"{_HEADS[where]}.{rest}"] = tensor
+        elif not _LEFT_OUT.fullmatch(key):
+            raise Mistake(f"{source}: '{name}' is no name of a ViT or of its projection heads")
+    cls, patches = (ours.pop(f"backbone.{part}_pos_embed", None) for part in ("cls", "patch"))
+    if (cls is None) != (patches is None):
+        raise Mistake(f"{source}: cls_pos_embed and patch_pos_embed stand together, one is missing")
+    if cls is not None and patches is not None:
+        ours["backbone.pos_embed"] = torch.cat([cls, patches], 1)
+    return ours
+
+
+def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str = "state dict") -> None:
+    """Copy tensors into a module's parameters and buffers. Raises Mistake that names what is missing, over or misshapen."""
+    own = module.state_dict()
+    for what, names in (("is missing", own.keys() - tensors.keys()), ("is unknown", tensors.keys() - own.keys())):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise Mistake(f"{source}: '{min(names)}' {what}{more}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise Mistake(f"{source}: '{name}' has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+    module.load_state_dict(dict(tensors))
+
+
+def read_network(path: Path, role: str = "teacher") -> tuple[dict[str, Tensor], dict]:
+    """(one network's tensors under our names, what the file tells of itself) of a file of any dialect.
+
+    Raises Mistake where it is no such file. Nothing is unpickled but tensors and the options published checkpoints carry.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("densedino", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError, ValueError) as error:
+            raise Mistake(f"{path}: {error}") from None
+    else:
+        about = {}
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever torch finds in a hostile or broken file
+            raise Mistake(f"{path}: not weights that can be read safely ({str(error).splitlines()[0]})") from None
+        for key in ("state_dict", "model"):
+            if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
+                tensors = tensors[key]
+        if isinstance(tensors, dict) and isinstance(tensors.get(role), dict):
+            tensors = tensors[role]
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise Mistake(f"{path}: holds no state dict of a {role} or of a ViT")
+    of_role = {n.removeprefix(f"{role}."): t for n, t in tensors.items() if n.startswith(f"{role}.")}
+    return our_names(of_role or tensors, str(path)), about
+
+
+def _backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+
+
+def _from_tensors(tensors: dict[str, Tensor], about: dict, source: str) -> ViT:
+    """A ViT of the dimensions that its tensors have; heads of 64 dimensions (DeiT's) where the file does not tell."""
+    backbone = _backbone_of(tensors)
+    if "pos_embed" not in backbone or "patch_embed.proj.weight" not in backbone:
+        raise Mistake(
+            f"{source}: '{'pos_embed' if 'pos_embed' not in backbone else 'patch_embed.proj.weight'}' is missing"
+        )
+    width, patch = backbone["pos_embed"].shape[-1], backbone["patch_embed.proj.weight"].shape[-1]
+    vit = ViT(
+        width=width,
+        depth=1 + max((int(n.split(".")[1]) for n in backbone if n.startswith("blocks.")), default=-1),
+        heads=about.get("heads", max(1, width // 64)),
+        patch=patch,
+        image_size=math.isqrt(backbone["pos_embed"].shape[1] - 1) * patch,
+        attention=about.get("attention", "patches+self"),
+        border=about.get("border", "zeros"),
+    )
+    load_strictly(vit, backbone, source)
+    return vit
+
+
+def _from_config(config: Config) -> ViT:
+    reference = config.reference
+    return build_vit(config.model, config.image_size, reference.attention, reference.border, 0.0)
+
+
+def about_backbone(vit: ViT, steps: int, method: str) -> dict:
+    """What a backbone file tells of itself beside its tensors."""
+    return {"heads": vit.heads, "attention": vit.attention, "border": vit.border, "steps": steps, "method": method}
+
+
+def load_backbone(path: str | Path, untrained: bool = False) -> ViT:
+    """The backbone (a teacher's, where there are two) in eval mode, of
+
+    a run folder (its newest checkpoint; untrained: the same network before training), a checkpoint of ours, a backbone
+    file, or weights of timm, DINO, DenseDINO or Leopart. Raises Mistake where there is none.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "config.yaml").is_file():
+        config = load_config(path / "config.yaml")
+        if untrained:
+            torch.manual_seed(weights_seed(config.seed))
+            return DenseDINO(config).teacher.backbone.eval()
+        found = newest_checkpoint(path / "checkpoints")
+        if found is None:
+            raise Mistake(f"{path}: a run without a checkpoint yet")
+        vit = _from_config(config)
+        load_strictly(vit, _backbone_of(_teacher_of(found[3])), str(found[0]))
+        return vit.eval()
+    if path.is_dir():
+        found = newest_checkpoint(path)
+        if found is None:
+            raise Mistake(f"{path}: neither a run nor a folder of checkpoints")
+        path = found[0]
+    if not path.is_file():
+        raise Mistake(f"{path}: no such file")
+    if path.name.startswith("checkpoint-") and path.suffix == ".safetensors":
+        _, text, tensors = read_checkpoint(path)
+        vit = _from_config(parse_config(text, str(path)))
+        load_strictly(vit, _backbone_of(_teacher_of(tensors)), str(path))
+        return vit.eval()
+    tensors, about = read_network(path)
+    return _from_tensors(tensors, about, str(path)).eval()
+
+
+def _teacher_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix("teacher."): t for n, t in tensors.items() if n.startswith("teacher.")}
+
+
+def weights_seed(seed: int) -> int:
+    """The seed of a run's first weights."""
+    return int(hash64(seed, "weights") >> 1)

@@ -1,0 +1,93 @@
+"""What the pipeline hands over: a Batch; and the draws that make one.
+
+Letters: B images of this rank, V views, Vg views of one size, T teacher views (the first of the V), M points of a pair.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.augment import draw_colour
+from pipeline.draws import hash64
+from pipeline.geometry import draw_points, draw_windows
+from runtime.config import TEACHERS, Config
+
+
+@dataclass
+class Batch:
+    """One rank's images of a step.
+
+    From a reader `views` are uint8 [B,Vg,H,W,3]; from the loader, colours applied, [Vg,B,3,H,W] normalised in the
+    network's dtype, on the device.
+    """
+
+    step: int
+    ids: Tensor  # int64 [B] planned sample ids: what the draws are keyed by
+    rows: Tensor  # int64 [B] samples whose pixels these are: another one where the planned is damaged
+    views: list[Tensor]  # for each size
+    windows: Tensor  # int32 [B,V,4] signed, source pixels
+    view_points: Tensor  # float32 [B,T,V,M,2(teacher,student),2(x,y)]
+    colour: Tensor  # float32 [B,V,8], see augment.draw_colour
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with f applied to every tensor."""
+        tensors: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(self) if x.name != "step"}
+        made: dict[str, Any] = {n: [f(t) for t in x] if isinstance(x, list) else f(x) for n, x in tensors.items()}
+        return Batch(self.step, **made)
+
+    def split(self, pieces: int) -> list["Batch"]:
+        """`pieces` equal batches, for accumulation; the loader's form (views [Vg,B,...])."""
+        size = len(self.ids) // pieces
+        cuts = [slice(i * size, (i + 1) * size) for i in range(pieces)]
+        return [
+            Batch(
+                self.step, self.ids[c], self.rows[c], [v[:, c] for v in self.views],
+                self.windows[c], self.view_points[c], self.colour[c],
+            )
+            for c in cuts
+        ]  # fmt: skip
+
+
+@dataclass
+class Draws:
+    """All that is random about a batch's pixels, as NumPy arrays; the Batch's fields of the same names."""
+
+    windows: NDArray[np.int32]
+    view_points: NDArray[np.float32]
+    colour: NDArray[np.float32]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {x.name: torch.from_numpy(getattr(self, x.name)) for x in fields(self)}
+
+
+def draw(config: Config, epoch: int, ids: NDArray, height: NDArray, width: NDArray) -> Draws:
+    """Draws for images of the given ids and sizes [B]: a function of (seed, epoch, sample id) and the photo's size."""
+    key = hash64(config.seed, epoch, ids)
+    views = config.views
+    windows = draw_windows(
+        key,
+        height,
+        width,
+        scale=[v.scale for v in views],
+        aspect=config.data.aspect,
+        teachers=TEACHERS,
+        min_overlap=config.data.min_overlap,
+        flip=config.data.flip,
+    )
+    return Draws(windows, draw_points(key, windows, config.points, TEACHERS), draw_colour(key, config.data, views))
+
+
+def size_groups(config: Config) -> list[tuple[int, slice]]:
+    """(size, which of the V views) for each size, in the views' order."""
+    groups: list[tuple[int, slice]] = []
+    for i, view in enumerate(config.views):
+        if groups and groups[-1][0] == view.size:
+            groups[-1] = (view.size, slice(groups[-1][1].start, i + 1))
+        else:
+            groups.append((view.size, slice(i, i + 1)))
+    return groups

@@ -1,0 +1,124 @@
+"""Picks the reader, keeps batches ready, copies and colours them on the device, counts the time that the step waited."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pipeline.augment import apply_colour
+from pipeline.batch import Batch, size_groups
+from pipeline.shards import Plan, Shards
+from runtime.config import Config
+
+
+class Loader:
+    """Iterates over this rank's batches of the steps start..stop-1, ready for the network (see Batch).
+
+    A thread takes batches from the reader's workers and, for a GPU, copies them from pinned memory on a stream of its own;
+    colours are applied on the compute stream. `waited`: seconds of data wait since it was last asked; `damaged`: planned
+    samples that another one stood in for, with it, since last asked.
+    """
+
+    def __init__(
+        self, config: Config, shards: Shards, plan: Plan, *, device: torch.device, dtype: torch.dtype,
+        start: int, stop: int, rank: int = 0, world: int = 1, compile: bool = False,
+    ):  # fmt: skip
+        self.config, self.device = config, device
+        self._colour = partial(torch.compile(apply_colour) if compile else apply_colour, dtype=dtype)
+        self._groups = [group for _, group in size_groups(config)]
+        self._ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(maxsize=2)
+        self._closing = threading.Event()
+        self._waited = 0.0
+        self._damaged: list[tuple[int, int]] = []
+        self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        from pipeline import wds  # the only reader yet; heavy to import, so not before it is chosen
+
+        self._batches = wds.read(config, shards, plan, start=start, stop=stop, rank=rank, world=world)
+        self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        before = time.perf_counter()
+        item = self._ready.get()
+        if self._copies is None:
+            self._waited += time.perf_counter() - before
+        if item is None:
+            raise StopIteration
+        if isinstance(item, BaseException):
+            raise item
+        batch, copied = item
+        if copied is not None:
+            self._take_over(batch, copied)
+        batch.views = [self._colour(v, batch.colour[:, g]) for v, g in zip(batch.views, self._groups, strict=True)]
+        return batch
+
+    def waited(self) -> float:
+        """Seconds of data wait since last asked. On a GPU: the time its compute stream stood idle before a batch, as far
+        as the device has come; asking waits for nothing."""
+        while self._idle and self._idle[0][1].query():
+            begun, over = self._idle.pop(0)
+            self._waited += begun.elapsed_time(over) / 1000
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def damaged(self) -> list[tuple[int, int]]:
+        """(planned sample, sample read instead) since last asked."""
+        damaged, self._damaged = self._damaged, []
+        return damaged
+
+    def close(self) -> None:
+        """Stop reading; no thread and no process is left behind."""
+        self._closing.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+    def _fill(self) -> None:
+        last: BaseException | None = None
+        try:
+            for batch in self._batches:
+                if self._closing.is_set():
+                    break
+                for planned, read in zip(batch.ids.tolist(), batch.rows.tolist(), strict=True):
+                    if planned != read:
+                        self._damaged.append((planned, read))
+                self._ready.put(self._to_device(batch))
+        except BaseException as error:  # told in the thread that trains
+            last = error
+        finally:
+            del self._batches  # ends the workers
+            self._ready.put(last)
+
+    def _to_device(self, batch: Batch) -> tuple[Batch, torch.cuda.Event | None]:
+        if self._copies is None:
+            return batch, None
+        with torch.cuda.stream(self._copies):
+            batch = batch.map(lambda t: t.pin_memory().to(self.device, non_blocking=True))
+            copied = torch.cuda.Event()
+            copied.record(self._copies)
+        return batch, copied
+
+    def _take_over(self, batch: Batch, copied: torch.cuda.Event) -> None:
+        """The compute stream waits for the copies; two events around the wait say how long."""
+        compute = torch.cuda.current_stream(self.device)
+        begun, over = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begun.record(compute)
+        compute.wait_event(copied)
+        over.record(compute)
+        self._idle.append((begun, over))
+
+        def used(t: Tensor) -> Tensor:
+            t.record_stream(compute)
+            return t
+
+        batch.map(used)

@@ -1,0 +1,137 @@
+"""WebDataset and torch on the CPU: the plan -> bytes -> decode once -> cut every window -> uint8 views.
+
+The fallback where there is no GPU decoder, and the reference that the DALI reader is tested against. Samples are read by
+offset in the plan's order; WebDataset gives the chain of stages, its loader the worker processes and their shared memory.
+"""
+
+import io
+import multiprocessing
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import webdataset
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipeline.batch import Batch, Draws, draw, size_groups
+from pipeline.shards import Plan, Shards
+from runtime.config import Config
+from runtime.mistake import Mistake
+
+try:  # bit-equal to Pillow's decoder, faster, and without its copy
+    import torchcodec.decoders as torchcodec
+except (ImportError, OSError, RuntimeError):
+    torchcodec = None  # type: ignore[assignment]
+
+_ATTEMPTS = 100  # replacements tried for one damaged sample: a shard in which all of them are damaged too is no shard
+
+
+def decode(photo: bytes) -> Tensor:
+    """uint8 [3,H,W] of a JPEG's bytes; grey becomes RGB; EXIF's rotation is not applied (the index's size is before it).
+
+    Raises an exception of the decoder's where it refuses the bytes.
+    """
+    if torchcodec is not None:
+        return torchcodec.decode_image(photo, mode="RGB")
+    with Image.open(io.BytesIO(photo), formats=["JPEG", "PNG", "WEBP"]) as opened:
+        return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+
+
+def cut(image: Tensor, window: NDArray[np.int32], size: int) -> Tensor:
+    """A view uint8 [size,size,3] of an image [3,H,W]: the signed window, antialiased bicubic, flipped if it says so."""
+    x0, y0, x1, y1 = (int(i) for i in window)
+    crop = image[None, :, y0:y1, min(x0, x1) : max(x0, x1)]
+    view = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)
+    return (view.flip(3) if x0 > x1 else view)[0].permute(1, 2, 0)
+
+
+class _Stages:
+    """What a worker does with a step. Travels to the worker by pickling config, shards and plan."""
+
+    def __init__(self, config: Config, shards: Shards, plan: Plan, rank: int, world: int):
+        self.config, self.shards, self.plan, self.rank, self.world = config, shards, plan, rank, world
+
+    def batch(self, step: int) -> Batch | Mistake:
+        """A Mistake comes as a value: raised in a worker it would be told with the worker's traceback."""
+        try:
+            return self.views(self.fetch(step))
+        except Mistake as mistake:
+            return mistake
+
+    def fetch(self, step: int) -> tuple[int, NDArray, NDArray, list[bytes]]:
+        """(step, planned ids, rows whose bytes these are, the bytes) of this rank's slice; damaged ones replaced."""
+        ids = self.plan.samples_of(step, self.rank, self.world)
+        rows, photos = ids.copy(), []
+        for i, sample in enumerate(ids):
+            rows[i], photo = self._sound(step, int(sample), first=0)
+            photos.append(photo)
+        return step, ids, rows, photos
+
+    def views(self, fetched: tuple[int, NDArray, NDArray, list[bytes]]) -> Batch:
+        """Decode once, cut every window."""
+        step, ids, rows, photos = fetched
+        draws = self._draw(step, ids, rows)
+        groups = size_groups(self.config)
+        views = [torch.empty(len(ids), g.stop - g.start, size, size, 3, dtype=torch.uint8) for size, g in groups]
+        for i, photo in enumerate(photos):
+            attempt = 0
+            while True:
+                try:
+                    image = decode(photo)
+                    break
+                except Exception:  # whatever a decoder raises: sound bytes that it refuses count as damaged too
+                    attempt += 1
+                    rows[i], photo = self._sound(step, int(ids[i]), first=attempt)
+                    again = self._draw(step, ids[i : i + 1], rows[i : i + 1])
+                    draws.windows[i], draws.view_points[i] = again.windows[0], again.view_points[0]
+            for (size, group), out in zip(groups, views, strict=True):
+                for place, v in enumerate(range(group.start, group.stop)):
+                    out[i, place] = cut(image, draws.windows[i, v], size)
+        return Batch(step, torch.from_numpy(ids), torch.from_numpy(rows), views, **draws.tensors())
+
+    def _draw(self, step: int, ids: NDArray, rows: NDArray) -> Draws:
+        """Keyed by the planned ids, made for the photos that stand in for them."""
+        height, width = self.shards.index["height"][rows], self.shards.index["width"][rows]
+        return draw(self.config, self.plan.epoch(step), ids, height, width)
+
+    def _sound(self, step: int, sample: int, first: int) -> tuple[int, bytes]:
+        """(row, bytes) of the first undamaged of: the sample itself (attempt 0), its replacements (attempts 1, 2, ...)."""
+        for attempt in range(first, _ATTEMPTS):
+            row = self.plan.replacement(sample, step, attempt) if attempt else sample
+            photo = self.shards.read(row)
+            if self.shards.is_sound(row, photo):
+                return row, photo
+        raise Mistake(f"{self.shards.folder}: {_ATTEMPTS} samples of one shard are damaged; run `make verify` on it")
+
+
+def read(
+    config: Config, shards: Shards, plan: Plan, *, start: int, stop: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """This rank's batches of the global steps start..stop-1, in order, whatever the number of workers."""
+    stages = _Stages(config, shards, plan, rank, world)
+    pipeline = webdataset.DataPipeline(
+        partial(range, start, stop),
+        webdataset.split_by_worker,  # worker w of n makes every n-th step; the loader takes them in turn
+        webdataset.map(stages.batch, handler=webdataset.reraise_exception),
+    )
+    workers = config.speed.workers
+    context = None
+    if workers:
+        # a clean server forks the workers: never a fork of this process with its threads and its CUDA
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pipeline.wds"])
+    loader = webdataset.WebLoader(
+        pipeline,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=config.speed.prefetch if workers else None,
+        multiprocessing_context=context,
+    )
+    for item in loader:
+        if isinstance(item, Mistake):
+            raise item
+        yield item

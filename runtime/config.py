@@ -1,0 +1,484 @@
+"""yaml (+ base) + a.b=c -> one typed, checked Config. Imports no torch: a wrong word is told before anything heavy loads.
+
+Values are YAML 1.2's: `true` and `false` are the only booleans, `1e-3` is a number, aliases and repeated keys are
+refused. All mistakes of a config are told in one list.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from runtime.mistake import Mistake, nearest
+
+# ---------------------------------------------------------------------------------------------- what changes results
+
+
+@dataclass
+class Views:
+    """A group of views of one size."""
+
+    count: int = 2
+    size: int = 224  # pixels a side
+    scale: tuple[float, float] = (0.25, 1.0)  # a window's area as a share of the image
+    teacher: bool = False  # whether the teacher sees them too; two views in all
+    blur: list[float] = field(default_factory=lambda: [0.5])  # probability, for each view or one for all
+    solarize: list[float] = field(default_factory=lambda: [0.0])
+
+
+@dataclass
+class Jitter:
+    probability: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+
+
+@dataclass
+class Data:
+    shards: str | None = None  # folder of shards to train on
+    val: str | None = None  # folder of shards to evaluate on; without it `holdout` of `shards` is kept for that
+    holdout: float = 0.02
+    views: list[Views] = field(
+        default_factory=lambda: [
+            Views(2, 224, (0.25, 1.0), True, [1.0, 0.1], [0.0, 0.2]),
+            Views(2, 224, (0.25, 1.0), False, [0.5], [0.0]),
+        ]
+    )
+    min_overlap: float = (
+        0.01  # least shared area of a pair, as a share of the image; teacher-teacher pairs: twice; 0: any
+    )
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: Jitter = field(default_factory=Jitter)
+    grey: float = 0.2
+
+
+@dataclass
+class Model:
+    arch: Literal["vit_tiny", "vit_small", "vit_base", "custom"] = "vit_small"
+    patch: int = 16
+    width: int | None = None  # these three for arch: custom
+    depth: int | None = None
+    heads: int | None = None
+    drop_path: float = 0.1
+
+
+@dataclass
+class Reference:
+    """Reference tokens, paper section 3.2 (method: densedino)."""
+
+    points: int = 4  # M, for each ordered pair (teacher view, other view)
+    attention: Literal["none", "patches+cls", "patches", "patches+self", "all_query"] = "patches+self"
+    border: Literal["zeros", "border"] = "zeros"  # what the bicubic reading finds outside the position grid
+    views: Literal["all", "teacher"] = "all"  # x' of eq. 3
+    center: Literal["loss", "published"] = "loss"  # which tokens move the reference centre
+
+
+@dataclass
+class Head:
+    hidden: int = 2048
+    bottleneck: int = 256
+    prototypes: int = 65536  # K
+    norm: Literal["none", "batch"] = "none"
+    unit_prototypes: bool = True  # the weight norm's gain stays 1 (DINO's norm_last_layer)
+    shared: bool = False  # one head and one centre for [CLS] and reference tokens
+
+
+@dataclass
+class Loss:
+    alpha: float = 0.5  # eq. 4; method dino: 1
+    cls_views: Literal["all", "teacher"] = "all"  # x' of eq. 2
+    student_temperature: float = 0.1
+    teacher_temperature: tuple[float, float] = (0.04, 0.04)  # from, to
+    teacher_temperature_warmup: float = 0  # epochs
+    center_momentum: float = 0.9
+
+
+@dataclass
+class Optim:
+    batch: int = 256  # images of a step, all devices together
+    epochs: float = 100
+    lr: float = 5e-4  # per 256 of batch
+    min_lr: float = 1e-6
+    warmup: float = 10  # epochs
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    clip: float = 3.0  # largest norm of each gradient tensor; 0: no clipping
+    freeze_last_layer: float = 1  # epochs
+    teacher_momentum: float = 0.996
+
+
+# --------------------------------------------------------------------------------------- what does not change results
+
+
+@dataclass
+class Speed:
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device has it
+    compile: bool = True
+    accumulate: int = 1  # a step's images in this many pieces
+    reader: Literal["auto", "dali", "wds"] = "auto"
+    workers: int = 1  # reading processes for each device; 0: a thread
+    prefetch: int = 2  # batches ready ahead, for each worker
+
+
+@dataclass
+class Run:
+    folder: str | None = None  # default: runs/<name of the config file>
+    log_every: int = 10  # steps between two rows of metrics.jsonl; all that reads the device is on this beat
+    checkpoint_every: int = 1000  # steps
+    keep: int = 2  # checkpoints
+
+
+@dataclass
+class Eval:
+    voc: str | None = None  # folder in Pascal VOC's layout, for linear segmentation
+    k: int = 20
+    temperature: float = 0.07
+    seg_epochs: int = 25
+    seg_lr: float = 0.01  # for each 60 images of a batch
+
+
+@dataclass
+class Config:
+    method: Literal["densedino", "dino"] = "densedino"
+    seed: int = 0
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    reference: Reference = field(default_factory=Reference)
+    head: Head = field(default_factory=Head)
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    speed: Speed = field(default_factory=Speed)
+    run: Run = field(default_factory=Run)
+    eval: Eval = field(default_factory=Eval)
+
+    @property
+    def views(self) -> list[Views]:
+        """One entry (count 1) for each view, the two teacher views first."""
+        return [
+            Views(1, g.size, g.scale, g.teacher, [g.blur[i % len(g.blur)]], [g.solarize[i % len(g.solarize)]])
+            for g in self.data.views
+            for i in range(g.count)
+        ]
+
+    @property
+    def points(self) -> int:
+        """M, or 0 where the method has no reference tokens."""
+        return self.reference.points if self.method == "densedino" else 0
+
+    @property
+    def image_size(self) -> int:
+        """The side of the largest view: the position grid is made for it."""
+        return max(g.size for g in self.data.views)
+
+
+TEACHERS = 2  # T: the published method's two teacher views
+RESULTS = ("method", "seed", "data", "model", "reference", "head", "loss", "optim")  # sections that change results
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's scalars; no aliases (a few lines of them can fill the memory), no key twice."""
+
+    def compose_node(self, parent, index):  # type: ignore[override]
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not taken")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = self.construct_object(key)
+            if name in seen:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: '{name}' stands there twice")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in rules if tag.endswith((":null", ":merge"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{_NUMBER}$"), list("-+.0123456789"))
+_Yaml.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Yaml.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+
+
+def _parse(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Yaml)  # a SafeLoader with fewer powers
+    except (yaml.YAMLError, ValueError) as error:
+        raise Mistake(f"{name}: {' '.join(str(error).split())}") from None
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    """The file's mapping over that of its `base`."""
+    if not path.is_file():
+        known = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        raise Mistake(f"{path}: no such config{nearest(str(path), known)}")
+    if path.stat().st_size > 1_000_000:
+        raise Mistake(f"{path}: {path.stat().st_size} bytes are no config")
+    tree = _parse(path.read_text(), str(path))
+    if not isinstance(tree, dict):
+        raise Mistake(f"{path}: a config is a mapping 'key: value', this file is {_kind(tree)}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    under = (path.parent / str(base)).resolve()
+    if under in seen:
+        raise Mistake(f"{path}: base {base} leads in a circle")
+    return _over(_read(under, (*seen, path.resolve())), tree)
+
+
+def _over(under: Any, over: Any) -> Any:
+    if isinstance(under, dict) and isinstance(over, dict):
+        return under | {k: _over(under.get(k), v) for k, v in over.items()}
+    return over
+
+
+def _set(tree: Any, dotted: str, value: Any, defaults: Any) -> None:
+    """tree[a][b] = value for 'a.b'; a number is a place in a list (`data.views.0.size`)."""
+    *path, last = dotted.split(".")
+    for i, key in enumerate(path):
+        if isinstance(tree, list):
+            if not key.isdigit() or int(key) >= len(tree):
+                raise Mistake(f"{dotted}: '{'.'.join(path[:i])}' has places 0 to {len(tree) - 1}, not '{key}'")
+            tree = tree[int(key)]
+        elif isinstance(tree, dict):
+            default = getattr(defaults, key, None)
+            if isinstance(default, list) and key not in tree:  # a place in a list that the file leaves at its default
+                tree[key] = [_plain(dataclasses.asdict(d)) if dataclasses.is_dataclass(d) else d for d in default]  # type: ignore
+            defaults, tree = default, tree.setdefault(key, {})
+    if isinstance(tree, list) and last.isdigit() and int(last) < len(tree):
+        tree[int(last)] = value
+    elif isinstance(tree, dict):
+        tree[last] = value
+    else:
+        raise Mistake(f"{dotted}: '{'.'.join(path)}' is {_kind(tree)}, it has no '{last}'")
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "a mapping", list: "a list", type(None): "empty", str: f"the text '{value}'"}
+    return kinds.get(type(value), str(value).lower() if isinstance(value, bool) else f"{value}")
+
+
+def _typed(hint: Any, value: Any, at: str, wrong: list[str]) -> Any:
+    """`value` as `hint`; what does not fit goes into `wrong`."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _typed(next(t for t in inner if t is not type(None)), value, at, wrong)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            wrong.append(f"{at}: expected a mapping, this is {_kind(value)}")
+            return typing.cast(type, hint)()
+        return _section(typing.cast(type, hint), value, at, wrong)
+    if origin is Literal:
+        if value in inner:
+            return value
+        wrong.append(f"{at}: one of {', '.join(inner)}, this is {_kind(value)}{nearest(value, inner)}")
+        return inner[0]
+    if origin in (list, tuple):
+        values = value if isinstance(value, list) else [value]
+        if origin is tuple and len(values) != len(inner):
+            wrong.append(f"{at}: expected {len(inner)} numbers, this is {_kind(value)}")
+            return tuple(0.0 for _ in inner)
+        typed = [_typed(inner[0], v, f"{at}.{i}", wrong) for i, v in enumerate(values)]
+        return typed if origin is list else tuple(typed)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    good = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value, good = float(value), True
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value, good = str(value), True  # a folder may be called 2026
+    if not good:
+        wrong.append(f"{at}: expected {names[hint]}, this is {_kind(value)}")
+        return hint()
+    return value
+
+
+def _section(kind: type, tree: dict, at: str, wrong: list[str]) -> Any:
+    hints = typing.get_type_hints(kind)
+    made = kind()
+    for key, value in tree.items():
+        name = f"{at}.{key}" if at else str(key)
+        if key not in hints:
+            wrong.append(f"{name}: no such key{nearest(key, hints)}")
+        else:
+            setattr(made, key, _typed(hints[key], value, name, wrong))
+    return made
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The config of a yaml file with `a.b=c` words laid over it. Raises one Mistake that lists all that is wrong."""
+    path = Path(path)
+    tree = _read(path)
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise Mistake(f"'{word}': an override is written a.b=c")
+        _set(tree, key, _parse(text, key), Config())
+    config = _made(tree, str(path))
+    if config.run.folder is None:
+        config.run.folder = str(Path("runs") / path.stem)
+    return config
+
+
+def parse_config(text: str, name: str) -> Config:
+    """The config of a resolved copy, as checkpoints carry it."""
+    return _made(_parse(text, name), name)
+
+
+def _made(tree: dict, name: str) -> Config:
+    wrong: list[str] = []
+    config = _section(Config, tree, "", wrong)
+    if not wrong:  # what a value means together with another is only asked of values that are right by themselves
+        wrong = _check(config)
+    if wrong:
+        raise Mistake(f"{name}: " + (wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} mistakes", *wrong])))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as yaml, every key written out."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check(c: Config) -> list[str]:
+    """Everything that is wrong with values that are each of the right type."""
+    wrong: list[str] = []
+
+    def need(right: bool, message: str) -> None:
+        if not right:
+            wrong.append(message)
+
+    shares = {
+        "data.holdout": c.data.holdout, "data.min_overlap": c.data.min_overlap, "data.flip": c.data.flip,
+        "data.grey": c.data.grey, "data.jitter.probability": c.data.jitter.probability, "loss.alpha": c.loss.alpha,
+        "loss.center_momentum": c.loss.center_momentum, "optim.teacher_momentum": c.optim.teacher_momentum,
+        "model.drop_path": c.model.drop_path,
+    }  # fmt: skip
+    for name, value in shares.items():
+        need(0 <= value <= 1, f"{name}: between 0 and 1, this is {value}")
+    for name, value in {"data.holdout": c.data.holdout, "model.drop_path": c.model.drop_path}.items():
+        need(value < 1, f"{name}: less than 1, this is {value}")
+    positive = {
+        "optim.batch": c.optim.batch, "optim.epochs": c.optim.epochs, "optim.lr": c.optim.lr,
+        "loss.student_temperature": c.loss.student_temperature, "speed.accumulate": c.speed.accumulate,
+        "speed.prefetch": c.speed.prefetch, "run.log_every": c.run.log_every, "run.keep": c.run.keep,
+        "run.checkpoint_every": c.run.checkpoint_every, "model.patch": c.model.patch, "head.hidden": c.head.hidden,
+        "head.bottleneck": c.head.bottleneck, "eval.k": c.eval.k, "eval.temperature": c.eval.temperature,
+        "eval.seg_epochs": c.eval.seg_epochs, "eval.seg_lr": c.eval.seg_lr,
+    }  # fmt: skip
+    for name, value in positive.items():
+        need(value > 0, f"{name}: more than 0, this is {value}")
+    for name, value in {
+        "optim.min_lr": c.optim.min_lr, "optim.warmup": c.optim.warmup, "optim.clip": c.optim.clip,
+        "optim.freeze_last_layer": c.optim.freeze_last_layer, "speed.workers": c.speed.workers, "seed": c.seed,
+        "loss.teacher_temperature_warmup": c.loss.teacher_temperature_warmup,
+        "optim.weight_decay": min(c.optim.weight_decay),
+    }.items():  # fmt: skip
+        need(value >= 0, f"{name}: not below 0, this is {value}")
+    need(min(c.loss.teacher_temperature) > 0, "loss.teacher_temperature: more than 0")
+    need(
+        c.head.prototypes >= 2, f"head.prototypes: at least 2, with {c.head.prototypes} there is nothing to tell apart"
+    )
+    need(
+        c.optim.warmup < c.optim.epochs,
+        f"optim.warmup: {c.optim.warmup:g} epochs of warm-up do not fit into optim.epochs: {c.optim.epochs:g}",
+    )
+    need(
+        c.optim.batch % c.speed.accumulate == 0,
+        f"optim.batch: {c.optim.batch} does not fall into speed.accumulate: {c.speed.accumulate} equal pieces",
+    )
+
+    dims = (c.model.width, c.model.depth, c.model.heads)
+    if c.model.arch == "custom":
+        need(None not in dims, "model.width, model.depth, model.heads: arch: custom needs all three")
+        if c.model.width and c.model.heads:
+            need(
+                c.model.width % c.model.heads == 0,
+                f"model.width: {c.model.width} does not fall into model.heads: {c.model.heads} equal parts",
+            )
+    else:
+        need(
+            dims == (None,) * 3,
+            f"model.width, model.depth, model.heads: arch: {c.model.arch} has its own; arch: custom takes them",
+        )
+
+    need(bool(c.data.views), "data.views: no view at all")
+    teachers = sum(g.count for g in c.data.views if g.teacher)
+    need(
+        teachers == TEACHERS,
+        f"data.views: {teachers} teacher views, the method has {TEACHERS} (teacher: true, count: 2)",
+    )
+    roles = [g.teacher for g in c.data.views]
+    need(roles == sorted(roles, reverse=True), "data.views: the teacher's views come first")
+    sizes = [g.size for g in c.data.views]
+    need(
+        len(set(sizes)) == sum(a != b for a, b in zip(sizes, [None, *sizes], strict=False)),
+        f"data.views: sizes {sizes}; views of one size stand next to each other",
+    )
+    for i, g in enumerate(c.data.views):
+        at = f"data.views.{i}"
+        need(g.count > 0, f"{at}.count: more than 0, this is {g.count}")
+        if c.model.patch > 0:
+            need(
+                g.size >= c.model.patch and g.size % c.model.patch == 0,
+                f"{at}.size: {g.size} is no multiple of model.patch: {c.model.patch}"
+                f" (nearest: {max(1, round(g.size / c.model.patch)) * c.model.patch})",
+            )
+        low, high = g.scale
+        need(0 < low <= high <= 1, f"{at}.scale: two numbers 0 < low <= high <= 1, this is {low:g}, {high:g}")
+        least = c.data.min_overlap * (2 if g.teacher else 1)
+        need(
+            high > least,
+            f"{at}.scale: windows of at most {high:g} of the image cannot share {least:g} of it (data.min_overlap)",
+        )
+        for name, list_of in (("blur", g.blur), ("solarize", g.solarize)):
+            need(len(list_of) in (1, g.count), f"{at}.{name}: one probability or {g.count}, not {len(list_of)}")
+            need(all(0 <= p <= 1 for p in list_of), f"{at}.{name}: probabilities between 0 and 1")
+    low, high = c.data.aspect
+    need(0 < low <= high, f"data.aspect: two numbers 0 < low <= high, this is {low:g}, {high:g}")
+    j = c.data.jitter
+    need(0 <= j.hue <= 0.5, f"data.jitter.hue: between 0 and 0.5, this is {j.hue}")
+    need(min(j.brightness, j.contrast, j.saturation) >= 0, "data.jitter: not below 0")
+
+    if c.method == "densedino" and c.model.patch > 0:
+        tokens = (c.image_size // c.model.patch) ** 2
+        views = sum(g.count for g in c.data.views)
+        need(c.reference.points >= 1, "reference.points: at least 1 (method: dino is the same trainer without points)")
+        need(
+            (views - 1) * c.reference.points <= 4 * tokens,
+            f"reference.points: {c.reference.points} make {(views - 1) * c.reference.points} reference tokens in a view "
+            f"of {tokens} patches",
+        )
+        need(
+            c.data.min_overlap > 0,
+            "data.min_overlap: more than 0, or views may share no point (method: dino allows 0)",
+        )
+        if c.head.shared:
+            need(
+                c.reference.center == "loss",
+                "reference.center: published: has a centre of its own, head.shared: true has not",
+            )
+    return wrong

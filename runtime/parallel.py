@@ -1,0 +1,101 @@
+"""Device, dtype, compile, DDP: the only file that knows there may be several devices. torchrun is the launcher."""
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from runtime.config import Speed
+from runtime.mistake import Mistake
+
+
+@dataclass
+class Processes:
+    """This process among all that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype  # of the network's arithmetic; parameters stay float32
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The mean over all processes, in place, in one reduction."""
+        if self.world > 1:
+            flat = torch.cat([t.flatten() for t in tensors])
+            dist.all_reduce(flat)
+            flat /= self.world
+            parts = flat.split([t.numel() for t in tensors])
+            for t, part in zip(tensors, parts, strict=True):
+                t.copy_(part.view_as(t))
+        return tensors
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def start(speed: Speed) -> Processes:
+    """Join the processes that torchrun started, or be alone. Raises Mistake where the device asked for is not there."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    cuda = torch.cuda.is_available()
+    if speed.device == "cuda" and not cuda:
+        raise Mistake("speed.device: cuda, but torch finds no CUDA device here (speed.device: auto takes the CPU then)")
+    if cuda and speed.device != "cpu":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise Mistake(f"process {local} of this machine has no device: torch finds {torch.cuda.device_count()}")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        device = torch.device("cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    wanted = speed.precision
+    if wanted == "auto":
+        wanted = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return Processes(rank, world, device, getattr(torch, wanted))
+
+
+def can_compile(device: torch.device) -> str | None:
+    """None where torch.compile can work, else what is missing."""
+    if device.type == "cpu" and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        return "no C++ compiler (g++) is found"
+    if device.type == "cuda" and not any(shutil.which(c) for c in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "no C compiler (gcc) is found, which Triton needs"
+    return None
+
+
+def compile_parts(parts: list[nn.Module], device: torch.device) -> str:
+    """torch.compile each part for itself; returns one line to tell."""
+    missing = can_compile(device)
+    if missing:
+        return f"running eagerly: {missing}; speed.compile: false silences this"
+    for part in parts:
+        part.compile()
+    return "compiling: the first steps take a while"
+
+
+def distribute(model: nn.Module, processes: Processes) -> nn.Module:
+    """DDP around the model where there are several processes: gradients are averaged as they appear."""
+    if processes.world == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def unsynchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Around a piece of an accumulated step: only the last one averages gradients."""
+    return contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()

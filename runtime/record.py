@@ -1,0 +1,124 @@
+"""The record: the run's folder with its config, versions, git state, metrics.jsonl and TensorBoard; and the live screen."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "torchcodec",
+    "timm",
+    "webdataset",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "numpy",
+)
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """One JSON object as one more line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """What this run is made with."""
+    found = {"python": platform.python_version(), "machine": f"{platform.machine()} {platform.system()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    here = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
+    found["git"] = git.stdout.strip() or "no git checkout"
+    return found
+
+
+class Record:
+    """Metrics of a run to metrics.jsonl, TensorBoard and the screen. Made by the first process only."""
+
+    def __init__(self, folder: Path, steps: int, steps_per_epoch: int, start: int, images_per_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # heavy, and only needed here
+
+        self.folder, self.steps, self.steps_per_epoch = folder, steps, steps_per_epoch
+        self._images = images_per_step
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._console = Console()
+        self._live = self._console.is_terminal
+        self._told = -1e9
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps ·"),
+            TimeElapsedColumn(), TextColumn("gone ·"), TimeRemainingColumn(), TextColumn("left"), console=self._console,
+        )  # fmt: skip
+        self._task = self._progress.add_task(folder.name, total=steps, completed=start)
+        self._screen = Live(self._progress, console=self._console, refresh_per_second=4) if self._live else None
+        if self._screen:
+            self._screen.start()
+        self._begun, self._first = time.monotonic(), start
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """What is known after `step` steps."""
+        row = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
+        append_jsonl(self.folder / "metrics.jsonl", row)
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._progress.update(self._task, completed=step)
+        if self._screen:
+            self._screen.update(Group(self._progress, self._table(row)))
+        elif time.monotonic() - self._told > 10 or step == self.steps:
+            self._told = time.monotonic()
+            self._console.print(self._line(row), highlight=False, soft_wrap=True)
+
+    def say(self, line: str) -> None:
+        """A line above the live screen."""
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._screen:
+            self._screen.stop()
+        self._board.close()
+
+    def _table(self, row: dict[str, float]) -> Table:
+        table = Table.grid(padding=(0, 2))
+        shown = [
+            f"[dim]{name.replace('_', ' ')}[/dim] {_short(value)}" for name, value in row.items() if name != "step"
+        ]
+        for i in range(0, len(shown), 4):
+            table.add_row(*shown[i : i + 4])
+        return table
+
+    def _line(self, row: dict[str, float]) -> str:
+        done = int(row["step"]) - self._first
+        gone = time.monotonic() - self._begun
+        left = gone / max(1, done) * (self.steps - int(row["step"]))
+        shown = " · ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in row.items() if name != "step")
+        return f"step {int(row['step'])}/{self.steps} · {_time(left)} left · {shown}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def program() -> str:
+    """The command that started this process, to be told again."""
+    return " ".join([Path(sys.executable).name, *sys.argv])

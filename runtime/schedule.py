@@ -1,0 +1,107 @@
+"""The optimiser, its parameter groups, and every schedule as an array over steps (DINO's, section "Implementation").
+
+Durations given in epochs become steps here, once; `Schedules` can be printed, plotted and tested.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from runtime.config import Config
+
+
+@dataclass
+class Schedules:
+    """What changes over the steps, each [steps]."""
+
+    lr: NDArray[np.float64]
+    weight_decay: NDArray[np.float64]
+    teacher_momentum: NDArray[np.float64]
+    teacher_temperature: NDArray[np.float64]
+    frozen: NDArray[np.bool_]  # whether the last layers stand still
+
+    def __len__(self) -> int:
+        return len(self.lr)
+
+
+def cosine(start: float, end: float, steps: int) -> NDArray[np.float64]:
+    """Half a cosine from `start` towards `end`, which the step after the last would reach."""
+    return end + 0.5 * (start - end) * (1 + np.cos(np.pi * np.arange(steps) / max(1, steps)))
+
+
+def make_schedules(config: Config, steps_per_epoch: int) -> Schedules:
+    """The schedules of a run of optim.epochs epochs of `steps_per_epoch` steps each."""
+    o, loss = config.optim, config.loss
+    steps = max(1, round(o.epochs * steps_per_epoch))
+    peak = o.lr * o.batch / 256
+    warmup = min(round(o.warmup * steps_per_epoch), steps)
+    lr = np.concatenate([np.linspace(0, peak, warmup), cosine(peak, o.min_lr, steps - warmup)])
+    # indexed by the epoch, as published: it moves at epochs' ends, and the last warm-up epoch has the final value
+    start, final = loss.teacher_temperature
+    warm_epochs = round(loss.teacher_temperature_warmup)
+    epoch = np.arange(steps) // steps_per_epoch
+    warm = np.append(np.linspace(start, final, warm_epochs), final)
+    return Schedules(
+        lr=lr,
+        weight_decay=cosine(*o.weight_decay, steps),
+        teacher_momentum=cosine(o.teacher_momentum, 1.0, steps),
+        teacher_temperature=warm[np.minimum(epoch, warm_epochs)],
+        frozen=np.arange(steps) < round(o.freeze_last_layer * steps_per_epoch),
+    )
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """Two groups of the trainable parameters: matrices and tokens decay, biases and norms (one axis) do not (published)."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = {n for n, p in trained if p.ndim == 1 or n.endswith(".bias")}
+    return [
+        {"params": [p for n, p in trained if n not in plain], "decays": True},
+        {"params": [p for n, p in trained if n in plain], "decays": False, "weight_decay": 0.0},
+    ]
+
+
+class Optimizer:
+    """AdamW with what the published step does around it: schedules, per-tensor clipping, a last layer frozen at first.
+
+    split_positions: the position embedding counts as two tensors when it is clipped, [CLS]'s and the patches', as in the
+    published DenseDINO (published DINO has one tensor, and so has timm).
+    """
+
+    def __init__(self, student: nn.Module, schedules: Schedules, clip: float, split_positions: bool = False):
+        self.schedules, self.clip = schedules, clip
+        self.positions = [p for n, p in student.named_parameters() if n.endswith("pos_embed") and split_positions]
+        self.adamw = torch.optim.AdamW(parameter_groups(student), fused=True)
+        self.trained = [p for p in student.parameters() if p.requires_grad]
+        self.last_layers = [p for n, p in student.named_parameters() if "last_layer" in n and p.requires_grad]
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        """Clip, take step number `step`, forget the gradients."""
+        for group in self.adamw.param_groups:
+            group["lr"] = float(self.schedules.lr[step])
+            if group["decays"]:
+                group["weight_decay"] = float(self.schedules.weight_decay[step])
+        if self.clip:
+            clip_each(self._clipped(), self.clip)
+        if self.schedules.frozen[step]:  # no decay and no Adam statistics either, as published
+            for p in self.last_layers:
+                p.grad = None
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+
+    def _clipped(self) -> list[torch.Tensor]:
+        """The gradients that are clipped, each by its own norm."""
+        whole = [p.grad for p in self.trained if p.grad is not None and all(p is not q for q in self.positions)]
+        parts = [part for p in self.positions if p.grad is not None for part in (p.grad[:, :1], p.grad[:, 1:])]
+        return whole + parts
+
+
+def clip_each(grads: list[torch.Tensor], largest: float) -> None:
+    """Scale every gradient whose own norm is above `largest` down to it, in place (published: per tensor, not global)."""
+    norms = torch._foreach_norm(grads)
+    torch._foreach_add_(norms, 1e-6)
+    factors = [(largest / n).clamp(max=1.0) for n in norms]
+    torch._foreach_mul_(grads, factors)

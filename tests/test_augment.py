@@ -1,0 +1,136 @@
+"""The colour recipe: each operation beside torchvision's and Pillow's on the same draws, and the draws' distribution."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as tv
+from PIL import Image, ImageFilter
+
+from pipeline import augment
+from pipeline.augment import MEAN, ORDERS, STD, apply_colour, draw_colour
+from pipeline.draws import hash64
+from runtime.config import Data, Views
+
+PLAIN = (0, 1, 1, 1, 0, 0, 0, 0)
+
+
+def pictures(n: int = 4, size: int = 40) -> torch.Tensor:
+    """Smooth and textured colours, uint8 [n,3,size,size]."""
+    torch.manual_seed(0)
+    coarse = torch.nn.functional.interpolate(torch.rand(n, 3, 5, 5), (size, size), mode="bicubic").clamp(0, 1)
+    return ((coarse * 0.8 + 0.2 * torch.rand(n, 3, size, size)) * 255).byte()
+
+
+def coloured(x: torch.Tensor, **columns: float) -> torch.Tensor:
+    """apply_colour with the given draws for every picture, back in grey levels [n,3,H,W]."""
+    draws = list(PLAIN)
+    for name, value in columns.items():
+        draws[getattr(augment, name.upper())] = value
+    views = x.permute(0, 2, 3, 1)[:, None]
+    out = apply_colour(views, torch.tensor(draws).float().expand(len(x), 1, 8))[0]
+    mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in (MEAN, STD))
+    return (out * std + mean) * 255
+
+
+def test_plain_draws_change_nothing():
+    x = pictures()
+    assert (coloured(x) - x).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.9, 1.4])
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
+def test_blends(name: str, factor: float):
+    x = pictures()
+    theirs = getattr(tv, f"adjust_{name}")(x.float() / 255, factor) * 255
+    assert (coloured(x, **{name: factor}) - theirs).abs().mean() < 1
+    assert (coloured(x, **{name: factor}) - x).abs().mean() > 1
+
+
+@pytest.mark.parametrize("turn", [-0.1, 0.03, 0.1, 0.5])
+def test_hue(turn: float):
+    x = pictures()
+    theirs = tv.adjust_hue(x.float() / 255, turn) * 255
+    assert (coloured(x, hue=turn) - theirs).abs().mean() < 0.1
+
+
+def test_grey_and_solarize():
+    x = pictures()
+    grey = tv.rgb_to_grayscale(x.float(), num_output_channels=3)
+    assert (coloured(x, grey=1) - grey).abs().mean() < 0.1
+    theirs = tv.solarize(x, 128).float()
+    assert (coloured(x, solarize=1) - theirs).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
+def test_blur(sigma: float):
+    """Beside torchvision's exact Gaussian, and Pillow's, which stacks three box filters: its difference is stated."""
+    x = pictures()
+    ours = coloured(x, sigma=sigma)
+    exact = tv.gaussian_blur(torch.nn.functional.pad(x.float(), (9,) * 4, mode="replicate"), [13, 13], [sigma, sigma])
+    assert (ours - exact[..., 9:-9, 9:-9]).abs().mean() < 0.1
+    pillow = np.stack(
+        [np.asarray(Image.fromarray(p.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(sigma))) for p in x]
+    )
+    assert np.abs(ours.permute(0, 2, 3, 1).numpy() - pillow).mean() < 1.0  # measured: 0.26 to 0.75 grey levels
+
+
+@pytest.mark.parametrize("order", range(24))
+def test_the_order_of_the_jitter(order: int):
+    """Each of the 24 orders beside the same operations of torchvision one after the other."""
+    x = pictures(2)
+    factors = {"brightness": 1.3, "contrast": 0.7, "saturation": 1.2, "hue": 0.08}
+    theirs = x.float() / 255
+    for i in ORDERS[order]:
+        name = list(factors)[i]
+        theirs = getattr(tv, f"adjust_{name}")(theirs, factors[name])
+    assert (coloured(x, order=order, **factors) - theirs * 255).abs().mean() < 0.5
+
+
+def test_each_picture_has_its_own_draws():
+    x = pictures(3)
+    draws = torch.tensor([PLAIN, (5, 1.2, 0.8, 1.1, 0.05, 0, 1.5, 0), (0, 1, 1, 1, 0, 1, 0, 1)]).float()[:, None]
+    together = apply_colour(x.permute(0, 2, 3, 1)[:, None], draws)[0]
+    alone = [apply_colour(x[i : i + 1].permute(0, 2, 3, 1)[:, None], draws[i : i + 1])[0] for i in range(3)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+
+
+def test_views_keep_their_places():
+    """[B,V,H,W,3] -> [V,B,3,H,W]."""
+    x = pictures(6).view(3, 2, 3, 40, 40)
+    out = apply_colour(x.permute(0, 1, 3, 4, 2), torch.tensor(PLAIN).float().expand(3, 2, 8))
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
+    for b, v in itertools.product(range(3), range(2)):
+        assert torch.allclose(out[v, b], (x[b, v] / 255 - mean) / std, atol=1e-5)
+
+
+def test_distribution_of_draws():
+    """DINO's recipe: strengths, probabilities, and that what is not drawn changes nothing."""
+    views = [Views(1, 224, blur=[1.0]), Views(1, 224, blur=[0.1], solarize=[0.2]), Views(1, 224, blur=[0.5])]
+    n = 20_000
+    d = draw_colour(hash64(0, 0, np.arange(n)), Data(), views).astype(np.float64)
+    assert d.shape == (n, 3, 8)
+
+    def share(mask: np.ndarray, p: float) -> None:
+        assert abs(mask.mean() - p) < 4 * np.sqrt(p * (1 - p) / mask.size) + 1e-9
+
+    jittered = d[..., augment.BRIGHTNESS] != 1
+    share(jittered, 0.8)
+    assert not jittered.all(1).any() or jittered.all(1).mean() < 0.55  # views draw independently: 0.8^3
+    for column, low, high in ((1, 0.6, 1.4), (2, 0.6, 1.4), (3, 0.8, 1.2), (4, -0.1, 0.1)):
+        x = d[..., column][jittered]
+        assert low <= x.min() < low + 0.01 * (high - low) * 5
+        assert high - 0.05 * (high - low) < x.max() <= high
+        assert abs(x.mean() - (low + high) / 2) < 0.01 * (high - low)
+        assert (d[..., column][~jittered] == (0 if column == augment.HUE else 1)).all()
+    orders = np.bincount(d[..., augment.ORDER].astype(int).ravel(), minlength=24)
+    assert len(orders) == 24
+    assert orders.min() > 0.9 * orders.mean()
+    share(d[..., augment.GREY] == 1, 0.2)
+    for v, (blur, solarize) in enumerate([(1.0, 0.0), (0.1, 0.2), (0.5, 0.0)]):
+        share(d[:, v, augment.SIGMA] > 0, blur)
+        share(d[:, v, augment.SOLARIZE] == 1, solarize)
+        sigma = d[:, v, augment.SIGMA]
+        assert sigma[sigma > 0].min() >= 0.1
+        assert sigma.max() <= 2.0

@@ -1,0 +1,259 @@
+"""k-NN: the vote as published, streamed without changing it, over photos that shards hold."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import eval.subject
+from eval import knn
+from eval.datasets import NO_CLASS, LabelledPhotos, decode, open_shards
+from eval.features import PIXELS, photo_features, raw_pixels
+from eval.knn import knn_scores, main, photo_knn, top_accuracy
+from eval.subject import Subject, spread
+from model.vit import ViT
+from pipeline.shards import Shards
+from runtime.mistake import Mistake
+
+HOME = Path(__file__).parents[1]
+ORACLE = Path(os.environ.get("ORACLE", HOME.parent / "shared" / "oracle"))
+COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
+
+
+def naive_scores(bank, labels, queries, k, temperature, classes):
+    """The definition in plain loops."""
+    scores = torch.zeros(len(queries), classes)
+    for i, query in enumerate(queries):
+        similar = [float(F.cosine_similarity(query, photo, dim=0)) for photo in bank]
+        for j in sorted(range(len(bank)), key=lambda j: -similar[j])[:k]:
+            scores[i, labels[j]] += np.exp(similar[j] / temperature)
+    return scores
+
+
+@pytest.mark.parametrize(("rows", "memory"), [(16384, 1 << 28), (7, 7 * 4 * 3), (50, 50 * 4), (1, 4)])
+def test_blocks_of_bank_and_queries_do_not_change_a_score(monkeypatch, rows, memory):
+    """One block, several of both with a last one that is shorter, one query at a time, one photo at a time."""
+    monkeypatch.setattr(knn, "BANK_ROWS", rows)
+    draw = torch.Generator().manual_seed(0)
+    bank, queries = 5 * torch.randn(103, 8, generator=draw), torch.randn(10, 8, generator=draw)
+    labels = torch.randint(0, 6, (103,), generator=draw)
+    scores = knn_scores(bank, labels, queries, 9, 0.1, 6, memory=memory)
+    torch.testing.assert_close(scores, naive_scores(bank, labels, queries, 9, 0.1, 6), rtol=1e-4, atol=1e-3)
+
+
+def test_a_near_neighbour_outvotes_two_far_ones_only_at_a_low_temperature():
+    bank = torch.tensor([[1.0, 0.1], [1.0, 1.0], [1.0, 1.1]])
+    labels, query = torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0]])
+    assert knn_scores(bank, labels, query, 3, 0.07, 2).argmax() == 0
+    assert knn_scores(bank, labels, query, 3, 10.0, 2).argmax() == 1
+    assert knn_scores(bank, labels, query, 99, 10.0, 2).argmax() == 1  # no more neighbours than there are photos
+
+
+def test_top_five_looks_at_no_more_classes_than_there_are_neighbours():
+    scores = torch.tensor([[0.0, 3.0, 2.0, 1.0, 0.5, 0.0, 4.0]] * 3)
+    answers = torch.tensor([6, 2, 5])  # places 1, 3 and 7
+    assert top_accuracy(scores, answers, k=20) == pytest.approx((100 / 3, 200 / 3))
+    assert top_accuracy(scores, answers, k=2) == pytest.approx((100 / 3, 100 / 3))
+
+
+@pytest.mark.skipif(not (ORACLE / "e_knn.safetensors").is_file(), reason=f"no oracle in {ORACLE}")
+def test_the_published_code_gives_the_same_scores_order_and_accuracy():
+    from safetensors.torch import load_file
+
+    oracle = load_file(ORACLE / "e_knn.safetensors")
+    bank, queries = oracle["train_features_raw"], oracle["test_features_raw"]
+    labels, answers = oracle["train_labels"].long(), oracle["test_labels"].long()
+    scores = knn_scores(bank, labels, queries, 20, 0.07, 10)
+    torch.testing.assert_close(scores, oracle["k20_T0.07.class_scores"], rtol=1e-5, atol=0)
+    assert torch.equal(scores.argsort(dim=1, descending=True, stable=True), oracle["k20_T0.07.order"].long())
+    for words, figures in json.loads((ORACLE / "e_eval.json").read_text())["knn"].items():
+        k, temperature = (float(word.split("=")[1]) for word in words.split(","))
+        top1, top5 = top_accuracy(knn_scores(bank, labels, queries, int(k), temperature, 10), answers, int(k))
+        assert (top1, top5) == pytest.approx((figures["top1"], figures["top5"]), abs=1e-6), words
+
+
+# ------------------------------------------------------------------------------------------------- photos and programs
+
+
+def paint(folder: Path, count: int, seed: int) -> None:
+    """Photos of 40 x 30 pixels, a colour for each class."""
+    draw = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            noise = draw.normal(0, 12, (30, 40, 3))
+            photo = Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
+            photo.save(folder / name / f"{seed}-{i}.jpg", quality=95)
+
+
+def make_shards(source: Path, folder: Path, *flags: str) -> None:
+    command = [sys.executable, "-m", "tools.make_shards", "make", str(source), str(folder), "--processes", "1", *flags]
+    subprocess.run(command, cwd=HOME, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """photos/, shards/ of them, val/ (other photos of two of the classes), bare/ (the photos without classes)."""
+    home = tmp_path_factory.mktemp("knn")
+    paint(home / "photos", 30, seed=0)
+    paint(home / "others", 5, seed=1)
+    for file in (home / "others" / "green").iterdir():
+        file.unlink()
+    (home / "others" / "green").rmdir()
+    make_shards(home / "photos", home / "shards")
+    make_shards(home / "others", home / "val")
+    make_shards(home / "photos", home / "bare", "--labels", "no")
+    return home
+
+
+@pytest.fixture
+def run(home, tmp_path, monkeypatch):
+    """A run folder whose network is a small untrained ViT: colours survive it."""
+
+    def load(path, untrained=False):
+        torch.manual_seed(1 if untrained else 0)
+        return ViT(width=24, depth=1, heads=2, patch=8, image_size=24)
+
+    monkeypatch.setattr(eval.subject, "load_backbone", load)
+    (tmp_path / "config.yaml").write_text(
+        f"data: {{shards: {home / 'shards'}, holdout: 0.2, views: [{{count: 2, size: 24, teacher: true}}]}}\n"
+        "model: {arch: custom, width: 24, depth: 1, heads: 2, patch: 8}\noptim: {batch: 8}\n"
+    )
+    return tmp_path
+
+
+def test_photos_are_cut_as_published_and_labelled(home):
+    photos = LabelledPhotos(Shards(home / "shards"), 24)
+    picture, label = photos[0]
+    assert picture.shape == (3, 24, 24)
+    assert picture.dtype == torch.uint8
+    assert tuple(picture.float().mean((1, 2)).round()) == pytest.approx(COLOURS[photos.classes[label]], abs=8)
+    # shorter side 30 -> round(24 * 256 / 224) = 27, then the middle 24: against Pillow, to a level of grey
+    row = Image.fromarray(decode(photos.shards.read(0)).permute(1, 2, 0).numpy())
+    pillow = row.resize((36, 27), Image.Resampling.BICUBIC).crop((6, 2, 30, 26))
+    assert (picture.permute(1, 2, 0).int() - torch.from_numpy(np.array(pillow)).int()).abs().max() <= 1
+
+
+def test_labels_follow_the_banks_names(home):
+    photos = LabelledPhotos(Shards(home / "val"), 24, classes=["green", "red", "blue"])
+    assert {photos[i][1] for i in range(len(photos))} == {1, 2}
+    with pytest.raises(Mistake, match=r"class 'red'.*did you mean 'reds'"):
+        LabelledPhotos(Shards(home / "val"), 24, classes=["blue", "reds"])
+
+
+def test_a_damaged_photo_is_left_out_and_not_guessed(home, tmp_path):
+    import shutil
+
+    shutil.copytree(home / "val", tmp_path / "val")
+    shards = Shards(tmp_path / "val")
+    record = shards.index[3]
+    with open(shards.folder / shards.shards[record["shard"]]["name"], "r+b") as tar:
+        tar.seek(int(record["offset"]) + 300)
+        tar.write(b"\0\0\0\0")
+    photos = LabelledPhotos(Shards(tmp_path / "val"), 24)
+    assert photos[3][1] == NO_CLASS
+    features, labels = photo_features(None, photos, ("pixels",), batch=4)
+    assert len(labels) == len(features["pixels"]) == len(photos) - 1
+    assert labels.min() >= 0
+
+
+def test_raw_pixels_do_not_see_brightness_and_contrast():
+    pictures = torch.randint(60, 180, (3, 3, 40, 40), dtype=torch.uint8)
+    brighter = (pictures.float() * 1.2 + 20).round().to(torch.uint8)
+    a, b = raw_pixels(pictures), raw_pixels(brighter)
+    assert a.shape == (3, 3 * PIXELS * PIXELS)
+    similar = F.normalize(a) @ F.normalize(b).T
+    assert similar.diagonal().min() > 0.99
+    assert (similar - torch.eye(3)).abs().max() < 0.2
+    assert raw_pixels(pictures[:, :, :16, :16]).shape == (3, 3 * 16 * 16)  # no smaller picture is blown up
+
+
+def test_workers_and_batches_do_not_change_a_figure(home):
+    torch.manual_seed(0)
+    network = ViT(width=24, depth=1, heads=2, patch=8, image_size=24).eval()
+    photos = LabelledPhotos(Shards(home / "shards"), 24)
+    features, labels = photo_features(network, photos, ("cls", "patches"), batch=90)
+    assert not torch.equal(features["cls"], features["patches"])
+    again, labels_again = photo_features(network, photos, ("patches", "cls"), batch=7, workers=2)
+    assert torch.equal(labels, labels_again)
+    for kind, made in features.items():
+        torch.testing.assert_close(again[kind], made, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_is_judged_on_what_it_held_out(run, capsys):
+    assert main([str(run), "--k", "5"]) == 0
+    assert "cls" in capsys.readouterr().out
+    line = json.loads((run / "evaluations.jsonl").read_text())
+    assert (line["photos"], line["queries"]) == (72, 18)  # 90 photos, a fifth held out
+    assert (line["what"], line["k"], line["temperature"], line["size"]) == ("knn", 5, 0.07, 24)
+    assert line["top1"] > 90  # three colours: a third by guessing
+    bank, val = Subject(run).photos(24)
+    assert not set(bank.rows) & set(val.rows)
+
+
+def test_other_shards_and_a_limit(run, home):
+    assert main([str(run), "--val", str(home / "val"), "--features", "pixels", "--limit", "9", "--size", "32"]) == 0
+    assert main([str(run), "--val", str(home / "val"), "--features", "patches", "--untrained"]) == 0
+    first, second = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
+    assert (first["photos"], first["queries"], first["features"], first["size"]) == (9, 9, "pixels", 32)
+    assert (second["photos"], second["queries"], second["untrained"]) == (72, 10, True)
+    assert list(spread(np.arange(10), 4)) == [0, 2, 5, 7]
+
+
+def test_shards_without_classes_are_said_and_nothing_is_written(run, home, capsys):
+    assert main([str(run), "--val", str(home / "bare")]) == 0
+    assert capsys.readouterr().out == "k-NN skipped: these shards have no classes\n"
+    assert not (run / "evaluations.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--features", "patch"], "did you mean 'patches'"),
+        (["--size", "30"], "size 30: not a multiple of the patch size 8; the nearest is 32"),
+        (["--val", "nowhere"], "nowhere: no shards here"),
+        (["--limit", "-3"], "--limit -3: more than 0"),
+        (["--limit", "0"], "--limit 0: more than 0"),
+        (["--k", "0"], "--k 0: more than 0"),
+    ],
+)
+def test_a_wrong_word_is_told(run, words, told):
+    with pytest.raises(Mistake, match=told):
+        main([str(run), *words])
+
+
+def test_a_folder_of_photos_is_told_how_to_become_shards(home):
+    with pytest.raises(Mistake, match=f"make shards SRC={home / 'photos'} DST="):
+        open_shards(home / "photos")
+
+
+def test_all_photos_voting_leaves_none_to_ask_about(run, home):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("holdout: 0.2", "holdout: 0"))
+    with pytest.raises(Mistake, match=r"nothing is left to ask about.*--val"):
+        main([str(run)])
+    with pytest.raises(Mistake, match="nothing is left to ask about"):  # a photo must not vote for itself
+        main([str(run), "--bank", str(home / "val"), "--val", str(home / "val")])
+
+
+def test_a_missing_run_ends_the_program_with_one_line_and_code_2(tmp_path):
+    (tmp_path / "first").mkdir()
+    command = [sys.executable, "-m", "eval.knn", str(tmp_path / "frist")]
+    ended = subprocess.run(command, cwd=HOME, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert f"did you mean '{tmp_path / 'first'}'" in ended.stderr
+
+
+def test_a_bank_of_nothing_but_damage_is_told(home, monkeypatch):
+    monkeypatch.setattr(Shards, "is_sound", lambda *_: False)
+    photos = LabelledPhotos(Shards(home / "val"), 24)
+    with pytest.raises(Mistake, match="no sound photo of a known class among 10"):
+        photo_knn(None, photos, photos, ("pixels",))

@@ -1,0 +1,322 @@
+"""Linear segmentation: the score by hand and as published, scenes in Pascal VOC's layout, a map that learns."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import eval.subject
+from eval import report
+from eval.datasets import IGNORE, VocSegmentation
+from eval.features import scene_batches, scene_tokens
+from eval.linear_seg import Protocol, confusion, fit, intersection_over_union, main, scenes_of, scored, upsampled
+from model.vit import ViT
+from runtime.mistake import Mistake
+
+ORACLE = Path(os.environ.get("ORACLE", Path(__file__).parents[2] / "shared" / "oracle"))
+COLOURS = np.array([(40, 40, 40), (220, 60, 40), (40, 90, 230)], np.uint8)  # of classes 0, 1, 2
+SMALL = Protocol(size=48, train_size=24, augment=False, epochs=6, batch=8, lr=0.5)
+
+
+def test_miou_by_hand():
+    truth = torch.tensor([[0, 0, 0, 1, 1, IGNORE]], dtype=torch.uint8)
+    predicted = torch.tensor([[0, 0, 1, 1, 3, 2]])  # of class 3 none is true, of class 2 nothing is there at all
+    counts = confusion(truth, predicted, 4)
+    assert counts.tolist() == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert intersection_over_union(counts).tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=1e-6)
+    assert scored(counts).miou == pytest.approx(25, abs=1e-3)  # (2/3 + 1/3) / 4
+    assert scored(counts).miou_present == pytest.approx(50, abs=1e-3)  # / 2
+
+
+@pytest.mark.skipif(not (ORACLE / "e_miou.safetensors").is_file(), reason=f"no oracle in {ORACLE}")
+def test_the_published_code_gives_the_same_miou():
+    from safetensors.torch import load_file
+
+    oracle = load_file(ORACLE / "e_miou.safetensors")
+    told = json.loads((ORACLE / "e_eval.json").read_text())["miou"]
+    counts = confusion(oracle["case1.gt"], oracle["case1.pred"], 21)
+    assert torch.equal(counts.double(), oracle["case1.confusion"])
+    figures = scored(counts)
+    assert figures.iou == pytest.approx([100 * iou for iou in told["case1"]["per_class_iou"]], abs=1e-9)
+    assert figures.miou == pytest.approx(100 * told["case1"]["StreamSegMetrics_mean_iou"], abs=1e-9)
+    assert figures.miou_present == pytest.approx(100 * told["case1"]["mean_iou_over_gt_present_classes"], abs=1e-9)
+    clean = scored(confusion(oracle["case2.gt"], oracle["case2.pred"], 21))
+    assert clean.miou == pytest.approx(100 * told["case2_no_ignore_no_absent"]["StreamSegMetrics_mean_iou"], abs=1e-9)
+
+
+def test_logits_upsampled_are_the_logits_of_features_upsampled():
+    torch.manual_seed(0)
+    head, tokens = nn.Conv2d(12, 5, 1), torch.randn(2, 12, 6, 6)
+    features_first = head(F.interpolate(tokens, (25, 25), mode="bilinear", align_corners=False))
+    torch.testing.assert_close(upsampled(head(tokens), 25), features_first)
+
+
+def test_the_protocol_is_the_published_one_for_published_views():
+    assert Protocol.for_views(224) == Protocol(448, 100, True, 25, 64, 0.01, 0)
+    assert Protocol.for_views(224, 224) == Protocol(224, 50, True, 25, 64, 0.01, 0)
+    assert Protocol.for_views(48) == Protocol(48, 24, False, 25, 64, 0.01, 0)
+
+
+# -------------------------------------------------------------------------------------------------------------- scenes
+
+
+def paint(folder: Path, counts: dict[str, int], size: tuple[int, int] = (60, 48)) -> None:
+    """Scenes in Pascal VOC's layout: a box of class 1 or 2 on ground, a colour for each class, a frame of 255."""
+    draw = np.random.default_rng(0)
+    for room in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / room).mkdir(parents=True)
+    width, height = size
+    for split, count in counts.items():
+        names = [f"{split}{i}" for i in range(count)]
+        for name in names:
+            mask = np.zeros((height, width), np.uint8)
+            x, y = draw.integers(0, width // 2), draw.integers(0, height // 2)
+            mask[y : y + 20, x : x + 24] = draw.integers(1, 3)
+            picture = COLOURS[mask] + draw.integers(0, 20, (height, width, 3), dtype=np.uint8)
+            mask[:2] = IGNORE
+            Image.fromarray(picture).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
+            indexed = Image.fromarray(mask).convert("P")
+            indexed.putpalette([7 * i % 256 for i in range(768)])  # the numbers count, not the palette's colours
+            indexed.save(folder / "SegmentationClass" / f"{name}.png")
+        (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("voc")
+    paint(folder / "voc", {"train": 40, "val": 10})
+    return folder / "voc"
+
+
+@pytest.fixture
+def voc(painted, tmp_path):
+    shutil.copytree(painted, tmp_path / "voc")
+    return tmp_path / "voc"
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return ViT(width=24, depth=1, heads=2, patch=8, image_size=48).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_picture_and_its_mask_stay_together(voc, augment):
+    scenes = VocSegmentation(voc, "train", 48, augment=augment)
+    assert scenes.classes == 3
+    torch.manual_seed(0)
+    agreeing = []
+    for i in range(len(scenes)):
+        picture, mask = scenes[i]
+        assert picture.shape == (3, 48, 48)
+        assert mask.shape == (48, 48)
+        assert mask.dtype == torch.uint8
+        away = (picture[:, None].float() - torch.from_numpy(COLOURS.T.copy()).float()[:, :, None, None]).square().sum(0)
+        known = mask != IGNORE
+        agreeing.append((away.argmin(0)[known] == mask[known]).float().mean())
+    assert min(agreeing) > 0.9
+    assert np.mean(agreeing) > 0.97
+
+
+def test_augmenting_flips_and_cuts(voc):
+    torch.manual_seed(0)
+    plain, moved = VocSegmentation(voc, "train", 48), VocSegmentation(voc, "train", 48, augment=True)
+    mask = plain[0][1]
+    draws = [moved[0][1] for _ in range(40)]
+    assert len({tuple(d.flatten().tolist()) for d in draws}) > 30
+    nearer_flipped = [((d != mask.flip(1)).sum() < (d != mask).sum()).item() for d in draws]
+    assert 8 < sum(nearer_flipped) < 32
+
+
+def test_masks_of_trainaug_come_first_for_trainaug_only(voc):
+    lists = voc / "ImageSets" / "Segmentation"
+    (lists / "trainaug.txt").write_text("train0\ntrain1\n")
+    (voc / "SegmentationClassAug").mkdir()
+    Image.fromarray(np.full((48, 60), 2, np.uint8)).save(voc / "SegmentationClassAug" / "train1.png")
+    scenes, val = scenes_of(voc, SMALL, None, "val")
+    assert scenes.split == "trainaug"
+    assert [path.parent.name for path in scenes.masks] == ["SegmentationClass", "SegmentationClassAug"]
+    assert (scenes[1][1] == 2).all()
+    assert {path.parent.name for path in val.masks} == {"SegmentationClass"}
+    assert VocSegmentation(voc, "train", 48).masks[1].parent.name == "SegmentationClass"
+
+
+def test_classes_have_names_where_the_folder_tells_them(voc):
+    assert VocSegmentation(voc, "val", 48).name(1) == "1"
+    (voc / "classes.txt").write_text("ground\nred box\nblue box\nnever\n")
+    scenes = VocSegmentation(voc, "val", 48)
+    assert (scenes.classes, scenes.name(1)) == (4, "red box")
+    assert VocSegmentation(voc, "val", 48, classes=21).classes == 21
+
+
+def test_what_is_wrong_with_a_folder_of_scenes_is_told(voc, tmp_path):
+    def told(message: str, **given):
+        settings = {"folder": voc, "split": "val", "size": 48, "classes": 3} | given
+        with pytest.raises(Mistake, match=message):
+            VocSegmentation(**settings)[0]
+
+    told("not in Pascal VOC's layout", folder=tmp_path / "nowhere")
+    told("no split 'vall', did you mean 'val'.*there are: train, val", split="vall")
+    told("val0.png: class 2, but there are 2 classes|val0.png: class 1, but", classes=1)
+    (voc / "JPEGImages" / "val0.jpg").write_bytes(b"\xff\xd8 no photo")
+    told("val0.jpg: no picture")
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(voc / "JPEGImages" / "val0.jpg")
+    told(r"val0.png: \(60, 48\) pixels, but the picture has \(9, 9\)")
+    Image.fromarray(np.zeros((48, 60, 3), np.uint8)).save(voc / "SegmentationClass" / "val0.png")
+    told("a mask is a palette or grey PNG")
+    (voc / "SegmentationClass" / "val0.png").unlink()
+    told("val0.png: no such mask, and split 'val' names it")
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
+    told("names no scene")
+
+
+# ------------------------------------------------------------------------------------------------------------- the map
+
+
+def test_tokens_lie_on_their_grid(voc, network):
+    """The token of a patch stands where the patch stands: it changes most where the picture is changed."""
+    scenes = VocSegmentation(voc, "val", 48)
+    made = scene_tokens(network, scenes, batch=4)
+    assert made.tokens.shape == (10, 24, 6, 6)
+    assert torch.equal(made.masks[7], scenes[7][1])
+    picture = scenes[0][0].clone()
+    picture[:, 16:24, 40:48] ^= 128  # row 2, column 5
+    scenes.__class__ = type("Changed", (VocSegmentation,), {"__getitem__": lambda self, i: (picture, made.masks[0])})
+    changed = next(scene_batches(network, scenes, batch=1)).tokens
+    assert divmod(int((changed[0] - made.tokens[0]).square().sum(0).argmax()), 6) == (2, 5)
+
+
+def test_the_map_learns_what_is_linear(voc, network):
+    train, val = scenes_of(voc, SMALL, None, "val")
+    history = fit(network, train, val, SMALL)
+    assert [figures.epoch for figures in history] == [1, 2, 3, 4, 5, 6]
+    assert history[-1].miou > 70  # colours alone tell the classes; 8-pixel patches blur their borders
+    assert history[-1].miou > history[0].miou + 20
+    assert fit(network, train, val, SMALL)[-1] == history[-1]  # the seed decides all of it
+
+
+def test_the_map_learns_with_augmentation_and_workers(voc, network):
+    protocol = replace(SMALL, augment=True)
+    train, val = scenes_of(voc, protocol, "train", "val")
+    before = torch.get_rng_state()
+    assert fit(network, train, val, protocol, workers=2)[-1].miou > 65
+    short = replace(protocol, epochs=1)
+    assert fit(network, train, val, short) == fit(network, train, val, short)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_mistake_in_a_worker_is_one_line(voc, network):
+    (voc / "JPEGImages" / "train3.jpg").write_bytes(b"")
+    train, val = scenes_of(voc, SMALL, None, "val")
+    with pytest.raises(Mistake) as mistake:
+        fit(network, train, val, SMALL, workers=1)
+    assert str(mistake.value).startswith(f"{voc / 'JPEGImages' / 'train3.jpg'}: no picture")
+    assert "\n" not in str(mistake.value)
+
+
+def test_a_batch_of_nothing_but_ignored_pixels_moves_nothing_to_nan(voc, network):
+    for i in range(40):
+        Image.fromarray(np.full((48, 60), IGNORE, np.uint8)).save(voc / "SegmentationClass" / f"train{i}.png")
+    train = VocSegmentation(voc, "train", 48, classes=3)
+    val = VocSegmentation(voc, "val", 48, classes=3)
+    history = fit(network, train, val, replace(SMALL, epochs=1))
+    assert np.isfinite(history[-1].iou).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ programs
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    def load(path, untrained=False):
+        torch.manual_seed(1 if untrained else 0)
+        return ViT(width=24, depth=1, heads=2, patch=8, image_size=48)
+
+    monkeypatch.setattr(eval.subject, "load_backbone", load)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(
+        "data: {shards: nowhere, views: [{count: 2, size: 48, teacher: true}]}\n"
+        "model: {arch: custom, width: 24, depth: 1, heads: 2, patch: 8}\noptim: {batch: 8}\n"
+    )
+    return tmp_path / "run"
+
+
+def test_the_program_tells_and_records(run, voc, capsys):
+    (voc / "classes.txt").write_text("ground\nred box\nblue box\n")
+    words = ["--data", str(voc), "--epochs", "6", "--lr", "0.5", "--batch", "8"]
+    assert main([str(run), *words]) == 0
+    screen = capsys.readouterr().out
+    assert "red box" in screen
+    assert main([str(run), *words, "--untrained"]) == 0
+    line, untrained = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
+    assert (line["untrained"], untrained["untrained"]) == (False, True)
+    assert line["last"] != untrained["last"]
+    assert (line["size"], line["train_size"], line["augment"], line["epochs"], line["classes"]) == (48, 24, False, 6, 3)
+    assert line["last"]["epoch"] == 6
+    assert line["last"]["miou"] > 70
+    assert line["best"]["miou"] >= line["last"]["miou"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--data", "nowhere"], "nowhere: not in Pascal VOC's layout"),
+        ([], "which scenes"),
+        (["--data", "VOC", "--size", "60"], "size 60: not a multiple of the patch size 8; the nearest is 64"),
+        (["--data", "VOC", "--val-split", "tarin"], "did you mean 'train'"),
+        (["--data", "VOC", "--epochs", "0"], "--epochs 0: more than 0"),
+    ],
+)
+def test_a_wrong_word_is_told(run, voc, words, told):
+    with pytest.raises(Mistake, match=told):
+        main([str(run), *(str(voc) if word == "VOC" else word for word in words)])
+
+
+def test_the_report_holds_trained_untrained_and_pixels_side_by_side(run, voc, tmp_path, capsys):
+    from tests.test_eval_knn import make_shards
+    from tests.test_eval_knn import paint as paint_photos
+
+    paint_photos(tmp_path / "photos", 20, seed=0)
+    make_shards(tmp_path / "photos", tmp_path / "shards")
+    config = run / "config.yaml"
+    config.write_text(
+        config.read_text().replace("shards: nowhere", f"shards: {tmp_path / 'shards'}, holdout: 0.2")
+        + f"eval: {{voc: {voc}, seg_epochs: 3, seg_lr: 0.5, k: 5}}\n"
+    )
+    assert report.main([str(run)]) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["knn_top1"] > 90
+    assert 0 < results["miou"] <= results["miou_best"] <= 100
+    assert set(results["untrained"]) >= {"knn_top1", "knn_top1_patches", "miou"}
+    assert results["untrained"]["miou"] != results["miou"]
+    assert results["pixels"]["knn_top1"] > 50
+    assert results["settings"]["knn"]["k"] == 5
+    assert results["settings"]["segmentation"]["epochs"] == 3
+    screen = capsys.readouterr().out
+    assert all(word in screen for word in ("trained", "untrained", "raw pixels", f"{results['miou']:.2f}"))
+
+
+def test_a_report_says_what_it_leaves_out(run, voc, tmp_path, capsys):
+    from tests.test_eval_knn import make_shards
+    from tests.test_eval_knn import paint as paint_photos
+
+    paint_photos(tmp_path / "photos", 10, seed=0)
+    make_shards(tmp_path / "photos", tmp_path / "bare", "--labels", "no")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("shards: nowhere", f"shards: {tmp_path / 'bare'}, holdout: 0.2"))
+    assert report.main([str(run)]) == 0
+    screen = capsys.readouterr().out
+    assert screen.count("k-NN skipped: these shards have no classes") == 1
+    assert screen.count("mIoU skipped") == 1
+    results = json.loads((run / "results.json").read_text())
+    assert (
+        results["knn_top1"] is results["miou"] is results["untrained"]["miou"] is results["pixels"]["knn_top1"] is None
+    )

@@ -1,0 +1,633 @@
+"""Photos become shards: every source and kind of photo, bad and hostile ones, kill -9, verify and index."""
+
+import fcntl
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.shards import Shards
+from runtime.mistake import Mistake
+
+REPO = Path(__file__).parent.parent
+
+
+def tool(*words: object, ok: bool = True, cwd: Path = REPO, **more: object) -> str:
+    """Run the program in one process; what it says. A wrong input must end with code 2 and one clear line."""
+    command = [sys.executable, "-m", "tools.make_shards", *map(str, words)]
+    if "--processes" not in words:
+        command += ["--processes", "1"]
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, **more)  # type: ignore
+    if ok:
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+    assert done.returncode == 2, done.stdout + done.stderr
+    if done.stderr:
+        assert done.stderr.startswith("error: "), done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr or done.stdout
+
+
+def pixels(seed: int, height: int = 30, width: int = 40) -> np.ndarray:
+    """Smooth colours that survive a JPEG: [height, width, 3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "JPEG", **how: object) -> bytes:
+    out = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(out, kind, **how)
+    return out.getvalue()
+
+
+def photo(seed: int, height: int = 30, width: int = 40) -> bytes:
+    return encoded(pixels(seed, height, width), quality=95, subsampling=0)
+
+
+def tree(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def tar_of(files: dict[str, bytes], path: Path | None = None) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    if path:
+        path.write_bytes(out.getvalue())
+    return out.getvalue()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def samples(folder: Path) -> list[tuple[bytes, int]]:
+    """(photo, label) of every sample, read as the trainer does; all must be sound."""
+    shards = Shards(folder)
+    photos = [shards.read(i) for i in range(len(shards))]
+    assert all(shards.is_sound(i, p) for i, p in enumerate(photos))
+    return [(p, int(label)) for p, label in zip(photos, shards.index["label"], strict=True)]
+
+
+CLASSES = {f"{c}/{i}.{e}": photo(10 * k + i) for k, c in enumerate("ab") for i, e in enumerate(["jpg", "JPEG", "jpeg"])}
+
+
+# ---- sources
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    src, dst = tree(tmp_path / "src", CLASSES | {"a/notes.txt": b"", "a/._0.jpg": b"junk"}), tmp_path / "dst"
+    (src / "b/link.jpg").symlink_to(src / "a/0.jpg")
+    (src / "c").symlink_to(src / "a")
+    os.mkfifo(src / "b/fifo.jpg")
+    said = tool("make", src, dst)
+    assert "6 photos" in said
+    assert "2 classes: the folders in" in said
+    shards = Shards(dst)
+    assert shards.classes == ["a", "b"]
+    assert sorted(samples(dst)) == sorted((data, "ab".index(name[0])) for name, data in CLASSES.items())
+    assert (shards.index["height"] == 30).all()
+    assert (shards.index["width"] == 40).all()
+    assert shards.manifest["kept"] == {"JPEG RGB": 6}
+    assert shards.manifest["skipped"] == {"links": 2, "not photos": 2, "special files": 1}
+    assert shards.manifest["photos"]["max_bytes"] == max(map(len, CLASSES.values()))
+    assert sorted(os.listdir(dst)) == ["index.npy", "manifest.json", "shard-000000.tar"]
+    assert "already whole: 6 samples in 1 shards" in tool("make", src, dst)
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "labels"),
+    [
+        (["x.jpg", "a/y.jpg", "b/z.jpg"], [], None),  # one lies directly in it
+        (["a/x.jpg", "a/b/y.jpg", "a/c/z.jpg"], [], None),  # one folder: nested, not classes
+        (["a/x.jpg", "a/y.jpg"], ["--labels", "yes"], [0, 0]),
+        (["a/x.jpg", "b/c/y.jpg"], [], [0, 1]),
+        (["a/x.jpg", "b/y.jpg"], ["--labels", "no"], None),
+        (["train/a/x.jpg", "train/b/y.jpg"], [], [0, 1]),
+        (["train/a/x.jpg", "val/b/y.jpg"], ["--labels", "no"], None),
+    ],
+)
+def test_which_photos_have_a_class(tmp_path: Path, files: list[str], options: list[str], labels: list | None) -> None:
+    named = {name: photo(i) for i, name in enumerate(files)}
+    tool("make", tree(tmp_path / "src", named), tmp_path / "folder", *options)
+    tar_of(named, tmp_path / "src.tar")
+    tool("make", tmp_path / "src.tar", tmp_path / "tar", *options)
+    assert content(tmp_path / "folder") == content(tmp_path / "tar")  # the same photos give the same bytes
+    expected = dict(zip(named.values(), labels or [-1] * len(files), strict=True))
+    assert dict(samples(tmp_path / "folder")) == expected
+    assert len(Shards(tmp_path / "folder").classes) == len(set(labels or []))
+
+
+def test_imagenet_as_it_is(tmp_path: Path) -> None:
+    scipy_io = pytest.importorskip("scipy.io")
+    synsets = ["n03", "n01", "n02"]  # ILSVRC2012 ids 1, 2, 3; the classes are sorted
+    inner = {f"{s}.tar": tar_of({f"{s}_{i}.JPEG": photo(i + 10 * k) for i in range(2)}) for k, s in enumerate(synsets)}
+    tar_of(inner, tmp_path / "ILSVRC2012_img_train.tar")
+    tool("make", tmp_path / "ILSVRC2012_img_train.tar", tmp_path / "train")
+    assert Shards(tmp_path / "train").classes == sorted(synsets)
+    assert dict(samples(tmp_path / "train")) == {photo(i + 10 * k): [2, 0, 1][k] for k in range(3) for i in range(2)}
+
+    val = {f"ILSVRC2012_val_{i:08d}.JPEG": photo(i) for i in range(1, 5)}
+    tar_of(val, tmp_path / "ILSVRC2012_img_val.tar")
+    assert "no ILSVRC2012_devkit_t12.tar.gz beside it" in tool(
+        "make", tmp_path / "ILSVRC2012_img_val.tar", tmp_path / "none"
+    )
+    assert {label for _, label in samples(tmp_path / "none")} == {-1}
+
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]
+    rows = [(i + 1, s, 0) for i, s in enumerate(synsets)] + [(1001, "n00", 3)]
+    meta = io.BytesIO()
+    scipy_io.savemat(meta, {"synsets": np.array(rows, fields).reshape(-1, 1)}, do_compression=True)
+    data = "ILSVRC2012_devkit_t12/data/"
+    kit = {data + "meta.mat": meta.getvalue(), data + "ILSVRC2012_validation_ground_truth.txt": b"3\n1\n1\n2\n"}
+    with tarfile.open(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+        for name, text in kit.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    tool("make", tmp_path / "ILSVRC2012_img_val.tar", tmp_path / "val")
+    assert Shards(tmp_path / "val").classes == Shards(tmp_path / "train").classes
+    assert dict(samples(tmp_path / "val")) == {photo(1): 1, photo(2): 2, photo(3): 2, photo(4): 0}
+    assert "not ImageNet's" in tool(
+        "make",
+        tmp_path / "ILSVRC2012_img_val.tar",
+        tmp_path / "x",
+        "--devkit",
+        tmp_path / "ILSVRC2012_img_val.tar",
+        ok=False,
+    )
+
+
+# ---- what becomes of a photo
+
+
+def test_every_kind_of_photo(tmp_path: Path) -> None:
+    rgb = pixels(1)
+    image = Image.fromarray(rgb)
+    grey = np.asarray(image.convert("L"))
+    half = Image.fromarray(np.dstack([rgb, np.where(np.arange(40) < 20, 255, 0)[None].repeat(30, 0).astype(np.uint8)]))
+    on_white = np.where(np.arange(40)[None, :, None] < 20, rgb, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to view
+    upright = Image.Exif()
+    upright[0x0112] = 1
+    palette = image.quantize(64)
+    kept = {
+        "JPEG RGB": (encoded(rgb, quality=90), rgb),
+        "JPEG L": (encoded(grey), grey),
+        "progressive": (encoded(rgb, progressive=True), rgb),
+        "upright": (encoded(rgb, exif=upright), rgb),
+    }
+    converted = {
+        "PNG RGB": (encoded(rgb, "PNG"), rgb),
+        "PNG L": (encoded(grey, "PNG"), grey),
+        "PNG I;16": (encoded(grey.astype(np.uint16) * 257, "PNG"), grey),
+        "PNG RGBA": (encoded(half, "PNG"), on_white),
+        "PNG LA": (encoded(half.convert("LA"), "PNG"), np.where(np.arange(40) < 20, grey, 255)),
+        "PNG P": (encoded(palette, "PNG"), np.asarray(palette.convert("RGB"))),
+        "GIF P": (encoded(palette, "GIF"), np.asarray(palette.convert("RGB"))),
+        "GIF P animated": (
+            encoded(palette, "GIF", save_all=True, append_images=[image.rotate(180)]),
+            palette.convert("RGB"),
+        ),
+        "WEBP RGB": (encoded(rgb, "WEBP", lossless=True), rgb),
+        "WEBP RGBA": (encoded(half, "WEBP", lossless=True, exact=True), on_white),
+        "TIFF RGB": (encoded(rgb, "TIFF"), rgb),
+        "TIFF I;16": (encoded(grey.astype(np.uint16) * 257, "TIFF"), grey),
+        "BMP RGB": (encoded(rgb, "BMP"), rgb),
+        "PNG 1": (encoded(image.convert("1", dither=Image.Dither.NONE), "PNG"), (grey > 127) * 255),
+        "JPEG CMYK": (encoded(image.convert("CMYK")), rgb),
+        "JPEG RGB rotated": (encoded(rgb, exif=exif), np.rot90(rgb, -1)),
+        "TIFF RGB rotated": (encoded(rgb, "TIFF", exif=exif), np.rot90(rgb, -1)),
+    }
+    bad = {"TIFF F": encoded(Image.fromarray(grey.astype(np.float32)), "TIFF")}
+    every = {
+        f"{i:02d}": (k, *v) for i, (k, v) in enumerate((kept | converted | {"long": (photo(3, 1, 5000), None)}).items())
+    }
+    src = tree(
+        tmp_path / "src", {f"{n}.jpg": v[1] for n, v in every.items()} | {"bad.tif": bad["TIFF F"]}
+    )  # names can lie
+    dst = tmp_path / "dst"
+    tool("make", src, dst, "--max-bad", 0.1)
+    shards = Shards(dst)
+    by_bytes = {shards.read(i): shards.index[i] for i in range(len(shards))}
+    for data, _ in kept.values():
+        assert data in by_bytes
+    rest = [(data, row) for data, row in by_bytes.items() if data not in [d for d, _ in kept.values()]]
+    for kind, (_, wanted) in converted.items():
+        wanted = np.asarray(wanted)
+        near = []
+        for data, row in rest:
+            got = Image.open(io.BytesIO(data))
+            assert got.format == "JPEG"
+            assert (got.height, got.width) == (row["height"], row["width"])
+            if np.asarray(got).shape == wanted.shape:
+                near.append(np.abs(np.asarray(got).astype(int) - wanted).mean())
+        assert min(near) < (8 if "1" in kind.split() or "P" in kind else 2), kind
+    counts = {kind.replace(" animated", ""): 1 for kind in converted} | {"GIF P": 2}
+    assert shards.manifest["converted"] == counts
+    assert shards.manifest["kept"] == {"JPEG L": 1, "JPEG RGB": 4}
+    assert "mode F" in (dst / "rejected.jsonl").read_text()
+    assert all(Image.open(io.BytesIO(shards.read(i))).getexif().get(0x0112, 1) == 1 for i in range(len(shards)))
+
+
+def test_resizing_on_request(tmp_path: Path) -> None:
+    big, small = photo(1, 90, 120), photo(2, 30, 50)
+    tool("make", tree(tmp_path / "src", {"big.jpg": big, "small.jpg": small}), tmp_path / "dst", "--resize-short", 45)
+    found = [data for data, _ in samples(tmp_path / "dst")]
+    assert small in found
+    (resized,) = [Image.open(io.BytesIO(data)) for data in found if data != small]
+    assert resized.size == (60, 45)
+    assert np.abs(np.asarray(resized).astype(int) - pixels(1, 45, 60)).mean() < 3
+    assert Shards(tmp_path / "dst").manifest["converted"] == {"JPEG RGB resized": 1}
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def lying_jpeg() -> bytes:
+    data = bytearray(photo(1))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", 65000, 65000)
+    return bytes(data)
+
+
+def test_bad_photos_are_listed_and_bounded(tmp_path: Path) -> None:
+    bad = {
+        "html.jpg": (b"<!DOCTYPE html><html>", "begins with b'<!DOCTYPE html><'"),
+        "empty.jpg": (b"", "empty"),
+        "cut.jpg": (photo(1)[:-2], "truncated"),
+        "header.jpg": (photo(1)[:200], "Truncated"),
+        "garbage.jpg": (bytes(range(256)), "no JPEG"),
+        "bomb.png": (png_header(30000, 30000), "900000000 pixels by its header"),
+        "bomb.jpg": (lying_jpeg(), "4225000000 pixels by its header"),
+        "thin.png": (png_header(70000, 1), "at most 65500"),
+        "\u2028line\n\udcff.jpg": (b"GIF89a", ""),
+    }
+    good = {f"good{i}.jpg": photo(i) for i in range(6)}
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    tree(src, good | {name: data for name, (data, _) in bad.items()})
+    said = tool("make", src, dst, "--max-bad", 0.5, ok=False)
+    assert "9 of the first 15 photos are bad, more than --max-bad 0.5 of all 15" in said
+    assert not (dst / "manifest.json").exists()
+    said = tool("make", src, dst, "--max-bad", 0.7)  # what is done is kept
+    assert "going on: 1 of 1" in said
+    assert sorted(data for data, _ in samples(dst)) == sorted(good.values())
+    reasons = {r["source"]: r["reason"] for r in map(json.loads, (dst / "rejected.jsonl").read_text().splitlines())}
+    assert set(reasons) == {name for name in bad if name.isascii()} | {"\\u2028line\\n\\xff.jpg"}
+    for name, (_, reason) in bad.items():
+        assert reason in reasons.get(name, ""), name
+    again = tmp_path / "again"
+    tool("make", src, again, "--max-bad", 0.7, "--processes", 2, "--shard-mb", 0.004)
+    assert (again / "rejected.jsonl").read_text().count("\n") == 9
+    assert Shards(again).manifest["samples"] == 6  # shards without a sound photo are not there
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak")
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_a_bomb_costs_no_memory(tmp_path: Path, kind: str) -> None:
+    frame = encoded(pixels(1), "WEBP", lossless=True)[12:]
+    there = struct.pack("<I", 0)[:3] * 2 + struct.pack("<I", 39)[:3] + struct.pack("<I", 29)[:3] + bytes(4) + frame
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + b"\xfe\x3f\0" * 2
+    body += b"ANIM" + struct.pack("<I", 6) + bytes(6) + b"ANMF" + struct.pack("<I", len(there)) + there
+    webp = b"RIFF" + struct.pack("<I", len(body)) + body
+    bomb = {"png": png_header(30000, 30000), "jpeg": lying_jpeg(), "webp": webp}[kind]
+    src = tree(tmp_path / "src", {"bomb.jpg": bomb, "good.jpg": photo(1)})
+    code = (
+        "import re, sys; from tools.make_shards import main; main(); "
+        "print('peak', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    )
+    words = ["make", src, tmp_path / "dst", "--max-bad", "0.5", "--processes", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], cwd=REPO, capture_output=True, text=True, timeout=60
+    )
+    assert "rejected 1" in done.stdout, done.stderr
+    assert int(done.stdout.split("peak")[1]) < 200_000  # kB, the interpreter and its imports included
+
+
+# ---- the same bytes, whatever happens
+
+
+def test_processes_do_not_show_and_the_seed_does(tmp_path: Path) -> None:
+    src = tree(tmp_path / "src", {f"{c}/{i}.jpg": photo(10 * c + i) for c in range(4) for i in range(10)})
+    for dst, *options in (("one", "--processes", 1), ("three", "--processes", 3), ("seed", "--seed", 1)):
+        tool("make", src, tmp_path / dst, "--shard-mb", 0.02, *options)
+    one = content(tmp_path / "one")
+    assert len(one) > 4
+    assert one == content(tmp_path / "three")
+    assert [p for p, _ in samples(tmp_path / "one")] != [p for p, _ in samples(tmp_path / "seed")]
+    shards = Shards(tmp_path / "one")
+    mixed = [len(set(shards.index["label"][a:b])) for a, b in zip(shards.starts, shards.starts[1:], strict=False)]
+    assert np.mean(mixed) > 2  # every shard holds several classes
+    assert max(s["bytes"] for s in shards.shards) < 20_000 + 2 * 1024 + max(
+        len(p) for p, _ in samples(tmp_path / "one")
+    )
+
+
+def test_killed_anywhere_the_same_command_goes_on(tmp_path: Path) -> None:
+    src = tree(tmp_path / "src", {f"{i}.jpg": photo(i, 300, 400) for i in range(60)} | {"bad.jpg": b"bad"})
+    options = ["--shard-mb", "0.05", "--max-bad", "0.1", "--processes", "2"]
+    tool("make", src, tmp_path / "whole", *options)
+    dst = tmp_path / "dst"
+    kills = 0
+    for shards_before in (0, 1, 4, 9, 14):
+        command = [sys.executable, "-m", "tools.make_shards", "make", str(src), str(dst), *options]
+        with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+            while run.poll() is None and not (dst.exists() and len(list(dst.glob("*.tar"))) > shards_before):
+                time.sleep(0.001)
+            run.send_signal(signal.SIGKILL)
+        kills += not (dst / "manifest.json").exists()
+    assert kills >= 3
+    for name in ("shard-000000.tar.1.draft", "index.npy.1.draft"):
+        (dst / ".make_shards" / name).write_bytes(b"half a file")
+    cut = dst / "shard-000000.tar"
+    cut.write_bytes(cut.read_bytes()[:-1000])  # not what its record says: made again
+    said = tool("make", src, dst, *options)
+    assert "going on:" in said
+    assert content(dst) == content(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line_and_no_loss(tmp_path: Path) -> None:
+    src, dst = tree(tmp_path / "src", {f"{i}.jpg": photo(i) for i in range(20)}), tmp_path / "dst"
+    said = tool(
+        "make", src, dst, ok=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+    )
+    assert "File too large" in said
+    assert not list(dst.glob("*.tar"))
+    tool("make", src, dst)
+    assert len(samples(dst)) == 20
+
+
+def test_other_photos_or_settings_are_refused(tmp_path: Path) -> None:
+    src, dst = tree(tmp_path / "src", CLASSES), tmp_path / "dst"
+    tool("make", src, dst)
+    assert "seed 0 there, 1 now" in tool("make", src, dst, "--seed", 1, ok=False)
+    assert "shard_mb 256.0 there, 1.0 now" in tool("make", src, dst, "--shard-mb", 1, ok=False)
+    (src / "a/0.jpg").unlink()
+    assert "6 photos there, 5 now" in tool("make", src, dst, ok=False)
+    fd = os.open(dst, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    assert "another make_shards is at work" in tool("make", src, dst, ok=False)
+    os.close(fd)
+
+
+# ---- hostile tars
+
+
+def hostile_tar(path: Path) -> None:
+    """Good photos among everything a tar can hold."""
+    data = photo(1)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+
+        def add(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", **pax: str) -> None:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.pax_headers = kind, link, pax
+            member.size = len(data) if kind == tarfile.REGTYPE else 0
+            tar.addfile(member, io.BytesIO(data) if kind == tarfile.REGTYPE else None)
+
+        add("good.jpg")
+        add("../out.jpg")
+        add("/tmp/absolute.jpg")
+        add("a/../../out.jpg")
+        add("link.jpg", tarfile.SYMTYPE, "/etc/passwd")
+        add("hard.jpg", tarfile.LNKTYPE, "good.jpg")
+        add("fifo.jpg", tarfile.FIFOTYPE)
+        add("device.jpg", tarfile.CHRTYPE)
+        add("good.jpg")  # a second time
+        add("new\nline.jpg")
+        add("é" * 120 + ".jpg")
+        add("sparse.jpg", **{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(10**12)})
+        add("huge.jpg", comment="x" * (2 << 20))
+        add("last.jpg")
+    raw = bytearray(path.read_bytes())
+    at = raw.rindex(b"last.jpg")
+    raw[at : at + 8] = b"la\xfft.jpg"  # not UTF-8
+    header = raw[at : at + 512]
+    header[148:156] = b" " * 8
+    raw[at + 148 : at + 156] = b"%06o\0 " % sum(header)
+    path.write_bytes(raw)
+
+
+def test_hostile_members_are_passed_over(tmp_path: Path) -> None:
+    hostile_tar(tmp_path / "hostile.tar")
+    tool("make", tmp_path / "hostile.tar", tmp_path / "dst")
+    manifest = Shards(tmp_path / "dst").manifest
+    assert manifest["samples"] == 4
+    assert manifest["skipped"] == {
+        "huge headers": 1, "links": 2, "names twice": 1, "sparse members": 1, "special files": 2, "unsafe names": 3,
+    }  # fmt: skip
+    assert sorted(os.listdir(tmp_path)) == ["dst", "hostile.tar"]
+    (tmp_path / "foreign").mkdir()
+    shutil.move(tmp_path / "hostile.tar", tmp_path / "foreign")
+    tool("index", tmp_path / "foreign")
+    assert len(samples(tmp_path / "foreign")) == 4
+
+
+@pytest.mark.parametrize(
+    "field", [b"-0000000512\0", b"\xff" * 12, b"\x80" + b"\0" * 3 + b"\x01" + b"\0" * 7, b"77777777777\0"]
+)
+def test_lying_sizes_in_a_tar(tmp_path: Path, field: bytes) -> None:
+    raw = bytearray(tar_of({"a.jpg": photo(1), "b.jpg": photo(2)}))
+    raw[124:136] = field
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw[:512])
+    (tmp_path / "t.tar").write_bytes(raw)
+    said = tool("make", tmp_path / "t.tar", tmp_path / "dst", ok=False)
+    assert "t.tar: " in said
+    assert "byte 0" in said
+
+
+# ---- what others make of it
+
+
+def test_webdataset_reads_it(tmp_path: Path) -> None:
+    tool("make", tree(tmp_path / "src", CLASSES), tmp_path / "dst", "--shard-mb", 0.005)
+    tars = sorted(map(str, (tmp_path / "dst").glob("*.tar")))
+    assert len(tars) > 1
+    import webdataset  # brings torch, seconds that the other tests need not wait for
+
+    read = [(s["jpg"], int(s["cls"])) for s in webdataset.WebDataset(tars, shardshuffle=False)]
+    assert read == samples(tmp_path / "dst")
+    keys = [s["__key__"] for s in webdataset.WebDataset(tars, shardshuffle=False)]
+    assert keys == [f"{i:08d}" for i in range(6)]
+    with tarfile.open(tars[0]) as tar:
+        assert all((m.mtime, m.uid, m.gid, m.mode) == (0, 0, 0, 0o644) for m in tar)
+
+
+def test_verify_names_what_is_damaged(tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    tool("make", tree(tmp_path / "src", CLASSES), dst, "--shard-mb", 0.005)
+    shards = Shards(dst)
+    n = len(shards.shards)
+    assert f"{n} shards, 6 samples: all agree" in tool("verify", dst, "--processes", 2)
+    whole = content(dst)
+
+    def after(name: str, change: "object") -> str:
+        raw = bytearray(whole[name])
+        (dst / name).write_bytes(change(raw) or raw)  # type: ignore[operator]
+        said = tool("verify", dst, ok=False)
+        (dst / name).write_bytes(whole[name])
+        return said
+
+    row = shards.index[5]
+    last = shards.shards[row["shard"]]["name"]
+
+    def flip(at: int) -> "object":
+        return lambda raw: raw.__setitem__(at, raw[at] ^ 1)
+
+    said = after(last, flip(int(row["offset"]) + 100))
+    assert f"{last}: sample 5 (00000005.jpg) is damaged: {row['size']} bytes at byte {row['offset']}" in said
+    assert "1 problem;" in said
+    assert "photos are sound" in after(last, flip(-1))
+    cut = after(last, lambda raw: raw[: int(row["offset"]) + 100])
+    assert "the manifest says" in cut
+    assert "sample 5 (00000005.jpg) is damaged" in cut
+    assert "index.npy: wrong about 1 samples" in after("index.npy", flip(-1))
+    (dst / last).unlink()
+    assert "samples are lost" in tool("verify", dst, ok=False)
+    with pytest.raises(Mistake, match="is missing"):
+        Shards(dst)
+
+
+# ---- tars that others made
+
+
+def test_index_of_foreign_tars(tmp_path: Path) -> None:
+    png = encoded(pixels(5), "PNG")
+    canary = tmp_path / "canary"
+    evil = b"cposix\nsystem\n(S'touch %s'\ntR." % os.fsencode(canary)
+    tar_of(
+        {
+            "x/1.jpg": photo(1), "x/1.cls": b"7\n", "x/1.json": b"{}",
+            "x/2.cls": b"3", "x/2.seg.png": png, "x/2.png": png, "x/2.pyd": evil, "x/2.pkl": evil,
+            "3.jpeg": photo(3), "3.jpg": photo(4), "3.cls": b"seven",
+            "4.cls": b"1", "4.txt": b"no photo",
+        },
+        tmp_path / "b.tar",
+    )  # fmt: skip
+    tar_of({"v1.2.webp": encoded(pixels(1), "WEBP"), "5.webp": encoded(pixels(6, 20, 10), "WEBP")}, tmp_path / "a.tar")
+    said = tool("index", tmp_path)
+    assert "4 samples in 2 shards" in said
+    assert samples(tmp_path)[1:] == [(photo(1), 7), (png, 3), (photo(3), -1)]
+    shards = Shards(tmp_path)
+    assert tuple(shards.index[0])[3:6] == (20, 10, -1)
+    assert shards.classes == [str(i) for i in range(8)]
+    assert shards.manifest["skipped"] == {
+        "labels that are no number": 1,
+        "samples without a photo": 2,
+        "twice in a sample": 1,
+    }
+    assert not canary.exists()
+    assert "all agree" in tool("verify", tmp_path)
+
+
+def test_index_of_our_own_keeps_the_names_of_classes(tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    tool("make", tree(tmp_path / "src", CLASSES), dst, "--shard-mb", 0.005)
+    index = (dst / "index.npy").read_bytes()
+    (dst / "index.npy").unlink()
+    tool("index", dst, "--processes", 2)
+    assert (dst / "index.npy").read_bytes() == index
+    assert Shards(dst).classes == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw[:1500], "the member at byte 0 has"),
+        (lambda raw: raw[: raw.index(b"b.jpg") + 300], "cut at byte"),
+        (lambda raw: raw[: raw.index(b"b.jpg")], "the tar has no end"),
+        (lambda raw: raw.replace(b"b.jpg", b"x.jpg"), "is no tar header"),
+        (lambda raw: b"", "empty (0 bytes)"),
+        (lambda raw: bytes(10240), "no photos in this tar"),
+        (lambda raw: b"\x1f\x8b" + raw, "byte 0 is no tar header"),
+    ],
+)
+def test_damaged_tars_are_named(tmp_path: Path, damage: "object", message: str) -> None:
+    raw = tar_of({"a.jpg": photo(1), "b.jpg": photo(2)})
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "whole.tar").write_bytes(raw)
+    (tmp_path / "x" / "bad.tar").write_bytes(damage(raw))  # type: ignore[operator]
+    said = tool("index", tmp_path / "x", ok=False)
+    assert "bad.tar: " in said
+    assert message in said
+    assert not (tmp_path / "x" / "manifest.json").exists()
+
+
+# ---- wrong inputs
+
+
+WRONG = {
+    "make photo dst": "did you mean 'photos'?",
+    "make empty dst": "no photos here (found: nothing at all)",
+    "make texts dst": "no photos here (found: 1 not photos); photos end in .jpg",
+    "make links dst": "links are not followed",
+    "make text.tar dst": "no tar",
+    "make zipped.tar.gz dst": "gunzip",
+    "make zero.tar dst": "empty (0 bytes)",
+    "make none.tar dst": "no photos here",
+    "make tars dst": "`make index DST=",
+    "make photos photos/dst": "lies in SRC",
+    "make photos .": "lies in SRC",
+    "make photos text.tar": "File exists",
+    "make photos text.tar/dst": "Not a directory",
+    "make photos tars": "did not make",
+    "make photos dst --shard-mb 0": "--shard-mb 0",
+    "make photos dst --shard-mb nan": "--shard-mb nan",
+    "make photos dst --quality 101": "--quality 101",
+    "make photos dst --max-bad 2": "--max-bad 2",
+    "make photos dst --processes 0": "--processes 0",
+    "make photos dst --labels yes": "lies directly in",
+    "make photos dst --devkit x": "does not hold ImageNet's validation photos",
+    "make splits dst": "holds train and val: give one of them",
+    "verify nowhere": "no shards here",
+    "verify tars": "make index",
+    "index nowhere": "no such folder",
+    "index empty": "no *.tar here",
+    "index photos --processes 0": "--processes 0",
+}
+
+
+def test_wrong_inputs(tmp_path: Path) -> None:
+    tree(tmp_path / "photos", {"x.jpg": photo(1)})
+    tree(tmp_path / "texts", {"x.txt": b""})
+    tree(tmp_path / "splits", {"train/a/x.jpg": photo(1), "val/a/x.jpg": photo(2)})
+    tree(tmp_path / "tars", {"x.tar": tar_of({"x.jpg": photo(1)}), "y.txt": b""})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/x").symlink_to(tmp_path / "photos")
+    (tmp_path / "text.tar").write_bytes(b"no tar at all " * 100)
+    (tmp_path / "zero.tar").write_bytes(b"")
+    (tmp_path / "zipped.tar.gz").write_bytes(b"\x1f\x8b" + bytes(1000))
+    tar_of({"x.txt": b""}, tmp_path / "none.tar")
+    with ThreadPoolExecutor(2) as pool:  # every one starts an interpreter
+        all_said = pool.map(lambda words: tool(*words.split(), ok=False, cwd=tmp_path), WRONG)
+    for (words, message), said in zip(WRONG.items(), all_said, strict=True):
+        assert message in said, words
+    assert not (tmp_path / "dst").exists()

@@ -1,0 +1,348 @@
+"""Equal to the published method, number by number: the tensors of ../shared/oracle were made by the published code.
+
+One test for each a_small_<mode>.safetensors found; further cases can be dropped in. $ORACLE names another folder.
+"""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ORACLE
+from torch import Tensor
+
+from model.dense_dino import STUDENT, TEACHER, DenseDINO
+from model.losses import cls_loss, reference_loss, teacher_probabilities
+from model.reference import point_embedding, resize_grid
+from model.weights import load_strictly, our_names
+from pipeline.augment import MEAN, STD
+from pipeline.batch import Batch
+from pipeline.geometry import points_in_views
+from runtime.config import Config, Head, Model, Views
+from runtime.schedule import Optimizer, Schedules, make_schedules
+
+MODES = {
+    "020": "none",
+    "all2pos": "patches+cls",
+    "all2pos_pos2cls": "patches",
+    "all2pos_pos2cls_eye": "patches+self",
+    "all_query": "all_query",
+}
+CASES = sorted(p.stem.removeprefix("a_small_") for p in ORACLE.glob("a_small_*.safetensors") if "common" not in p.stem)
+needs_oracle = pytest.mark.skipif(not CASES, reason=f"no oracle: {ORACLE} is not there (set ORACLE=folder)")
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-30))
+
+
+def config_of(case: dict, mode: str | None, views: list[Views], image: int) -> Config:
+    """The published command's choices at the oracle's size; mode None: plain DINO."""
+    config = Config(method="densedino" if mode else "dino")
+    config.model = Model("custom", case.get("patch", 16), case["embed"], case["depth"], case["heads"], 0.0)
+    config.head = Head(case["head_hidden"], case["head_bottleneck"], case["out_dim"])
+    config.data.views = views
+    config.loss.cls_views = "teacher" if mode else "all"
+    config.reference.attention = mode or "patches+self"  # type: ignore[assignment]
+    config.reference.center = "published"
+    config.reference.points = case["M"]
+    assert config.image_size == image
+    return config
+
+
+def schedules_of(steps: list[dict]) -> Schedules:
+    """The oracle's schedule, handed in: the last layers are frozen during epoch 0."""
+    column = lambda name: np.array([s[name] for s in steps])  # noqa: E731
+    return Schedules(column("lr"), column("wd"), column("m"), np.full(len(steps), 0.04), column("epoch") == 0)
+
+
+def loaded(config: Config, tensors: dict[str, Tensor]) -> DenseDINO:
+    """Our model with the oracle's student and teacher, through the product's importer of published checkpoints."""
+    model = DenseDINO(config)
+    for role, network in (("student", model.student), ("teacher", model.teacher)):
+        own = {n.removeprefix(f"{role}."): t for n, t in tensors.items() if n.startswith(f"{role}.")}
+        load_strictly(network, our_names(own), role)
+    return model
+
+
+def batch_of(tensors: dict[str, Tensor]) -> Batch:
+    """The oracle's views and points as the loader would hand them over."""
+    teacher = (tensors["tea_pos"].double().permute(1, 0, 2, 3, 4) + 1) / 2  # [B,T,V,M,2]
+    student = (tensors["stu_pos"].double().permute(1, 2, 0, 3, 4) + 1) / 2
+    nothing = torch.empty(0)
+    ids = torch.arange(len(teacher))
+    return Batch(0, ids, ids, [tensors["views"]], nothing, torch.stack([teacher, student], -2), nothing)
+
+
+def check_updated(ours: dict[str, Tensor], theirs: dict[str, Tensor], lr: float, momentum: float | None = None) -> None:
+    """1e-5 in 99.9 % of the entries; Adam's first step is a sign where the true gradient is (nearly) zero, and then
+    2 lr off is no failure (the key third of qkv.bias has an analytically zero gradient)."""
+    step = 2 * lr * (1 if momentum is None else 1 - momentum) * 1.01 + 1e-5
+    off = total = 0
+    for name, theirs_ in theirs.items():
+        difference = (ours[name] - theirs_).abs()
+        if name.endswith("qkv.bias"):
+            width = len(difference) // 3
+            assert difference[width : 2 * width].max() < step, name
+            difference[width : 2 * width] = 0
+        assert difference.max() < step, name
+        off += int((difference > 1e-5).sum())
+        total += difference.numel()
+    assert off <= 1e-3 * total
+
+
+@needs_oracle
+@pytest.mark.parametrize("mode", CASES)
+def test_step(mode: str, oracle, oracle_json):
+    """Three optimiser steps of DenseDINO: everything the published code computes, in its order."""
+    tensors = oracle("a_small_common")
+    want = oracle(f"a_small_{mode}")
+    index = oracle_json("a_small_index")
+    case, steps = index["config"], index[mode]["fp32"]["steps"]
+    views = [Views(2, 64, teacher=True, blur=[1.0, 0.1], solarize=[0.0, 0.2]), Views(2, 64)]
+    config = config_of(case, MODES[mode], views, 64)
+    model, batch = loaded(config, tensors), batch_of(tensors)
+    m, n_views = case["M"], case["V"]
+    rows = {"student": n_views * case["B"], "teacher": 2 * case["B"]}
+
+    def in_our_order(tokens: Tensor) -> Tensor:  # [CLS], points, patches -> [CLS], patches, points
+        references = tokens.shape[1] - 17
+        return torch.cat([tokens[:, :1], tokens[:, 1 + references :], tokens[:, 1 : 1 + references]], 1)
+
+    # tokens after every block, outputs, logits
+    logits = {}
+    for role, side in (("student", STUDENT), ("teacher", TEACHER)):
+        network = getattr(model, role)
+        blocks: list[Tensor] = []
+        original = network.backbone._block
+        network.backbone._block = lambda b, x, r, o=original, seen=blocks: seen.append(x) or o(b, x, r)
+        with torch.no_grad():
+            cls, tokens = model._see(network, batch, side)
+        del network.backbone._block
+        assert relative(blocks[0], in_our_order(want[f"{role}.tokens_in"])) < 1e-5
+        for i in range(1, case["depth"]):
+            assert relative(blocks[i], in_our_order(want[f"{role}.block{i - 1}_out"])) < 1e-5
+        assert relative(cls.flatten(0, 1), want[f"{role}.cls"][:, 0]) < 1e-5
+        with torch.no_grad():
+            logits[role] = network.cls_head(cls)
+        assert relative(logits[role].flatten(0, 1), want[f"{role}.head_cls"][:, 0]) < 1e-5
+        their_tokens = want[f"{role}.ref"].view(rows[role] // case["B"], case["B"], -1, m, case["embed"])
+        their_logits = want[f"{role}.head_ref"].view(*their_tokens.shape[:-1], -1)
+        for (
+            t,
+            v,
+        ) in model.reference_pairs:  # a teacher's row holds the slots v of its view t, a student's the slots t of v
+            view, slot = (t, v) if role == "teacher" else (v, t)
+            assert relative(tokens[t, v], their_tokens[view, :, slot]) < 1e-5
+            with torch.no_grad():
+                logits[role, t, v] = network.point_head(tokens[t, v])
+            assert relative(logits[role, t, v], their_logits[view, :, slot]) < 1e-5
+
+    # the cross-entropy of every pair that enters a loss
+    center = torch.zeros(case["out_dim"])
+    targets = teacher_probabilities(logits["teacher"], center, 0.04)
+    for t, v in [(0, 1), (1, 0)]:
+        assert float(cls_loss(targets, logits["student"], [(t, v)], 0.1)) == pytest.approx(
+            float(want["pair_ce.cls"][t, v]), rel=1e-5
+        )
+    for t, v in model.reference_pairs:
+        target = teacher_probabilities(logits["teacher", t, v], center, 0.04)
+        loss = reference_loss(target[None], logits["student", t, v][None], 0.1)
+        assert float(loss) == pytest.approx(float(want["pair_ce.ref"][t, v]), rel=1e-5)
+
+    # three steps: losses, gradients, clipping, AdamW, teacher, centres
+    optimizer = Optimizer(model.student, schedules_of(steps), case.get("clip", 3.0), split_positions=True)
+    for i, step in enumerate(steps):
+        log, means = model(batch, 0.04)
+        # the published code divides by the number of terms + 1e-5
+        cls, reference = log["cls_loss"] * 2 / (2 + 1e-5), log["reference_loss"] * 6 / (6 + 1e-5)
+        published = 0.5 * cls + 0.5 * reference
+        assert torch.isclose(log["loss"], 0.5 * (log["cls_loss"] + log["reference_loss"]), rtol=1e-6)
+        rel = 1e-5 if i == 0 else 1e-4  # later steps start from parameters that differ by Adam's sign noise
+        assert float(cls) == pytest.approx(step["global_loss"], rel=rel)
+        assert float(reference) == pytest.approx(step["ref_loss"], rel=rel)
+        assert float(published) == pytest.approx(step["loss"], rel=rel)
+        published.backward()
+        if i == 0:
+            theirs = our_names({n[5:]: g for n, g in want.items() if n.startswith("grad.")})
+            ours = {n: p.grad for n, p in model.student.named_parameters() if p.requires_grad}
+            assert ours.keys() == theirs.keys()
+            for name in theirs:
+                if name.endswith("qkv.bias"):  # the keys' third is zero but for rounding
+                    width = case["embed"]
+                    ours[name][width : 2 * width] = theirs[name][width : 2 * width]
+                assert relative(ours[name], theirs[name]) < 1e-5, name
+        norms = torch._foreach_norm(optimizer._clipped())
+        assert sum(float(n) > step["clip"] for n in norms) == step["n_clipped"]
+        optimizer.step(i)
+        model.update_teacher(step["m"])
+        model.update_centers(means)
+        assert relative(model.cls_center, want[f"step{i}.center"][0]) < (1e-5 if i == 0 else 1e-4)
+        assert relative(model.reference_center, want[f"step{i}.ref_center"][0]) < (1e-5 if i == 0 else 1e-4)
+        if i == 0:
+            for role, momentum in (("student", None), ("teacher", step["m"])):
+                own = {n.removeprefix(f"step0.{role}."): t for n, t in want.items() if n.startswith(f"step0.{role}.")}
+                check_updated(dict(getattr(model, role).state_dict()), our_names(own), step["lr"], momentum)
+
+
+@needs_oracle
+@pytest.mark.parametrize("mode", CASES)
+def test_losses_in_float64(mode: str, oracle, oracle_json):
+    """Three steps in float64 against the float64 twins."""
+    index = oracle_json("a_small_index")
+    if "fp64" not in index[mode]:
+        pytest.skip(f"no float64 twin of {mode}")
+    case, steps = index["config"], index[mode]["fp64"]["steps"]
+    tensors = oracle("a_small_common")
+    config = config_of(case, MODES[mode], [Views(2, 64, teacher=True, blur=[1.0]), Views(2, 64)], 64)
+    model, batch = loaded(config, tensors).double(), batch_of(tensors)
+    batch.views = [batch.views[0].double()]
+    optimizer = Optimizer(model.student, schedules_of(steps), 3.0, split_positions=True)
+    for i, step in enumerate(steps):
+        log, means = model(batch, 0.04)
+        cls, reference = log["cls_loss"] * 2 / (2 + 1e-5), log["reference_loss"] * 6 / (6 + 1e-5)
+        # Adam divides zero gradients (the keys' biases) by their own rounding: later steps are equal to less
+        rel = 1e-9 if i == 0 else 1e-6
+        assert float(cls) == pytest.approx(step["global_loss"], rel=rel)
+        assert float(reference) == pytest.approx(step["ref_loss"], rel=rel)
+        (0.5 * cls + 0.5 * reference).backward()
+        optimizer.step(i)
+        model.update_teacher(step["m"])
+        model.update_centers(means)
+
+
+@needs_oracle
+def test_loss_variants(oracle, oracle_json):
+    """Which views enter each loss, and alpha."""
+    index = oracle_json("a_small_index")
+    tensors = oracle("a_small_common")
+    for name, want in index["variants_loss_only"].items():
+        mode, all_cls, all_ref, alpha = re.match(r"(.*)\|all_global=(.*)\|all_ref=(.*)\|alpha=(.*)", name).groups()
+        config = config_of(index["config"], MODES[mode], [Views(2, 64, teacher=True), Views(2, 64)], 64)
+        config.loss.cls_views = "all" if all_cls == "True" else "teacher"
+        config.reference.views = "all" if all_ref == "True" else "teacher"
+        config.loss.alpha = float(alpha)
+        with torch.no_grad():
+            log, _ = loaded(config, tensors)(batch_of(tensors), 0.04)
+        n_cls, n_ref = (6 if all_cls == "True" else 2), (6 if all_ref == "True" else 2)
+        cls, reference = log["cls_loss"] * n_cls / (n_cls + 1e-5), log["reference_loss"] * n_ref / (n_ref + 1e-5)
+        assert float(cls) == pytest.approx(want["global_loss"], rel=1e-5), name
+        assert float(reference) == pytest.approx(want["ref_loss"], rel=1e-5), name
+        assert float(config.loss.alpha * cls + (1 - config.loss.alpha) * reference) == pytest.approx(
+            want["loss"], rel=1e-5
+        )
+        assert float(log["loss"]) == pytest.approx(want["loss"], rel=1e-5), name
+
+
+def test_dino_multicrop(oracle, oracle_json):
+    """Plain DINO, 2 x 224 + 2 x 96 in one step: several sizes, the position grid resized for the small views."""
+    tensors, want = oracle("b_multicrop_inputs_dino"), oracle("b_dino_multicrop")
+    index = oracle_json("b_dino_index")
+    config = config_of(index["config"], None, [Views(2, 224, teacher=True), Views(2, 96, (0.05, 0.4))], 224)
+    model = loaded(config, tensors)
+    mean, std = (torch.tensor(c).view(1, 1, 3, 1, 1) for c in (MEAN, STD))
+    views = [torch.stack([tensors[f"views_u8.{i}"] for i in pair]) / 255 for pair in ((0, 1), (2, 3))]  # [2,B,3,S,S]
+    nothing = torch.empty(0)
+    ids = torch.arange(3)
+    batch = Batch(0, ids, ids, [(v - mean) / std for v in views], nothing, torch.empty(3, 2, 4, 0, 2, 2), nothing)
+    for role, side in (("student", STUDENT), ("teacher", TEACHER)):
+        with torch.no_grad():
+            cls, _ = model._see(getattr(model, role), batch, side)
+            assert relative(cls.flatten(0, 1), want[f"{role}.cls"]) < 1e-5
+            assert relative(getattr(model, role).cls_head(cls).flatten(0, 1), want[f"{role}.head"]) < 1e-5
+    steps = index["fp32"]
+    optimizer = Optimizer(model.student, schedules_of(steps), 3.0)
+    for i, step in enumerate(steps):
+        log, means = model(batch, step["teacher_temp"])
+        # the exact mean over DINO's 10 terms
+        assert float(log["loss"].detach()) == pytest.approx(step["loss"], rel=1e-5 if i == 0 else 1e-4)
+        log["loss"].backward()
+        if i == 0:
+            theirs = our_names({n[5:]: g for n, g in want.items() if n.startswith("grad.")})
+            for name, p in model.student.named_parameters():
+                if p.requires_grad:
+                    ours = p.grad.clone()
+                    if name.endswith("qkv.bias"):
+                        ours[48:96] = theirs[name][48:96]
+                    assert relative(ours, theirs[name]) < 1e-5, name
+        assert sum(float(n) > 3.0 for n in torch._foreach_norm(optimizer._clipped())) == step["n_clipped"]
+        optimizer.step(i)
+        model.update_teacher(step["m"])
+        model.update_centers(means)
+        assert relative(model.cls_center, want[f"step{i}.center"][0]) < (1e-5 if i == 0 else 1e-4)
+        if i == 0:
+            for role, momentum in (("student", None), ("teacher", step["m"])):
+                own = {n.removeprefix(f"step0.{role}."): t for n, t in want.items() if n.startswith(f"step0.{role}.")}
+                check_updated(dict(getattr(model, role).state_dict()), our_names(own), step["lr"], momentum)
+
+
+@pytest.mark.parametrize("grid", ["g14", "g4"])
+def test_point_embedding(grid: str, oracle):
+    """Values and gradient of the bicubic reading, both border rules."""
+    c = {n.removeprefix(f"{grid}."): t for n, t in oracle("c_posembed").items()}
+    side = int(c["patch_pos_embed"].shape[1] ** 0.5)
+    table = c["patch_pos_embed"][0].unflatten(0, (side, side)).requires_grad_()
+    points = c["points01"][None]
+    out = point_embedding(table, points)[0]
+    assert relative(out, c["out"]) < 1e-5
+    assert (out - c["out"]).abs().max() < 1e-5
+    (gradient,) = torch.autograd.grad(out, table, c["cotangent"])
+    assert relative(gradient.flatten(0, 1), c["grad_patch_pos_embed"]) < 1e-5
+    assert relative(point_embedding(table, points, "border")[0], c["out_border_padding_NOT_HEAD"]) < 1e-5
+    ones = point_embedding(torch.ones(side, side, 1), points)[0, :, 0]
+    assert (ones - c["weight_sum"]).abs().max() < 1e-5
+    exact = point_embedding(table.double(), (c["grid"].double()[None] + 1) / 2)[0]
+    assert (exact - c["out_fp64"]).abs().max() < 1e-6
+
+
+def test_resized_grid(oracle):
+    """The position grid for images of other sizes, non-square ones too."""
+    c = oracle("c_posembed")
+    table = c["g14.patch_pos_embed"][0].unflatten(0, (14, 14))
+    cases = [n for n in c if n.startswith("resize.")]
+    assert len(cases) >= 8
+    for name in cases:
+        h, w = (int(s) // 16 for s in name.removeprefix("resize.").split("x"))
+        assert relative(resize_grid(table, h, w).flatten(0, 1), c[name][0]) < 1e-5, name
+
+
+@pytest.mark.parametrize("case", ["V4M4_224", "V6M9_224", "V6M4_224_96"])
+def test_points(case: str, oracle):
+    """Points from the published boxes, flips and uniform draws."""
+    c = {n.removeprefix(f"{case}."): t.numpy() for n, t in oracle("d_points_exact").items() if n.startswith(case)}
+    windows = c["boxes"].astype(np.int32)
+    windows[c["flip"] != 0] = windows[c["flip"] != 0][:, [2, 1, 0, 3]]
+    ours = points_in_views(windows, c["u"].astype(np.float64))  # [B,T,V,M,2,2]
+    assert np.abs(ours[..., 0, :] * 2 - 1 - c["tea"]).max() < 1e-6 * 2
+    assert np.abs(ours[..., 1, :].swapaxes(1, 2) * 2 - 1 - c["stu"]).max() < 1e-6 * 2
+
+
+def test_schedules(oracle_json):
+    """Every schedule at every index that the file holds."""
+    want = oracle_json("f_schedules")
+
+    def check(values: np.ndarray, name: str) -> None:
+        reference = want[name]
+        assert len(values) == reference["len"]
+        assert values[:50] == pytest.approx(np.array(reference["first50"]), rel=1e-12, abs=1e-15)
+        for i, value in reference.get("sampled", {}).items():
+            assert values[int(i)] == pytest.approx(value, rel=1e-12, abs=1e-15), (name, i)
+        if "sum" in reference:
+            assert values.sum() == pytest.approx(reference["sum"], rel=1e-12)
+
+    config = Config()
+    config.optim.epochs = 100
+    for batch in (256, 512):
+        config.optim.batch = batch
+        check(make_schedules(config, 7).lr, f"lr_base0.0005_bs{batch}")
+    config.optim.batch, config.optim.warmup = 256, 0
+    schedules = make_schedules(config, 7)
+    check(schedules.lr, "lr_nowarmup")
+    check(schedules.weight_decay, "wd")
+    check(schedules.teacher_temperature[::7], "teacher_temp_default_0.04_0.04_0")
+    for momentum in (0.996, 0.9995):
+        config.optim.teacher_momentum = momentum
+        check(make_schedules(config, 7).teacher_momentum, f"momentum{momentum}")
+    config.loss.teacher_temperature, config.loss.teacher_temperature_warmup = (0.04, 0.07), 30
+    check(make_schedules(config, 7).teacher_temperature[::7], "teacher_temp_0.04_0.07_30")
+    assert list(schedules.frozen[:8]) == [True] * 7 + [False]

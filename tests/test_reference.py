@@ -1,0 +1,121 @@
+"""Reference attention equals the published N x N mask, and disturbs nothing it should not."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.reference import MODES, attend, point_embedding
+from model.vit import ViT
+
+
+def literal_mask(patches: int, references: int, mode: str) -> Tensor:
+    """True where a query (row) may attend a key (column); order [CLS], patches, references. Published code, VT:342."""
+    image = 1 + patches
+    length = image + references
+    allowed = torch.ones(length, length, dtype=torch.bool)
+    if mode == "none":
+        return allowed
+    allowed[:, image:] = False
+    if mode == "patches":
+        allowed[image:, 0] = False
+    if mode == "patches+self":
+        allowed[image:, 0] = False
+        allowed.fill_diagonal_(True)
+    if mode == "all_query":
+        allowed[:, 0] = False
+        allowed.fill_diagonal_(True)
+    return allowed
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("references", [0, 1, 7])
+def test_equal_to_the_mask(mode: str, references: int):
+    torch.manual_seed(0)
+    patches = 9
+    q, k, v = torch.randn(3, 2, 3, 1 + patches + references, 8, dtype=torch.float64).requires_grad_().unbind(0)
+    ours = attend(q, k, v, references, mode)
+    scores = (q @ k.transpose(-2, -1) / 8**0.5).masked_fill(~literal_mask(patches, references, mode), -torch.inf)
+    literal = scores.softmax(-1) @ v
+    assert (ours - literal).abs().max() < 1e-12
+    probe = torch.randn_like(ours)
+    for x in (q, k, v):
+        a, b = (torch.autograd.grad(y, x, probe, retain_graph=True)[0] for y in (ours, literal))
+        assert (a - b).abs().max() < 1e-12
+
+
+def test_masks_of_the_published_code(oracle):
+    """The literal masks above are the published ones (their token order: [CLS], references, patches)."""
+    names = {
+        "020": "none",
+        "all2pos": "patches+cls",
+        "all2pos_pos2cls": "patches",
+        "all2pos_pos2cls_eye": "patches+self",
+    }
+    names["all_query"] = "all_query"
+    order = torch.cat([torch.tensor([0]), torch.arange(9, 25), torch.arange(1, 9)])
+    for name, theirs in oracle("a_masks_allowed").items():
+        mode = names[name.split(".")[-1]]
+        assert torch.equal(theirs[order][:, order].bool(), literal_mask(16, 8, mode)), name
+
+
+def vit(mode: str, **options) -> ViT:
+    torch.manual_seed(0)
+    return ViT(width=32, depth=2, heads=2, patch=8, image_size=32, attention=mode, **options).eval()
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "none"])
+def test_the_image_does_not_see_reference_tokens(mode: str):
+    network, images = vit(mode), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        cls, patches, nothing = network(images)
+        cls_with, patches_with, references = network(images, torch.rand(3, 5, 2))
+        alone = network(images, torch.rand(3, 1, 2).clone())[2]
+    assert nothing is None
+    assert alone.shape == (3, 1, 32)
+    assert references.shape == (3, 5, 32)
+    assert (cls - cls_with).abs().max() < 1e-5
+    assert (patches - patches_with).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "none"])
+def test_reference_tokens_do_not_see_each_other(mode: str):
+    network, images, points = vit(mode), torch.randn(2, 3, 32, 32), torch.rand(2, 6, 2)
+    with torch.no_grad():
+        together = network(images, points)[2]
+        apart = torch.cat([network(images, points[:, i : i + 1])[2] for i in range(6)], 1)
+    assert (together - apart).abs().max() < 1e-5
+
+
+def test_a_token_at_a_patch_centre_is_that_patchs_position():
+    grid = torch.randn(4, 6, 5)
+    x, y = torch.meshgrid((torch.arange(6) + 0.5) / 6, (torch.arange(4) + 0.5) / 4, indexing="xy")
+    points = torch.stack([x, y], -1).flatten(0, 1)[None]
+    for border in ("zeros", "border"):
+        assert (point_embedding(grid, points, border)[0] - grid.flatten(0, 1)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("border", ["zeros", "border"])
+def test_reading_equals_grid_sample(border: str):
+    torch.manual_seed(1)
+    grid, points = torch.randn(5, 7, 3, dtype=torch.float64), torch.rand(2, 50, 2, dtype=torch.float64) * 1.2 - 0.1
+    at = (points * 2 - 1).flatten(0, 1)[None, :, None]
+    theirs = torch.nn.functional.grid_sample(
+        grid.permute(2, 0, 1)[None], at, mode="bicubic", padding_mode=border, align_corners=False
+    )
+    assert (point_embedding(grid, points, border).flatten(0, 1) - theirs[0, :, :, 0].T).abs().max() < 1e-12
+
+
+def test_a_plain_timm_vit_loads_the_weights():
+    import timm
+
+    network = vit("patches+self")
+    plain = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0, dynamic_img_size=True
+    ).eval()
+    plain.load_state_dict(network.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = plain.forward_features(images)
+        cls, patches, _ = network(images)
+    assert (features[:, 0] - cls).abs().max() < 1e-5
+    assert (features[:, 1:] - patches).abs().max() < 1e-5
