@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from eval.datasets import LabelledPhotos, VocSegmentation
 from model.vit import ViT
@@ -46,18 +46,39 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(pictures uint8 [n,3,S,S], labels [n] or masks [n,S,S]) on the device, in order unless shuffled."""
     loader = DataLoader(
-        data,
+        _Told(data),
         batch,
         shuffle=shuffle is not None,
         generator=shuffle or torch.Generator(),  # its own: evaluating in the middle of a run draws none of the run's
         num_workers=workers,
+        collate_fn=_collate,
         pin_memory=device.type == "cuda",
     )
-    try:
-        for pictures, answers in loader:
-            yield pictures.to(device, non_blocking=True), answers.to(device, non_blocking=True)
-    except Mistake as mistake:  # a worker sends its traceback along; the last line is what was wrong
-        raise Mistake(str(mistake).strip().splitlines()[-1].removeprefix("runtime.mistake.Mistake: ")) from None
+    for made in loader:
+        if isinstance(made, Mistake):
+            raise made
+        pictures, answers = made
+        yield pictures.to(device, non_blocking=True), answers.to(device, non_blocking=True)
+
+
+class _Told(Dataset):
+    """The same data; a Mistake comes as a value: raised in a worker it would be told with the worker's traceback."""
+
+    def __init__(self, data: Dataset):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, i: int) -> tuple | Mistake:
+        try:
+            return self.data[i]
+        except Mistake as mistake:
+            return mistake
+
+
+def _collate(samples: list) -> list[Tensor] | Mistake:
+    return next((sample for sample in samples if isinstance(sample, Mistake)), None) or default_collate(samples)
 
 
 @torch.inference_mode()

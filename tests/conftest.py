@@ -4,11 +4,16 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+ROOT = Path(__file__).parents[1]
 ORACLE = Path(os.environ.get("ORACLE", Path(__file__).parents[2] / "shared" / "oracle"))
 torch.set_num_threads(1)
 
@@ -38,3 +43,57 @@ def oracle_json():
         return json.loads(path.read_text())
 
     return read
+
+
+def run_program(*words: object, expect: int = 0, **options) -> subprocess.CompletedProcess:
+    """Run a program of the house as a user would; its output is shown where its exit code is not the expected one."""
+    command = [sys.executable, *(str(w) for w in words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+    assert done.returncode == expect, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """96 small photos of three classes, of several sizes and colours; folder/<class>/<n>.jpg."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for n in range(96):
+        kind = ("ash", "birch", "cedar")[n % 3]
+        height, width = rng.integers(40, 90, 2)
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
+        photo = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        (folder / kind).mkdir(exist_ok=True)
+        (photo.convert("L") if n % 10 == 9 else photo).save(folder / kind / f"{n:03d}.jpg", quality=95)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(photos: Path, tmp_path_factory) -> Path:
+    """The photos as shards."""
+    folder = tmp_path_factory.mktemp("shards") / "tiny"
+    run_program("-m", "tools.make_shards", "make", photos, folder, "--shard-mb", "0.05", "--processes", "1")
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_shards: Path, tmp_path: Path) -> Path:
+    """A config of a network that trains in seconds."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"""
+data:
+  shards: {tiny_shards}
+  holdout: 0.1
+  views:
+    - {{count: 2, size: 32, scale: [0.4, 1.0], teacher: true, blur: [1.0, 0.1], solarize: [0.0, 0.2]}}
+    - {{count: 2, size: 16, scale: [0.2, 0.5]}}
+model: {{arch: custom, patch: 8, width: 24, depth: 2, heads: 2}}
+reference: {{points: 2}}
+head: {{hidden: 32, bottleneck: 16, prototypes: 40}}
+optim: {{batch: 16, epochs: 4, warmup: 1}}
+speed: {{compile: false, workers: 0, device: cpu}}
+run: {{folder: {tmp_path / "run"}, log_every: 2, checkpoint_every: 7}}
+"""
+    )
+    return path

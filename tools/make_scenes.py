@@ -205,7 +205,9 @@ def ground(seed: int, split: str, number: NDArray[np.int64], x: Floats, y: Float
         weight = np.exp(-away)[..., None]
         total, weights = total + weight * colour[:, c], weights + weight
     grain = uniform(seed, split, number, "grain", shape=(*x.shape[-2:], 1)).astype(np.float32)
-    return total / weights + np.float32(GRAIN) * (grain - np.float32(0.5))
+    total = total / weights
+    total = (total - total.mean((1, 2), keepdims=True)) / total.std((1, 2), keepdims=True) * np.float32(GSD) + np.float32(0.5)
+    return total + np.float32(GRAIN) * (grain - np.float32(0.5))
 
 
 def paint(seed: int, split: str, number: NDArray[np.int64], size: int) -> tuple[NDArray, NDArray, NDArray]:
@@ -245,5 +247,6 @@ def paint(seed: int, split: str, number: NDArray[np.int64], size: int) -> tuple[
 
 
 LOW, HIGH, MARGIN = 0.42, 0.60, 0.3
+GSD = .1
 HUES, TT = 2, .1
 DRIFT, TURN, GHUE, GLIGHT, GRAIN, CELLS, PHASE, SWAP, MID = 1.5, 1.0, 0.35, 0.4, 0.1, 14, 8, 0.5, 0.5

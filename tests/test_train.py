@@ -1,0 +1,127 @@
+"""Training as a user starts it: it learns, resumes exactly, refuses to mix runs, and agrees with itself on processes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_program
+from safetensors.torch import load_file
+
+from runtime.checkpoint import newest_checkpoint
+
+
+def final(folder: Path) -> dict:
+    found = newest_checkpoint(folder / "checkpoints")
+    assert found
+    return found[3]
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_from_start_to_end(tiny_config, tmp_path):
+    told = run_program("train.py", tiny_config).stdout
+    run = tmp_path / "run"
+    assert "finished: 20 steps" in told
+    rows = metrics(run)
+    assert [r["step"] for r in rows] == list(range(2, 21, 2))
+    wanted = {"loss", "cls_loss", "reference_loss", "teacher_entropy", "lr", "images_per_second", "data_wait_percent"}
+    assert wanted <= rows[0].keys()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "checkpoint-00000014.safetensors", "checkpoint-00000020.safetensors"
+    ]  # fmt: skip
+    assert list((run / "tensorboard").iterdir())
+    assert json.loads((run / "versions.jsonl").read_text())["torch"]
+
+    # the backbone file holds the teacher under timm's names
+    backbone = load_file(run / "backbone.safetensors")
+    state = final(run)
+    assert set(backbone) == {n[17:] for n in state if n.startswith("teacher.backbone.")}
+    assert all((backbone[n] == state[f"teacher.backbone.{n}"]).all() for n in backbone)
+
+    # a finished run says so; other settings are refused; the result of the same command is the same
+    assert "is finished: 20 steps" in run_program("train.py", tiny_config).stdout
+    refused = run_program("train.py", tiny_config, "loss.alpha=0.3", expect=2).stderr
+    assert "holds another run (loss.alpha: 0.5 there, 0.3 now)" in refused
+    run_program("train.py", tiny_config, f"run.folder={tmp_path / 'again'}", "speed.workers=1")
+    again = final(tmp_path / "again")
+    assert all((again[n] == state[n]).all() for n in state)
+
+
+def test_stopped_and_resumed_is_equal_to_undisturbed(tiny_config, tmp_path):
+    run_program("train.py", tiny_config, f"run.folder={tmp_path / 'whole'}")
+    command = [sys.executable, "train.py", str(tiny_config), f"run.folder={tmp_path / 'cut'}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    rows = tmp_path / "cut" / "metrics.jsonl"
+    while not (rows.is_file() and len(rows.read_text().splitlines()) >= 2) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the run was over before the signal arrived")
+    assert process.returncode == 130
+    assert "the same command goes on from there" in out
+    cut = int(max((tmp_path / "cut" / "checkpoints").iterdir()).stem.split("-")[1])
+    assert 0 < cut < 20
+    resumed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"resumed at step {cut}" in resumed
+    a, b = final(tmp_path / "whole"), final(tmp_path / "cut")
+    assert a.keys() == b.keys()
+    assert all((a[n] == b[n]).all() for n in a)
+
+
+def test_two_processes_and_accumulation_agree_with_one(tiny_config, tmp_path):
+    """Drop path off: the same batches give the same weights, but for the order of additions."""
+    words = ["model.drop_path=0", "optim.epochs=1", "optim.warmup=0"]
+    run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'one'}")
+    run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'pieces'}", "speed.accumulate=2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    run_program(*launcher, "train.py", tiny_config, *words, f"run.folder={tmp_path / 'two'}")
+    one = metrics(tmp_path / "one")
+    for other in ("pieces", "two"):
+        for a, b in zip(one, metrics(tmp_path / other), strict=True):
+            for name in ("loss", "cls_loss", "reference_loss", "teacher_entropy"):
+                assert b[name] == pytest.approx(a[name], rel=1e-4), (other, a["step"])
+        a, b = final(tmp_path / "one"), final(tmp_path / other)
+        for center in ("cls_center", "reference_center"):
+            assert (a[center] - b[center]).abs().max() < 1e-4 * a[center].abs().max()
+
+
+def test_dino_is_the_same_trainer_without_points(tiny_config, tmp_path):
+    run_program("train.py", tiny_config, "method=dino", "data.min_overlap=0", "optim.epochs=1", "optim.warmup=0")
+    rows = metrics(tmp_path / "run")
+    assert "reference_loss" not in rows[0]
+    assert rows[0]["loss"] == rows[0]["cls_loss"]
+    assert not any("reference_head" in n for n in final(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.shards=null"], "data.shards: which shards?"),
+        (["data.shards=/nowhere"], "/nowhere: no shards here"),
+        (["optim.batch=1024"], "fewer than one global batch of 1024"),
+        (["speed.device=cuda"], "torch finds no CUDA device"),
+    ],
+)
+def test_wrong_inputs(tiny_config, words, message):
+    import torch
+
+    if "cuda" in words[0] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    told = run_program("train.py", tiny_config, *words, expect=2).stderr
+    assert message in told
+    assert "Traceback" not in told
+    assert told.count("\n") == 1
+
+
+def test_dry_run_touches_nothing(tiny_config, tmp_path):
+    told = run_program("train.py", tiny_config, "--dry-run").stdout
+    assert "steps        20 (5 an epoch)" in told
+    assert "1 + 16 patches + 6 reference tokens" in told
+    assert not (tmp_path / "run").exists()
