@@ -38,7 +38,7 @@ def check_kind(kind: str) -> str:
 
 def default_workers(items: int) -> int:
     """Reading processes for a data set: none where starting them takes longer than reading."""
-    return 0 if items < 20_000 else min(16, os.cpu_count() or 1)
+    return 0 if items < 5_000 else min(16, (os.cpu_count() or 2) // 2)
 
 
 def batches(
@@ -123,6 +123,8 @@ def photo_features(
     filled = 0
     for pictures, known in shown(batches(photos, batch, device, workers=workers), -(-len(photos) // batch), show):
         pictures, known = pictures[known >= 0], known[known >= 0]
+        if not len(known):
+            continue
         made = {}
         if network and ("cls" in kinds or "patches" in kinds):
             cls, patches = tokens(network, pictures)
@@ -171,7 +173,7 @@ def scene_tokens(
     for made, masks in shown(
         scene_batches(network, scenes, batch=batch, workers=workers), -(-len(scenes) // batch), show
     ):
-        if not filled:
+        if not filled:  # a token's channels side by side: several times faster for all that follows on a CPU
             all_tokens = torch.empty(len(scenes), *made.shape[1:]).contiguous(memory_format=torch.channels_last)
             all_masks = torch.empty(len(scenes), *masks.shape[1:], dtype=torch.uint8)
         rows = slice(filled, filled + len(masks))

@@ -125,14 +125,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("network", help="a run folder, a checkpoint or a backbone file")
     parser.add_argument("--bank", help="shards that vote (default: the run's training shards, less what it held out)")
-    parser.add_argument(
-        "--val", help="shards that are asked about (default: the run's data.val, else what it held out)"
-    )
+    parser.add_argument("--val", help="shards asked about (default: the run's data.val, else what it held out)")
     parser.add_argument("--features", default="cls", help=f"{', '.join(KINDS)} (default: cls)")
     parser.add_argument("--k", type=int, help="neighbours (default: the run's eval.k, 20)")
-    parser.add_argument(
-        "--temperature", type=float, help="of a vote's weight (default: the run's eval.temperature, .07)"
-    )
+    parser.add_argument("--temperature", type=float, help="of the votes (default: the run's eval.temperature, .07)")
     parser.add_argument("--size", type=int, help="side of a photo in pixels (default: the training view's)")
     parser.add_argument("--untrained", action="store_true", help="the run's network before training")
     parser.add_argument("--limit", type=int, help="at most so many photos of each set, evenly spread")
@@ -171,14 +167,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     top1, top5 = figures[kind]
 
-    screen = Console()
     who = "raw pixels" if kind == "pixels" else f"{subject.path}{', untrained' if args.untrained else ''}"
-    table = Table(title=escape(f"k-NN, {who}"), title_justify="left")
-    for heading in ("features", "bank", "queries", "classes", "size", "k", "temperature", "top-1 %", "top-5 %"):
+    caption = f"{len(bank.classes)} classes, {size} pixels a side, k {k}, temperature {temperature:g}"
+    table = Table(title=escape(f"k-NN, {who}"), caption=caption, title_justify="left", caption_justify="left")
+    for heading in ("features", "bank", "queries", "top-1 %", "top-5 %"):
         table.add_column(heading, justify="right")
-    cells = (kind, len(bank), len(val), len(bank.classes), size, k, temperature, f"{top1:.2f}", f"{top5:.2f}")
-    table.add_row(*map(str, cells))
-    screen.print(table)
+    table.add_row(kind, f"{len(bank):,}", f"{len(val):,}", f"{top1:.2f}", f"{top5:.2f}")
+    Console().print(table)
     settings = dict(features=kind, k=k, temperature=temperature, size=size, limit=args.limit, untrained=args.untrained)
     sets = dict(bank=str(bank.shards.folder), val=str(val.shards.folder), photos=len(bank), queries=len(val))
     seconds = round(time.perf_counter() - began, 1)

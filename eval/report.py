@@ -1,6 +1,6 @@
 """All figures of a run side by side: the trained teacher, the same network untrained, and no network at all.
 
-    python -m eval.report RUN [--voc FOLDER] [--limit N] [--workers N]
+    python -m eval.report RUN [--voc FOLDER] [--limit N] [--workers N] [--if-missing]
 
 k-NN (eval/knn.py) on [CLS], on the mean of the patch tokens and on raw pixels; linear segmentation (eval/linear_seg.py)
 of a folder in Pascal VOC's layout. Prints one table and writes RUN/results.json.
@@ -11,6 +11,7 @@ import json
 import time
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,59 +24,55 @@ from eval.linear_seg import Protocol, fit, scenes_of
 from eval.subject import Subject
 from runtime.mistake import Mistake, tell_mistakes
 
+MOST_PIXELS = 100_000  # photos of a bank whose raw pixels are still compared: 12 kB each
+
 
 def report(subject: Subject, voc: str | None, limit: int | None = None, workers: int | None = None) -> dict[str, Any]:
     """The figures in percent as results.json keeps them; None for what was skipped. Says what it skips, and why."""
     settings = subject.settings
-    figures: dict[str, dict[str, float | None]] = {"trained": {}, "untrained": {}, "pixels": {}}
+    networks = {"trained": subject.network(), "untrained": subject.network(untrained=True)}
+    image_size = networks["trained"].image_size
+    figures: dict[str, dict[str, float | None]]
+    figures = {who: dict.fromkeys(("knn_top1", "knn_top1_patches", "miou")) for who in networks}
+    figures["pixels"] = {"knn_top1": None}
     told: dict[str, Any] = {}
-    for who in ("trained", "untrained"):
-        network = subject.network(untrained=who == "untrained")
-        photos = subject.photos(network.image_size, limit=limit)
-        if photos is None:
-            if who == "trained":
-                print("k-NN skipped: these shards have no classes")
-        else:
-            bank, val = photos
-            reading = default_workers(len(bank)) if workers is None else workers
-            # the pixels need no network: read the photos once and compare them on the way
-            kinds = ("cls", "patches", "pixels") if who == "trained" else ("cls", "patches")
-            top = photo_knn(
-                network, bank, val, kinds, k=settings.k, temperature=settings.temperature, workers=reading, show=True
-            )
+
+    photos = subject.photos(image_size, limit=limit)
+    if photos is None:
+        print("k-NN skipped: these shards have no classes")
+    else:
+        bank, val = photos
+        vote: dict[str, Any] = dict(k=settings.k, temperature=settings.temperature)
+        reading = default_workers(len(bank)) if workers is None else workers
+        kinds = {"trained": ("cls", "patches", "pixels"), "untrained": ("cls", "patches")}  # pixels: read on the way
+        if len(bank) > MOST_PIXELS:
+            print(f"k-NN on raw pixels skipped: more than {MOST_PIXELS:,} photos")
+            kinds["trained"] = kinds["untrained"]
+        for who, network in networks.items():
+            top = photo_knn(network, bank, val, kinds[who], **vote, workers=reading, show=True)
             figures[who] |= {"knn_top1": top["cls"][0], "knn_top1_patches": top["patches"][0]}
             if "pixels" in top:
-                figures["pixels"] = {"knn_top1": top["pixels"][0]}
-            told["knn"] = dict(
-                bank=str(bank.shards.folder), val=str(val.shards.folder), photos=len(bank), queries=len(val),
-                classes=len(bank.classes), size=bank.size, k=settings.k, temperature=settings.temperature,
-            )  # fmt: skip
-        if voc is None:
-            if who == "trained":
-                print("mIoU skipped: no scenes to segment (--voc FOLDER, or eval.voc in the config)")
-            continue
-        protocol = Protocol.for_views(network.image_size)
-        protocol = replace(protocol, epochs=settings.seg_epochs, lr=settings.seg_lr)
-        check_size(network, protocol.size)
+                figures["pixels"]["knn_top1"] = top["pixels"][0]
+        sets = dict(bank=str(bank.shards.folder), val=str(val.shards.folder), photos=len(bank), queries=len(val))
+        told["knn"] = sets | dict(classes=len(bank.classes), size=bank.size) | vote
+
+    if voc is None:
+        print("mIoU skipped: no scenes to segment (--voc FOLDER, or eval.voc in the config)")
+    else:
+        protocol = replace(Protocol.for_views(image_size), epochs=settings.seg_epochs, lr=settings.seg_lr)
+        check_size(networks["trained"], protocol.size)
         train, scenes = scenes_of(voc, protocol, None, "val")
         reading = default_workers(len(train) * (protocol.epochs if protocol.augment else 1))
-        history = fit(network, train, scenes, protocol, workers=reading if workers is None else workers, show=True)
-        figures[who] |= {
-            "miou": history[-1].miou,
-            "miou_present": history[-1].miou_present,
-            "miou_best": max(epoch.miou for epoch in history),
-        }
-        told["segmentation"] = dict(
-            data=str(voc), train_split=train.split, scenes=len(train), val_scenes=len(scenes), classes=train.classes
-        ) | asdict(protocol)  # fmt: skip
-    missing = dict.fromkeys(("knn_top1", "knn_top1_patches", "miou"))
-    return {
-        **missing,
-        **figures["trained"],
-        "untrained": missing | figures["untrained"],
-        "pixels": {"knn_top1": figures["pixels"].get("knn_top1")},
-        "settings": told,
-    }
+        reading = reading if workers is None else workers
+        for who, network in networks.items():
+            history = fit(network, train, scenes, protocol, workers=reading, show=True)
+            figures[who] |= {"miou": history[-1].miou, "miou_present": history[-1].miou_present}
+            figures[who] |= {"miou_best": max(epoch.miou for epoch in history)}
+        sets = dict(data=str(voc), train_split=train.split, scenes=len(train), val_scenes=len(scenes))
+        told["segmentation"] = sets | dict(classes=train.classes) | asdict(protocol)
+
+    trained = figures.pop("trained")
+    return {**trained, **figures, "settings": told}
 
 
 def table_of(results: dict[str, Any], title: str) -> Table:
@@ -95,6 +92,14 @@ def table_of(results: dict[str, Any], title: str) -> Table:
     return table
 
 
+def is_fresh(results: Path, checkpoints: Path) -> bool:
+    """Whether there are results, and no checkpoint has been written since."""
+    if not results.is_file():
+        return False
+    written = [path.stat().st_mtime for path in checkpoints.glob("*.safetensors")]
+    return results.stat().st_mtime >= max(written, default=0.0)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m eval.report", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -102,6 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--voc", help="scenes in Pascal VOC's layout (default: the run's eval.voc)")
     parser.add_argument("--limit", type=int, help="at most so many photos of each set in k-NN, evenly spread")
     parser.add_argument("--workers", type=int, help="reading processes (default: by the number of photos)")
+    parser.add_argument(
+        "--if-missing", action="store_true", help="measure only what was not, since the last checkpoint"
+    )
     args = parser.parse_args(argv)
 
     began = time.perf_counter()
@@ -110,15 +118,20 @@ def main(argv: list[str] | None = None) -> int:
     subject = Subject(args.run)
     if subject.run is None:
         raise Mistake(f"{args.run}: no run folder (no config.yaml); eval.knn and eval.linear_seg take a backbone file")
+    file = subject.run / "results.json"
+    if args.if_missing and is_fresh(file, subject.run / "checkpoints"):
+        Console().print(table_of(json.loads(file.read_text()), str(subject.path)))
+        print(f"from {file}")
+        return 0
     results = report(subject, args.voc or subject.settings.voc, args.limit, args.workers)
     results |= {
         "network": str(subject.path),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - began, 1),
     }
+    file.write_text(json.dumps(results, indent=1) + "\n")
     Console().print(table_of(results, str(subject.path)))
-    (subject.run / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written to {subject.run / 'results.json'}")
+    print(f"written to {file}")
     return 0
 
 

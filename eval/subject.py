@@ -74,8 +74,9 @@ class Subject:
         )
 
     def _held_out(self, shards: Shards) -> NDArray[np.int64]:
+        """What training kept out of these shards, as train.py does it: nothing where it had other shards to test on."""
         c = self.config
-        if c is None or c.data.shards is None or not same_folder(c.data.shards, shards.folder):
+        if c is None or c.data.val or c.data.shards is None or not same_folder(c.data.shards, shards.folder):
             return np.empty(0, np.int64)
         return Plan(shards, batch=c.optim.batch, seed=c.seed, holdout=c.data.holdout).held_out()
 

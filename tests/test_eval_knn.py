@@ -1,7 +1,6 @@
 """k-NN: the vote as published, streamed without changing it, over photos that shards hold."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,6 @@ from pipeline.shards import Shards
 from runtime.mistake import Mistake
 
 HOME = Path(__file__).parents[1]
-ORACLE = Path(os.environ.get("ORACLE", HOME.parent / "shared" / "oracle"))
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 
 
@@ -63,17 +61,14 @@ def test_top_five_looks_at_no_more_classes_than_there_are_neighbours():
     assert top_accuracy(scores, answers, k=2) == pytest.approx((100 / 3, 100 / 3))
 
 
-@pytest.mark.skipif(not (ORACLE / "e_knn.safetensors").is_file(), reason=f"no oracle in {ORACLE}")
-def test_the_published_code_gives_the_same_scores_order_and_accuracy():
-    from safetensors.torch import load_file
-
-    oracle = load_file(ORACLE / "e_knn.safetensors")
-    bank, queries = oracle["train_features_raw"], oracle["test_features_raw"]
-    labels, answers = oracle["train_labels"].long(), oracle["test_labels"].long()
+def test_the_published_code_gives_the_same_scores_order_and_accuracy(oracle, oracle_json):
+    told = oracle("e_knn")
+    bank, queries = told["train_features_raw"], told["test_features_raw"]
+    labels, answers = told["train_labels"].long(), told["test_labels"].long()
     scores = knn_scores(bank, labels, queries, 20, 0.07, 10)
-    torch.testing.assert_close(scores, oracle["k20_T0.07.class_scores"], rtol=1e-5, atol=0)
-    assert torch.equal(scores.argsort(dim=1, descending=True, stable=True), oracle["k20_T0.07.order"].long())
-    for words, figures in json.loads((ORACLE / "e_eval.json").read_text())["knn"].items():
+    torch.testing.assert_close(scores, told["k20_T0.07.class_scores"], rtol=1e-5, atol=0)
+    assert torch.equal(scores.argsort(dim=1, descending=True, stable=True), told["k20_T0.07.order"].long())
+    for words, figures in oracle_json("e_eval")["knn"].items():
         k, temperature = (float(word.split("=")[1]) for word in words.split(","))
         top1, top5 = top_accuracy(knn_scores(bank, labels, queries, int(k), temperature, 10), answers, int(k))
         assert (top1, top5) == pytest.approx((figures["top1"], figures["top5"]), abs=1e-6), words
@@ -205,6 +200,13 @@ def test_other_shards_and_a_limit(run, home):
     assert (first["photos"], first["queries"], first["features"], first["size"]) == (9, 9, "pixels", 32)
     assert (second["photos"], second["queries"], second["untrained"]) == (72, 10, True)
     assert list(spread(np.arange(10), 4)) == [0, 2, 5, 7]
+
+
+def test_a_run_with_shards_to_test_on_held_nothing_out(run, home):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("holdout: 0.2", f"holdout: 0.2, val: {home / 'val'}"))
+    bank, val = Subject(run).photos(24)
+    assert (len(bank), len(val), val.shards.folder) == (90, 10, home / "val")
 
 
 def test_shards_without_classes_are_said_and_nothing_is_written(run, home, capsys):
