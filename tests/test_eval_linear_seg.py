@@ -195,7 +195,8 @@ def test_the_map_learns_what_is_linear(voc, network):
     assert [figures.epoch for figures in history] == [1, 2, 3, 4, 5, 6]
     assert history[-1].miou > 70  # colours alone tell the classes; 8-pixel patches blur their borders
     assert history[-1].miou > history[0].miou + 20
-    assert fit(network, train, val, SMALL)[-1] == history[-1]  # the seed decides all of it
+    torch.manual_seed(7)
+    assert fit(network, train, val, SMALL)[-1] == history[-1]  # the protocol's seed decides all of it
 
 
 def test_the_map_learns_with_augmentation_and_workers(voc, network):
@@ -217,13 +218,12 @@ def test_a_mistake_in_a_worker_is_one_line(voc, network):
     assert "\n" not in str(mistake.value)
 
 
-def test_a_batch_of_nothing_but_ignored_pixels_moves_nothing_to_nan(voc, network):
-    for i in range(40):
+def test_a_batch_of_nothing_but_ignored_pixels_spoils_nothing(voc, network):
+    for i in range(0, 40, 4):
         Image.fromarray(np.full((48, 60), IGNORE, np.uint8)).save(voc / "SegmentationClass" / f"train{i}.png")
-    train = VocSegmentation(voc, "train", 48, classes=3)
-    val = VocSegmentation(voc, "val", 48, classes=3)
-    history = fit(network, train, val, replace(SMALL, epochs=1))
-    assert np.isfinite(history[-1].iou).all()
+    protocol = replace(SMALL, batch=1, lr=4.0)
+    train, val = scenes_of(voc, protocol, None, "val")
+    assert fit(network, train, val, protocol)[-1].miou > 70
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
@@ -291,7 +291,8 @@ def test_the_report_holds_trained_untrained_and_pixels_side_by_side(run, voc, tm
     assert results["knn_top1"] > 90
     assert 0 < results["miou"] <= results["miou_best"] <= 100
     assert set(results["untrained"]) >= {"knn_top1", "knn_top1_patches", "miou"}
-    assert results["untrained"]["miou"] != results["miou"]
+    assert 0 < results["untrained"]["miou"] != results["miou"]
+    assert 0 < results["untrained"]["knn_top1"] <= 100
     assert results["pixels"]["knn_top1"] > 50
     assert results["settings"]["knn"]["k"] == 5
     assert results["settings"]["segmentation"]["epochs"] == 3
