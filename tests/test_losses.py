@@ -1,0 +1,171 @@
+"""The losses beside their specification in plain loops; the total, centres and teacher beside their formulas."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.dense_dino import DenseDINO
+from model.losses import cls_loss, entropy, reference_loss, teacher_probabilities
+from pipeline.batch import Batch, draw
+from runtime.config import Config, Head, Model, Views
+from runtime.schedule import Optimizer, clip_each, make_schedules
+
+
+def small(**changes) -> Config:
+    config = Config(model=Model("custom", 8, 16, 1, 2, 0.0), head=Head(24, 12, 20))
+    config.data.views = [Views(2, 16, teacher=True, blur=[1.0, 0.1], solarize=[0.0, 0.2]), Views(2, 16)]
+    config.reference.points = 2
+    for name, value in changes.items():
+        section, key = name.split("__")
+        setattr(getattr(config, section), key, value)
+    return config
+
+
+def made(config: Config) -> tuple[DenseDINO, Batch]:
+    torch.manual_seed(0)
+    model = DenseDINO(config)
+    for p in model.teacher.parameters():  # a teacher of its own, as after some steps
+        p.data += 0.02 * torch.randn_like(p)
+    model.cls_center.normal_()
+    model.reference_center.normal_()
+    draws = draw(config, 0, np.arange(3), np.full(3, 40), np.full(3, 50))
+    ids = torch.arange(3)
+    return model, Batch(0, ids, ids, [torch.randn(4, 3, 3, 16, 16)], **draws.tensors())
+
+
+def test_cls_loss_is_its_loops():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 3, 7).softmax(-1), torch.randn(4, 3, 7)
+    pairs = [(t, v) for t in range(2) for v in range(4) if t != v]
+    loops = 0.0
+    for t, v in pairs:
+        for b in range(3):
+            q = (student[v, b] / 0.1).softmax(-1)
+            loops += -sum(float(teacher[t, b, k] * q[k].log()) for k in range(7)) / (len(pairs) * 3)
+    assert float(cls_loss(teacher, student, pairs, 0.1)) == pytest.approx(loops, rel=1e-5)
+
+
+def test_reference_loss_is_its_loops():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(5, 2, 3, 7).softmax(-1), torch.randn(5, 2, 3, 7)
+    loops = 0.0
+    for p in range(5):
+        for b in range(2):
+            for m in range(3):
+                q = (student[p, b, m] / 0.1).softmax(-1)
+                loops += -sum(float(teacher[p, b, m, k] * q[k].log()) for k in range(7)) / (5 * 2 * 3)
+    assert float(reference_loss(teacher, student, 0.1)) == pytest.approx(loops, rel=1e-5)
+
+
+def test_teacher_probabilities_and_entropy():
+    logits, center = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([1.0, 0.0, 1.0])
+    want = torch.tensor([[0.0, 2.0, 2.0]]).div(0.5).exp()
+    assert torch.allclose(teacher_probabilities(logits, center, 0.5), want / want.sum())
+    assert float(entropy(torch.full((2, 8), 1 / 8))) == pytest.approx(np.log(8))
+    assert float(entropy(torch.eye(4))) == 0
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_the_total(alpha: float):
+    model, batch = made(small(loss__alpha=alpha))
+    log, _ = model(batch, 0.04)
+    assert torch.allclose(log["loss"], alpha * log["cls_loss"] + (1 - alpha) * log["reference_loss"])
+
+
+def test_the_losses_are_those_of_the_tokens():
+    """forward() beside the same computed token by token: which view is read where, with which head and centre."""
+    model, batch = made(small())
+    log, means = model(batch, 0.05)
+    s, t = model.student, model.teacher
+    with torch.no_grad():
+        targets, logits, point_terms, points_of_teacher = [], [], [], []
+        for v in range(4):
+            logits.append(s.cls_head(s.backbone(batch.views[0][v])[0]))
+        for i in range(2):
+            targets.append(t.cls_head(t.backbone(batch.views[0][i])[0]))
+        for i in range(2):
+            for v in range(4):
+                if v == i:
+                    continue
+                points = batch.view_points[:, i, v]  # [B,M,2(teacher,student),2]
+                of_teacher = t.reference_head(t.backbone(batch.views[0][i], points[:, :, 0])[2])
+                of_student = s.reference_head(s.backbone(batch.views[0][v], points[:, :, 1])[2])
+                p = ((of_teacher - model.reference_center) / 0.05).softmax(-1)
+                point_terms.append(-(p * (of_student / 0.1).log_softmax(-1)).sum(-1).mean())
+                points_of_teacher.append(of_teacher)
+        p = ((torch.stack(targets) - model.cls_center) / 0.05).softmax(-1)
+        terms = [
+            -(p[i] * (logits[v] / 0.1).log_softmax(-1)).sum(-1).mean() for i in range(2) for v in range(4) if v != i
+        ]
+    assert torch.allclose(log["cls_loss"], torch.stack(terms).mean(), rtol=1e-5)
+    assert torch.allclose(log["reference_loss"], torch.stack(point_terms).mean(), rtol=1e-5)
+    assert torch.allclose(means[0], torch.stack(targets).mean((0, 1)), atol=1e-6)
+    assert torch.allclose(means[1], torch.stack(points_of_teacher).mean((0, 1, 2)), atol=1e-6)
+
+
+def test_views_of_a_loss_and_a_shared_head():
+    model, batch = made(small(loss__cls_views="teacher", reference__views="teacher"))
+    assert model.cls_pairs == model.reference_pairs == [(0, 1), (1, 0)]
+    assert torch.isfinite(model(batch, 0.04)[0]["loss"])
+    model, batch = made(small(head__shared=True))
+    log, means = model(batch, 0.04)
+    assert model.student.reference_head is None
+    assert len(means) == 1
+    assert torch.isfinite(log["reference_loss"])
+
+
+def test_no_token_without_a_use():
+    """Self pairs are not computed where no centre asks for them; the teacher never sees student-only views."""
+    model, _ = made(small())
+    assert model._pairs_seen(range(2), 0) == [[(0, 1), (0, 2), (0, 3)], [(1, 0), (1, 2), (1, 3)]]
+    assert model._pairs_seen(range(2), 1) == [[(1, 0)], [(0, 1)]]
+    assert model._pairs_seen(range(2, 4), 1) == [[(0, 2), (1, 2)], [(0, 3), (1, 3)]]
+    model, _ = made(small(reference__center="published"))
+    assert model._pairs_seen(range(2), 0)[0] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+
+
+def test_teacher_and_centres_move_as_written():
+    model, _ = made(small())
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    model.update_teacher(0.9)
+    model.update_centers([torch.ones(20), torch.zeros(20)])
+    for name, now in model.teacher.named_parameters():
+        want = 0.9 * before[f"teacher.{name}"] + 0.1 * before[f"student.{name}"]
+        assert torch.allclose(now, want, atol=1e-6)
+        assert not now.requires_grad
+    assert torch.allclose(model.cls_center, 0.9 * before["cls_center"] + 0.1)
+    assert torch.allclose(model.reference_center, 0.9 * before["reference_center"])
+
+
+def test_clipping_is_for_each_tensor():
+    grads = [torch.full((4,), 3.0), torch.full((4,), 0.1)]  # norms 6 and 0.2
+    clip_each(grads, 3.0)
+    assert float(grads[0].norm()) == pytest.approx(3.0, rel=1e-5)
+    assert torch.equal(grads[1], torch.full((4,), 0.1))
+
+
+def test_the_last_layer_stands_still_at_first():
+    config = small()
+    config.optim.batch, config.optim.epochs, config.optim.warmup, config.optim.lr = 256, 4, 0, 1e-2
+    model, batch = made(config)
+    schedules = make_schedules(config, 2)
+    assert list(schedules.frozen) == [True] * 2 + [False] * 6
+    optimizer = Optimizer(model.student, schedules, 3.0, split_positions=True)
+    for step in range(4):
+        before = {n: p.clone() for n, p in model.student.named_parameters()}
+        model(batch, 0.04)[0]["loss"].backward()
+        optimizer.step(step)
+        still = {n for n, p in model.student.named_parameters() if p.requires_grad and torch.equal(p, before[n])}
+        assert still == ({f"{h}.last_layer.weight_v" for h in ("cls_head", "reference_head")} if step < 2 else set())
+
+
+def test_biases_and_norms_do_not_decay():
+    model, _ = made(small())
+    optimizer = Optimizer(model.student, make_schedules(small(), 10), 3.0)
+    decayed, plain = ({id(p) for p in g["params"]} for g in optimizer.adamw.param_groups)
+    for name, p in model.student.named_parameters():
+        if not p.requires_grad:
+            assert name.endswith("weight_g")
+            assert id(p) not in decayed | plain
+        else:
+            assert (id(p) in plain) == (name.endswith(".bias") or ".norm" in name), name
