@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("config", help="a file of configs/, or the config.yaml of a run")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="laid over the config")
     parser.add_argument("--dry-run", action="store_true", help="tell what would be trained, and stop")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)  # a wrong word is told before torch is loaded
     return train(config, args.dry_run)
 
@@ -93,6 +93,7 @@ def train(config: Config, dry_run: bool = False) -> int:
         )
         screen.say(describe(config, plan, processes.world, str(processes.device), str(processes.dtype)))
         screen.say(f"resumed at step {start} from {path}" if found else f"a new run in {folder}")
+        screen.say(f"reading through {loader.reader}: {loader.why}")
         if note:
             screen.say(note)
     stopping = StopSignal()

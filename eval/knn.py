@@ -55,7 +55,12 @@ def nearest_labels(
 
 
 def class_scores(similarities: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
-    """Each neighbour [n,k] votes for its class with weight exp(similarity / temperature): float32 [n,C]."""
+    """Each neighbour [n,k] votes for its class with weight exp(similarity / temperature): float32 [n,C].
+
+    Raises Mistake for a temperature so low that a vote leaves float32.
+    """
+    if temperature < 1 / 80:
+        raise Mistake(f"temperature {temperature}: at least 0.0125, or a vote of exp(1 / temperature) leaves float32")
     scores = torch.zeros(len(labels), classes, device=labels.device)
     return scores.scatter_add_(1, labels, (similarities / temperature).exp())
 

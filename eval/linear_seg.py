@@ -3,7 +3,7 @@
     python -m eval.linear_seg RUN_OR_CHECKPOINT --data VOC_FOLDER [--train-split trainaug] [--val-split val]
         [--classes N] [--size N] [--train-size N] [--[no-]augment] [--epochs 25] [--lr .01] [--batch 64] [--untrained]
 
-Paper section 4.2, the protocol of Leopart (Ziegler & Asano 2022) as the published eval_segment.py runs it: scenes of
+Paper section 4.1, the protocol of Leopart (Ziegler & Asano 2022) as the published eval_segment.py runs it: scenes of
 448 x 448, patch tokens of 28 x 28, upsampled to 100 x 100 to train on and to 448 x 448 to be judged; SGD with momentum
 .9 and weight decay 1e-4 for 25 epochs, learning rate .01 for each 60 scenes of a batch, a tenth of it from epoch 20 on.
 
@@ -146,8 +146,7 @@ def fit(
         for tokens, masks in epoch_of_batches():
             logits = upsampled(head(tokens), protocol.train_size)
             answers = F.interpolate(masks[:, None].float(), logits.shape[-1], mode="nearest")[:, 0].long()
-            loss = F.cross_entropy(logits, answers, ignore_index=IGNORE, reduction="sum")
-            loss = loss / (answers != IGNORE).sum().clamp(min=1)  # 0, not NaN, where all pixels are ignored
+            loss = F.cross_entropy(logits, answers, ignore_index=IGNORE)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

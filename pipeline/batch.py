@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.augment import draw_colour
 from pipeline.draws import hash64
 from pipeline.geometry import draw_points, draw_windows
+from pipeline.shards import Plan, Shards
 from runtime.config import TEACHERS, Config
 
 
@@ -80,6 +81,11 @@ def draw(config: Config, epoch: int, ids: NDArray, height: NDArray, width: NDArr
         flip=config.data.flip,
     )
     return Draws(windows, draw_points(key, windows, config.points, TEACHERS), draw_colour(key, config.data, views))
+
+
+def draw_for(config: Config, shards: Shards, plan: Plan, step: int, ids: NDArray, rows: NDArray) -> Draws:
+    """Draws of a step: keyed by the planned ids, made for the photos that are read (another where one is damaged)."""
+    return draw(config, plan.epoch(step), ids, shards.index["height"][rows], shards.index["width"][rows])
 
 
 def size_groups(config: Config) -> list[tuple[int, slice]]:

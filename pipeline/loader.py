@@ -1,18 +1,39 @@
 """Picks the reader, keeps batches ready, copies and colours them on the device, counts the time that the step waited."""
 
+import importlib.util
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from pipeline.augment import apply_colour
+from pipeline import augment, augment_cpu
 from pipeline.batch import Batch, size_groups
 from pipeline.shards import Plan, Shards
 from runtime.config import Config
+from runtime.mistake import Mistake
+
+
+def choose_reader(wanted: str, device: torch.device) -> tuple[str, str]:
+    """("dali" or "wds", why). Raises Mistake where dali is asked for and not installed."""
+    has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if wanted == "dali" and not has_dali:
+        raise Mistake("speed.reader: dali, but it is not installed: pip install -e '.[dali13]' (or dali12 for CUDA 12)")
+    if wanted != "auto":
+        return wanted, "as speed.reader says"
+    if device.type != "cuda":
+        return "wds", "without a GPU it is the faster one"
+    return ("dali", "decoding on the GPU") if has_dali else ("wds", "DALI is not installed: pip install -e '.[dali13]'")
+
+
+def choose_colour(device: torch.device, compile: bool) -> Callable[..., Tensor]:
+    """The form of `apply_colour` for a device: the CPU's own loop where numba is installed, else torch's, compiled or not."""
+    if device.type == "cpu" and augment_cpu.available:
+        return augment_cpu.apply_colour
+    return torch.compile(augment.apply_colour) if compile else augment.apply_colour
 
 
 class Loader:
@@ -28,7 +49,7 @@ class Loader:
         start: int, stop: int, rank: int = 0, world: int = 1, compile: bool = False,
     ):  # fmt: skip
         self.config, self.device = config, device
-        self._colour = partial(torch.compile(apply_colour) if compile else apply_colour, dtype=dtype)
+        self._colour = partial(choose_colour(device, compile), dtype=dtype)
         self._groups = [group for _, group in size_groups(config)]
         self._ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(maxsize=2)
         self._closing = threading.Event()
@@ -36,9 +57,18 @@ class Loader:
         self._damaged: list[tuple[int, int]] = []
         self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        from pipeline import wds  # the only reader yet; heavy to import, so not before it is chosen
+        self.reader, self.why = choose_reader(config.speed.reader, device)
+        self._batches: Iterator[Batch]
+        if self.reader == "dali":
+            from pipeline import dali  # heavy, and not on every machine
 
-        self._batches = wds.read(config, shards, plan, start=start, stop=stop, rank=rank, world=world)
+            self._batches = dali.read(
+                config, shards, plan, start=start, stop=stop, rank=rank, world=world, device_id=device.index
+            )
+        else:
+            from pipeline import wds
+
+            self._batches = wds.read(config, shards, plan, start=start, stop=stop, rank=rank, world=world)
         self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
         self._thread.start()
 
@@ -85,6 +115,9 @@ class Loader:
 
     def _fill(self) -> None:
         last: BaseException | None = None
+        if self._copies is not None:
+            torch.cuda.set_device(self.device)
+            torch.cuda.set_stream(self._copies)  # this thread's; a GPU reader's views are made on it
         try:
             for batch in self._batches:
                 if self._closing.is_set():
@@ -102,10 +135,9 @@ class Loader:
     def _to_device(self, batch: Batch) -> tuple[Batch, torch.cuda.Event | None]:
         if self._copies is None:
             return batch, None
-        with torch.cuda.stream(self._copies):
-            batch = batch.map(lambda t: t.pin_memory().to(self.device, non_blocking=True))
-            copied = torch.cuda.Event()
-            copied.record(self._copies)
+        batch = batch.map(lambda t: t if t.is_cuda else t.pin_memory().to(self.device, non_blocking=True))
+        copied = torch.cuda.Event()
+        copied.record(self._copies)
         return batch, copied
 
     def _take_over(self, batch: Batch, copied: torch.cuda.Event) -> None:

@@ -34,6 +34,7 @@ INDEX = np.dtype(
         ("crc32", "<u4"),  # of the photo's bytes: damage is what differs from this, whatever a decoder thinks
     ]
 )
+ATTEMPTS = 100  # replacements tried for one damaged sample: a shard with so many more of them is no shard
 
 
 class Shards:
@@ -166,6 +167,20 @@ class Plan:
         draw = hash64(self.seed, self.epoch(step), "replacement", sample, attempt)
         within = self._kept_out[shard] + int(draw % np.uint64(self._trained[shard]))
         return int(self._place(np.array([shard]), np.array([within]))[0])
+
+    def sound(self, shards: Shards, sample: int, step: int, first: int = 0) -> tuple[int, bytes]:
+        """(sample read, its bytes): the planned sample, or the first undamaged of its replacements.
+
+        first: the attempt to begin with (0: the sample itself). Raises Mistake after ATTEMPTS of them.
+        """
+        for attempt in range(first, ATTEMPTS):
+            row = self.replacement(sample, step, attempt) if attempt else sample
+            photo = shards.read(row)
+            if shards.is_sound(row, photo):
+                return row, photo
+        raise Mistake(
+            f"{shards.folder}: {ATTEMPTS} samples of one shard are damaged; `make verify DST={shards.folder}`"
+        )
 
     def _sample_at(self, epoch: int, at: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample ids at places of the epoch's sequence."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.batch import Batch, Draws, draw, size_groups
+from pipeline.batch import Batch, draw_for, size_groups
 from pipeline.shards import Plan, Shards
 from runtime.config import Config
 from runtime.mistake import Mistake
@@ -26,8 +26,6 @@ try:  # bit-equal to Pillow's decoder, faster, and without its copy
     import torchcodec.decoders as torchcodec
 except (ImportError, OSError, RuntimeError):
     torchcodec = None  # type: ignore[assignment]
-
-_ATTEMPTS = 100  # replacements tried for one damaged sample: a shard in which all of them are damaged too is no shard
 
 
 def decode(photo: bytes) -> Tensor:
@@ -49,7 +47,7 @@ def cut(image: Tensor, window: NDArray[np.int32], size: int) -> Tensor:
     return (view.flip(3) if x0 > x1 else view)[0].permute(1, 2, 0)
 
 
-class _Stages:
+class Stages:
     """What a worker does with a step. Travels to the worker by pickling config, shards and plan."""
 
     def __init__(self, config: Config, shards: Shards, plan: Plan, rank: int, world: int):
@@ -67,14 +65,14 @@ class _Stages:
         ids = self.plan.samples_of(step, self.rank, self.world)
         rows, photos = ids.copy(), []
         for i, sample in enumerate(ids):
-            rows[i], photo = self._sound(step, int(sample), first=0)
+            rows[i], photo = self.plan.sound(self.shards, int(sample), step)
             photos.append(photo)
         return step, ids, rows, photos
 
     def views(self, fetched: tuple[int, NDArray, NDArray, list[bytes]]) -> Batch:
         """Decode once, cut every window."""
         step, ids, rows, photos = fetched
-        draws = self._draw(step, ids, rows)
+        draws = draw_for(self.config, self.shards, self.plan, step, ids, rows)
         groups = size_groups(self.config)
         views = [torch.empty(len(ids), g.stop - g.start, size, size, 3, dtype=torch.uint8) for size, g in groups]
         for i, photo in enumerate(photos):
@@ -85,34 +83,20 @@ class _Stages:
                     break
                 except Exception:  # whatever a decoder raises: sound bytes that it refuses count as damaged too
                     attempt += 1
-                    rows[i], photo = self._sound(step, int(ids[i]), first=attempt)
-                    again = self._draw(step, ids[i : i + 1], rows[i : i + 1])
+                    rows[i], photo = self.plan.sound(self.shards, int(ids[i]), step, first=attempt)
+                    again = draw_for(self.config, self.shards, self.plan, step, ids[i : i + 1], rows[i : i + 1])
                     draws.windows[i], draws.view_points[i] = again.windows[0], again.view_points[0]
             for (size, group), out in zip(groups, views, strict=True):
                 for place, v in enumerate(range(group.start, group.stop)):
                     out[i, place] = cut(image, draws.windows[i, v], size)
         return Batch(step, torch.from_numpy(ids), torch.from_numpy(rows), views, **draws.tensors())
 
-    def _draw(self, step: int, ids: NDArray, rows: NDArray) -> Draws:
-        """Keyed by the planned ids, made for the photos that stand in for them."""
-        height, width = self.shards.index["height"][rows], self.shards.index["width"][rows]
-        return draw(self.config, self.plan.epoch(step), ids, height, width)
-
-    def _sound(self, step: int, sample: int, first: int) -> tuple[int, bytes]:
-        """(row, bytes) of the first undamaged of: the sample itself (attempt 0), its replacements (attempts 1, 2, ...)."""
-        for attempt in range(first, _ATTEMPTS):
-            row = self.plan.replacement(sample, step, attempt) if attempt else sample
-            photo = self.shards.read(row)
-            if self.shards.is_sound(row, photo):
-                return row, photo
-        raise Mistake(f"{self.shards.folder}: {_ATTEMPTS} samples of one shard are damaged; run `make verify` on it")
-
 
 def read(
     config: Config, shards: Shards, plan: Plan, *, start: int, stop: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
     """This rank's batches of the global steps start..stop-1, in order, whatever the number of workers."""
-    stages = _Stages(config, shards, plan, rank, world)
+    stages = Stages(config, shards, plan, rank, world)
     pipeline = webdataset.DataPipeline(
         partial(range, start, stop),
         webdataset.split_by_worker,  # worker w of n makes every n-th step; the loader takes them in turn

@@ -126,6 +126,8 @@ class Speed:
     reader: Literal["auto", "dali", "wds"] = "auto"
     workers: int = 1  # reading processes for each device; 0: a thread
     prefetch: int = 2  # batches ready ahead, for each worker
+    threads: int = 4  # of DALI, for each device
+    hw_decoder_load: float = 0.65  # share of the photos that a GPU's JPEG engine decodes, where it has one
 
 
 @dataclass
@@ -375,7 +377,7 @@ def _check(c: Config) -> list[str]:
         "data.holdout": c.data.holdout, "data.min_overlap": c.data.min_overlap, "data.flip": c.data.flip,
         "data.grey": c.data.grey, "data.jitter.probability": c.data.jitter.probability, "loss.alpha": c.loss.alpha,
         "loss.center_momentum": c.loss.center_momentum, "optim.teacher_momentum": c.optim.teacher_momentum,
-        "model.drop_path": c.model.drop_path,
+        "model.drop_path": c.model.drop_path, "speed.hw_decoder_load": c.speed.hw_decoder_load,
     }  # fmt: skip
     for name, value in shares.items():
         need(0 <= value <= 1, f"{name}: between 0 and 1, this is {value}")
@@ -384,7 +386,8 @@ def _check(c: Config) -> list[str]:
     positive = {
         "optim.batch": c.optim.batch, "optim.epochs": c.optim.epochs, "optim.lr": c.optim.lr,
         "loss.student_temperature": c.loss.student_temperature, "speed.accumulate": c.speed.accumulate,
-        "speed.prefetch": c.speed.prefetch, "run.log_every": c.run.log_every, "run.keep": c.run.keep,
+        "speed.prefetch": c.speed.prefetch, "speed.threads": c.speed.threads,
+        "run.log_every": c.run.log_every, "run.keep": c.run.keep,
         "run.checkpoint_every": c.run.checkpoint_every, "model.patch": c.model.patch, "head.hidden": c.head.hidden,
         "head.bottleneck": c.head.bottleneck, "eval.k": c.eval.k, "eval.temperature": c.eval.temperature,
         "eval.seg_epochs": c.eval.seg_epochs, "eval.seg_lr": c.eval.seg_lr,

@@ -1,6 +1,7 @@
 """Device, dtype, compile, DDP: the only file that knows there may be several devices. torchrun is the launcher."""
 
 import contextlib
+import ctypes
 import os
 import shutil
 from dataclasses import dataclass
@@ -47,6 +48,18 @@ class Processes:
             dist.destroy_process_group()
 
 
+def reuse_memory() -> None:
+    """On a CPU, keep what is freed: glibc hands large blocks back to the kernel, which clears every page anew for the
+    next step (measured in docs/benchmarks.md). Nothing happens where the C library is another one."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_max = -1, -4  # names in malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+
+
 def start(speed: Speed) -> Processes:
     """Join the processes that torchrun started, or be alone. Raises Mistake where the device asked for is not there."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -62,6 +75,7 @@ def start(speed: Speed) -> Processes:
         torch.set_float32_matmul_precision("high")
     else:
         device = torch.device("cpu")
+        reuse_memory()
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     wanted = speed.precision

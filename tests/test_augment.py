@@ -8,7 +8,7 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageFilter
 
-from pipeline import augment
+from pipeline import augment, augment_cpu
 from pipeline.augment import MEAN, ORDERS, STD, apply_colour, draw_colour
 from pipeline.draws import hash64
 from runtime.config import Data, Views
@@ -134,3 +134,17 @@ def test_distribution_of_draws():
         sigma = d[:, v, augment.SIGMA]
         assert sigma[sigma > 0].min() >= 0.1
         assert sigma.max() <= 2.0
+
+
+@pytest.mark.skipif(not augment_cpu.available, reason="numba is not installed")
+def test_the_cpu_form_is_equal():
+    """The compiled loop beside the torch form, on the recipe's own draws: every order, blur and threshold."""
+    views = [Views(1, 40, blur=[1.0]), Views(1, 40, blur=[0.1], solarize=[0.5]), Views(1, 40, blur=[0.5])]
+    draws = torch.from_numpy(draw_colour(hash64(0, np.arange(40)), Data(), views))
+    pixels = pictures(120).view(40, 3, 3, 40, 40).permute(0, 1, 3, 4, 2).contiguous()
+    ours, torchs = augment_cpu.apply_colour(pixels, draws), apply_colour(pixels, draws)
+    assert ours.shape == torchs.shape == (3, 40, 3, 40, 40)
+    # where a value lies within rounding of the solarise threshold the two may fall on either side of it
+    assert ((ours - torchs).abs() > 1e-4).float().mean() < 1e-4
+    odd = pixels[:2, :, :33, :21].contiguous()
+    assert (augment_cpu.apply_colour(odd, draws[:2]) - apply_colour(odd, draws[:2])).abs().mean() < 1e-4

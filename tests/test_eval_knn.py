@@ -223,6 +223,7 @@ def test_shards_without_classes_are_said_and_nothing_is_written(run, home, capsy
         (["--val", "nowhere"], "nowhere: no shards here"),
         (["--limit", "-3"], "--limit -3: more than 0"),
         (["--limit", "0"], "--limit 0: more than 0"),
+        (["--temperature", "0.01"], "temperature 0.01: at least 0.0125"),
         (["--k", "0"], "--k 0: more than 0"),
     ],
 )

@@ -203,7 +203,7 @@ def ground(seed: int, split: str, number: NDArray[np.int64], x: Floats, y: Float
     draw = draw[:, :, None, None]  # [P, cells, 1, 1, (x, y, hue, lightness, size)]
     cell = np.arange(CELLS, dtype=np.float32)[:, None, None]
     turn = (draw[..., 2] + cell) / CELLS
-    light = np.float32(.5 + TA) + np.float32(2 * TC) * (hue(along) - np.float32(0.5))
+    light = (draw[..., 3] + cell * 5 % CELLS) / CELLS
     colour = np.float32(0.3) * hue(turn) + np.float32(0.4) * light[..., None]
     total, weights = np.float32(0), np.float32(1e-30)
     for c in range(CELLS):
@@ -242,8 +242,8 @@ def paint(seed: int, split: str, number: NDArray[np.int64], size: int) -> tuple[
             tone = np.clip(np.float32(0.5) + texture(u * stretch + shift, v * stretch + shift * np.float32(0.7)), 0, 1)
             tone = np.where(swap < 0.5, tone, 1 - tone)[..., None]
             turn = np.float32((k // 2) / 8 + 1 / 16) + np.float32(0.06) * (shade - np.float32(0.5))
-            light = np.float32(.5 + TA) + np.float32(2 * TC) * (hue(along) - np.float32(0.5))
-            dark = np.float32(.5 - TA) - np.float32(2 * TC) * (hue(along) - np.float32(0.5))
+            light = np.float32(0.72) + np.float32(0.56) * (hue(turn) - np.float32(0.5))
+            dark = np.float32(0.18) + np.float32(0.32) * (hue(turn + np.float32(0.5)) - np.float32(0.5))
             picture[p] += inside * (tone * light + (1 - tone) * dark - picture[p])
             mask[p] = np.where(inside[..., 0] > 0.5, np.uint8(k + 1), mask[p])
     return np.round(255 * np.clip(picture, 0, 1)).astype(np.uint8), mask, scene["kind"][:, 0] + 1
