@@ -18,6 +18,10 @@ SCENES  := data/scenes
 launch   = $(if $(filter-out 1,$(GPUS)),.venv/bin/torchrun --standalone --nproc-per-node=$(if $(filter all,$(GPUS)),gpu,$(GPUS)),$(PY))
 words    = run.folder=$(RUN) $(if $(METHOD),method=$(METHOD)) $(if $(SHARDS),data.shards=$(SHARDS) data.val=$(or $(VAL),null)) $(ARGS)
 
+# waiting threads give their core up after a moment: beside another busy process the default all but stops
+# (docs/benchmarks.md has the figures)
+export GOMP_SPINCOUNT ?= 10000
+
 .DEFAULT_GOAL := help
 .PHONY: help setup scenes shards verify index pretrain eval bench test check lock clean
 

@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="laid over the config")
     parser.add_argument("--dry-run", action="store_true", help="tell what would be trained, and stop")
     args = parser.parse_intermixed_args()
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the Makefile says; before torch starts its threads
     config = load_config(args.config, args.overrides)  # a wrong word is told before torch is loaded
     return train(config, args.dry_run)
 

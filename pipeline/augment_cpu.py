@@ -4,6 +4,8 @@ Held equal to `augment.apply_colour` by tests/test_augment.py. Where numba is mi
 The loops are written out over flat planes so that LLVM makes vector instructions of them.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ except ImportError:  # then nothing below is ever called
         return lambda f: f
 
 
-_fast = {"nogil": True, "fastmath": True, "cache": True, "error_model": "numpy"}
+_fast: Any = {"nogil": True, "fastmath": True, "cache": True, "error_model": "numpy"}
 _ORDERS = np.array(ORDERS, np.int64)
 _MEAN, _STD = np.array(MEAN, np.float32), np.array(STD, np.float32)
 _R, _G, _B = np.float32(0.299), np.float32(0.587), np.float32(0.114)

@@ -30,7 +30,7 @@ def choose_reader(wanted: str, device: torch.device) -> tuple[str, str]:
 
 
 def choose_colour(device: torch.device, compile: bool) -> Callable[..., Tensor]:
-    """The form of `apply_colour` for a device: the CPU's own loop where numba is installed, else torch's, compiled or not."""
+    """The form of `apply_colour` for a device: on a CPU its own loop where numba is installed, else torch's."""
     if device.type == "cpu" and augment_cpu.available:
         return augment_cpu.apply_colour
     return torch.compile(augment.apply_colour) if compile else augment.apply_colour

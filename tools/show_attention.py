@@ -7,17 +7,19 @@ NETWORK is a run folder, a checkpoint or a backbone file; --beside puts others u
 DINO. Images are files or a folder in Pascal VOC's layout (its val split); a run shows its own scenes where none are
 named. A run's picture goes to RUN/pictures/attention.png, another one to attention.png.
 
-A cell is one patch. A head's map is scaled to its own largest weight; the number over it is the share that falls on the
-patches, the rest [CLS] keeps to itself.
-n networks · H heads · h, w patches of a picture's height and width.
+A cell is one patch, the more opaque the more weight; every map is scaled to its own largest weight. The number over it is
+the share that falls on the patches, the rest [CLS] keeps to itself.
+H heads · h, w patches of a picture's height and width, N = hw · p pixels of a patch's side.
 """
 
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -32,6 +34,7 @@ from pipeline.augment import MEAN, STD
 from runtime.mistake import Mistake, nearest, tell_mistakes
 
 CELL = 1.9  # inches
+YELLOW = ListedColormap(["#F0E442"])  # Okabe & Ito's: stands out from grey for every eye; a map is all in its opacity
 Photo = tuple[str, Tensor]  # name, uint8 [3,H,W]
 
 
@@ -42,7 +45,7 @@ def cls_attention(network: ViT, picture: Tensor) -> Tensor:
     Without reference tokens [CLS] attends to itself and the patches in every mode of `reference.attend`.
     """
     seen: list[Tensor] = []
-    block = network.blocks[-1]
+    block: Any = network.blocks[-1]
     hook = block.attn.qkv.register_forward_hook(lambda module, given, qkv: seen.append(qkv))
     try:
         device = network.pos_embed.device
@@ -107,8 +110,8 @@ def choose_photos(named: list[Path], subject: Subject, count: int) -> list[Photo
 
 
 def shade(picture: Tensor) -> NDArray[np.float32]:
-    """The picture pale and grey, to lay colours over: [h,w]."""
-    return (picture.float().mean(0) / 255).numpy()
+    """The picture in dark greys, to lay a colour over: [h,w] in [0,1]."""
+    return (0.6 * picture.float().mean(0) / 255).numpy()
 
 
 def draw(networks: list[tuple[str, ViT]], photos: list[Photo], size: int | None) -> Figure:
@@ -131,9 +134,11 @@ def draw(networks: list[tuple[str, ViT]], photos: list[Photo], size: int | None)
             named = [*(f"head {head + 1}" for head in range(len(maps))), "mean"]
             for axes, what, heat in zip(row[1:], named, [*maps, maps.mean(0)], strict=False):
                 axes.imshow(shade(picture), cmap="gray", vmin=0, vmax=1, extent=(0, wide, high, 0))
-                axes.imshow(heat.numpy(), cmap="cividis", vmin=0, alpha=0.7, extent=(0, wide, high, 0))
-                axes.set_title(f"{what}: {100 * heat.sum():.0f} %", fontsize=7)
-    figure.suptitle(f"Attention of [CLS] in the last block · {' · '.join(t for t, _ in networks)}", fontsize=9)
+                strength = (heat / heat.max()).numpy()
+                axes.imshow(strength, cmap=YELLOW, vmin=0, vmax=1, alpha=0.75 * strength, extent=(0, wide, high, 0))
+                axes.set_title(f"{what} · {100 * heat.sum():.0f} % on patches", fontsize=7)
+    whose = f" · {networks[0][0]}" if len(networks) == 1 else ""  # several stand in their rows
+    figure.suptitle(f"Attention of [CLS] in the last block{whose}", fontsize=9)
     return figure
 
 
@@ -158,7 +163,7 @@ def main() -> None:
         print(f"{out}: already there")
         return
     photos = choose_photos(args.photos, subjects[0], args.images)
-    networks = [(str(subject.path), subject.network()) for subject in subjects]
+    networks = [("/".join(subject.path.absolute().parts[-2:]), subject.network()) for subject in subjects]
     for _, network in networks:
         check_size(network, args.size or network.image_size)
     figure = draw(networks, photos, args.size)

@@ -37,6 +37,7 @@ from runtime.mistake import Mistake, tell_mistakes
 # Okabe & Ito 2008, colours that the colour-blind tell apart; without black, the ink of the text
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
 SHAPES = ("o", "s")  # of the points of a pair, by its teacher view
+DARK = COLOURS[:1] + COLOURS[4:5]  # on these, numbers are white
 CELL = 2.6  # inches
 
 
@@ -75,14 +76,16 @@ def views_of(config: Config, photo: Tensor, draws: Draws, i: int) -> list[NDArra
 def mark(axes: Axes, places: NDArray, teacher: int, view: int, size: float) -> None:
     """The M points of a pair: places [M,2] in the axes' own pixels."""
     for j, (x, y) in enumerate(places):
-        axes.plot(x, y, SHAPES[teacher], ms=size, mfc=colour_of(view), mec="black", mew=0.7, clip_on=False, zorder=3)
-        axes.text(x, y - 0.02, str(j + 1), ha="center", va="center_baseline", fontsize=0.6 * size, zorder=4)
+        colour = colour_of(view)
+        ink = "white" if colour in DARK else "black"
+        axes.plot(x, y, SHAPES[teacher], ms=size, mfc=colour, mec="black", mew=0.7, clip_on=False, zorder=3)
+        axes.text(x, y, str(j + 1), ha="center", va="center_baseline", fontsize=0.65 * size, color=ink, zorder=4)
 
 
-def frame(axes: Axes, colour: str, dashed: bool) -> None:
+def frame(axes: Axes, colour: str) -> None:
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
-        spine.set(edgecolor=colour, linewidth=2.5, linestyle="--" if dashed else "-")
+        spine.set(edgecolor=colour, linewidth=2.5)
 
 
 def picture(config: Config, shards: Shards, samples: list[tuple[int, Tensor]], epoch: int) -> Figure:
@@ -93,43 +96,41 @@ def picture(config: Config, shards: Shards, samples: list[tuple[int, Tensor]], e
     count = len(config.views)
     pairs = [(t, v) for t in range(TEACHERS) for v in range(count) if t != v] if config.points else []
 
-    figure = Figure(figsize=(CELL * (count + 1), CELL * len(samples) + 1.1), layout="constrained")
+    figure = Figure(figsize=(CELL * (count + 1), (CELL + 0.3) * len(samples) + 1.0), layout="constrained")
     table = figure.subplots(len(samples), count + 1, squeeze=False)
     for i, (sample, photo) in enumerate(samples):
         whole, *cells = table[i]
         h, w = photo.shape[1:]
         # edge to edge, as the geometry counts: pixel 0 reaches from 0 to 1
         whole.imshow(photo.permute(1, 2, 0).numpy(), extent=(0, w, h, 0))
-        whole.set(xticks=[], yticks=[], xlim=(-0.02 * w, 1.02 * w), ylim=(1.02 * h, -0.02 * h))
+        whole.set_axis_off()
+        whole.set(xlim=(-0.02 * w, 1.02 * w), ylim=(1.02 * h, -0.02 * h))
         whole.set_title(f"sample {sample}, {w} × {h}", fontsize=9)
         for v, (axes, view) in enumerate(zip(cells, views_of(config, photo, draws, i), strict=True)):
             x0, y0, x1, y1 = draws.windows[i, v].tolist()
-            style = dict(fill=False, ec=colour_of(v), lw=2, ls="-" if v < TEACHERS else "--")
-            whole.add_patch(Rectangle((min(x0, x1), y0), abs(x1 - x0), y1 - y0, **style))
+            window = Rectangle((min(x0, x1), y0), abs(x1 - x0), y1 - y0, fill=False, ec=colour_of(v), lw=2)
+            window.set_linestyle("-" if v < TEACHERS else "--")
+            whole.add_patch(window)
             size = len(view)
             axes.imshow(view, extent=(0, size, size, 0))
             axes.set(xlim=(0, size), ylim=(size, 0))
             axes.set_title(f"view {v + 1}{', flipped' if x0 > x1 else ''}, {size} px", fontsize=9)
-            frame(axes, colour_of(v), dashed=v >= TEACHERS)
+            frame(axes, colour_of(v))
         for t, v in pairs:
             points = draws.view_points[i, t, v].astype(np.float64)  # [M,2(teacher,student),2]
-            window = draws.windows[i, t].astype(np.float64)
-            mark(whole, window[:2] + points[:, 0] * (window[2:] - window[:2]), t, v, 6)
+            start, end = np.split(draws.windows[i, t].astype(np.float64), 2)
+            mark(whole, start + points[:, 0] * (end - start), t, v, 8)
             mark(cells[t], points[:, 0] * config.views[t].size, t, v, 9)
             mark(cells[v], points[:, 1] * config.views[v].size, t, v, 9)
 
-    legend = [
-        Line2D([], [], color=colour_of(v), lw=2.5, ls="-" if v < TEACHERS else "--", label=f"view {v + 1}"
-               + (" (teacher and student)" if v < TEACHERS else " (student)"))
-        for v in range(count)
-    ]  # fmt: skip
-    if pairs:
-        legend += [
-            Line2D([], [], marker=SHAPES[t], ls="", ms=9, mfc="white", mec="black",
-                   label=f"point shared by teacher view {t + 1} and the view of its colour")
-            for t in range(TEACHERS)
-        ]  # fmt: skip
-    figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    legend = []
+    for v in range(count):
+        who, line = ("teacher and student", "-") if v < TEACHERS else ("student", "--")
+        legend.append(Line2D([], [], color=colour_of(v), lw=2.5, ls=line, label=f"view {v + 1} ({who})"))
+    for t in range(TEACHERS if pairs else 0):
+        what = f"point that teacher view {t + 1} shares\nwith the view of the point's colour"
+        legend.append(Line2D([], [], marker=SHAPES[t], ls="", ms=9, mfc="white", mec="black", label=what))
+    figure.legend(handles=legend, loc="outside lower center", ncols=min(3, 1 + count // 2), fontsize=8, frameon=False)
     return figure
 
 
@@ -157,7 +158,10 @@ def main() -> None:
         return
     recipe = args.source / "config.yaml" if is_run else args.config
     config = load_config(recipe) if recipe else Config()
-    shards = open_shards(config.data.shards or "" if is_run else args.source)
+    folder = config.data.shards if is_run else args.source
+    if folder is None:
+        raise Mistake(f"{recipe}: data.shards names no folder")
+    shards = open_shards(folder)
     figure = picture(config, shards, sound_samples(shards, args.samples, args.images), args.epoch)
     partial = out.with_name(f".{out.name}.partial")
     try:
