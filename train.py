@@ -7,6 +7,7 @@ The same command resumes a run that was stopped, at the step where its newest ch
 """
 
 import argparse
+import os
 import signal
 import sys
 import time

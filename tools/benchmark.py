@@ -1,0 +1,350 @@
+"""Images per second, measured: `make bench WHAT=data|plan|shards [SHARDS=folder] [OUT=rows.jsonl]`.
+
+data    photos -> 4 views of 224, stage by stage, for every reader that runs here and for the torchvision/PIL pipeline
+        that DINO's users run today: photos per CPU-second (all threads and children) and per second
+plan    index and plan for 1.28 and for 100 million simulated samples: loading, memory, time per step, and that an epoch
+        is a permutation which any number of processes shares
+shards  making shards beside decoding alone (tools/bench_shards.py)
+
+Entries take turns round by round in one process, so that a busy machine hurts all of them alike; the rows hold medians
+and spread.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from runtime.config import Config
+from runtime.mistake import Mistake, tell_mistakes
+from runtime.record import append_jsonl, versions
+
+ROUNDS = 5
+SIMULATED = (1_281_167, 100_000_000)
+Entry = Callable[[], int]  # does its work once; returns how many photos that was
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def pil_entries(config: Config, photos: list[bytes]) -> dict[str, Entry]:
+    """Today's pipeline: PIL and torchvision's transforms with DINO's parameters, each view from the decoded photo."""
+    from PIL import Image, ImageFilter
+    from torchvision import transforms as T
+
+    from pipeline.augment import MEAN, STD
+
+    cubic = T.InterpolationMode.BICUBIC
+    j = config.data.jitter
+    blur = lambda image: image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))  # noqa: E731, NPY002
+    tensor = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])
+    crops, colours = [], []
+    for v in config.views:
+        crops.append(T.Compose([T.RandomResizedCrop(v.size, v.scale, interpolation=cubic), T.RandomHorizontalFlip()]))
+        jitter = T.RandomApply([T.ColorJitter(j.brightness, j.contrast, j.saturation, j.hue)], j.probability)
+        recipe = [jitter, T.RandomGrayscale(config.data.grey), T.RandomApply([T.Lambda(blur)], v.blur[0])]
+        colours.append(T.Compose([*recipe, T.RandomSolarize(128, v.solarize[0]), tensor]))
+
+    def opened(photo: bytes) -> Image.Image:
+        return Image.open(io.BytesIO(photo)).convert("RGB")
+
+    def decode() -> int:
+        return sum(opened(p) is not None for p in photos)
+
+    def views() -> int:
+        for p in photos:
+            image = opened(p)
+            _ = [np.asarray(crop(image)) for crop in crops]
+        return len(photos)
+
+    def everything() -> int:
+        for p in photos:
+            image = opened(p)
+            _ = [colour(crop(image)) for crop, colour in zip(crops, colours, strict=True)]
+        return len(photos)
+
+    return {"decode": decode, "views": views, "all": everything}
+
+
+def data_entries(config: Config, shards: Any, plan: Any, steps: int) -> Iterator[tuple[str, str, Entry]]:
+    """(reader, stage, entry) for all that runs here."""
+    import torch
+
+    from pipeline import wds
+    from pipeline.batch import Batch, size_groups
+    from pipeline.loader import choose_colour, choose_reader
+
+    cpu = torch.device("cpu")
+    groups = [group for _, group in size_groups(config)]
+
+    def coloured(batch: Batch, device: torch.device) -> int:
+        colour = choose_colour(device, config.speed.compile and device.type == "cuda")
+        for views, group in zip(batch.views, groups, strict=True):
+            colour(views, batch.colour[:, group].to(views.device))
+        return len(batch.ids)
+
+    stages = wds.Stages(config, shards, plan, 0, 1)
+    fetched = [stages.fetch(step) for step in range(steps)]
+    made = [stages.views(f) for f in fetched]
+    photos = [p for f in fetched for p in f[3]]
+    yield from (("pil", stage, entry) for stage, entry in pil_entries(config, photos).items())
+    yield "wds", "read", lambda: sum(len(stages.fetch(step)[1]) for step in range(steps))
+    yield "wds", "decode", lambda: sum(wds.decode(p) is not None for p in photos)
+    yield "wds", "views", lambda: sum(len(stages.views(stages.fetch(step)).ids) for step in range(steps))
+    yield "wds", "colour", lambda: sum(coloured(batch, cpu) for batch in made)
+    yield "wds", "all", lambda: sum(coloured(stages.views(stages.fetch(step)), cpu) for step in range(steps))
+
+    devices: list[tuple[torch.device, int | None, str]] = [(cpu, None, "dali_cpu")]
+    if torch.cuda.is_available():
+        devices.append((torch.device("cuda", 0), 0, "dali_gpu"))
+    try:
+        choose_reader("dali", cpu)
+    except Mistake as missing:
+        print(f"no dali rows: {missing}")
+        return
+    from pipeline import dali
+
+    for device, device_id, name in devices:
+        endless = dali.read(config, shards, plan, start=0, stop=10**9, device_id=device_id)
+
+        def take(colour: bool, endless: Any = endless, device: torch.device = device) -> int:
+            n = 0
+            for _ in range(steps):
+                batch = next(endless)
+                n += coloured(batch, device) if colour else len(batch.ids)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return n
+
+        yield name, "views", partial(take, False)
+        yield name, "all", partial(take, True)
+
+
+def bench_data(folder: str, out: Path | None) -> None:
+    """Stage by stage. One thread for each entry but a GPU's, so that CPU-seconds are what a photo costs."""
+    import torch
+
+    from pipeline.shards import Plan, Shards
+    from runtime.parallel import reuse_memory
+
+    reuse_memory()
+    gpu = torch.cuda.is_available()
+    torch.set_num_threads(1)
+    config = Config()
+    config.data.shards = folder
+    config.speed.workers = 4 if gpu else 0
+    config.speed.threads = (os.cpu_count() or 1) if gpu else 1
+    config.optim.batch = 256 if gpu else 64
+    shards = Shards(folder)
+    config.optim.batch = min(config.optim.batch, len(shards))
+    plan = Plan(shards, batch=config.optim.batch, seed=0)
+    steps = max(1, min(plan.steps_per_epoch, 192 // config.optim.batch + gpu * 8))
+    entries = list(data_entries(config, shards, plan, steps))
+    measured = rounds([(f"{reader} {stage}", entry) for reader, stage, entry in entries])
+    device = torch.cuda.get_device_name(0) if gpu else cpu_name()
+    rows: list[dict[str, Any]] = []
+    for (reader, stage, _), (per_cpu, per_second) in zip(entries, measured, strict=True):
+        row: dict[str, Any] = {"what": "data", "reader": reader, "stage": stage, "shards": folder}
+        row |= spread("photos_per_cpu_s", per_cpu) | spread("photos_per_s", per_second) | {"device": device}
+        rows.append(row)
+    base = {r["stage"]: r["photos_per_cpu_s"] for r in rows if r["reader"] == "pil"}
+    table = Table(title=f"{folder}: photos -> {len(config.views)} views of {config.image_size}, {device}")
+    for name in ("reader", "stage", "photos / CPU-s", "least – most", "photos / s", "x pil"):
+        table.add_column(name, justify="left" if name in ("reader", "stage") else "right")
+    for r in rows:
+        times = f"{r['photos_per_cpu_s'] / base[r['stage']]:.2f}" if r["stage"] in base else "–"
+        low, high = r["photos_per_cpu_s_spread"]
+        figures = (f"{r['photos_per_cpu_s']:.1f}", f"{low:.1f} – {high:.1f}", f"{r['photos_per_s']:.1f}", times)
+        table.add_row(r["reader"], r["stage"], *figures)
+    finish(table, rows, out)
+
+
+def rounds(entries: list[tuple[str, Entry]]) -> list[tuple[list[float], list[float]]]:
+    """(photos per CPU-second, photos per second) of ROUNDS rounds for each entry, after one that does not count."""
+    found: list[tuple[list[float], list[float]]] = [([], []) for _ in entries]
+    for n in range(ROUNDS + 1):
+        for (name, entry), (per_cpu, per_second) in zip(entries, found, strict=True):
+            if sys.stderr.isatty():
+                print(f"round {n}/{ROUNDS}: {name:<20}", end="\r", file=sys.stderr)
+            cpu, wall = cpu_seconds(), time.perf_counter()
+            photos = entry()
+            cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
+            if n:
+                per_cpu.append(photos / max(cpu, 1e-9))
+                per_second.append(photos / wall)
+    return found
+
+
+def cpu_seconds() -> float:
+    """Of this process, its threads, and its children that live (/proc) or have ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = time.process_time() + ended.ru_utime + ended.ru_stime
+    tick = os.sysconf("SC_CLK_TCK")
+    me = os.getpid()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == me:
+            total += (int(fields[11]) + int(fields[12])) / tick
+    return total
+
+
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+def simulate(folder: Path, samples: int) -> None:
+    """Manifest and index of a data set of `samples` photos of 110 kB in shards of 256 MB; no tars."""
+    from pipeline.shards import FORMAT, INDEX
+
+    per_shard = 2400
+    counts = [per_shard] * (samples // per_shard) + [samples % per_shard] * (samples % per_shard > 0)
+    index = np.lib.format.open_memmap(folder / "index.npy", "w+", INDEX, (samples,))
+    for first in range(0, samples, 10_000_000):
+        part = index[first : first + 10_000_000]
+        row = np.arange(first, first + len(part))
+        part["shard"], part["offset"] = row // per_shard, row % per_shard * 110_592
+        part["size"], part["height"], part["width"], part["label"] = 110_000, 375, 500, row % 1000
+    index.flush()
+    shards = [{"name": f"shard-{i:06d}.tar", "samples": n, "bytes": 0, "sha256": ""} for i, n in enumerate(counts)]
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "classes": [], "shards": shards}))
+
+
+def measure_plan(folder: Path, batch: int) -> dict[str, Any]:
+    """Run in a process of its own: what loading and planning cost, and what must hold of the plan."""
+    from pipeline.shards import Plan, Shards
+
+    before = resident_mb()
+    begun = time.perf_counter()
+    shards = Shards(folder, whole=False)
+    plan = Plan(shards, batch=batch, seed=0)
+    plan.samples_of(0)
+    loaded = time.perf_counter() - begun
+    steps = np.random.default_rng(0).permutation(plan.steps_per_epoch)[:200]
+    times = []
+    for step in steps.tolist():
+        begun = time.perf_counter()
+        ids = plan.samples_of(step)
+        _ = shards.index["height"][ids], shards.index["crc32"][ids]
+        times.append(time.perf_counter() - begun)
+    memory = resident_mb()
+
+    # an epoch is a permutation: sampled steps never meet a sample twice
+    seen = np.concatenate([plan.samples_of(int(s)) for s in steps[: 2_000_000 // batch]])
+    assert len(np.unique(seen)) == len(seen), "a sample came twice in an epoch"
+    assert seen.min() >= 0
+    assert seen.max() < len(shards)
+    for world in (1, 2, 8, 64):
+        parts = np.stack([plan.samples_of(7, rank, world) for rank in range(world)], 1)
+        assert np.array_equal(parts.ravel(), plan.samples_of(7)), f"{world} processes get another step"
+    # one node of 8 (8 of 64 processes): shards it touches in a stretch of the epoch that visits all of its lanes' shards
+    touched = {int(s) for step in steps.tolist() for r in range(8) for s in plan.samples_of(step, r * 8, 64) // 2400}
+    bound = len(shards.shards) / 8 + plan.lanes
+    assert len(touched) <= bound, f"a node of 8 touches {len(touched)} shards, more than {bound}"
+    ms = [1000 * t for t in times]
+    return {
+        "samples": len(shards), "batch": batch, "load_s": round(loaded, 3), "resident_mb": round(memory, 1),
+        "added_mb": round(memory - before, 1), **spread("ms_per_step", ms), "ms_per_step_p99": float(np.quantile(ms, 0.99)),
+        "node_share_shards": len(touched), "shards": len(shards.shards),
+    }  # fmt: skip
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def bench_plan(out: Path | None) -> None:
+    """Simulated sets, each measured in a process of its own."""
+    import subprocess
+
+    rows = []
+    for samples in SIMULATED:
+        with tempfile.TemporaryDirectory() as folder:
+            simulate(Path(folder), samples)
+            for batch in (256, 1024):
+                code = (
+                    "import json, sys, pathlib; from tools.benchmark import measure_plan; "
+                    "print(json.dumps(measure_plan(pathlib.Path(sys.argv[1]), int(sys.argv[2]))))"
+                )
+                done = subprocess.run(
+                    [sys.executable, "-c", code, folder, str(batch)], capture_output=True, text=True, check=False
+                )
+                if done.returncode:
+                    raise Mistake(f"plan of {samples} samples: {done.stderr.strip().splitlines()[-1]}")
+                rows.append({"what": "plan", **json.loads(done.stdout), "device": cpu_name()})
+    table = Table(title="plan: simulated sets")
+    names = (
+        "samples",
+        "batch",
+        "load_s",
+        "resident_mb",
+        "ms_per_step",
+        "ms_per_step_p99",
+        "node_share_shards",
+        "shards",
+    )
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(f"{row[name]:,.2f}" if isinstance(row[name], float) else f"{row[name]:,}" for name in names))
+    finish(table, rows, out)
+
+
+# ---------------------------------------------------------------------------------------------------------------- all
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else ():
+        if line.startswith("model name"):
+            return f"{line.partition(':')[2].strip()} x {os.cpu_count()}"
+    return f"{platform.processor()} x {os.cpu_count()}"
+
+
+def spread(name: str, values: list[float]) -> dict[str, Any]:
+    """The median, and the least and the greatest."""
+    return {name: round(statistics.median(values), 3), f"{name}_spread": [round(min(values), 3), round(max(values), 3)]}
+
+
+def finish(table: Table, rows: list[dict[str, Any]], out: Path | None) -> None:
+    Console().print(table)
+    told = {"versions": versions(), "date": date.today().isoformat()}
+    for row in rows if out else []:
+        append_jsonl(out, row | told)  # type: ignore[arg-type]
+    if out:
+        print(f"{len(rows)} rows appended to {out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("what", choices=("data", "plan", "shards"))
+    parser.add_argument(
+        "--shards", default="data/scenes/shards/train", help="photos to measure on (default: the scenes)"
+    )
+    parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
+    args = parser.parse_args()
+    if args.what == "data":
+        bench_data(args.shards, args.out)
+    elif args.what == "plan":
+        bench_plan(args.out)
+    else:
+        os.execv(sys.executable, [sys.executable, "-m", "tools.bench_shards", args.shards])
+
+
+if __name__ == "__main__":
+    tell_mistakes(main)
