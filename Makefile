@@ -9,7 +9,7 @@ ARGS    ?=
 GPUS    ?=
 SHARDS  ?=
 VAL     ?=
-WHAT    ?= step
+WHAT    ?= data
 name    := $(basename $(notdir $(CONFIG)))$(if $(METHOD),-$(METHOD))
 RUN     ?= runs/$(name)
 SCENES  := data/scenes
@@ -67,8 +67,8 @@ pretrain: $(READY) $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(CONFIG)),sc
 eval: $(READY) ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained
 	@$(PY) -m eval.report $(RUN)
 
-bench: $(READY) ## WHAT=data|step|shards: images per second
-	@$(PY) -m tools.benchmark $(WHAT) $(ARGS)
+bench: $(READY) $(if $(SHARDS),,scenes) ## WHAT=data|plan|shards [SHARDS=… OUT=rows.jsonl]: images per second
+	@$(PY) -m tools.benchmark $(WHAT) $(if $(SHARDS),--shards $(SHARDS)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 test: $(READY) ## all tests, on any machine
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,7 @@ def train(config: Config, dry_run: bool = False) -> int:
 
     # ------------------------------------------------------------------------------------------------------ loop
     sums: dict[str, torch.Tensor] = {}
+    damaged: Counter[int] = Counter()  # of this process, by epoch
     since, begun = start, time.perf_counter()
     try:
         for batch in loader:
@@ -127,9 +129,13 @@ def train(config: Config, dry_run: bool = False) -> int:
             beat = done % config.run.log_every == 0 or done == steps
             if beat:  # the only place where the CPU waits for the device
                 n = done - since
-                told = [torch.tensor([float(stopping.asked), loader.waited()], device=processes.device)]
-                told = processes.mean([*told, torch.stack([sums[name] / n for name in sums])])
-                (stop, waited), values = (t.tolist() for t in told)
+                for planned, read in loader.damaged():
+                    name = "damaged.jsonl" if processes.first else f"damaged-{processes.rank}.jsonl"
+                    record.append_jsonl(folder / name, {"step": done, "planned": planned, "read": read})
+                    damaged[plan.epoch(step)] += 1
+                here = [float(stopping.asked), loader.waited(), float(damaged[plan.epoch(step)])]
+                told = [torch.tensor(here, device=processes.device), torch.stack([sums[name] / n for name in sums])]
+                (stop, waited, bad), values = (t.tolist() for t in processes.mean(told))
                 seconds = time.perf_counter() - begun
                 metrics = dict(zip(sums, values, strict=True)) | {
                     "lr": float(schedules.lr[step]),
@@ -138,9 +144,11 @@ def train(config: Config, dry_run: bool = False) -> int:
                 }
                 if screen:
                     screen.metrics(done, metrics)
-                    for planned, read in loader.damaged():
-                        row = {"step": done, "planned": planned, "read": read}
-                        record.append_jsonl(folder / "damaged.jsonl", row)
+                if bad * processes.world > config.data.max_bad * plan.samples:
+                    raise Mistake(
+                        f"{round(bad * processes.world)} of {plan.samples} samples are damaged in this epoch, more than "
+                        f"data.max_bad: {config.data.max_bad:g}; {folder}/damaged.jsonl lists them"
+                    )
                 if not math.isfinite(metrics["loss"]):
                     print(f"the loss is {metrics['loss']} at step {done}; the last checkpoint stands", file=sys.stderr)
                     return 1

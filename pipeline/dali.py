@@ -94,7 +94,7 @@ def read(
     stop: int,
     rank: int = 0,
     world: int = 1,
-    device_id: int | None,
+    device_id: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches of the global steps start..stop-1, in order; on GPU `device_id`, or (None) on the CPU.
 

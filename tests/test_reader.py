@@ -4,6 +4,8 @@ import io
 import multiprocessing
 import shutil
 import threading
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from pipeline import wds
 from pipeline.batch import Batch, draw
-from pipeline.loader import Loader
+from pipeline.loader import Loader, choose_reader
 from pipeline.shards import Plan, Shards
 from runtime.config import load_config
 from runtime.mistake import Mistake
@@ -21,6 +23,13 @@ from runtime.mistake import Mistake
 @pytest.fixture
 def config(tiny_config):
     return load_config(tiny_config)
+
+
+def choose(wanted: str) -> str | None:
+    try:
+        return choose_reader(wanted, torch.device("cpu"))[0]
+    except Mistake:
+        return None
 
 
 def opened(config):
@@ -83,19 +92,24 @@ def test_ranks_make_up_the_step(config):
             assert torch.equal(parts[r][step].views[0], batch.views[0][r::2])
 
 
-def test_a_damaged_photo_costs_nothing_but_itself(config, tmp_path):
-    sound = batches(config)
-    shards, plan = opened(config)
-    folder = tmp_path / "damaged"
-    shutil.copytree(config.data.shards, folder)
-    damaged = [int(sound[0].ids[3]), int(sound[2].ids[9])]
-    for sample in damaged:  # one flipped byte in the middle of the scan: decoders take it without a word
+def with_damage(shards: Shards, folder: Path, damaged: list[int]) -> str:
+    """A copy of the shards in which each of these samples has one flipped byte in the middle of its scan: most decoders
+    take that without a word."""
+    shutil.copytree(shards.folder, folder)
+    for sample in damaged:
         record = shards.index[sample]
         path = folder / shards.shards[int(record["shard"])]["name"]
         content = bytearray(path.read_bytes())
         content[int(record["offset"]) + int(record["size"]) * 3 // 4] ^= 0x10
         path.write_bytes(content)
-    config.data.shards = str(folder)
+    return str(folder)
+
+
+def test_a_damaged_photo_costs_nothing_but_itself(config, tmp_path):
+    sound = batches(config)
+    shards, plan = opened(config)
+    damaged = [int(sound[0].ids[3]), int(sound[2].ids[9])]
+    config.data.shards = with_damage(shards, tmp_path / "damaged", damaged)
     again = batches(config)
     for a, b in zip(sound, again, strict=True):
         hit = [i for i, sample in enumerate(a.ids.tolist()) if sample in damaged]
@@ -164,3 +178,72 @@ def test_bad_folders(tmp_path, config, photos):
     shard.unlink()
     with pytest.raises(Mistake, match=f"{shard.name}: is missing"):
         Shards(cut)
+
+
+dali_here = pytest.mark.skipif(choose("dali") is None, reason="DALI is not installed")
+
+
+def dali_batches(config, start=0, stop=7, **ranks) -> list[Batch]:
+    from pipeline import dali
+
+    shards, plan = opened(config)
+    return list(dali.read(config, shards, plan, start=start, stop=stop, **ranks))
+
+
+@dali_here
+@pytest.mark.parametrize("workers", [0, 1])
+def test_dali_reads_the_same(config, workers):
+    """Three epochs: ids, windows, points and colours bit for bit, pixels within 0.5 of 255 in the mean."""
+    stop = 15 if workers == 0 else 4
+    config.speed.workers = 0
+    ours = batches(config, stop=stop)
+    config.speed.workers = workers
+    theirs = dali_batches(config, stop=stop)
+    assert len(theirs) == stop
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.step == b.step
+        for name in ("ids", "rows", "windows", "view_points", "colour"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        for x, y in zip(a.views, b.views, strict=True):
+            assert x.shape == y.shape
+            assert y.dtype == torch.uint8
+            assert (x.float() - y.float()).abs().mean() < 0.5
+    again = dali_batches(config, start=2, stop=4)
+    assert all(
+        torch.equal(a.ids, b.ids) and torch.equal(a.views[0], b.views[0])
+        for a, b in zip(again, theirs[2:4], strict=True)
+    )
+
+
+@dali_here
+def test_readers_agree_on_damage(config, tmp_path):
+    """5 % damaged photos, and one whose bytes are as written but which no decoder takes: the same rows are read."""
+    shards, _ = opened(config)
+    damaged = list(range(3, 96, 20))
+    folder = Path(with_damage(shards, tmp_path / "damaged", damaged))
+    index = np.load(folder / "index.npy")
+    record = index[50]
+    path = folder / shards.shards[int(record["shard"])]["name"]
+    content = bytearray(path.read_bytes())
+    at, size = int(record["offset"]), int(record["size"])
+    content[at : at + size] = b"not a photo " * (size // 12) + b"." * (size % 12)
+    path.write_bytes(content)
+    index["crc32"][50] = zlib.crc32(bytes(content[at : at + size]))
+    np.save(folder / "index.npy", index)
+    config.data.shards = str(folder)
+    read: set[int] = set()
+    for a, b in zip(batches(config, stop=15), dali_batches(config, stop=15), strict=True):
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.rows, b.rows)
+        assert torch.equal(a.windows, b.windows)
+        assert len(b.views[0]) == 16
+        read |= set(b.rows.tolist())
+    assert not read & {*damaged, 50}
+
+
+@dali_here
+def test_the_loader_takes_dali(config):
+    config.speed.reader = "dali"
+    loader = make_loader(config, stop=3)
+    assert loader.reader == "dali"
+    assert [b.views[0].shape for b in loader] == [(2, 16, 3, 32, 32)] * 3

@@ -125,3 +125,29 @@ def test_dry_run_touches_nothing(tiny_config, tmp_path):
     assert "steps        20 (5 an epoch)" in told
     assert "1 + 16 patches + 6 reference tokens" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_damage_is_listed_and_bounded(tiny_config, tiny_shards, tmp_path):
+    """Every batch is full, the damage is in the record; above the budget the run stops and says so."""
+    import shutil
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_shards, folder)
+    for shard in sorted(folder.glob("*.tar"))[:1]:
+        content = bytearray(shard.read_bytes())
+        for place in range(3 * 512, len(content), len(content) // 3):
+            content[place] ^= 0x10
+        shard.write_bytes(content)
+    told = run_program("train.py", tiny_config, f"data.shards={folder}", expect=2).stderr
+    assert "samples are damaged in this epoch, more than data.max_bad: 0.001" in told
+    words = [
+        f"data.shards={folder}",
+        "data.max_bad=0.1",
+        f"run.folder={tmp_path / 'b'}",
+        "optim.epochs=1",
+        "optim.warmup=0",
+    ]
+    assert "finished: 5 steps" in run_program("train.py", tiny_config, *words).stdout
+    rows = [json.loads(line) for line in (tmp_path / "b" / "damaged.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(row["planned"] != row["read"] for row in rows)
