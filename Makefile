@@ -22,6 +22,8 @@ words    = run.folder=$(RUN) $(if $(METHOD),method=$(METHOD)) $(if $(SHARDS),dat
 # (docs/benchmarks.md has the figures)
 export GOMP_SPINCOUNT ?= 10000
 
+need = $(if $($(1)),,$(error $(1)=… is missing: $(2)))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup scenes shards verify index pretrain eval bench test check lock clean
 
@@ -45,12 +47,15 @@ endif
 	@touch $@
 
 shards: $(READY) ## SRC=photos/ DST=folder [SHARD_MB=256 ARGS='--resize-short 256 --quality 90']: photos -> shards
+	$(call need,SRC,a folder of photos or a tar)$(call need,DST,the folder to write shards into)
 	@$(PY) -m tools.make_shards make "$(SRC)" "$(DST)" $(if $(SHARD_MB),--shard-mb $(SHARD_MB)) $(ARGS)
 
 verify: $(READY) ## DST=folder: hash every shard again
+	$(call need,DST,a folder of shards)
 	@$(PY) -m tools.make_shards verify "$(DST)"
 
 index: $(READY) ## DST=folder: manifest and index for WebDataset tars that others made
+	$(call need,DST,a folder of WebDataset tars)
 	@$(PY) -m tools.make_shards index "$(DST)"
 
 scenes: $(READY) # the embedded default: painted scenes and their shards
@@ -59,6 +64,7 @@ scenes: $(READY) # the embedded default: painted scenes and their shards
 	@$(PY) -m tools.make_shards make $(SCENES)/val $(SCENES)/shards/val
 
 pretrain: $(READY) $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(CONFIG)),scenes)) ## [CONFIG=… SHARDS=… VAL=… GPUS=n|all RUN=… METHOD=dino ARGS='a.b=c …']
+	@$(if $(filter-out 1,$(GPUS)),$(if $(filter-out all,$(GPUS)),WORLD_SIZE=$(GPUS)) $(PY) train.py $(CONFIG) $(words) --dry-run >/dev/null)
 	@$(launch) train.py $(CONFIG) $(words)
 	@$(PY) -m eval.report $(RUN) --if-missing
 	@$(PY) -m tools.show_views $(RUN) --if-missing

@@ -50,6 +50,12 @@ def train(config: Config, dry_run: bool = False) -> int:
         raise Mistake(
             "data.shards: which shards? `make pretrain SHARDS=folder`, made by `make shards SRC=photos/ DST=folder`"
         )
+    world = parallel.world_size()
+    if config.optim.batch % (world * config.speed.accumulate):
+        raise Mistake(
+            f"optim.batch: {config.optim.batch} images do not fall into {world} processes x "
+            f"speed.accumulate: {config.speed.accumulate} equal pieces"
+        )
     shards = Shards(config.data.shards)
     holdout = 0.0 if config.data.val else config.data.holdout
     plan = Plan(shards, batch=config.optim.batch, seed=config.seed, holdout=holdout)
@@ -62,12 +68,6 @@ def train(config: Config, dry_run: bool = False) -> int:
 
     # ----------------------------------------------------------------------------------------------------- build
     processes = parallel.start(config.speed)
-    pieces = config.optim.batch / (processes.world * config.speed.accumulate)
-    if pieces != int(pieces):
-        raise Mistake(
-            f"optim.batch: {config.optim.batch} images do not fall into {processes.world} processes x "
-            f"speed.accumulate: {config.speed.accumulate} equal pieces"
-        )
     torch.manual_seed(weights.weights_seed(config.seed))
     model = DenseDINO(config)  # the same weights in every process
     if processes.first:

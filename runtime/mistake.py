@@ -1,6 +1,7 @@
 """What a user got wrong, told in one clear message."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -20,7 +21,8 @@ def tell_mistakes(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except Mistake as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # once, not by every process that torchrun started
+            print(f"error: {mistake}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

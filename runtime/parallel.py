@@ -60,9 +60,14 @@ def reuse_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
+def world_size() -> int:
+    """How many processes train together, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def start(speed: Speed) -> Processes:
     """Join the processes that torchrun started, or be alone. Raises Mistake where the device asked for is not there."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = world_size(), int(os.environ.get("RANK", 0))
     cuda = torch.cuda.is_available()
     if speed.device == "cuda" and not cuda:
         raise Mistake("speed.device: cuda, but torch finds no CUDA device here (speed.device: auto takes the CPU then)")
