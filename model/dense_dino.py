@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.heads import ProjectionHead
-from model.losses import cls_loss, entropy, reference_loss, teacher_probabilities
+from model.losses import cross_entropy
 from model.vit import build_vit
 from pipeline.batch import Batch
 from runtime.config import TEACHERS, Config
@@ -46,6 +46,7 @@ class DenseDINO(nn.Module):
 
     cls_center: Tensor
     reference_center: Tensor
+    cls_terms: Tensor  # [T,V] 1 where (t, v) is a term of the class loss
 
     def __init__(self, config: Config):
         super().__init__()
@@ -64,6 +65,9 @@ class DenseDINO(nn.Module):
         between_teachers = [(t, v) for t, v in every if v < TEACHERS]
         self.cls_pairs = every if self.loss.cls_views == "all" else between_teachers
         self.reference_pairs = every if self.reference.views == "all" else between_teachers
+        self.register_buffer("cls_terms", torch.zeros(TEACHERS, self.views), persistent=False)
+        for t, v in self.cls_pairs:
+            self.cls_terms[t, v] = 1
         self.published_center_pairs = [(t, v) for t in range(TEACHERS) for v in range(TEACHERS)]
 
     def parts(self) -> list[nn.Module]:
@@ -77,32 +81,45 @@ class DenseDINO(nn.Module):
         Returns ({"loss", "cls_loss", "reference_loss", "teacher_entropy"}: scalars, [cls mean [K], reference mean [K]];
         one mean where there is one centre). The centres used are those before this step (published order).
         """
-        tau_s = self.loss.student_temperature
+        student, teacher = self.student, self.teacher
+        temperatures = (self.loss.student_temperature, teacher_temperature)
         with torch.no_grad():
-            cls, tokens = self._see(self.teacher, batch, TEACHER)
-            logits = self.teacher.cls_head(cls)  # [T,B,K]
-            targets = teacher_probabilities(logits, self.cls_center, teacher_temperature)
-            means = [logits.mean((0, 1), dtype=self.cls_center.dtype)]
+            cls, tokens = self._see(teacher, batch, TEACHER)
+            z_t, rows_t = teacher.cls_head(cls), teacher.cls_head.last_layer()  # [T,B,d], [K,d]
+            means = [self._mean_logits(z_t, rows_t)]
             if self.points:
-                point_logits = self.teacher.point_head(self._stacked(tokens, self.reference_pairs))  # [P,B,M,K]
-                center = self.cls_center if self.shared_head else self.reference_center
-                point_targets = teacher_probabilities(point_logits, center, teacher_temperature)
+                points_t = teacher.point_head(self._stacked(tokens, self.reference_pairs))  # [P,B,M,d]
+                point_rows_t = rows_t if self.shared_head else teacher.point_head.last_layer()
+                moving = points_t
                 if self.reference.center == "published":
-                    point_logits = self.teacher.point_head(self._stacked(tokens, self.published_center_pairs))
-                means.append(point_logits.mean((0, 1, 2), dtype=self.reference_center.dtype))
+                    moving = teacher.point_head(self._stacked(tokens, self.published_center_pairs))
+                means.append(self._mean_logits(moving, point_rows_t))
                 if self.shared_head:  # one centre: the mean over all tokens of its head
-                    n = [x.shape[:-1].numel() for x in (logits, point_logits)]
+                    n = [z.shape[:-1].numel() for z in (z_t, moving)]
                     means = [(n[0] * means[0] + n[1] * means[1]) / sum(n)]
 
-        cls, tokens = self._see(self.student, batch, STUDENT)
-        log = {"teacher_entropy": entropy(targets)}
-        log["cls_loss"] = cls_loss(targets, self.student.cls_head(cls), self.cls_pairs, tau_s)
+        cls, tokens = self._see(student, batch, STUDENT)
+        rows = student.cls_head.last_layer()
+        log = {}
+        log["cls_loss"], log["teacher_entropy"] = cross_entropy(
+            student.cls_head(cls), rows, z_t, rows_t, self.cls_center, *temperatures, self.cls_terms
+        )
         log["loss"] = self.alpha * log["cls_loss"]
         if self.points:
-            point_logits = self.student.point_head(self._stacked(tokens, self.reference_pairs))
-            log["reference_loss"] = reference_loss(point_targets, point_logits, tau_s)
+            # each pair has its own points: one "view" on either side, and every one of the P*B*M points a term
+            points = student.point_head(self._stacked(tokens, self.reference_pairs))
+            point_rows = rows if self.shared_head else student.point_head.last_layer()
+            center = self.cls_center if self.shared_head else self.reference_center
+            log["reference_loss"], _ = cross_entropy(
+                points.flatten(0, 2)[None], point_rows, points_t.flatten(0, 2)[None], point_rows_t, center, *temperatures,
+                torch.ones(1, 1, device=points.device),
+            )  # fmt: skip
             log["loss"] = log["loss"] + (1 - self.alpha) * log["reference_loss"]
         return log, means
+
+    def _mean_logits(self, z: Tensor, prototypes: Tensor) -> Tensor:
+        """Mean over all tokens of z @ prototypes.T [K]: linear, so the mean of z does."""
+        return prototypes.to(self.cls_center.dtype) @ z.flatten(0, -2).mean(0, dtype=self.cls_center.dtype)
 
     def _see(self, network: Network, batch: Batch, role: int) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
         """What a network makes of the views that its role sees: [CLS] [views,B,D], and the reference tokens [B,M,D] of

@@ -10,7 +10,7 @@ from torch.nn.init import trunc_normal_
 
 
 class ProjectionHead(nn.Module):
-    """[..., D] -> three-layer MLP -> unit sphere of `bottleneck` dimensions -> cosines to K prototypes [..., K].
+    """[..., D] -> three-layer MLP -> unit sphere [..., bottleneck]; `logits` goes on to cosines with K prototypes [..., K].
 
     norm "batch": BatchNorm after both hidden layers, over all tokens given (an option of published DINO); its statistics
     are always the batch's own. unit_prototypes: the weight norm's gain stays 1 (DINO's norm_last_layer).
@@ -42,19 +42,20 @@ class ProjectionHead(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        z = self.mlp(tokens.flatten(0, -2))
-        z = F.normalize(z, dim=-1)
-        return self.last_layer(z).unflatten(0, tokens.shape[:-1])
+        return F.normalize(self.mlp(tokens.flatten(0, -2)), dim=-1).unflatten(0, tokens.shape[:-1])
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        z = self(tokens)
+        return F.linear(z, self.last_layer().to(z.dtype))
 
 
 class Prototypes(nn.Module):
-    """A linear map without bias whose rows are weight-normed: weight_g [K,1] times unit rows of weight_v [K,bottleneck]."""
+    """Rows of a linear map without bias, weight-normed [K,bottleneck]: weight_g [K,1] times unit rows of weight_v."""
 
     def __init__(self, inner: int, prototypes: int, unit: bool):
         super().__init__()
         self.weight_v = nn.Parameter(torch.empty(prototypes, inner).uniform_(-(inner**-0.5), inner**-0.5))
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not unit)
 
-    def forward(self, z: Tensor) -> Tensor:
-        rows = self.weight_g * self.weight_v / self.weight_v.norm(dim=1, keepdim=True)
-        return F.linear(z, rows.to(z.dtype))
+    def forward(self) -> Tensor:
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))

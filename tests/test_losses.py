@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model.dense_dino import DenseDINO
-from model.losses import cls_loss, entropy, reference_loss, teacher_probabilities
+from model.losses import cross_entropy
 from pipeline.batch import Batch, draw
 from runtime.config import Config, Head, Model, Views
 from runtime.schedule import Optimizer, clip_each, make_schedules
@@ -33,36 +33,44 @@ def made(config: Config) -> tuple[DenseDINO, Batch]:
     return model, Batch(0, ids, ids, [torch.randn(4, 3, 3, 16, 16)], **draws.tensors())
 
 
-def test_cls_loss_is_its_loops():
+@pytest.mark.parametrize("rows", [1, 2, 256])
+def test_cross_entropy_is_its_loops(rows: int):
+    """Value and gradients beside the docstring's loops, whole or in pieces, in float64."""
     torch.manual_seed(0)
-    teacher, student = torch.randn(2, 3, 7).softmax(-1), torch.randn(4, 3, 7)
-    pairs = [(t, v) for t in range(2) for v in range(4) if t != v]
-    loops = 0.0
-    for t, v in pairs:
-        for b in range(3):
-            q = (student[v, b] / 0.1).softmax(-1)
-            loops += -sum(float(teacher[t, b, k] * q[k].log()) for k in range(7)) / (len(pairs) * 3)
-    assert float(cls_loss(teacher, student, pairs, 0.1)) == pytest.approx(loops, rel=1e-5)
+    views, n, d, k = 4, 5, 6, 9
+    student = torch.nn.functional.normalize(torch.randn(views, n, d, dtype=torch.float64), dim=-1).requires_grad_()
+    teacher = torch.nn.functional.normalize(torch.randn(2, n, d, dtype=torch.float64), dim=-1)
+    w, w_t = torch.randn(k, d, dtype=torch.float64).requires_grad_(), torch.randn(k, d, dtype=torch.float64)
+    center = torch.randn(k, dtype=torch.float64)
+    terms = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1]])
+    loss, entropy = cross_entropy(student, w, teacher, w_t, center, 0.1, 0.05, terms, rows)
+    loops, entropies = 0.0, []
+    for t in range(2):
+        for i in range(n):
+            p = ((teacher[t, i] @ w_t.T - center) / 0.05).softmax(-1)
+            entropies.append(float(torch.special.entr(p).sum()))
+            for v in range(views):
+                if terms[t, v]:
+                    loops = loops - (p * (student[v, i] @ w.T / 0.1).log_softmax(-1)).sum() / (6 * n)
+    assert float(loss) == pytest.approx(float(loops), rel=1e-12)
+    assert float(entropy) == pytest.approx(np.mean(entropies), rel=1e-12)
+    ours, theirs = (torch.autograd.grad(3 * x, (student, w)) for x in (loss, loops))
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs, strict=True))
 
 
-def test_reference_loss_is_its_loops():
+def test_cross_entropy_in_bfloat16():
+    """Under autocast the products are bfloat16's, the softmaxes float32's."""
     torch.manual_seed(0)
-    teacher, student = torch.randn(5, 2, 3, 7).softmax(-1), torch.randn(5, 2, 3, 7)
-    loops = 0.0
-    for p in range(5):
-        for b in range(2):
-            for m in range(3):
-                q = (student[p, b, m] / 0.1).softmax(-1)
-                loops += -sum(float(teacher[p, b, m, k] * q[k].log()) for k in range(7)) / (5 * 2 * 3)
-    assert float(reference_loss(teacher, student, 0.1)) == pytest.approx(loops, rel=1e-5)
-
-
-def test_teacher_probabilities_and_entropy():
-    logits, center = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([1.0, 0.0, 1.0])
-    want = torch.tensor([[0.0, 2.0, 2.0]]).div(0.5).exp()
-    assert torch.allclose(teacher_probabilities(logits, center, 0.5), want / want.sum())
-    assert float(entropy(torch.full((2, 8), 1 / 8))) == pytest.approx(np.log(8))
-    assert float(entropy(torch.eye(4))) == 0
+    student, teacher = (torch.nn.functional.normalize(torch.randn(1, 64, 16), dim=-1) for _ in range(2))
+    w = torch.nn.functional.normalize(torch.randn(50, 16), dim=-1).requires_grad_()
+    both = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, _ = cross_entropy(student, w, teacher, w.detach(), torch.zeros(50), 0.1, 0.04, torch.ones(1, 1), 16)
+        assert loss.dtype == torch.float32
+        both.append((loss.item(), torch.autograd.grad(loss, w)[0]))
+    assert both[1][0] == pytest.approx(both[0][0], rel=1e-2)
+    assert (both[1][1] - both[0][1]).norm() < 3e-2 * both[0][1].norm()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -80,16 +88,16 @@ def test_the_losses_are_those_of_the_tokens():
     with torch.no_grad():
         targets, logits, point_terms, points_of_teacher = [], [], [], []
         for v in range(4):
-            logits.append(s.cls_head(s.backbone(batch.views[0][v])[0]))
+            logits.append(s.cls_head.logits(s.backbone(batch.views[0][v])[0]))
         for i in range(2):
-            targets.append(t.cls_head(t.backbone(batch.views[0][i])[0]))
+            targets.append(t.cls_head.logits(t.backbone(batch.views[0][i])[0]))
         for i in range(2):
             for v in range(4):
                 if v == i:
                     continue
                 points = batch.view_points[:, i, v]  # [B,M,2(teacher,student),2]
-                of_teacher = t.reference_head(t.backbone(batch.views[0][i], points[:, :, 0])[2])
-                of_student = s.reference_head(s.backbone(batch.views[0][v], points[:, :, 1])[2])
+                of_teacher = t.reference_head.logits(t.backbone(batch.views[0][i], points[:, :, 0])[2])
+                of_student = s.reference_head.logits(s.backbone(batch.views[0][v], points[:, :, 1])[2])
                 p = ((of_teacher - model.reference_center) / 0.05).softmax(-1)
                 point_terms.append(-(p * (of_student / 0.1).log_softmax(-1)).sum(-1).mean())
                 points_of_teacher.append(of_teacher)

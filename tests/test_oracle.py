@@ -12,7 +12,7 @@ from conftest import ORACLE
 from torch import Tensor
 
 from model.dense_dino import STUDENT, TEACHER, DenseDINO
-from model.losses import cls_loss, reference_loss, teacher_probabilities
+from model.losses import cross_entropy
 from model.reference import point_embedding, resize_grid
 from model.weights import load_strictly, our_names
 from pipeline.augment import MEAN, STD
@@ -110,7 +110,7 @@ def test_step(mode: str, oracle, oracle_json):
         return torch.cat([tokens[:, :1], tokens[:, 1 + references :], tokens[:, 1 : 1 + references]], 1)
 
     # tokens after every block, outputs, logits
-    logits = {}
+    logits, spheres = {}, {}
     for role, side in (("student", STUDENT), ("teacher", TEACHER)):
         network = getattr(model, role)
         blocks: list[Tensor] = []
@@ -124,7 +124,8 @@ def test_step(mode: str, oracle, oracle_json):
             assert relative(blocks[i], in_our_order(want[f"{role}.block{i - 1}_out"])) < 1e-5
         assert relative(cls.flatten(0, 1), want[f"{role}.cls"][:, 0]) < 1e-5
         with torch.no_grad():
-            logits[role] = network.cls_head(cls)
+            logits[role] = network.cls_head.logits(cls)
+            spheres[role] = network.cls_head(cls)
         assert relative(logits[role].flatten(0, 1), want[f"{role}.head_cls"][:, 0]) < 1e-5
         their_tokens = want[f"{role}.ref"].view(rows[role] // case["B"], case["B"], -1, m, case["embed"])
         their_logits = want[f"{role}.head_ref"].view(*their_tokens.shape[:-1], -1)
@@ -135,20 +136,23 @@ def test_step(mode: str, oracle, oracle_json):
             view, slot = (t, v) if role == "teacher" else (v, t)
             assert relative(tokens[t, v], their_tokens[view, :, slot]) < 1e-5
             with torch.no_grad():
-                logits[role, t, v] = network.point_head(tokens[t, v])
+                logits[role, t, v] = network.point_head.logits(tokens[t, v])
+                spheres[role, t, v] = network.point_head(tokens[t, v])
             assert relative(logits[role, t, v], their_logits[view, :, slot]) < 1e-5
 
     # the cross-entropy of every pair that enters a loss
-    center = torch.zeros(case["out_dim"])
-    targets = teacher_probabilities(logits["teacher"], center, 0.04)
+    center, term = torch.zeros(case["out_dim"]), torch.ones(1, 1)
+
+    def pair_loss(head: str, student: Tensor, teacher: Tensor) -> float:
+        rows, rows_t = (getattr(n, head).last_layer() for n in (model.student, model.teacher))
+        return cross_entropy(student[None], rows, teacher[None], rows_t, center, 0.1, 0.04, term)[0].item()
+
     for t, v in [(0, 1), (1, 0)]:
-        assert float(cls_loss(targets, logits["student"], [(t, v)], 0.1)) == pytest.approx(
-            float(want["pair_ce.cls"][t, v]), rel=1e-5
-        )
+        loss = pair_loss("cls_head", spheres["student"][v], spheres["teacher"][t])
+        assert loss == pytest.approx(float(want["pair_ce.cls"][t, v]), rel=1e-5)
     for t, v in model.reference_pairs:
-        target = teacher_probabilities(logits["teacher", t, v], center, 0.04)
-        loss = reference_loss(target[None], logits["student", t, v][None], 0.1)
-        assert float(loss) == pytest.approx(float(want["pair_ce.ref"][t, v]), rel=1e-5)
+        points = [spheres[role, t, v].flatten(0, 1) for role in ("student", "teacher")]
+        assert pair_loss("reference_head", *points) == pytest.approx(float(want["pair_ce.ref"][t, v]), rel=1e-5)
 
     # three steps: losses, gradients, clipping, AdamW, teacher, centres
     optimizer = Optimizer(model.student, schedules_of(steps), case.get("clip", 3.0), split_positions=True)
@@ -249,7 +253,7 @@ def test_dino_multicrop(oracle, oracle_json):
         with torch.no_grad():
             cls, _ = model._see(getattr(model, role), batch, side)
             assert relative(cls.flatten(0, 1), want[f"{role}.cls"]) < 1e-5
-            assert relative(getattr(model, role).cls_head(cls).flatten(0, 1), want[f"{role}.head"]) < 1e-5
+            assert relative(getattr(model, role).cls_head.logits(cls).flatten(0, 1), want[f"{role}.head"]) < 1e-5
     steps = index["fp32"]
     optimizer = Optimizer(model.student, schedules_of(steps), 3.0)
     for i, step in enumerate(steps):
