@@ -1,8 +1,11 @@
 """The losses beside their specification in plain loops; the total, centres and teacher beside their formulas."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from conftest import run_program
 
 from model.dense_dino import DenseDINO
 from model.losses import cross_entropy
@@ -177,3 +180,11 @@ def test_biases_and_norms_do_not_decay():
             assert id(p) not in decayed | plain
         else:
             assert (id(p) in plain) == (name.endswith(".bias") or ".norm" in name), name
+
+
+def test_the_literal_form_agrees():
+    """The step as the paper's text says (tools/literal.py, what the benchmark compares with): five steps' losses."""
+    rows = [json.loads(line) for line in run_program("-m", "tools.benchmark_step", "--check").stdout.splitlines()]
+    assert len(rows) == 5
+    for row in rows:
+        assert row["ours"] == pytest.approx(row["literal"], rel=1e-5)

@@ -1,0 +1,200 @@
+"""A training step, ours beside the literal form (tools/literal.py): `make bench WHAT=step [OUT=rows.jsonl]`.
+
+Every combination runs in processes of its own (peak memory is a high-water mark), which take turns; a row is the median
+over all timed steps. The same images, points and weights for both forms; data are ready before the clock starts.
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from runtime.config import Config, Head, Model, Views, load_config
+from runtime.mistake import Mistake, tell_mistakes
+from tools.benchmark import cpu_name, finish, spread
+
+ARCHS, METHODS, FORMS, DTYPES = (
+    ("vit_small", "vit_tiny"),
+    ("densedino", "dino"),
+    ("literal", "ours"),
+    ("float32", "bfloat16"),
+)
+
+
+def config_of(arch: str, method: str, compile: bool) -> Config:
+    """The paper's views and points; K 65,536."""
+    config = load_config("configs/densedino_vits16.yaml", [f"model.arch={arch}", f"method={method}"])
+    config.speed.compile = compile
+    return config
+
+
+def tiny() -> Config:
+    """A network that the equality of both forms is shown on in a second."""
+    config = Config(model=Model("custom", 8, 24, 2, 2, 0.0), head=Head(32, 16, 64))
+    config.data.views = [Views(2, 32, teacher=True), Views(2, 32)]
+    return config
+
+
+def prepared(config: Config, batch: int, device: Any, dtype: Any) -> tuple[Any, Any, Any]:
+    """(model, schedules after the last layer's freeze, a batch as the loader hands it over)."""
+    import numpy as np
+    import torch
+
+    from model.dense_dino import DenseDINO
+    from pipeline.batch import Batch, draw
+    from runtime.schedule import make_schedules
+
+    torch.manual_seed(0)
+    model = DenseDINO(config).to(device)
+    with torch.no_grad():
+        for p in model.teacher.parameters():
+            p.add_(0.01 * torch.randn_like(p) * p.std() if p.numel() > 1 else 0)
+    config.optim.freeze_last_layer, config.optim.warmup, config.optim.batch, config.optim.epochs = 0, 0, batch, 1
+    draws = draw(config, 0, np.arange(batch), np.full(batch, 400), np.full(batch, 500))
+    size = config.image_size
+    views = [torch.randn(len(config.views), batch, 3, size, size, device=device, dtype=dtype)]
+    ids = torch.arange(batch)
+    made = Batch(0, ids, ids, views, **draws.tensors()).map(lambda t: t.to(device))
+    return model, make_schedules(config, 1000), made
+
+
+def child(args: argparse.Namespace) -> None:
+    """One process: warm up, time steps, tell."""
+    import torch
+
+    from runtime import parallel
+    from runtime.schedule import Optimizer
+    from tools.literal import Literal
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype)
+    config = config_of(args.arch, args.method, args.compile)
+    model, schedules, batch = prepared(config, args.batch, device, dtype if args.form == "ours" else torch.float32)
+    if args.form == "literal":
+        literal = Literal(model, schedules, config.optim.clip)
+
+        def step(i: int) -> None:
+            literal.step(batch, i, dtype)
+    else:
+        if device.type == "cpu":
+            parallel.reuse_memory()
+        optimizer = Optimizer(model.student, schedules, config.optim.clip, split_positions=config.points > 0)
+        processes = parallel.Processes(0, 1, device, dtype)
+        if args.compile:
+            parallel.compile_parts(model.parts(), device)
+
+        def step(i: int) -> None:
+            with processes.autocast():
+                log, means = model(batch, torch.tensor(float(schedules.teacher_temperature[i])))
+            log["loss"].backward()
+            optimizer.step(i)
+            model.update_teacher(float(schedules.teacher_momentum[i]))
+            model.update_centers(processes.mean(means))
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    times = []
+    for i in range(args.warmup + args.steps):
+        wait()
+        begun = time.perf_counter()
+        step(i)
+        wait()
+        times.append(time.perf_counter() - begun)
+    gpu = device.type == "cuda"
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
+    name = torch.cuda.get_device_name() if gpu else cpu_name()
+    print(json.dumps({"times": times[args.warmup :], "peak": peak, "device": name}))
+
+
+def check() -> None:
+    """Five steps of both forms from the same weights: the losses."""
+    import torch
+
+    from runtime.schedule import Optimizer
+    from tools.literal import Literal
+
+    device = torch.device("cpu")
+    a, schedules, batch = prepared(tiny(), 4, device, torch.float32)
+    b, _, _ = prepared(tiny(), 4, device, torch.float32)
+    literal, optimizer = Literal(a, schedules, 3.0), Optimizer(b.student, schedules, 3.0, split_positions=True)
+    for i in range(5):
+        theirs = literal.step(batch, i, torch.float32)
+        log, means = b(batch, torch.tensor(float(schedules.teacher_temperature[i])))
+        log["loss"].backward()
+        optimizer.step(i)
+        b.update_teacher(float(schedules.teacher_momentum[i]))
+        b.update_centers(means)
+        print(json.dumps({"step": i, "literal": theirs, "ours": log["loss"].item()}))
+
+
+def bench(args: argparse.Namespace) -> None:
+    combinations = [
+        c
+        for c in itertools.product(ARCHS, METHODS, FORMS, DTYPES)
+        if all(w in (None, have) for w, have in zip((args.arch, args.method, args.form, args.dtype), c, strict=True))
+    ]
+    found: dict[tuple[str, ...], list[float]] = {c: [] for c in combinations}
+    peaks: dict[tuple[str, ...], float] = {}
+    device = ""
+    for n in range(args.rounds):
+        for c in combinations:
+            words = [f"--{k}={v}" for k, v in zip(("arch", "method", "form", "dtype"), c, strict=True)]
+            words += [f"--batch={args.batch}", f"--steps={args.steps}", f"--warmup={args.warmup}"]
+            words += ["--compile"] if args.compile and c[2] == "ours" else []
+            command = [sys.executable, "-m", "tools.benchmark_step", "--child", *words]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise Mistake(f"{' '.join(c)}: {done.stderr.strip().splitlines()[-1]}")
+            told = json.loads(done.stdout.splitlines()[-1])
+            found[c] += told["times"]
+            peaks[c], device = max(peaks.get(c, 0), told["peak"]), told["device"]
+            print(f"round {n + 1}/{args.rounds} {' '.join(c):<38} {statistics.median(told['times']):.3f} s", flush=True)
+    rows: list[dict[str, Any]] = []
+    for c in combinations:
+        arch, method, form, dtype = c
+        literal = found.get((arch, method, "literal", dtype))
+        row = {"what": "step", "arch": arch, "method": method, "form": form, "dtype": dtype, "batch": args.batch}
+        row |= spread("img_per_s", [args.batch / t for t in found[c]]) | {"peak_memory_mb": round(peaks[c])}
+        row["ratio_to_literal"] = (
+            round(statistics.median(literal) / statistics.median(found[c]), 3) if literal else None
+        )  # fmt: skip
+        rows.append(row | {"compile": args.compile and form == "ours", "device": device})
+    table = Table(title=f"one step, batch {args.batch}, 4 views of 224, K 65,536, {device}")
+    names = ("arch", "method", "form", "dtype", "img_per_s", "ratio_to_literal", "peak_memory_mb")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="left" if name in names[:4] else "right")
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in names))
+    finish(table, rows, args.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help="five steps of both forms on a tiny network: their losses")
+    for name, choices in (("arch", ARCHS), ("method", METHODS), ("form", FORMS), ("dtype", DTYPES)):
+        parser.add_argument(f"--{name}", choices=choices, help="only this one")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=2, help="timed in each process")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3, help="processes for each combination, taking turns")
+    parser.add_argument("--compile", action="store_true", help="ours compiled")
+    parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
+    args = parser.parse_args()
+    child(args) if args.child else check() if args.check else bench(args)
+
+
+if __name__ == "__main__":
+    tell_mistakes(main)
