@@ -119,7 +119,9 @@ class DenseDINO(nn.Module):
 
     def _mean_logits(self, z: Tensor, prototypes: Tensor) -> Tensor:
         """Mean over all tokens of z @ prototypes.T [K]: linear, so the mean of z does."""
-        return prototypes.to(self.cls_center.dtype) @ z.flatten(0, -2).mean(0, dtype=self.cls_center.dtype)
+        exact = self.cls_center.dtype
+        with torch.autocast(z.device.type, enabled=False):
+            return prototypes.to(exact) @ z.flatten(0, -2).mean(0, dtype=exact)
 
     def _see(self, network: Network, batch: Batch, role: int) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
         """What a network makes of the views that its role sees: [CLS] [views,B,D], and the reference tokens [B,M,D] of

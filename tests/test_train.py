@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, run_program
 from safetensors.torch import load_file
 
@@ -92,6 +93,17 @@ def test_two_processes_and_accumulation_agree_with_one(tiny_config, tmp_path):
             assert (a[center] - b[center]).abs().max() < 1e-4 * a[center].abs().max()
 
 
+def test_bfloat16_trains(tiny_config, tmp_path):
+    """Autocast: parameters, centres and losses stay float32, and the run goes as in float32."""
+    words = ["optim.epochs=1", "optim.warmup=0", "model.drop_path=0"]
+    run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'exact'}")
+    run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'half'}", "speed.precision=bfloat16")
+    a, b = metrics(tmp_path / "exact"), metrics(tmp_path / "half")
+    assert a[0]["loss"] != b[0]["loss"]
+    assert b[-1]["loss"] == pytest.approx(a[-1]["loss"], rel=2e-2)
+    assert all(t.dtype == torch.float32 for t in final(tmp_path / "half").values())
+
+
 def test_dino_is_the_same_trainer_without_points(tiny_config, tmp_path):
     run_program("train.py", tiny_config, "method=dino", "data.min_overlap=0", "optim.epochs=1", "optim.warmup=0")
     rows = metrics(tmp_path / "run")
@@ -110,8 +122,6 @@ def test_dino_is_the_same_trainer_without_points(tiny_config, tmp_path):
     ],
 )
 def test_wrong_inputs(tiny_config, words, message):
-    import torch
-
     if "cuda" in words[0] and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     told = run_program("train.py", tiny_config, *words, expect=2).stderr
