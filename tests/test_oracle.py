@@ -98,7 +98,8 @@ def test_step(mode: str, oracle, oracle_json):
     tensors = oracle("a_small_common")
     want = oracle(f"a_small_{mode}")
     index = oracle_json("a_small_index")
-    case, steps = index["config"], index[mode]["fp32"]["steps"]
+    case = index["config"]
+    steps = index.get(mode, {}).get("fp32", {}).get("steps", case["schedule"])  # a dropped-in case may lack its scalars
     views = [Views(2, 64, teacher=True, blur=[1.0, 0.1], solarize=[0.0, 0.2]), Views(2, 64)]
     config = config_of(case, MODES[mode], views, 64)
     model, batch = loaded(config, tensors), batch_of(tensors)
@@ -162,10 +163,8 @@ def test_step(mode: str, oracle, oracle_json):
         cls, reference = log["cls_loss"] * 2 / (2 + 1e-5), log["reference_loss"] * 6 / (6 + 1e-5)
         published = 0.5 * cls + 0.5 * reference
         assert torch.isclose(log["loss"], 0.5 * (log["cls_loss"] + log["reference_loss"]), rtol=1e-6)
-        rel = 1e-5 if i == 0 else 1e-4  # later steps start from parameters that differ by Adam's sign noise
-        assert float(cls) == pytest.approx(step["global_loss"], rel=rel)
-        assert float(reference) == pytest.approx(step["ref_loss"], rel=rel)
-        assert float(published) == pytest.approx(step["loss"], rel=rel)
+        for ours, name in ((cls, "global_loss"), (reference, "ref_loss"), (published, "loss")):
+            assert name not in step or ours.item() == pytest.approx(step[name], rel=1e-5), name
         published.backward()
         if i == 0:
             theirs = our_names({n[5:]: g for n, g in want.items() if n.startswith("grad.")})
@@ -177,12 +176,12 @@ def test_step(mode: str, oracle, oracle_json):
                     ours[name][width : 2 * width] = theirs[name][width : 2 * width]
                 assert relative(ours[name], theirs[name]) < 1e-5, name
         norms = torch._foreach_norm(optimizer._clipped())
-        assert sum(float(n) > step["clip"] for n in norms) == step["n_clipped"]
+        assert "n_clipped" not in step or sum(float(n) > step["clip"] for n in norms) == step["n_clipped"]
         optimizer.step(i)
         model.update_teacher(step["m"])
         model.update_centers(means)
-        assert relative(model.cls_center, want[f"step{i}.center"][0]) < (1e-5 if i == 0 else 1e-4)
-        assert relative(model.reference_center, want[f"step{i}.ref_center"][0]) < (1e-5 if i == 0 else 1e-4)
+        assert relative(model.cls_center, want[f"step{i}.center"][0]) < 1e-5
+        assert relative(model.reference_center, want[f"step{i}.ref_center"][0]) < 1e-5
         if i == 0:
             for role, momentum in (("student", None), ("teacher", step["m"])):
                 own = {n.removeprefix(f"step0.{role}."): t for n, t in want.items() if n.startswith(f"step0.{role}.")}
@@ -194,7 +193,7 @@ def test_step(mode: str, oracle, oracle_json):
 def test_losses_in_float64(mode: str, oracle, oracle_json):
     """Three steps in float64 against the float64 twins."""
     index = oracle_json("a_small_index")
-    if "fp64" not in index[mode]:
+    if "fp64" not in index.get(mode, {}):
         pytest.skip(f"no float64 twin of {mode}")
     case, steps = index["config"], index[mode]["fp64"]["steps"]
     tensors = oracle("a_small_common")
@@ -205,10 +204,8 @@ def test_losses_in_float64(mode: str, oracle, oracle_json):
     for i, step in enumerate(steps):
         log, means = model(batch, 0.04)
         cls, reference = log["cls_loss"] * 2 / (2 + 1e-5), log["reference_loss"] * 6 / (6 + 1e-5)
-        # Adam divides zero gradients (the keys' biases) by their own rounding: later steps are equal to less
-        rel = 1e-9 if i == 0 else 1e-6
-        assert float(cls) == pytest.approx(step["global_loss"], rel=rel)
-        assert float(reference) == pytest.approx(step["ref_loss"], rel=rel)
+        assert float(cls) == pytest.approx(step["global_loss"], rel=1e-9)
+        assert float(reference) == pytest.approx(step["ref_loss"], rel=1e-9)
         (0.5 * cls + 0.5 * reference).backward()
         optimizer.step(i)
         model.update_teacher(step["m"])
@@ -259,7 +256,7 @@ def test_dino_multicrop(oracle, oracle_json):
     for i, step in enumerate(steps):
         log, means = model(batch, step["teacher_temp"])
         # the exact mean over DINO's 10 terms
-        assert float(log["loss"].detach()) == pytest.approx(step["loss"], rel=1e-5 if i == 0 else 1e-4)
+        assert float(log["loss"].detach()) == pytest.approx(step["loss"], rel=1e-5)
         log["loss"].backward()
         if i == 0:
             theirs = our_names({n[5:]: g for n, g in want.items() if n.startswith("grad.")})
@@ -273,7 +270,7 @@ def test_dino_multicrop(oracle, oracle_json):
         optimizer.step(i)
         model.update_teacher(step["m"])
         model.update_centers(means)
-        assert relative(model.cls_center, want[f"step{i}.center"][0]) < (1e-5 if i == 0 else 1e-4)
+        assert relative(model.cls_center, want[f"step{i}.center"][0]) < 1e-5
         if i == 0:
             for role, momentum in (("student", None), ("teacher", step["m"])):
                 own = {n.removeprefix(f"step0.{role}."): t for n, t in want.items() if n.startswith(f"step0.{role}.")}
