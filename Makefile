@@ -73,8 +73,8 @@ pretrain: $(READY) $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(CONFIG)),sc
 eval: $(READY) ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained
 	@$(PY) -m eval.report $(RUN)
 
-bench: $(READY) $(if $(SHARDS)$(filter step plan,$(WHAT)),,scenes) ## WHAT=data|step|plan|shards [SHARDS=… OUT=rows.jsonl]: images per second
-	@$(PY) -m $(if $(filter step,$(WHAT)),tools.benchmark_step,tools.benchmark $(WHAT) $(if $(SHARDS),--shards $(SHARDS))) $(if $(OUT),--out $(OUT)) $(ARGS)
+bench: $(READY) $(if $(SHARDS)$(filter step plan,$(WHAT)),,scenes) ## WHAT=data|all|step|leak|plan|shards [SHARDS=… OUT=rows.jsonl]: images per second
+	@$(PY) -m $(if $(filter step,$(WHAT)),tools.benchmark_step,tools.benchmark $(WHAT) $(if $(SHARDS),--shards $(SHARDS)) $(if $(filter all leak,$(WHAT)),--config $(CONFIG))) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 test: $(READY) ## all tests, on any machine
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)

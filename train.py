@@ -73,14 +73,19 @@ def train(config: Config, dry_run: bool = False) -> int:
     if processes.first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))
-    model.to(processes.device)
+    processes.place(model)
     optimizer = schedule.Optimizer(model.student, schedules, config.optim.clip, split_positions=config.points > 0)
     start = 0
     found = checkpoint.newest_checkpoint(folder / "checkpoints")
     if found:
         path, start, _, tensors = found
         checkpoint.restore(model, optimizer.adamw, tensors)
-    if start >= steps:
+        del found, tensors
+    if not processes.agree(start):
+        raise Mistake(
+            f"{folder}: the processes find different checkpoints; it must be one folder that all machines share"
+        )
+    if start >= steps and (folder / "backbone.safetensors").is_file():
         print(f"{folder} is finished: {start} steps, {path}. RUN=another/folder starts another run.")
         return 0
     note = parallel.compile_parts(model.parts(), processes.device) if config.speed.compile else ""
@@ -96,7 +101,7 @@ def train(config: Config, dry_run: bool = False) -> int:
             folder / "versions.jsonl", {"step": start, "command": record.program(), **record.versions()}
         )
         screen.say(describe(config, plan, processes.world, str(processes.device), str(processes.dtype)))
-        screen.say(f"resumed at step {start} from {path}" if found else f"a new run in {folder}")
+        screen.say(f"resumed at step {start} from {path}" if start else f"a new run in {folder}")
         screen.say(f"reading through {loader.reader}: {loader.why}")
         if note:
             screen.say(note)
@@ -110,7 +115,7 @@ def train(config: Config, dry_run: bool = False) -> int:
         for batch in loader:
             step = batch.step
             torch.manual_seed(int(hash64(config.seed, "drop path", step, processes.rank) >> 1))
-            temperature = torch.tensor(schedules.teacher_temperature[step], dtype=torch.float32)
+            temperature = float(schedules.teacher_temperature[step])
             means: list[torch.Tensor] = []
             parts = batch.split(config.speed.accumulate)
             for i, piece in enumerate(parts):
@@ -126,7 +131,8 @@ def train(config: Config, dry_run: bool = False) -> int:
             model.update_centers(processes.mean(means))
 
             done = step + 1
-            beat = done % config.run.log_every == 0 or done == steps
+            saving = done % config.run.checkpoint_every == 0 or done == steps
+            beat = saving or done % config.run.log_every == 0
             if beat:  # the only place where the CPU waits for the device
                 n = done - since
                 for planned, read in loader.damaged():
@@ -154,7 +160,7 @@ def train(config: Config, dry_run: bool = False) -> int:
                     return 1
                 sums, since, begun = {}, done, time.perf_counter()
             stop_now = stopping.asked if processes.world == 1 else beat and stop > 0
-            if stop_now or done % config.run.checkpoint_every == 0 or done == steps:
+            if stop_now or saving:
                 pause = time.perf_counter()
                 if processes.first:
                     saved = folder / "checkpoints"

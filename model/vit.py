@@ -61,14 +61,14 @@ class ViT(VisionTransformer):
         patches = self.patch_embed.proj(images)  # [n,D,h/p,w/p]
         h, w = patches.shape[-2:]
         patches = patches.flatten(2).transpose(1, 2)  # [n,N,D]
-        patches = patches + resize_grid(grid, h, w).flatten(0, 1).to(patches.dtype)
+        patches = patches + resize_grid(grid, h, w).flatten(0, 1)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
-        tokens = [cls.to(patches.dtype), patches]
+        tokens = [cls, patches]
         references = 0
         if points is not None:
             references = points.shape[1]
             # the token's content is its position; always read from the grid itself, whatever the view's size
-            tokens.append(point_embedding(grid, points, self.border).to(patches.dtype))
+            tokens.append(point_embedding(grid, points, self.border))
         x = torch.cat(tokens, 1)  # [n,1+N+R,D]
         for block in self.blocks:
             x = self._block(block, x, references)

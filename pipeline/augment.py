@@ -6,6 +6,7 @@ Letters: B images, V views, H x W pixels.
 """
 
 import itertools
+from functools import cache
 
 import numpy as np
 import torch
@@ -48,6 +49,13 @@ def draw_colour(key: NDArray[np.uint64], data: Data, views: list[Views]) -> NDAr
         u[..., 9] < solarize,
     ]
     return np.stack(columns, axis=-1).astype(np.float32)
+
+
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """ORDERS, MEAN and STD on the device, made once: a copy from the host at every step would make it wait."""
+    mean, std = (torch.tensor(c, device=device).view(1, 3, 1, 1) for c in (MEAN, STD))
+    return torch.tensor(ORDERS, device=device), mean, std
 
 
 def _grey(x: Tensor) -> Tensor:
@@ -104,7 +112,8 @@ def apply_colour(views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float3
     x = views.permute(1, 0, 4, 2, 3).reshape(v * b, 3, h, w).float() / 255
     draws = draws.transpose(0, 1).reshape(v * b, -1)
     # hue is the one costly operation: it is done once, the three blends before and after it as the order says
-    order = torch.tensor(ORDERS, device=x.device)[draws[:, ORDER].long()]  # [n,4]
+    orders, mean, std = _constants(x.device)
+    order = orders[draws[:, ORDER].long()]  # [n,4]
     hue_at = (order == 3).long().argmax(1)
     nothing = torch.full_like(hue_at, 3)
     for place in range(3):
@@ -117,5 +126,4 @@ def apply_colour(views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float3
     x = _blur(x, draws[:, SIGMA])
     solarize = draws[:, SOLARIZE].view(-1, 1, 1, 1)
     x = torch.where((solarize > 0) & (x > 127.5 / 255), 1 - x, x)  # Pillow's 128 and above, between grey levels
-    mean, std = (torch.tensor(c, device=x.device).view(1, 3, 1, 1) for c in (MEAN, STD))
     return ((x - mean) / std).to(dtype).view(v, b, 3, h, w)

@@ -85,8 +85,6 @@ def draw(config: Config, epoch: int, ids: NDArray, height: NDArray, width: NDArr
 
 def draw_for(config: Config, shards: Shards, plan: Plan, step: int, ids: NDArray, rows: NDArray) -> Draws:
     """Draws of a step: keyed by the planned ids, made for the photos that are read (another where one is damaged)."""
-    if step % 256 == 0:
-        shards.forget_pages()
     return draw(config, plan.epoch(step), ids, shards.index["height"][rows], shards.index["width"][rows])
 
 

@@ -2,9 +2,10 @@
 
 Worker processes read the bytes that the plan names (external_source, so that the order is the plan's and a restart is
 exact); the decoder and one region-of-interest resize for each view run on the device; a flip is a region whose ends are
-exchanged. Views leave by DLPack, without a copy.
+exchanged. Views leave by DLPack, without a copy on the host.
 """
 
+import multiprocessing
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ class _Source:
 
     def __call__(self, iteration: int) -> tuple[list[NDArray], list[NDArray], list[NDArray]]:
         """([bytes], [regions float32 [V,2(start,end),2(y,x)]], [row int64 [1]]) for each image of this rank."""
+        if multiprocessing.parent_process() is not None:  # see wds._stay
+            wds._stay(0)
         step = self.start + iteration
         if step >= self.stop:
             raise StopIteration
@@ -119,10 +122,12 @@ def read(
         stream = torch.cuda.current_stream() if device_id is not None else None
         try:
             *views, rows = (torch.from_dlpack(out.as_tensor()) for out in pipe.run(stream))
-        except RuntimeError:  # the decoder's word on a photo whose bytes are as they were written
+        except RuntimeError as error:  # the decoder's word on a photo whose bytes are as they were written, or worse
             item = again.batch(step)
             if isinstance(item, Mistake):
                 raise item from None
+            if torch.equal(item.ids, item.rows):  # no photo was to blame
+                raise error
             yield item
             continue
         ids = plan.samples_of(step, rank, world)

@@ -16,6 +16,9 @@ from pipeline.shards import Plan, Shards
 from runtime.config import Config
 from runtime.mistake import Mistake
 
+# a batch, when its copies are done, and (planned ids, rows read)
+_Item = tuple[Batch, torch.cuda.Event | None, tuple[list[int], list[int]]]
+
 
 def choose_reader(wanted: str, device: torch.device) -> tuple[str, str]:
     """("dali" or "wds", why). Raises Mistake where dali is asked for and not installed."""
@@ -51,7 +54,7 @@ class Loader:
         self.config, self.device = config, device
         self._colour = partial(choose_colour(device, compile), dtype=dtype)
         self._groups = [group for _, group in size_groups(config)]
-        self._ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(maxsize=2)
+        self._ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=2)
         self._closing = threading.Event()
         self._waited = 0.0
         self._damaged: list[tuple[int, int]] = []
@@ -76,7 +79,10 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        before = time.perf_counter()
+        before, begun = time.perf_counter(), None
+        if self._copies is not None:  # the compute stream may run dry while this thread waits for a batch
+            begun = torch.cuda.Event(enable_timing=True)
+            begun.record(torch.cuda.current_stream(self.device))
         item = self._ready.get()
         if self._copies is None:
             self._waited += time.perf_counter() - before
@@ -84,9 +90,12 @@ class Loader:
             raise StopIteration
         if isinstance(item, BaseException):
             raise item
-        batch, copied = item
-        if copied is not None:
-            self._take_over(batch, copied)
+        batch, copied, told = item
+        for planned, read in zip(*told, strict=True):
+            if planned != read:
+                self._damaged.append((planned, read))
+        if copied is not None and begun is not None:
+            self._take_over(batch, copied, begun)
         batch.views = [self._colour(v, batch.colour[:, g]) for v, g in zip(batch.views, self._groups, strict=True)]
         return batch
 
@@ -122,10 +131,8 @@ class Loader:
             for batch in self._batches:
                 if self._closing.is_set():
                     break
-                for planned, read in zip(batch.ids.tolist(), batch.rows.tolist(), strict=True):
-                    if planned != read:
-                        self._damaged.append((planned, read))
-                self._ready.put(self._to_device(batch))
+                told = batch.ids.tolist(), batch.rows.tolist()  # while they are on the CPU
+                self._ready.put((*self._to_device(batch), told))
         except BaseException as error:  # told in the thread that trains
             last = error
         finally:
@@ -135,16 +142,16 @@ class Loader:
     def _to_device(self, batch: Batch) -> tuple[Batch, torch.cuda.Event | None]:
         if self._copies is None:
             return batch, None
-        batch = batch.map(lambda t: t if t.is_cuda else t.pin_memory().to(self.device, non_blocking=True))
+        # a GPU reader's views lie in its own memory, which it uses again: they are copied, too, into torch's
+        batch = batch.map(lambda t: t.clone() if t.is_cuda else t.pin_memory().to(self.device, non_blocking=True))
         copied = torch.cuda.Event()
         copied.record(self._copies)
         return batch, copied
 
-    def _take_over(self, batch: Batch, copied: torch.cuda.Event) -> None:
-        """The compute stream waits for the copies; two events around the wait say how long."""
+    def _take_over(self, batch: Batch, copied: torch.cuda.Event, begun: torch.cuda.Event) -> None:
+        """The compute stream waits for the copies; an event after the wait says how long it stood since `begun`."""
         compute = torch.cuda.current_stream(self.device)
-        begun, over = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begun.record(compute)
+        over = torch.cuda.Event(enable_timing=True)
         compute.wait_event(copied)
         over.record(compute)
         self._idle.append((begun, over))

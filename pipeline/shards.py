@@ -85,6 +85,7 @@ class Shards:
                 raise Mistake(f"{path}: {found}, the manifest says {s['bytes']} bytes; `make verify DST={self.folder}`")
         self._files: dict[int, BinaryIO] = {}
         self._lock = threading.Lock()
+        self._looks = 0
 
     def __len__(self) -> int:
         return len(self.index)
@@ -94,6 +95,9 @@ class Shards:
 
     def read(self, sample: int) -> bytes:
         """The photo's bytes as they stand in the shard, sound or not (see `is_sound`). Thread-safe."""
+        self._looks += 1
+        if self._looks % 65_536 == 0:
+            self.forget_pages()
         record = self.index[sample]
         file = self._file(int(record["shard"]))
         return os.pread(file.fileno(), int(record["size"]), int(record["offset"]))

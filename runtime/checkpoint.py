@@ -64,7 +64,12 @@ def save_checkpoint(
     names = {id(p): n for n, p in model.named_parameters()}
     tensors = _state(model, adamw, names)
     header = {"format": str(FORMAT), "step": str(step), "config": config, "sha256": content_hash(tensors)}
+    for name, t in tensors.items():
+        if t.is_floating_point() and not t.isfinite().all():
+            raise Mistake(f"'{name}' is not finite at step {step}: nothing is saved, the last checkpoint stands")
     path = folder / f"checkpoint-{step:08d}.safetensors"
+    for leftover in folder.glob(".checkpoint-*.tmp"):  # of a process killed while it wrote
+        leftover.unlink(missing_ok=True)
     save_tensors(path, tensors, header)
     for old in sorted(folder.glob("checkpoint-*.safetensors"))[:-keep]:
         old.unlink()
@@ -113,7 +118,11 @@ def restore(model: nn.Module, adamw: torch.optim.Optimizer, tensors: dict[str, T
     parameters = dict(model.named_parameters())
     for name, state in moments.items():
         p = parameters[name]
-        adamw.state[p] = {k: t if k == "step" and not p.is_cuda else t.to(p.device) for k, t in state.items()}
+        where = {k: "cpu" if k == "step" and not p.is_cuda else p.device for k in state}
+        adamw.state[p] = {k: t.to(where[k], t.dtype if k == "step" else p.dtype) for k, t in state.items()}
+            k: t if k == "step" and not p.is_cuda else t.to(p.device, torch.float32 if k == "step" else p.dtype)
+            for k, t in state.items()
+        }
 
 
 def save_backbone(path: Path, backbone: nn.Module, about: dict) -> None:

@@ -121,7 +121,7 @@ class Optim:
 @dataclass
 class Speed:
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the device has it
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 where the device has it
     compile: bool = True
     accumulate: int = 1  # a step's images in this many pieces
     reader: Literal["auto", "dali", "wds"] = "auto"

@@ -21,8 +21,8 @@ def tell_mistakes(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except Mistake as mistake:
-        if os.environ.get("RANK", "0") == "0":  # once, not by every process that torchrun started
-            print(f"error: {mistake}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {mistake}" if rank == "0" else f"[process {rank}] error: {mistake}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

@@ -22,7 +22,7 @@ class Processes:
     rank: int
     world: int
     device: torch.device
-    dtype: torch.dtype  # of the network's arithmetic; parameters stay float32
+    dtype: torch.dtype  # of the network's arithmetic; parameters are float32, or float64 with it (for comparisons)
 
     @property
     def first(self) -> bool:
@@ -39,9 +39,20 @@ class Processes:
                 t.copy_(part.view_as(t))
         return tensors
 
+    def agree(self, number: int) -> bool:
+        """Whether all processes hold the same number."""
+        if self.world == 1:
+            return True
+        everyone: list[int] = [0] * self.world
+        dist.all_gather_object(everyone, number)
+        return len(set(everyone)) == 1
+
     def autocast(self) -> contextlib.AbstractContextManager:
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on this process's device."""
+        return model.to(self.device, torch.float64 if self.dtype == torch.float64 else None)
 
     def close(self) -> None:
         if self.world > 1:
@@ -112,6 +123,8 @@ def distribute(model: nn.Module, processes: Processes) -> nn.Module:
     """DDP around the model where there are several processes: gradients are averaged as they appear."""
     if processes.world == 1:
         return model
+    if processes.device.type == "cuda":  # BatchNorm in the heads, if any, over all devices (as published DINO)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 

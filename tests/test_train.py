@@ -1,6 +1,7 @@
 """Training as a user starts it: it learns, resumes exactly, refuses to mix runs, and agrees with itself on processes."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def test_a_run_from_start_to_end(tiny_config, tmp_path):
     run = tmp_path / "run"
     assert "finished: 20 steps" in told
     rows = metrics(run)
-    assert [r["step"] for r in rows] == list(range(2, 21, 2))
+    assert [r["step"] for r in rows] == sorted({*range(2, 21, 2), 7, 14})  # a checkpoint is told of, too
     wanted = {"loss", "cls_loss", "reference_loss", "teacher_entropy", "lr", "images_per_second", "data_wait_percent"}
     assert wanted <= rows[0].keys()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
@@ -56,12 +57,13 @@ def test_a_run_from_start_to_end(tiny_config, tmp_path):
 
 def test_stopped_and_resumed_is_equal_to_undisturbed(tiny_config, tmp_path):
     run_program("train.py", tiny_config, f"run.folder={tmp_path / 'whole'}")
-    command = [sys.executable, "train.py", str(tiny_config), f"run.folder={tmp_path / 'cut'}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "train.py", str(tiny_config), f"run.folder={tmp_path / 'cut'}", "speed.workers=1"]
+    # a group of its own, as a terminal or torchrun makes one: the signal reaches the reading processes too
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     rows = tmp_path / "cut" / "metrics.jsonl"
     while not (rows.is_file() and len(rows.read_text().splitlines()) >= 2) and process.poll() is None:
         time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     if process.returncode == 0:
         pytest.skip("the run was over before the signal arrived")
@@ -76,21 +78,23 @@ def test_stopped_and_resumed_is_equal_to_undisturbed(tiny_config, tmp_path):
     assert all((a[n] == b[n]).all() for n in a)
 
 
-def test_two_processes_and_accumulation_agree_with_one(tiny_config, tmp_path):
-    """Drop path off: the same batches give the same weights, but for the order of additions."""
-    words = ["model.drop_path=0", "optim.epochs=1", "optim.warmup=0"]
+@pytest.mark.parametrize(("precision", "near"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_two_processes_and_accumulation_agree_with_one(tiny_config, tmp_path, precision, near):
+    """Five steps, drop path off: the same batches give the same weights, but for the order of additions."""
+    words = ["model.drop_path=0", "optim.epochs=1", "optim.warmup=0", "run.log_every=1", f"speed.precision={precision}"]
     run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'one'}")
     run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'pieces'}", "speed.accumulate=2")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     run_program(*launcher, "train.py", tiny_config, *words, f"run.folder={tmp_path / 'two'}")
-    one = metrics(tmp_path / "one")
+    one, of_one = metrics(tmp_path / "one"), final(tmp_path / "one")
+    assert len(one) == 5
     for other in ("pieces", "two"):
         for a, b in zip(one, metrics(tmp_path / other), strict=True):
             for name in ("loss", "cls_loss", "reference_loss", "teacher_entropy"):
-                assert b[name] == pytest.approx(a[name], rel=1e-4), (other, a["step"])
-        a, b = final(tmp_path / "one"), final(tmp_path / other)
-        for center in ("cls_center", "reference_center"):
-            assert (a[center] - b[center]).abs().max() < 1e-4 * a[center].abs().max()
+                assert b[name] == pytest.approx(a[name], rel=near), (other, a["step"])
+        if precision == "float64":  # in float32 Adam's first step is a sign where a gradient is only rounding
+            for name, t in final(tmp_path / other).items():
+                assert (t - of_one[name]).abs().max() <= near * max(1.0, float(of_one[name].abs().max())), (other, name)
 
 
 def test_bfloat16_trains(tiny_config, tmp_path):

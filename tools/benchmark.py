@@ -1,17 +1,20 @@
-"""Images per second, measured: `make bench WHAT=data|plan|shards [SHARDS=folder] [OUT=rows.jsonl]`.
+"""Images per second, measured: `make bench WHAT=data|all|leak|plan|shards [SHARDS=folder] [OUT=rows.jsonl]`.
 
 data    photos -> 4 views of 224, stage by stage, for every reader that runs here and for the torchvision/PIL pipeline
         that DINO's users run today: photos per CPU-second (all threads and children) and per second
 plan    index and plan for 1.28 and for 100 million simulated samples: loading, memory, time per step, and that an epoch
         is a permutation which any number of processes shares
+all     training with the real loader and with one batch kept ready, in turns: images/s of both, their ratio (the headspace)
+        and the data wait; CONFIG names what is trained
+leak    2,000 batches through each reader: resident memory, threads and open files on the way
 shards  making shards beside decoding alone (tools/bench_shards.py)
 
-Entries take turns round by round in one process, so that a busy machine hurts all of them alike; the rows hold medians
-and spread.
+Entries take turns round by round, so that a busy machine hurts all of them alike; the rows hold medians and spread.
 """
 
 import argparse
 import io
+import itertools
 import json
 import os
 import platform
@@ -30,7 +33,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from runtime.config import Config
+from runtime.config import Config, load_config
 from runtime.mistake import Mistake, tell_mistakes
 from runtime.record import append_jsonl, versions
 
@@ -81,89 +84,127 @@ def pil_entries(config: Config, photos: list[bytes]) -> dict[str, Entry]:
     return {"decode": decode, "views": views, "all": everything}
 
 
-def data_entries(config: Config, shards: Any, plan: Any, steps: int) -> Iterator[tuple[str, str, Entry]]:
-    """(reader, stage, entry) for all that runs here."""
+def reader_entries(reader: str, config: Config, shards: Any, plan: Any, steps: int) -> dict[str, Entry]:
+    """{stage: entry} of one reader over the plan's first `steps` steps."""
     import torch
 
     from pipeline import wds
     from pipeline.batch import Batch, size_groups
-    from pipeline.loader import choose_colour, choose_reader
+    from pipeline.loader import choose_colour
 
-    cpu = torch.device("cpu")
     groups = [group for _, group in size_groups(config)]
+    device = torch.device("cuda", 0) if reader == "dali_gpu" else torch.device("cpu")
+    colour = choose_colour(device, config.speed.compile and device.type == "cuda")
 
-    def coloured(batch: Batch, device: torch.device) -> int:
-        colour = choose_colour(device, config.speed.compile and device.type == "cuda")
+    def coloured(batch: Batch) -> int:
         for views, group in zip(batch.views, groups, strict=True):
             colour(views, batch.colour[:, group].to(views.device))
         return len(batch.ids)
 
     stages = wds.Stages(config, shards, plan, 0, 1)
-    fetched = [stages.fetch(step) for step in range(steps)]
-    made = [stages.views(f) for f in fetched]
-    photos = [p for f in fetched for p in f[3]]
-    yield from (("pil", stage, entry) for stage, entry in pil_entries(config, photos).items())
-    yield "wds", "read", lambda: sum(len(stages.fetch(step)[1]) for step in range(steps))
-    yield "wds", "decode", lambda: sum(wds.decode(p) is not None for p in photos)
-    yield "wds", "views", lambda: sum(len(stages.views(stages.fetch(step)).ids) for step in range(steps))
-    yield "wds", "colour", lambda: sum(coloured(batch, cpu) for batch in made)
-    yield "wds", "all", lambda: sum(coloured(stages.views(stages.fetch(step)), cpu) for step in range(steps))
-
-    devices: list[tuple[torch.device, int | None, str]] = [(cpu, None, "dali_cpu")]
-    if torch.cuda.is_available():
-        devices.append((torch.device("cuda", 0), 0, "dali_gpu"))
-    try:
-        choose_reader("dali", cpu)
-    except Mistake as missing:
-        print(f"no dali rows: {missing}")
-        return
+    if reader == "pil":
+        return pil_entries(config, [p for step in range(steps) for p in stages.fetch(step)[3]])
+    if reader == "wds":
+        fetched = [stages.fetch(step) for step in range(steps)]
+        made = [stages.views(f) for f in fetched]
+        return {
+            "read": lambda: sum(len(stages.fetch(step)[1]) for step in range(steps)),
+            "decode": lambda: sum(wds.decode(p) is not None for f in fetched for p in f[3]),
+            "views": lambda: sum(len(stages.views(stages.fetch(step)).ids) for step in range(steps)),
+            "colour": lambda: sum(coloured(batch) for batch in made),
+            "all": lambda: sum(coloured(stages.views(stages.fetch(step))) for step in range(steps)),
+        }
     from pipeline import dali
 
-    for device, device_id, name in devices:
-        endless = dali.read(config, shards, plan, start=0, stop=10**9, device_id=device_id)
+    endless = dali.read(config, shards, plan, start=0, stop=10**9, device_id=device.index)
 
-        def take(colour: bool, endless: Any = endless, device: torch.device = device) -> int:
-            n = 0
-            for _ in range(steps):
-                batch = next(endless)
-                n += coloured(batch, device) if colour else len(batch.ids)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            return n
+    def take(colours: bool) -> int:
+        n = 0
+        for _ in range(steps):
+            batch = next(endless)
+            n += coloured(batch) if colours else len(batch.ids)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return n
 
-        yield name, "views", partial(take, False)
-        yield name, "all", partial(take, True)
+    return {"views": partial(take, False), "all": partial(take, True)}
 
 
-def bench_data(folder: str, out: Path | None) -> None:
-    """Stage by stage. One thread for each entry but a GPU's, so that CPU-seconds are what a photo costs."""
+def serve(reader: str, folder: str, pipe: Any) -> None:
+    """A process for one reader: tells its stages, then runs the one that is asked for and tells what it took."""
     import torch
 
     from pipeline.shards import Plan, Shards
     from runtime.parallel import reuse_memory
 
-    reuse_memory()
-    gpu = torch.cuda.is_available()
-    torch.set_num_threads(1)
+    if reader != "pil":  # which runs as its users run it
+        reuse_memory()
+    gpu = reader == "dali_gpu"
+    torch.set_num_threads(1)  # CPU-seconds are what a photo costs
     config = Config()
-    config.data.shards = folder
+    shards = Shards(folder)
     config.speed.workers = 4 if gpu else 0
     config.speed.threads = (os.cpu_count() or 1) if gpu else 1
-    config.optim.batch = 256 if gpu else 64
-    shards = Shards(folder)
-    config.optim.batch = min(config.optim.batch, len(shards))
+    config.optim.batch = min(256 if gpu else 64, len(shards))
     plan = Plan(shards, batch=config.optim.batch, seed=0)
-    steps = max(1, min(plan.steps_per_epoch, 192 // config.optim.batch + gpu * 8))
-    entries = list(data_entries(config, shards, plan, steps))
-    measured = rounds([(f"{reader} {stage}", entry) for reader, stage, entry in entries])
-    device = torch.cuda.get_device_name(0) if gpu else cpu_name()
+    steps = max(1, min(plan.steps_per_epoch, 192 // config.optim.batch)) + (8 if gpu else 0)
+    entries = reader_entries(reader, config, shards, plan, steps)
+    pipe.send(list(entries))
+    while (stage := pipe.recv()) is not None:
+        cpu, wall = cpu_seconds(), time.perf_counter()
+        photos = entries[stage]()
+        wall = time.perf_counter() - wall
+        used = cpu_seconds()
+        while True:  # what a reader prepares ahead is its own work: until it rests
+            time.sleep(0.1)
+            before, used = used, cpu_seconds()
+            if used - before < 0.02:
+                break
+        pipe.send((photos / max(used - cpu, 1e-9), photos / wall))
+
+
+def bench_data(folder: str, out: Path | None) -> None:
+    """Stage by stage, a process for each reader, taking turns; ROUNDS rounds after one that does not count."""
+    import multiprocessing
+
+    import torch
+
+    from pipeline.loader import choose_reader
+    from pipeline.shards import Shards
+
+    Shards(folder)
+    readers = ["pil", "wds"]
+    try:
+        choose_reader("dali", torch.device("cpu"))
+        readers += ["dali_cpu", *(["dali_gpu"] if torch.cuda.is_available() else [])]
+    except Mistake as missing:
+        print(f"no dali rows: {missing}")
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Any] = {}
+    found: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    for reader in readers:
+        pipes[reader], theirs = context.Pipe()
+        context.Process(target=serve, args=(reader, folder, theirs), daemon=reader != "dali_gpu").start()
+        found |= {(reader, stage): ([], []) for stage in pipes[reader].recv()}
+    for n in range(ROUNDS + 1):
+        for (reader, stage), (per_cpu, per_second) in found.items():
+            if sys.stderr.isatty():
+                print(f"round {n}/{ROUNDS}: {reader} {stage:<12}", end="\r", file=sys.stderr)
+            pipes[reader].send(stage)
+            cpu, wall = pipes[reader].recv()
+            if n:
+                per_cpu.append(cpu)
+                per_second.append(wall)
+    for pipe in pipes.values():
+        pipe.send(None)
     rows: list[dict[str, Any]] = []
-    for (reader, stage, _), (per_cpu, per_second) in zip(entries, measured, strict=True):
+    for (reader, stage), (per_cpu, per_second) in found.items():
+        device = torch.cuda.get_device_name(0) if reader == "dali_gpu" else cpu_name()
         row: dict[str, Any] = {"what": "data", "reader": reader, "stage": stage, "shards": folder}
         row |= spread("photos_per_cpu_s", per_cpu) | spread("photos_per_s", per_second) | {"device": device}
         rows.append(row)
     base = {r["stage"]: r["photos_per_cpu_s"] for r in rows if r["reader"] == "pil"}
-    table = Table(title=f"{folder}: photos -> {len(config.views)} views of {config.image_size}, {device}")
+    table = Table(title=f"{folder}: photos -> 4 views of 224, {cpu_name()}")
     for name in ("reader", "stage", "photos / CPU-s", "least – most", "photos / s", "x pil"):
         table.add_column(name, justify="left" if name in ("reader", "stage") else "right")
     for r in rows:
@@ -172,22 +213,6 @@ def bench_data(folder: str, out: Path | None) -> None:
         figures = (f"{r['photos_per_cpu_s']:.1f}", f"{low:.1f} – {high:.1f}", f"{r['photos_per_s']:.1f}", times)
         table.add_row(r["reader"], r["stage"], *figures)
     finish(table, rows, out)
-
-
-def rounds(entries: list[tuple[str, Entry]]) -> list[tuple[list[float], list[float]]]:
-    """(photos per CPU-second, photos per second) of ROUNDS rounds for each entry, after one that does not count."""
-    found: list[tuple[list[float], list[float]]] = [([], []) for _ in entries]
-    for n in range(ROUNDS + 1):
-        for (name, entry), (per_cpu, per_second) in zip(entries, found, strict=True):
-            if sys.stderr.isatty():
-                print(f"round {n}/{ROUNDS}: {name:<20}", end="\r", file=sys.stderr)
-            cpu, wall = cpu_seconds(), time.perf_counter()
-            photos = entry()
-            cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
-            if n:
-                per_cpu.append(photos / max(cpu, 1e-9))
-                per_second.append(photos / wall)
-    return found
 
 
 def cpu_seconds() -> float:
@@ -242,7 +267,7 @@ def measure_plan(folder: Path, batch: int) -> dict[str, Any]:
         begun = time.perf_counter()
         ids = plan.samples_of(step)
         _ = shards.index["height"][ids], shards.index["crc32"][ids]
-        if step % 256 == 0:
+        if (step - first) * batch % 65_536 < batch:  # as Shards.read does
             shards.forget_pages()
         times.append(time.perf_counter() - begun)
     memory = resident_mb()
@@ -309,7 +334,125 @@ def bench_plan(out: Path | None) -> None:
     finish(table, rows, out)
 
 
-# ---------------------------------------------------------------------------------------------------------------- all
+# ----------------------------------------------------------------------------------------------- all: the headspace
+
+
+def bench_all(path: str, folder: str, out: Path | None, steps: int = 30) -> None:
+    """Train `steps` steps at a time, the loader's batches and one kept batch by turns."""
+    import torch
+
+    from model.dense_dino import DenseDINO
+    from pipeline.loader import Loader
+    from pipeline.shards import Plan, Shards
+    from runtime import parallel, schedule
+
+    config = load_config(path, [f"data.shards={folder}", "data.val=null"])
+    shards = Shards(folder)
+    plan = Plan(shards, batch=config.optim.batch, seed=0, holdout=config.data.holdout)
+    processes = parallel.start(config.speed)
+    model = DenseDINO(config)
+    processes.place(model)
+    if config.speed.compile:
+        parallel.compile_parts(model.parts(), processes.device)
+    schedules = schedule.make_schedules(config, plan.steps_per_epoch)
+    optimizer = schedule.Optimizer(model.student, schedules, config.optim.clip, split_positions=config.points > 0)
+    total = (ROUNDS + 1) * steps + 1
+    loader = Loader(
+        config, shards, plan, device=processes.device, dtype=processes.dtype, start=0, stop=total,
+        compile=config.speed.compile,
+    )  # fmt: skip
+    kept = next(loader)
+
+    def train(batches: Iterator[Any]) -> float:
+        begun = time.perf_counter()
+        for batch in batches:
+            with processes.autocast():
+                log, means = model(batch, torch.tensor(0.04))
+                log["loss"].backward()
+            optimizer.step(0)
+            model.update_teacher(0.996)
+            model.update_centers(means)
+        if processes.device.type == "cuda":
+            torch.cuda.synchronize()
+        return config.optim.batch * steps / (time.perf_counter() - begun)
+
+    real: list[float] = []
+    cached: list[float] = []
+    waits: list[float] = []
+    for n in range(ROUNDS + 1):
+        loader.waited()
+        begun = time.perf_counter()
+        speed = train(itertools.islice(loader, steps))
+        wait = 100 * loader.waited() / (time.perf_counter() - begun)
+        ready = train(itertools.repeat(kept, steps))
+        if n:
+            real.append(speed)
+            cached.append(ready)
+            waits.append(wait)
+    loader.close()
+    device = torch.cuda.get_device_name(0) if processes.device.type == "cuda" else cpu_name()
+    row: dict[str, Any] = {"what": "all", "config": path, "reader": loader.reader, "shards": folder}
+    row |= spread("img_per_s", real) | spread("img_per_s_cached", cached) | spread("data_wait_percent", waits)
+    row |= {"headspace": round(statistics.median(real) / statistics.median(cached), 4), "device": device}
+    table = Table(title=f"{path}, {loader.reader}, {device}: training with the loader and with a batch kept ready")
+    names = ("img_per_s", "img_per_s_cached", "headspace", "data_wait_percent")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_row(*(f"{row[name]:.4g}" for name in names))
+    finish(table, [row], out)
+
+
+def bench_leak(path: str, folder: str, out: Path | None, batches: int = 2000) -> None:
+    """Resident memory (this process and its children), threads and open files after 500, 1,000, ... batches."""
+    import torch
+
+    from pipeline.loader import Loader, choose_reader
+    from pipeline.shards import Plan, Shards
+
+    rows: list[dict[str, Any]] = []
+    for reader in ("wds", "dali"):
+        try:
+            choose_reader(reader, torch.device("cpu"))
+        except Mistake as missing:
+            print(f"no dali row: {missing}")
+            continue
+        config = load_config(path, [f"data.shards={folder}", "data.val=null", f"speed.reader={reader}"])
+        plan = Plan(Shards(folder), batch=config.optim.batch, seed=0)
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        loader = Loader(
+            config, Shards(folder), plan, device=device, dtype=torch.float32, start=0, stop=batches + 1
+        )  # fmt: skip
+        for i, _ in enumerate(loader):
+            if i in (100, batches // 4, batches // 2, batches * 3 // 4, batches):
+                files = len(list(Path("/proc/self/fd").iterdir()))
+                threads = len(list(Path("/proc/self/task").iterdir()))
+                here = {"batches": i, "resident_mb": round(family_mb()), "threads": threads, "open_files": files}
+                rows.append({"what": "leak", "reader": loader.reader, "config": path, **here, "device": cpu_name()})
+        loader.close()
+    table = Table(title=f"{path}: {batches} batches through each reader")
+    names = ("reader", "batches", "resident_mb", "threads", "open_files")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="left" if name == "reader" else "right")
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in names))
+    finish(table, rows, out)
+
+
+def family_mb() -> float:
+    """Proportional memory of this process and its children."""
+    total, me = 0.0, str(os.getpid())
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if me in (folder.name, parent):
+                line = next(x for x in (folder / "smaps_rollup").read_text().splitlines() if x.startswith("Pss:"))
+                total += int(line.split()[1]) / 1024
+        except (OSError, StopIteration):
+            continue
+    return total
+
+
+# ------------------------------------------------------------------------------------------------- for all of them
 
 
 def cpu_name() -> str:
@@ -335,7 +478,8 @@ def finish(table: Table, rows: list[dict[str, Any]], out: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("what", choices=("data", "plan", "shards"))
+    parser.add_argument("what", choices=("data", "all", "leak", "plan", "shards"))
+    parser.add_argument("--config", default="configs/demo.yaml", help="what is trained (all, leak)")
     parser.add_argument(
         "--shards", default="data/scenes/shards/train", help="photos to measure on (default: the scenes)"
     )
@@ -343,6 +487,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "data":
         bench_data(args.shards, args.out)
+    elif args.what == "all":
+        bench_all(args.config, args.shards, args.out)
+    elif args.what == "leak":
+        bench_leak(args.config, args.shards, args.out)
     elif args.what == "plan":
         bench_plan(args.out)
     else:

@@ -118,6 +118,61 @@ def child(args: argparse.Namespace) -> None:
     print(json.dumps({"times": times[args.warmup :], "peak": peak, "device": name}))
 
 
+def head_child(args: argparse.Namespace) -> None:
+    """One process: forward and backward of heads and losses alone, on random tokens of ViT-S; tells its peak memory."""
+    import torch
+
+    from runtime import parallel
+    from tools.literal import Literal
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = config_of("vit_small", "densedino", False)
+    config.model.arch, config.model.width, config.model.depth, config.model.heads = "custom", 384, 0, 6
+    model, schedules, batch = prepared(config, args.batch, device, torch.float32)
+    batch.views = [torch.zeros(4, args.batch, 3, 16, 16, device=device)]  # the backbone costs next to nothing here
+    if args.form == "ours":
+        parallel.reuse_memory()
+        loss = model(batch, torch.tensor(0.04))[0]["loss"]
+    else:
+        loss = Literal(model, schedules, 3.0).losses(batch, 0.04)[0]
+    loss.backward()
+    gpu = device.type == "cuda"
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
+    print(json.dumps({"peak": peak, "loss": loss.item()}))
+
+
+def bench_head(args: argparse.Namespace) -> None:
+    """Peak memory of heads and losses: each form at the batch asked for, less the same process at batch 1."""
+    rows: list[dict[str, Any]] = []
+    for form in FORMS:
+        peaks = []
+        for batch in (1, args.batch):
+            command = [
+                sys.executable,
+                "-m",
+                "tools.benchmark_step",
+                "--head-child",
+                f"--form={form}",
+                f"--batch={batch}",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise Mistake(f"{form}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+            peaks.append(json.loads(done.stdout.splitlines()[-1])["peak"])
+        row = {"what": "head", "form": form, "batch": args.batch, "peak_memory_mb": round(peaks[1] - peaks[0])}
+        rows.append(row | {"device": cpu_name()})
+    table = Table(
+        title=f"heads and losses alone, batch {args.batch}, 4 views, M 4, K 65,536: peak memory above batch 1's"
+    )
+    for name in ("form", "peak_memory_mb"):
+        table.add_column(name.replace("_", " "))
+    for row in rows:
+        table.add_row(row["form"], str(row["peak_memory_mb"]))
+    finish(table, rows, args.out)
+
+
 def check() -> None:
     """Five steps of both forms from the same weights: the losses."""
     import torch
@@ -183,6 +238,8 @@ def bench(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--head-child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--head", action="store_true", help="peak memory of heads and losses alone (--batch 128)")
     parser.add_argument("--check", action="store_true", help="five steps of both forms on a tiny network: their losses")
     for name, choices in (("arch", ARCHS), ("method", METHODS), ("form", FORMS), ("dtype", DTYPES)):
         parser.add_argument(f"--{name}", choices=choices, help="only this one")
@@ -193,7 +250,16 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours compiled")
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
     args = parser.parse_args()
-    child(args) if args.child else check() if args.check else bench(args)
+    if args.check:
+        check()
+    elif args.child:
+        child(args)
+    elif args.head_child:
+        head_child(args)
+    elif args.head:
+        bench_head(args)
+    else:
+        bench(args)
 
 
 if __name__ == "__main__":
