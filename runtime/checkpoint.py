@@ -120,9 +120,6 @@ def restore(model: nn.Module, adamw: torch.optim.Optimizer, tensors: dict[str, T
         p = parameters[name]
         where = {k: "cpu" if k == "step" and not p.is_cuda else p.device for k in state}
         adamw.state[p] = {k: t.to(where[k], t.dtype if k == "step" else p.dtype) for k, t in state.items()}
-            k: t if k == "step" and not p.is_cuda else t.to(p.device, torch.float32 if k == "step" else p.dtype)
-            for k, t in state.items()
-        }
 
 
 def save_backbone(path: Path, backbone: nn.Module, about: dict) -> None:
