@@ -135,11 +135,11 @@ def train(config: Config, dry_run: bool = False) -> int:
             beat = saving or done % config.run.log_every == 0
             if beat:  # the only place where the CPU waits for the device
                 n = done - since
-                for planned, read in loader.damaged():
+                for at, planned, read in loader.damaged():
                     name = "damaged.jsonl" if processes.first else f"damaged-{processes.rank}.jsonl"
-                    record.append_jsonl(folder / name, {"step": done, "planned": planned, "read": read})
-                    damaged[plan.epoch(step)] += 1
-                here = [float(stopping.asked), loader.waited(), float(damaged[plan.epoch(step)])]
+                    record.append_jsonl(folder / name, {"step": at, "planned": planned, "read": read})
+                    damaged[plan.epoch(at)] += 1
+                here = [float(stopping.asked), loader.waited(), float(max(damaged.values(), default=0))]
                 told = [torch.tensor(here, device=processes.device), torch.stack([sums[name] / n for name in sums])]
                 (stop, waited, bad), values = (t.tolist() for t in processes.mean(told))
                 seconds = time.perf_counter() - begun
@@ -152,7 +152,7 @@ def train(config: Config, dry_run: bool = False) -> int:
                     screen.metrics(done, metrics)
                 if bad * processes.world > config.data.max_bad * plan.samples:
                     raise Mistake(
-                        f"{round(bad * processes.world)} of {plan.samples} samples are damaged in this epoch, more than "
+                        f"{round(bad * processes.world)} of {plan.samples} samples are damaged in one epoch, more than "
                         f"data.max_bad: {config.data.max_bad:g}; {folder}/damaged.jsonl lists them"
                     )
                 if not math.isfinite(metrics["loss"]):

@@ -57,7 +57,7 @@ class Loader:
         self._ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=2)
         self._closing = threading.Event()
         self._waited = 0.0
-        self._damaged: list[tuple[int, int]] = []
+        self._damaged: list[tuple[int, int, int]] = []
         self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.reader, self.why = choose_reader(config.speed.reader, device)
@@ -93,7 +93,7 @@ class Loader:
         batch, copied, told = item
         for planned, read in zip(*told, strict=True):
             if planned != read:
-                self._damaged.append((planned, read))
+                self._damaged.append((batch.step, planned, read))
         if copied is not None and begun is not None:
             self._take_over(batch, copied, begun)
         batch.views = [self._colour(v, batch.colour[:, g]) for v, g in zip(batch.views, self._groups, strict=True)]
@@ -108,8 +108,8 @@ class Loader:
         waited, self._waited = self._waited, 0.0
         return waited
 
-    def damaged(self) -> list[tuple[int, int]]:
-        """(planned sample, sample read instead) since last asked."""
+    def damaged(self) -> list[tuple[int, int, int]]:
+        """(step, planned sample, sample read instead) since last asked."""
         damaged, self._damaged = self._damaged, []
         return damaged
 

@@ -127,7 +127,7 @@ def test_a_damaged_photo_costs_nothing_but_itself(config, tmp_path):
     loader = make_loader(config, stop=7)
     assert len(list(loader)) == 7
     told = loader.damaged()
-    assert {planned for planned, _ in told} == set(damaged) & set(torch.cat([b.ids for b in sound]).tolist())
+    assert {planned for _, planned, _ in told} == set(damaged) & set(torch.cat([b.ids for b in sound]).tolist())
     assert loader.damaged() == []
 
 

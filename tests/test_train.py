@@ -153,7 +153,7 @@ def test_damage_is_listed_and_bounded(tiny_config, tiny_shards, tmp_path):
             content[place] ^= 0x10
         shard.write_bytes(content)
     told = run_program("train.py", tiny_config, f"data.shards={folder}", expect=2).stderr
-    assert "samples are damaged in this epoch, more than data.max_bad: 0.001" in told
+    assert "samples are damaged in one epoch, more than data.max_bad: 0.001" in told
     words = [
         f"data.shards={folder}",
         "data.max_bad=0.1",

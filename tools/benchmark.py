@@ -420,9 +420,9 @@ def bench_leak(path: str, folder: str, out: Path | None, batches: int = 2000) ->
         plan = Plan(Shards(folder), batch=config.optim.batch, seed=0)
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         loader = Loader(
-            config, Shards(folder), plan, device=device, dtype=torch.float32, start=0, stop=batches + 1
+            config, Shards(folder), plan, device=device, dtype=torch.float32, start=0, stop=batches + 100
         )  # fmt: skip
-        for i, _ in enumerate(loader):
+        for i, _ in zip(range(batches + 1), loader, strict=False):  # ends before the reader does
             if i in (100, batches // 4, batches // 2, batches * 3 // 4, batches):
                 files = len(list(Path("/proc/self/fd").iterdir()))
                 threads = len(list(Path("/proc/self/task").iterdir()))
