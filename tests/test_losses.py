@@ -55,7 +55,7 @@ def test_cross_entropy_is_its_loops(rows: int):
             for v in range(views):
                 if terms[t, v]:
                     loops = loops - (p * (student[v, i] @ w.T / 0.1).log_softmax(-1)).sum() / (6 * n)
-    assert float(loss) == pytest.approx(float(loops), rel=1e-12)
+    assert loss.item() == pytest.approx(loops.item(), rel=1e-12)
     assert float(entropy) == pytest.approx(np.mean(entropies), rel=1e-12)
     ours, theirs = (torch.autograd.grad(3 * x, (student, w)) for x in (loss, loops))
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs, strict=True))

@@ -204,8 +204,8 @@ def test_losses_in_float64(mode: str, oracle, oracle_json):
     for i, step in enumerate(steps):
         log, means = model(batch, 0.04)
         cls, reference = log["cls_loss"] * 2 / (2 + 1e-5), log["reference_loss"] * 6 / (6 + 1e-5)
-        assert float(cls) == pytest.approx(step["global_loss"], rel=1e-9)
-        assert float(reference) == pytest.approx(step["ref_loss"], rel=1e-9)
+        assert cls.item() == pytest.approx(step["global_loss"], rel=1e-9)
+        assert reference.item() == pytest.approx(step["ref_loss"], rel=1e-9)
         (0.5 * cls + 0.5 * reference).backward()
         optimizer.step(i)
         model.update_teacher(step["m"])
