@@ -27,11 +27,13 @@ class _Source:
     def __init__(self, config: Config, shards: Shards, plan: Plan, rank: int, world: int, start: int, stop: int):
         self.config, self.shards, self.plan = config, shards, plan
         self.rank, self.world, self.start, self.stop = rank, world, start, stop
+        self.serving = False
 
     def __call__(self, iteration: int) -> tuple[list[NDArray], list[NDArray], list[NDArray]]:
         """([bytes], [regions float32 [V,2(start,end),2(y,x)]], [row int64 [1]]) for each image of this rank."""
-        if multiprocessing.parent_process() is not None:  # see wds._stay
-            wds._stay(0)
+        if not self.serving and multiprocessing.parent_process() is not None:  # in a reading process, once
+            wds.serve_the_trainer()
+            self.serving = True
         step = self.start + iteration
         if step >= self.stop:
             raise StopIteration

@@ -6,7 +6,9 @@ offset in the plan's order; WebDataset gives the chain of stages, its loader the
 
 import io
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from functools import partial
 
@@ -99,11 +101,19 @@ class Stages:
         return Batch(step, torch.from_numpy(ids), torch.from_numpy(rows), views, **draws.tensors())
 
 
-def _stay(_worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM reach the whole process group: a reading process works on until the trainer, which
-    has a checkpoint to save first, lets it go (the loader's worker ends by itself when its parent is gone)."""
+def serve_the_trainer(_worker: int = 0) -> None:
+    """A reading process ends with the trainer, not before: Ctrl-C and torchrun's SIGTERM reach the whole process group,
+    but the trainer has a checkpoint to save first; and when it is killed outright, nobody is left to end this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+
+    def follow() -> None:
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, name="follow the trainer", daemon=True).start()
 
 
 def read(
@@ -128,7 +138,7 @@ def read(
         num_workers=workers,
         prefetch_factor=config.speed.prefetch if workers else None,
         multiprocessing_context=context,
-        worker_init_fn=_stay,
+        worker_init_fn=serve_the_trainer,
     )
     for item in loader:
         if isinstance(item, Mistake):

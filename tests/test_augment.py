@@ -73,7 +73,9 @@ def test_blur(sigma: float):
     pillow = np.stack(
         [np.asarray(Image.fromarray(p.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(sigma))) for p in x]
     )
-    assert np.abs(ours.permute(0, 2, 3, 1).numpy() - pillow).mean() < 1.0  # measured: 0.26 to 0.75 grey levels
+    assert (
+        np.abs(ours.permute(0, 2, 3, 1).numpy() - pillow).mean() < 1.0
+    )  # measured: 0.00, 0.60, 0.58, 0.42 grey levels
 
 
 @pytest.mark.parametrize("order", range(24))
@@ -117,7 +119,7 @@ def test_distribution_of_draws():
 
     jittered = d[..., augment.BRIGHTNESS] != 1
     share(jittered, 0.8)
-    assert not jittered.all(1).any() or jittered.all(1).mean() < 0.55  # views draw independently: 0.8^3
+    share(jittered.all(1), 0.8**3)  # views draw independently
     for column, low, high in ((1, 0.6, 1.4), (2, 0.6, 1.4), (3, 0.8, 1.2), (4, -0.1, 0.1)):
         x = d[..., column][jittered]
         assert low <= x.min() < low + 0.01 * (high - low) * 5

@@ -165,3 +165,26 @@ def test_damage_is_listed_and_bounded(tiny_config, tiny_shards, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "b" / "damaged.jsonl").read_text().splitlines()]
     assert rows
     assert all(row["planned"] != row["read"] for row in rows)
+
+
+def test_a_killed_trainer_leaves_no_process(tiny_config, tmp_path):
+    """kill -9 of the trainer alone: its reading process, deaf to Ctrl-C and SIGTERM, ends by itself."""
+    command = [sys.executable, "train.py", str(tiny_config), "speed.workers=1", "optim.epochs=2000"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    rows = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 60
+    while not rows.is_file() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            os.killpg(process.pid, 0)  # asks whether any process of the group is left
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("a process outlived the trainer")
