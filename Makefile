@@ -25,7 +25,7 @@ export GOMP_SPINCOUNT ?= 10000
 need = $(if $($(1)),,$(error $(1)=… is missing: $(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup scenes shards verify index pretrain eval bench test check lock clean
+.PHONY: help setup scenes shards verify index pretrain eval bench test faults check lock clean
 
 help: ## this list
 	@echo "DenseDINO: photos -> shards -> pretraining -> what it learnt"
@@ -39,7 +39,7 @@ $(READY): requirements.lock
 	$(PY) -m pip install --quiet --upgrade pip
 ifeq ($(TORCH),cpu)
 	$(PY) -m pip install torch torchvision torchcodec --index-url https://download.pytorch.org/whl/cpu
-	$(PY) -m pip install --quiet -e .[dev]
+	$(PY) -m pip install --quiet -e .[dev,remote,onnx]
 else
 	@echo "installing the packages of requirements.lock (some GB, a minute or two) ..."
 	$(PY) -m pip install --quiet --require-hashes -r requirements.lock
@@ -79,13 +79,16 @@ bench: $(READY) $(if $(SHARDS)$(filter step plan,$(WHAT)),,scenes) ## WHAT=data|
 test: $(READY) ## all tests, on any machine
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
+faults: $(READY) ## all 191 faults of the plan, against the real program (about 15 minutes)
+	@FAULTS=all $(PY) -m pytest tests/faults -n 2 --dist worksteal $(ARGS)
+
 check: $(READY) ## ruff and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
 lock: $(READY) # write requirements.lock anew from pyproject.toml
-	@$(PY) -m uv pip compile pyproject.toml --extra dev --extra dali13 --universal --python-version 3.11 \
+	@$(PY) -m uv pip compile pyproject.toml --extra dev --extra dali13 --extra remote --extra onnx --universal --python-version 3.11 \
 	  --generate-hashes --quiet --no-header -o requirements.lock
 
 clean: ## remove caches (runs, data and .venv stay)
