@@ -4,6 +4,8 @@ Letters: B images, V views, Vg views of one size, T teacher views (the first of 
 S pairs that one view has points for, D width, K prototypes.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -138,32 +140,30 @@ class DenseDINO(nn.Module):
             if not views:
                 continue
             images = images[: len(views)]
-            pairs = self._pairs_seen(views, role)
-            points = None
-            if pairs[0]:
-                points = torch.stack([points_seen[:, t, v] for of_view in pairs for t, v in of_view])  # [Vg*S,B,M,2]
-                points = points.unflatten(0, (len(views), -1)).transpose(1, 2)  # [Vg,B,S,M,2]
-                points = points.flatten(2, 3).flatten(0, 1)  # [Vg*B,S*M,2]
-            c, _, r = network.backbone(images.flatten(0, 1), points)
+            runs = self._runs(views, role)
+            points = []  # of each run of views with equally many pairs
+            for run in runs:
+                of_run = torch.stack([points_seen[:, t, v] for pairs in run for t, v in pairs])  # [len(run)*S,B,M,2]
+                of_run = of_run.unflatten(0, (len(run), -1)).transpose(1, 2)  # [len(run),B,S,M,2]
+                points.append(of_run.flatten(2, 3).flatten(0, 1))  # [len(run)*B,S*M,2]
+            c, _, read = network.backbone(images.flatten(0, 1), points, patches_too=False)
             cls.append(c.unflatten(0, images.shape[:2]))
-            if r is not None:
-                r = r.unflatten(1, (-1, self.points)).unflatten(0, images.shape[:2])  # [Vg,B,S,M,D]
-                tokens |= {pair: r[i, :, s] for i, of_view in enumerate(pairs) for s, pair in enumerate(of_view)}
+            for run, r in zip(runs, read, strict=True):
+                r = r.unflatten(1, (-1, self.points)).unflatten(0, (len(run), -1))  # [len(run),B,S,M,D]
+                tokens |= {pair: r[i, :, s] for i, pairs in enumerate(run) for s, pair in enumerate(pairs)}
         return torch.cat(cls), tokens
 
-    def _pairs_seen(self, views: range, role: int) -> list[list[tuple[int, int]]]:
-        """For each of these views, the pairs (t, v) whose points are computed in it: those that enter the loss or the
-        centre. All, where reference tokens see each other. Equally many for each view of a batch: beside student-only
-        views a teacher view carries its self pair too."""
+    def _runs(self, views: range, role: int) -> list[list[list[tuple[int, int]]]]:
+        """The pairs (t, v) whose points are computed in each of these views, those that enter the loss or the centre (all,
+        where reference tokens see each other): for runs of views with equally many."""
         needed = set(self.reference_pairs if self.points else [])
         if role == TEACHER and self.points and self.reference.center == "published":
             needed |= set(self.published_center_pairs)
         if needed and self.reference.attention == "none":
             needed = {(t, v) for t in range(TEACHERS) for v in range(self.views)}
         seen = [[(t, v) for t, v in sorted(needed) if (t if role == TEACHER else v) == view] for view in views]
-        if len({len(of_view) for of_view in seen}) > 1:
-            seen = [[(t, view) for t in range(TEACHERS)] for view in views]
-        return seen
+        # views without points, if any, are student-only ones and come last: they make no run
+        return [list(run) for pairs, run in itertools.groupby(seen, key=len) if pairs]
 
     @staticmethod
     def _stacked(tokens: dict[tuple[int, int], Tensor], pairs: list[tuple[int, int]]) -> Tensor:
@@ -171,12 +171,20 @@ class DenseDINO(nn.Module):
         return torch.stack([tokens[pair] for pair in pairs])
 
     @torch.no_grad()
-    def update_centers(self, means: list[Tensor]) -> None:
-        """c <- m c + (1 - m) mean of the teacher's logits, the mean over all processes; after the optimiser's step."""
+    def update_centers(self, means: list[Tensor], taken: Tensor | None = None) -> None:
+        """c <- m c + (1 - m) mean of the teacher's logits, the mean over all processes; after the optimiser's step.
+
+        taken: 0-dim, 0 where the optimiser's step was not taken: then nothing moves, here and in `update_teacher`.
+        """
         for center, mean in zip((self.cls_center, self.reference_center), means, strict=False):
-            center.lerp_(mean, 1 - self.loss.center_momentum)
+            moved = center.lerp(mean, 1 - self.loss.center_momentum)
+            center.copy_(moved if taken is None else torch.where(taken > 0, moved, center))
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
+    def update_teacher(self, momentum: float, taken: Tensor | None = None) -> None:
         """theta_t <- momentum theta_t + (1 - momentum) theta_s."""
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        if taken is None:
+            torch._foreach_lerp_(teacher, student, 1 - momentum)
+        else:  # student and teacher are finite: a weight of 0 leaves every bit
+            torch._foreach_lerp_(teacher, student, [(1 - momentum) * taken] * len(teacher))

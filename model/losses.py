@@ -9,12 +9,13 @@ from torch import Tensor
 
 def cross_entropy(
     student: Tensor, prototypes: Tensor, teacher: Tensor, teacher_prototypes: Tensor, center: Tensor,
-    student_temperature: float, teacher_temperature: Tensor | float, pairs: Tensor, rows: int = 256,
+    student_temperature: float, teacher_temperature: Tensor | float, pairs: Tensor, rows: int = 256, columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Eq. 2 and eq. 3 as means over their terms, without ever holding all logits.
 
     student [V,n,d], teacher [T,n,d]: unit vectors of the same n things (images, or points) in each view; prototypes,
-    teacher_prototypes [K,d]; center [K]; pairs [T,V]: 1 where (t, v) is a term, else 0. `rows`: things at a time.
+    teacher_prototypes [K,d]; center [K]; pairs [T,V]: 1 where (t, v) is a term, else 0. `rows`: things at a time;
+    `columns`: prototypes at a time (default: as many as stay in a CPU's cache, all on a GPU).
 
         for t, v in pairs:  for i in range(n):
             p = softmax((teacher[t,i] @ teacher_prototypes.T - center) / tau_t)
@@ -22,50 +23,73 @@ def cross_entropy(
 
     Returns (loss, mean entropy of p in nats); the gradient reaches student and prototypes.
     """
+    if columns is None:
+        columns = 4096 if student.device.type == "cpu" else len(prototypes)
     loss, entropy = _CrossEntropy.apply(
-        student, prototypes, teacher, teacher_prototypes, center, student_temperature, teacher_temperature, pairs, rows
-    )
+        student, prototypes, teacher, teacher_prototypes, center, student_temperature, teacher_temperature, pairs,
+        rows, columns,
+    )  # fmt: skip
     return loss, entropy
 
 
 class _CrossEntropy(torch.autograd.Function):
     """Some rows at a time: logits, both softmaxes, the loss, and at once the gradient of the student's side, which is
-    (sum_t pairs * q - sum_t pairs * p) / tau_s. So logits live for a moment, and backward has nothing left to compute."""
+    (sum_t pairs * q - sum_t pairs * p) / tau_s. So logits live for a moment, and backward has nothing left to compute.
+
+    Within some rows, some columns at a time, twice: first logits and their log-sum-exp, then, with the sum over all K
+    known, probabilities and gradient. What lies between two products is a few megabytes, and stays in a CPU's cache.
+    """
 
     @staticmethod
-    def forward(ctx, student, prototypes, teacher, teacher_prototypes, center, tau_s, tau_t, pairs, rows):
+    def forward(ctx, student, prototypes, teacher, teacher_prototypes, center, tau_s, tau_t, pairs, rows, columns):
         dtype = prototypes.dtype
         if torch.is_autocast_enabled(student.device.type):
             dtype = torch.get_autocast_dtype(student.device.type)
         with torch.autocast(student.device.type, enabled=False):
-            w, w_t = prototypes.detach().to(dtype), teacher_prototypes.to(dtype)
             exact = torch.promote_types(dtype, torch.float32)
+            w, w_t = prototypes.detach().to(dtype), teacher_prototypes.to(dtype)
+            shift = (center / tau_t).to(exact)
             pairs = pairs.to(exact)
             weight = pairs.sum(0).view(-1, 1, 1)  # [V,1,1] terms of each student view
             n = student.shape[1]
             terms = pairs.sum() * n
+            blocks = [slice(at, at + columns) for at in range(0, len(w), columns)]
             d_student = torch.empty_like(student)
-            d_prototypes = torch.zeros_like(prototypes)
-            loss, entropy = torch.zeros((), dtype=exact, device=w.device), torch.zeros((), dtype=exact, device=w.device)
+            d_prototypes = torch.empty_like(prototypes)
+            loss, entropy = torch.zeros(2, dtype=exact, device=w.device).unbind()
             for at in range(0, n, rows):
-                t = teacher[:, at : at + rows].to(dtype) @ w_t.T  # [T,r,K]
-                t = t.to(exact).sub_(center).div_(tau_t)
-                norm = t.logsumexp(-1, keepdim=True)
-                p = (t - norm).exp_()
-                entropy += (norm.squeeze(-1) - (p * t).sum(-1)).sum()
-                del t
-                z = student[:, at : at + rows].to(dtype)
-                s = (z @ w.T).to(exact).div_(tau_s)  # [V,r,K]
-                p = torch.einsum("tv,trk->vrk", pairs, p) if p.shape[0] > 1 else p
-                norm = s.logsumexp(-1, keepdim=True)
-                loss += (weight.squeeze(-1) * norm.squeeze(-1)).sum() - (p * s).sum()
-                d = s.sub_(norm).exp_().mul_(weight).sub_(p).div_(tau_s * terms).to(dtype)
-                d_student[:, at : at + rows] = d @ w
-                d_prototypes += d.flatten(0, 1).T @ z.flatten(0, 1)
+                z_t = (teacher[:, at : at + rows] / tau_t).to(dtype)  # [T,r,d]
+                z = student[:, at : at + rows]  # [V,r,d]
+                z_s, z = (z / tau_s).to(dtype), z.to(dtype)
+                t_raw = z_t.new_empty(*z_t.shape[:2], len(w))  # [T,r,K]
+                s_raw = z_s.new_empty(*z_s.shape[:2], len(w))  # [V,r,K]
+                norms_t, norms_s = [], []
+                for k in blocks:
+                    t_raw[..., k] = z_t @ w_t[k].T
+                    s_raw[..., k] = z_s @ w[k].T
+                    norms_t.append((t_raw[..., k].to(exact) - shift[k]).logsumexp(-1))
+                    norms_s.append(s_raw[..., k].to(exact).logsumexp(-1))
+                norm_t = torch.stack(norms_t).logsumexp(0).unsqueeze(-1)  # [T,r,1]
+                norm_s = torch.stack(norms_s).logsumexp(0).unsqueeze(-1)  # [V,r,1]
+                entropy += norm_t.sum()
+                loss += (weight * norm_s).sum()
+                d_z = torch.zeros(z.shape, dtype=exact, device=w.device)
+                for k in blocks:
+                    t = t_raw[..., k].to(exact) - shift[k]
+                    p = (t - norm_t).exp_()
+                    entropy -= torch.dot(p.flatten(), t.flatten())
+                    p = torch.einsum("tv,trk->vrk", pairs, p) if len(pairs) > 1 or len(weight) > 1 else p
+                    s = s_raw[..., k].to(exact)
+                    loss -= torch.dot(p.flatten(), s.flatten())
+                    d = (s - norm_s).exp_().mul_(weight).sub_(p).div_(tau_s * terms).to(dtype)
+                    d_z += d @ w[k]
+                    gradient = d.flatten(0, 1).T @ z.flatten(0, 1)
+                    d_prototypes[k] = gradient if at == 0 else d_prototypes[k] + gradient
+                d_student[:, at : at + rows] = d_z
         ctx.save_for_backward(d_student, d_prototypes)
         return loss / terms, entropy / (teacher.shape[0] * n)
 
     @staticmethod
     def backward(ctx, grad, _):
         d_student, d_prototypes = ctx.saved_tensors
-        return (grad * d_student, grad * d_prototypes, *[None] * 7)
+        return (grad * d_student, grad * d_prototypes, *[None] * 8)

@@ -63,8 +63,16 @@ def resize_grid(grid: Tensor, h: int, w: int) -> Tensor:
     return resized[0].permute(1, 2, 0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, references: int, mode: str) -> Tensor:
-    """Attention of n images' tokens: q, k, v [n,H,1+N+R,d], the last R of them reference tokens -> [n,H,1+N+R,d].
+Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v of some tokens, each [n,H,tokens,d]
+
+
+def attend(image: Heads, references: list[Heads], mode: str) -> list[Tensor]:
+    """Attention of n images' [CLS] and patches (q, k, v [n,H,1+N,d]) and of their reference tokens.
+
+    references: q, k, v [n_i,H,R_i,d] for consecutive runs of the images, from the first on; images after the last run have
+    no reference tokens.
+    Returns what the image's tokens read [n,H,1+N,d], then what each run's reference tokens read [n_i,H,R_i,d]. The image's
+    q may be [CLS]'s alone [n,H,1,d] (the last block of training, where nobody asks for the patches).
 
     patches+cls    [CLS] and patches attend to each other; reference tokens attend to them, unseen by all (the paper)
     patches        reference tokens attend to the patches only
@@ -74,33 +82,61 @@ def attend(q: Tensor, k: Tensor, v: Tensor, references: int, mode: str) -> Tenso
 
     What nobody may see is left out of the keys: no mask is built. Equal to the masked form (tests/test_reference.py).
     """
-    image = q.shape[2] - references  # 1 + N
+    q, k, v = image
+    runs = [(a, k_run, v_run) for a, k_run, v_run in zip(references, *_in_runs(k, v, references), strict=True)]
     if mode == "none":
-        return F.scaled_dot_product_attention(q, k, v)
-    if mode == "patches+cls":
-        return F.scaled_dot_product_attention(q, k[:, :, :image], v[:, :, :image])
+        return _all_to_all(q, runs) if runs else [attention(q, k, v)]
+    patch_k, patch_v = k[:, :, 1:], v[:, :, 1:]
     if mode == "all_query":
-        patches = F.scaled_dot_product_attention(q[:, :, 1:image], k[:, :, 1:image], v[:, :, 1:image])
-        asking = [torch.cat([t[:, :, :1], t[:, :, image:]], 2) for t in (q, k, v)]
-        alone = _patches_and_self(asking, k[:, :, 1:image], v[:, :, 1:image])
-        return torch.cat([alone[:, :, :1], patches, alone[:, :, 1:]], 2)
-    seen = F.scaled_dot_product_attention(q[:, :, :image], k[:, :, :image], v[:, :, :image])
-    if references == 0:
-        return seen
-    asking = [t[:, :, image:] for t in (q, k, v)]
-    patch_k, patch_v = k[:, :, 1:image], v[:, :, 1:image]
-    if mode == "patches":
-        read = F.scaled_dot_product_attention(asking[0], patch_k, patch_v)
+        cls = _patches_and_self((q[:, :, :1], k[:, :, :1], v[:, :, :1]), patch_k, patch_v)
+        read = torch.cat([cls, attention(q[:, :, 1:], patch_k, patch_v)], 2) if q.shape[2] > 1 else cls
     else:
-        read = _patches_and_self(asking, patch_k, patch_v)
-    return torch.cat([seen, read], 2)
+        read = attention(q, k, v)
+    if mode == "patches+cls":
+        return [read, *(attention(a[0], k_run, v_run) for a, k_run, v_run in runs)]
+    if mode == "patches":
+        return [read, *(attention(a[0], k_run[:, :, 1:], v_run[:, :, 1:]) for a, k_run, v_run in runs)]
+    return [read, *(_patches_and_self(a, k_run[:, :, 1:], v_run[:, :, 1:]) for a, k_run, v_run in runs)]
 
 
-def _patches_and_self(asking: list[Tensor], patch_k: Tensor, patch_v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, in the form that is fastest where it runs. [n,H,a,d] x [n,H,b,d] -> [n,H,a,d].
+
+    Measured beforehand, never at start-up (docs/benchmarks.md, "Attention's form"): the fused form everywhere, but on a
+    CPU in bfloat16, where the plain one takes 0.4 of its time.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)
+    n, heads, asked, d = q.shape
+    q, k, v = (t.reshape(n * heads, t.shape[2], d) for t in (q, k, v))
+    scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=d**-0.5)
+    return torch.bmm(scores.softmax(-1), v).view(n, heads, asked, d)
+
+
+def _in_runs(k: Tensor, v: Tensor, references: list[Heads]) -> list[tuple[Tensor, ...]]:
+    """Keys and values of the images of each run."""
+    sizes = [len(q) for q, _, _ in references]
+    return [t[: sum(sizes)].split(sizes) if sizes else () for t in (k, v)]
+
+
+def _all_to_all(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Tensor]:
+    """Image and reference tokens in one attention, run by run."""
+    images, others, first = [], [], 0
+    for (q_ref, k_ref, v_ref), k_run, v_run in runs:
+        asking = q[first : first + len(q_ref)]
+        first += len(q_ref)
+        keys, values = torch.cat([k_run, k_ref], 2), torch.cat([v_run, v_ref], 2)
+        read = attention(torch.cat([asking, q_ref], 2), keys, values)
+        images.append(read[:, :, : asking.shape[2]])
+        others.append(read[:, :, asking.shape[2] :])
+    return [torch.cat(images), *others]
+
+
+def _patches_and_self(asking: Heads, patch_k: Tensor, patch_v: Tensor) -> Tensor:
     """Tokens with q, k, v [n,H,R,d] attend to the patches [n,H,N,d] and to themselves: a few rows of plain attention."""
     q, k, v = asking
-    scale = q.shape[-1] ** -0.5
-    to_patches = (q * scale) @ patch_k.transpose(-2, -1)  # [n,H,R,N]
-    to_self = (q * scale * k).sum(-1, keepdim=True)  # [n,H,R,1]
+    q = q * q.shape[-1] ** -0.5
+    to_patches = q @ patch_k.transpose(-2, -1)  # [n,H,R,N]
+    to_self = (q * k).sum(-1, keepdim=True)  # [n,H,R,1]
     weights = torch.cat([to_patches, to_self], -1).softmax(-1)
     return weights[..., :-1] @ patch_v + weights[..., -1:] * v

@@ -7,6 +7,7 @@ Letters: n images, N patches, D width, R reference tokens of an image, H heads.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
@@ -50,40 +51,92 @@ class ViT(VisionTransformer):
                     nn.init.zeros_(module.bias)
 
     def forward(  # type: ignore[override]
-        self, images: Tensor, points: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """images [n,3,h,w] normalised, h and w multiples of the patch; points [n,R,2], (x, y) in each view's [0,1] frame.
+        self, images: Tensor, points: Tensor | list[Tensor] | None = None, patches_too: bool = True
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """images [n,3,h,w] normalised, h and w multiples of the patch; points [n,R,2], (x, y) in each view's [0,1] frame,
+        or a list of them for consecutive runs of the images from the first on, [n_i,R_i,2] each.
 
-        Returns, after the final norm: [CLS] [n,D], patches [n,N,D], reference tokens [n,R,D] (None without points).
+        Returns, after the final norm: [CLS] [n,D], patches [n,N,D], reference tokens [n,R,D] (None without points; a list
+        where points are one). patches_too=False (training, where patch tokens enter no loss): the last block works for
+        the other tokens only, for which patches are keys and values; None is returned for them.
         """
         grid_side = self.image_size // self.patch
         grid = self.pos_embed[0, 1:].unflatten(0, (grid_side, grid_side))  # [g,g,D]
         patches = self.patch_embed.proj(images)  # [n,D,h/p,w/p]
-        h, w = patches.shape[-2:]
+        n, width, h, w = patches.shape
         patches = patches.flatten(2).transpose(1, 2)  # [n,N,D]
         patches = patches + resize_grid(grid, h, w).flatten(0, 1)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
-        tokens = [cls, patches]
-        references = 0
-        if points is not None:
-            references = points.shape[1]
-            # the token's content is its position; always read from the grid itself, whatever the view's size
-            tokens.append(point_embedding(grid, points, self.border))
-        x = torch.cat(tokens, 1)  # [n,1+N+R,D]
-        for block in self.blocks:
-            x = self._block(block, x, references)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(n, -1, -1)
+        runs = points if isinstance(points, list) else [] if points is None else [points]
+        # the token's content is its position; always read from the grid itself, whatever the view's size
+        references = [point_embedding(grid, p, self.border) for p in runs]  # [n_i,R_i,D]
+        # all tokens in one matrix: the image's [n,1+N], then each run's; every linear map is one product
+        x = torch.cat([torch.cat([cls, patches], 1).flatten(0, 1), *(r.flatten(0, 1) for r in references)])
+        shapes = [(n, 1 + h * w), *(r.shape[:2] for r in references)]
+        for block in self.blocks[:-1] if not patches_too else self.blocks:
+            x = self._block(block, x, shapes, shapes)
+        if not patches_too:
+            x = self._block(self.blocks[-1], x, shapes, [(n, 1), *shapes[1:]])
+            shapes[0] = (n, 1)
         x = self.norm(x)
-        image = x.shape[1] - references
-        return x[:, 0], x[:, 1:image], x[:, image:] if references else None
+        image, *seen = (t.view(*shape, width) for t, shape in zip(_parts(x, shapes), shapes, strict=True))
+        of_points = seen if isinstance(points, list) else seen[0] if seen else None
+        return image[:, 0], image[:, 1:] if patches_too else None, of_points
 
-    def _block(self, block: Any, x: Tensor, references: int) -> Tensor:
-        """timm's block with our attention; a sample's drop path covers all its tokens alike."""
-        n, length, width = x.shape
-        qkv = block.attn.qkv(block.norm1(x)).view(n, length, 3, block.attn.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [n,H,1+N+R,d] each
-        read = attend(q, k, v, references, self.attention).transpose(1, 2).reshape(n, length, width)
-        x = x + block.drop_path1(block.attn.proj(read))
-        return x + block.drop_path2(block.mlp(block.norm2(x)))
+    def _block(self, block: Any, x: Tensor, shapes: list[tuple[int, int]], asking: list[tuple[int, int]]) -> Tensor:
+        """timm's block with our attention: tokens x [all, D], in parts of the given shapes (images, tokens of each).
+
+        asking: the shapes of those that the block works for; all, or of the image [CLS] alone.
+        """
+        width, heads = x.shape[-1], block.attn.num_heads
+        normed, qkv = block.norm1(x), block.attn.qkv
+        if asking == shapes:
+            keyed = _parts(qkv(normed), shapes)
+            image, *references = (
+                t.view(*shape, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind()
+                for t, shape in zip(keyed, shapes, strict=True)
+            )
+        else:  # q for those who ask, k and v for all
+            x, asked = _without_patches(x, shapes), _without_patches(normed, shapes)
+            weight, bias = qkv.weight, qkv.bias
+            q_parts = _parts(F.linear(asked, weight[:width], bias[:width]), asking)
+            kv_parts = _parts(F.linear(normed, weight[width:], bias[width:]), shapes)
+            image, *references = (
+                (
+                    q.view(*a, heads, -1).transpose(1, 2),
+                    *kv.view(*shape, 2, heads, -1).permute(2, 0, 3, 1, 4).unbind(),
+                )
+                for q, kv, a, shape in zip(q_parts, kv_parts, asking, shapes, strict=True)
+            )
+        read = attend(image, references, self.attention)
+        flat = torch.cat([t.transpose(1, 2).reshape(-1, width) for t in read])
+        x = _add(x, block.attn.proj(flat), block.drop_path1, asking)
+        return _add(x, block.mlp(block.norm2(x)), block.drop_path2, asking)
+
+
+def _parts(x: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """Rows of x, part by part."""
+    return x.split([n * tokens for n, tokens in shapes])
+
+
+def _without_patches(x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    """Of all tokens, [CLS] and the reference tokens."""
+    image, *references = _parts(x, shapes)
+    return torch.cat([image.view(*shapes[0], -1)[:, 0], *references])
+
+
+def _add(x: Tensor, branch: Tensor, drop_path: nn.Module, shapes: list[tuple[int, int]]) -> Tensor:
+    """x + branch, with drop path (Huang et al. 2016): a sample's draw covers all its tokens alike."""
+    probability = getattr(drop_path, "drop_prob", 0.0) or 0.0
+    if not probability or not drop_path.training:
+        return x + branch
+    n = shapes[0][0]
+    kept = branch.new_empty(n, dtype=x.dtype).bernoulli_(1 - probability) / (1 - probability)  # [n]
+    first, factors = 0, [kept.repeat_interleave(shapes[0][1])]
+    for run, tokens in shapes[1:]:
+        factors.append(kept[first : first + run].repeat_interleave(tokens))
+        first += run
+    return torch.addcmul(x, branch.to(x.dtype), torch.cat(factors)[:, None])
 
 
 def build_vit(model: Model, image_size: int, attention: str, border: str, drop_path: float) -> ViT:

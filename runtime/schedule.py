@@ -78,19 +78,29 @@ class Optimizer:
         self.last_layers = [p for n, p in student.named_parameters() if "last_layer" in n and p.requires_grad]
 
     @torch.no_grad()
-    def step(self, step: int) -> None:
-        """Clip, take step number `step`, forget the gradients."""
+    def step(self, step: int, finite: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip, take step number `step`, forget the gradients.
+
+        finite: 0-dim, 1 where the losses of all processes are finite, else 0. Where they or a gradient are not, nothing
+        moves: parameters and moments stay bit for bit. Nobody waits for the device to know.
+        Returns (1 if the step was taken, else 0; norm of all gradients before clipping), both on the device.
+        """
         for group in self.adamw.param_groups:
             group["lr"] = float(self.schedules.lr[step])
             if group["decays"]:
                 group["weight_decay"] = float(self.schedules.weight_decay[step])
+        norms = torch._foreach_norm(self._clipped())
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        taken = norm.isfinite().to(norm.dtype) * (1 if finite is None else finite.to(norm.dtype))
         if self.clip:
-            clip_each(self._clipped(), self.clip)
+            clip_each(self._clipped(), norms, self.clip)
         if self.schedules.frozen[step]:  # no decay and no Adam statistics either, as published
             for p in self.last_layers:
                 p.grad = None
+        self.adamw.grad_scale, self.adamw.found_inf = None, (1 - taken).float()  # the fused kernel's own switch
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+        return taken, norm
 
     def _clipped(self) -> list[torch.Tensor]:
         """The gradients that are clipped, each by its own norm."""
@@ -99,9 +109,7 @@ class Optimizer:
         return whole + parts
 
 
-def clip_each(grads: list[torch.Tensor], largest: float) -> None:
+def clip_each(grads: list[torch.Tensor], norms: list[torch.Tensor], largest: float) -> None:
     """Scale every gradient whose own norm is above `largest` down to it, in place (published: per tensor, not global)."""
-    norms = torch._foreach_norm(grads)
-    torch._foreach_add_(norms, 1e-6)
-    factors = [(largest / n).clamp(max=1.0) for n in norms]
+    factors = list((largest / (torch.stack(norms) + 1e-6)).clamp(max=1.0).unbind())
     torch._foreach_mul_(grads, factors)

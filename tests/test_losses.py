@@ -36,8 +36,8 @@ def made(config: Config) -> tuple[DenseDINO, Batch]:
     return model, Batch(0, ids, ids, [torch.randn(4, 3, 3, 16, 16)], **draws.tensors())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 256])
-def test_cross_entropy_is_its_loops(rows: int):
+@pytest.mark.parametrize(("rows", "columns"), [(1, None), (2, 4), (256, 9)])
+def test_cross_entropy_is_its_loops(rows: int, columns: int | None):
     """Value and gradients beside the docstring's loops, whole or in pieces, in float64."""
     torch.manual_seed(0)
     views, n, d, k = 4, 5, 6, 9
@@ -46,7 +46,7 @@ def test_cross_entropy_is_its_loops(rows: int):
     w, w_t = torch.randn(k, d, dtype=torch.float64).requires_grad_(), torch.randn(k, d, dtype=torch.float64)
     center = torch.randn(k, dtype=torch.float64)
     terms = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1]])
-    loss, entropy = cross_entropy(student, w, teacher, w_t, center, 0.1, 0.05, terms, rows)
+    loss, entropy = cross_entropy(student, w, teacher, w_t, center, 0.1, 0.05, terms, rows, columns)
     loops, entropies = 0.0, []
     for t in range(2):
         for i in range(n):
@@ -59,6 +59,22 @@ def test_cross_entropy_is_its_loops(rows: int):
     assert float(entropy) == pytest.approx(np.mean(entropies), rel=1e-12)
     ours, theirs = (torch.autograd.grad(3 * x, (student, w)) for x in (loss, loops))
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_weight_norm_is_its_formula(unit: bool, monkeypatch):
+    from model import heads
+
+    monkeypatch.setattr(heads._WeightNorm, "ROWS", 3)  # several pieces
+    layer = heads.Prototypes(5, 8, unit).double()
+    layer.weight_g.data.uniform_(0.5, 2.0)
+    probe = torch.randn(8, 5, dtype=torch.float64)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    ours, plain = layer(), layer.weight_v * (layer.weight_g / layer.weight_v.norm(dim=1, keepdim=True))
+    assert (ours - plain).abs().max() < 1e-15
+    a, b = (torch.autograd.grad(w, trained, probe) for w in (ours, plain))
+    assert len(a) == (1 if unit else 2)
+    assert all((x - y).abs().max() < 1e-14 for x, y in zip(a, b, strict=True))
 
 
 def test_cross_entropy_in_bfloat16():
@@ -128,11 +144,13 @@ def test_views_of_a_loss_and_a_shared_head():
 def test_no_token_without_a_use():
     """Self pairs are not computed where no centre asks for them; the teacher never sees student-only views."""
     model, _ = made(small())
-    assert model._pairs_seen(range(2), 0) == [[(0, 1), (0, 2), (0, 3)], [(1, 0), (1, 2), (1, 3)]]
-    assert model._pairs_seen(range(2), 1) == [[(1, 0)], [(0, 1)]]
-    assert model._pairs_seen(range(2, 4), 1) == [[(0, 2), (1, 2)], [(0, 3), (1, 3)]]
+    assert model._runs(range(2), 0) == [[[(0, 1), (0, 2), (0, 3)], [(1, 0), (1, 2), (1, 3)]]]
+    assert model._runs(range(4), 1) == [[[(1, 0)], [(0, 1)]], [[(0, 2), (1, 2)], [(0, 3), (1, 3)]]]
     model, _ = made(small(reference__center="published"))
-    assert model._pairs_seen(range(2), 0)[0] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert model._runs(range(2), 0)[0][0] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    model, _ = made(small(reference__views="teacher"))
+    assert model._runs(range(4), 1) == [[[(1, 0)], [(0, 1)]]]
+    assert model._runs(range(2, 4), 1) == []
 
 
 def test_teacher_and_centres_move_as_written():
@@ -150,7 +168,7 @@ def test_teacher_and_centres_move_as_written():
 
 def test_clipping_is_for_each_tensor():
     grads = [torch.full((4,), 3.0), torch.full((4,), 0.1)]  # norms 6 and 0.2
-    clip_each(grads, 3.0)
+    clip_each(grads, [g.norm() for g in grads], 3.0)
     assert float(grads[0].norm()) == pytest.approx(3.0, rel=1e-5)
     assert torch.equal(grads[1], torch.full((4,), 0.1))
 
@@ -168,6 +186,41 @@ def test_the_last_layer_stands_still_at_first():
         optimizer.step(step)
         still = {n for n, p in model.student.named_parameters() if p.requires_grad and torch.equal(p, before[n])}
         assert still == ({f"{h}.last_layer.weight_v" for h in ("cls_head", "reference_head")} if step < 2 else set())
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_moves_nothing(what: str):
+    """Parameters, moments, teacher and centres stay bit for bit, Adam's own step count too; the next step goes on."""
+    config = small(reference__points=1)
+    model, batch = made(config)
+    schedules = make_schedules(config, 2)
+    schedules.lr[:] = 1e-2
+    optimizer = Optimizer(model.student, schedules, 3.0)
+
+    def state() -> dict:
+        moments = {f"{i}.{k}": t for i, s in enumerate(optimizer.adamw.state.values()) for k, t in s.items()}
+        return {n: t.clone() for n, t in (model.state_dict() | moments).items()}
+
+    for step, bad in enumerate([False, True, False]):
+        before = state()
+        log, means = model(batch, 0.04)
+        log["loss"].backward()
+        finite = torch.tensor(1.0)
+        if bad and what == "gradient":
+            model.student.backbone.cls_token.grad[0, 0, 3] = float("inf")
+        elif bad:
+            finite, means = torch.tensor(0.0), [m * float("nan") for m in means]
+        taken, norm = optimizer.step(step, finite)
+        model.update_teacher(0.9, taken)
+        model.update_centers(means, taken)
+        now = state()
+        assert float(taken) == (not bad)
+        assert bool(norm.isfinite()) == (not bad or what == "loss")
+        if bad:
+            assert all(torch.equal(now[n], before[n]) for n in now)
+        else:
+            assert not torch.equal(now["teacher.backbone.cls_token"], before["teacher.backbone.cls_token"])
+            assert not torch.equal(now["cls_center"], before["cls_center"])
 
 
 def test_biases_and_norms_do_not_decay():

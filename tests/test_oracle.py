@@ -106,9 +106,18 @@ def test_step(mode: str, oracle, oracle_json):
     m, n_views = case["M"], case["V"]
     rows = {"student": n_views * case["B"], "teacher": 2 * case["B"]}
 
-    def in_our_order(tokens: Tensor) -> Tensor:  # [CLS], points, patches -> [CLS], patches, points
+    def in_our_order(tokens: Tensor, role: str) -> Tensor:
+        """[CLS], points of every slot, patches of each image -> all images' [CLS] and patches, then the points we compute."""
         references = tokens.shape[1] - 17
-        return torch.cat([tokens[:, :1], tokens[:, 1 + references :], tokens[:, 1 : 1 + references]], 1)
+        image = torch.cat([tokens[:, :1], tokens[:, 1 + references :]], 1).flatten(0, 1)
+        points = tokens[:, 1 : 1 + references].unflatten(1, (-1, m)).unflatten(0, (-1, case["B"]))  # [views,B,slots,M,D]
+        runs = model._runs(range(len(points)), TEACHER if role == "teacher" else STUDENT)
+        views = iter(range(len(points)))
+        ours = [image]
+        for run in runs:
+            slots = [[v if role == "teacher" else t for t, v in pairs] for pairs in run]
+            ours += [points[next(views)][:, of_view].flatten(0, 2) for of_view in slots]
+        return torch.cat(ours)
 
     # tokens after every block, outputs, logits
     logits, spheres = {}, {}
@@ -116,13 +125,13 @@ def test_step(mode: str, oracle, oracle_json):
         network = getattr(model, role)
         blocks: list[Tensor] = []
         original = network.backbone._block
-        network.backbone._block = lambda b, x, r, o=original, seen=blocks: seen.append(x) or o(b, x, r)
+        network.backbone._block = lambda b, x, *r, o=original, seen=blocks: seen.append(x) or o(b, x, *r)
         with torch.no_grad():
             cls, tokens = model._see(network, batch, side)
         del network.backbone._block
-        assert relative(blocks[0], in_our_order(want[f"{role}.tokens_in"])) < 1e-5
+        assert relative(blocks[0], in_our_order(want[f"{role}.tokens_in"], role)) < 1e-5
         for i in range(1, case["depth"]):
-            assert relative(blocks[i], in_our_order(want[f"{role}.block{i - 1}_out"])) < 1e-5
+            assert relative(blocks[i], in_our_order(want[f"{role}.block{i - 1}_out"], role)) < 1e-5
         assert relative(cls.flatten(0, 1), want[f"{role}.cls"][:, 0]) < 1e-5
         with torch.no_grad():
             logits[role] = network.cls_head.logits(cls)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.reference import MODES, attend, point_embedding
+from model.reference import MODES, attend, attention, point_embedding
 from model.vit import ViT
 
 
@@ -33,7 +33,10 @@ def test_equal_to_the_mask(mode: str, references: int):
     torch.manual_seed(0)
     patches = 9
     q, k, v = torch.randn(3, 2, 3, 1 + patches + references, 8, dtype=torch.float64).requires_grad_().unbind(0)
-    ours = attend(q, k, v, references, mode)
+    image = tuple(t[:, :, : 1 + patches] for t in (q, k, v))
+    asking = [tuple(t[run, :, 1 + patches :] for t in (q, k, v)) for run in (slice(0, 2), slice(2, 3))]  # two runs
+    seen, *read = attend(image, asking if references else [], mode)
+    ours = torch.cat([seen, torch.cat(read)], 2) if references else seen
     scores = (q @ k.transpose(-2, -1) / 8**0.5).masked_fill(~literal_mask(patches, references, mode), -torch.inf)
     literal = scores.softmax(-1) @ v
     assert (ours - literal).abs().max() < 1e-12
@@ -41,6 +44,33 @@ def test_equal_to_the_mask(mode: str, references: int):
     for x in (q, k, v):
         a, b = (torch.autograd.grad(y, x, probe, retain_graph=True)[0] for y in (ours, literal))
         assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+def test_training_leaves_the_last_patches_out(mode: str, drop_path: float):
+    """patches_too=False: the same [CLS] and reference tokens, and the same gradients, for two runs of images."""
+    network = vit(mode, drop_path=drop_path).double().train()
+    images, points = torch.randn(3, 3, 32, 32).double(), [torch.rand(2, 4, 2).double(), torch.rand(1, 2, 2).double()]
+    found = []
+    for patches_too in (True, False):
+        torch.manual_seed(1)
+        cls, patches, (a, b) = network(images, points, patches_too)
+        assert (patches is None) is not patches_too
+        loss = cls.square().mean() + a[..., :5].square().mean() + b.sin().mean()
+        found.append((cls, a, b, *torch.autograd.grad(loss, list(network.parameters()))))
+    assert all((x - y).abs().max() < 1e-12 for x, y in zip(*found, strict=True))
+    if mode != "none":  # a run apart gives the same
+        alone = network.eval()(images[:2], points[0])[2]
+        assert (alone - network(images, points)[2][0]).abs().max() < 1e-12
+
+
+def test_the_plain_form_equals_the_fused_one():
+    """On a CPU bfloat16 takes the plain form of attention, everything else torch's fused one."""
+    q, k, v = torch.randn(3, 2, 3, 11, 8).unbind(0)
+    plain = attention(*(t.bfloat16() for t in (q, k, v)))
+    assert plain.dtype == torch.bfloat16
+    assert (plain.float() - attention(q, k, v)).abs().max() < 3e-2
 
 
 def test_masks_of_the_published_code(oracle):

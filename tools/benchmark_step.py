@@ -95,9 +95,9 @@ def child(args: argparse.Namespace) -> None:
             with processes.autocast():
                 log, means = model(batch, torch.tensor(float(schedules.teacher_temperature[i])))
             log["loss"].backward()
-            optimizer.step(i)
-            model.update_teacher(float(schedules.teacher_momentum[i]))
-            model.update_centers(processes.mean(means))
+            taken, _ = optimizer.step(i, log["loss"].detach().isfinite())
+            model.update_teacher(float(schedules.teacher_momentum[i]), taken)
+            model.update_centers(processes.mean(means), taken)
 
     def wait() -> None:
         if device.type == "cuda":
