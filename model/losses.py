@@ -53,6 +53,7 @@ class _CrossEntropy(torch.autograd.Function):
             weight = pairs.sum(0).view(-1, 1, 1)  # [V,1,1] terms of each student view
             n = student.shape[1]
             terms = pairs.sum() * n
+            scale = 1 / (tau_s * terms)
             blocks = [slice(at, at + columns) for at in range(0, len(w), columns)]
             d_student = torch.empty_like(student)
             d_prototypes = torch.empty_like(prototypes)
@@ -60,14 +61,14 @@ class _CrossEntropy(torch.autograd.Function):
             for at in range(0, n, rows):
                 z_t = (teacher[:, at : at + rows] / tau_t).to(dtype)  # [T,r,d]
                 z = student[:, at : at + rows]  # [V,r,d]
-                z_s, z = (z / tau_s).to(dtype), z.to(dtype)
+                z_s, z = (z / tau_s).to(dtype).flatten(0, 1), z.to(dtype).flatten(0, 1)
                 t_raw = z_t.new_empty(*z_t.shape[:2], len(w))  # [T,r,K]
-                s_raw = z_s.new_empty(*z_s.shape[:2], len(w))  # [V,r,K]
+                s_raw = z_t.new_empty(len(weight), z_t.shape[1], len(w))  # [V,r,K]
                 norms_t, norms_s = [], []
                 for k in blocks:
-                    t_raw[..., k] = z_t @ w_t[k].T
-                    s_raw[..., k] = z_s @ w[k].T
-                    norms_t.append((t_raw[..., k].to(exact) - shift[k]).logsumexp(-1))
+                    torch.mm(z_t.flatten(0, 1), w_t[k].T, out=t_raw.flatten(0, 1)[:, k])
+                    torch.mm(z_s, w[k].T, out=s_raw.flatten(0, 1)[:, k])
+                    norms_t.append((t_raw[..., k] - shift[k]).logsumexp(-1))  # exact: so is the shift
                     norms_s.append(s_raw[..., k].to(exact).logsumexp(-1))
                 norm_t = torch.stack(norms_t).logsumexp(0).unsqueeze(-1)  # [T,r,1]
                 norm_s = torch.stack(norms_s).logsumexp(0).unsqueeze(-1)  # [V,r,1]
@@ -75,21 +76,25 @@ class _CrossEntropy(torch.autograd.Function):
                 loss += (weight * norm_s).sum()
                 d_z = torch.zeros(z.shape, dtype=exact, device=w.device)
                 for k in blocks:
-                    t = t_raw[..., k].to(exact) - shift[k]
+                    t = t_raw[..., k] - shift[k]
                     p = (t - norm_t).exp_()
                     entropy -= torch.dot(p.flatten(), t.flatten())
-                    p = torch.einsum("tv,trk->vrk", pairs, p) if len(pairs) > 1 or len(weight) > 1 else p
+                    p = torch.einsum("tv,trk->vrk", pairs, p) if pairs.numel() > 1 else p
                     s = s_raw[..., k].to(exact)
                     loss -= torch.dot(p.flatten(), s.flatten())
-                    d = (s - norm_s).exp_().mul_(weight).sub_(p).div_(tau_s * terms).to(dtype)
+                    d = (s - norm_s).exp_()
+                    d = (d.mul_(weight) if pairs.numel() > 1 else d).sub_(p).mul_(scale).to(dtype).flatten(0, 1)
                     d_z += d @ w[k]
-                    gradient = d.flatten(0, 1).T @ z.flatten(0, 1)
-                    d_prototypes[k] = gradient if at == 0 else d_prototypes[k] + gradient
-                d_student[:, at : at + rows] = d_z
+                    if dtype == d_prototypes.dtype:
+                        d_prototypes[k].addmm_(d.T, z, beta=0 if at == 0 else 1)
+                    else:
+                        gradient = d.T @ z
+                        d_prototypes[k] = gradient if at == 0 else d_prototypes[k] + gradient
+                d_student[:, at : at + rows] = d_z.unflatten(0, student[:, at : at + rows].shape[:2])
         ctx.save_for_backward(d_student, d_prototypes)
         return loss / terms, entropy / (teacher.shape[0] * n)
 
     @staticmethod
     def backward(ctx, grad, _):
         d_student, d_prototypes = ctx.saved_tensors
-        return (grad * d_student, grad * d_prototypes, *[None] * 8)
+        return (grad * d_student, d_prototypes.mul_(grad), *[None] * 8)  # in place: autograd refuses a second pass
