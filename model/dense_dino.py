@@ -5,9 +5,12 @@ S pairs that one view has points for, D width, K prototypes.
 """
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.heads import ProjectionHead
 from model.losses import cross_entropy
@@ -56,6 +59,7 @@ class DenseDINO(nn.Module):
         self.alpha = config.loss.alpha if config.points else 1.0
         self.shared_head = config.head.shared
         self.student = Network(config, config.model.drop_path)
+        self.student.backbone.recompute = config.speed.recompute
         self.teacher = Network(config, 0.0)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
@@ -188,3 +192,38 @@ class DenseDINO(nn.Module):
             torch._foreach_lerp_(teacher, student, 1 - momentum)
         else:  # student and teacher are finite: a weight of 0 leaves every bit
             torch._foreach_lerp_(teacher, student, [(1 - momentum) * taken] * len(teacher))
+
+
+@dataclass
+class Cost:
+    """What one image of a step costs."""
+
+    flops: int  # of forward and backward passes, two for each multiplication and addition of a matrix product
+    activations: int  # bytes kept for the backward pass, in float32
+
+
+def count_cost(model: DenseDINO, config: Config) -> Cost:
+    """Counted, not estimated: a step of one image with torch's fake tensors, whose shapes are real and whose numbers are not."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        views = [torch.empty(len(list(g)), 1, 3, size, size) for size, g in itertools.groupby(v.size for v in config.views)]
+        points = torch.empty(1, TEACHERS, model.views, max(1, model.points), 2, 2)
+        ids, nothing = torch.empty(1, dtype=torch.int64), torch.empty(0)
+        batch = Batch(0, ids, ids, views, nothing, points, nothing)
+        own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *views, points)}
+        kept: dict[int, int] = {}
+
+        def keep(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+            return t
+
+        counter = FlopCounterMode(display=False)
+        with counter:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                log, _ = model(batch, 0.04)
+            log["loss"].backward()
+    model.zero_grad(set_to_none=True)
+    # the gradient of the prototypes is made on the way forward: once for a whole batch, not for each image
+    once = sum(p.numel() * 4 for n, p in model.student.named_parameters() if "last_layer" in n and p.requires_grad)
+    return Cost(counter.get_total_flops(), max(0, sum(kept.values()) - once))

@@ -4,6 +4,7 @@ The parameters are timm's VisionTransformer's, by name and meaning, so a backbon
 Letters: n images, N patches, D width, R reference tokens of an image, H heads.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
+from torch.utils.checkpoint import checkpoint
 
 from model.reference import attend, point_embedding, resize_grid
 from runtime.config import Model
@@ -38,6 +40,7 @@ class ViT(VisionTransformer):
         )  # fmt: skip
         self.patch, self.width, self.heads, self.image_size = patch, width, heads, image_size
         self.attention, self.border = attention, border
+        self.recompute = False  # activation checkpointing: blocks are computed again in the backward pass
         self._initialise()
 
     def _initialise(self) -> None:
@@ -73,11 +76,12 @@ class ViT(VisionTransformer):
         # all tokens in one matrix: the image's [n,1+N], then each run's; every linear map is one product
         x = torch.cat([torch.cat([cls, patches], 1).flatten(0, 1), *(r.flatten(0, 1) for r in references)])
         shapes = [(n, 1 + h * w), *(r.shape[:2] for r in references)]
+        of_block = partial(checkpoint, self._block, use_reentrant=False) if self.recompute else self._block
         for block in self.blocks[:-1] if not patches_too else self.blocks:
-            x = self._block(block, x, shapes, shapes)
+            x = of_block(block, x, shapes, shapes)
         if not patches_too:
-            x = self._block(self.blocks[-1], x, shapes, [(n, 1), *shapes[1:]])
-            shapes[0] = (n, 1)
+            asking = [(n, 1), *shapes[1:]]
+            x, shapes = of_block(self.blocks[-1], x, shapes, asking), asking
         x = self.norm(x)
         image, *seen = (t.view(*shape, width) for t, shape in zip(_parts(x, shapes), shapes, strict=True))
         of_points = seen if isinstance(points, list) else seen[0] if seen else None

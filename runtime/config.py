@@ -124,6 +124,7 @@ class Speed:
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 where the device has it
     compile: bool = True
     accumulate: int = 1  # a step's images in this many pieces
+    recompute: bool = False  # activation checkpointing: less memory, a third more work
     reader: Literal["auto", "dali", "wds"] = "auto"
     workers: int = 1  # reading processes for each device; 0: a thread
     prefetch: int = 2  # batches ready ahead, for each worker
@@ -137,6 +138,8 @@ class Run:
     log_every: int = 10  # steps between two rows of metrics.jsonl; all that reads the device is on this beat
     checkpoint_every: int = 1000  # steps
     keep: int = 2  # checkpoints
+    max_skipped: int = 10  # the run stops after so many steps in a row whose loss or gradient is not finite
+    profile: bool = False  # steps 10 to 12 of this start into profile/: a trace, and a table of what takes the time
 
 
 @dataclass
@@ -389,7 +392,7 @@ def _check(c: Config) -> list[str]:
         "optim.batch": c.optim.batch, "optim.epochs": c.optim.epochs, "optim.lr": c.optim.lr,
         "loss.student_temperature": c.loss.student_temperature, "speed.accumulate": c.speed.accumulate,
         "speed.prefetch": c.speed.prefetch, "speed.threads": c.speed.threads,
-        "run.log_every": c.run.log_every, "run.keep": c.run.keep,
+        "run.log_every": c.run.log_every, "run.keep": c.run.keep, "run.max_skipped": c.run.max_skipped,
         "run.checkpoint_every": c.run.checkpoint_every, "model.patch": c.model.patch, "head.hidden": c.head.hidden,
         "head.bottleneck": c.head.bottleneck, "eval.k": c.eval.k, "eval.temperature": c.eval.temperature,
         "eval.seg_epochs": c.eval.seg_epochs, "eval.seg_lr": c.eval.seg_lr,

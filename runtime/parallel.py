@@ -3,7 +3,9 @@
 import contextlib
 import ctypes
 import os
+import resource
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +41,21 @@ class Processes:
                 t.copy_(part.view_as(t))
         return tensors
 
+    def begin_mean(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+        """Begin the mean over all processes; the function returned waits for it and gives it. What is computed in between
+        goes on beside the reduction."""
+        if self.world == 1:
+            return lambda: tensors
+        flat = torch.cat([t.flatten().to(tensors[0].dtype) for t in tensors])
+        work = dist.all_reduce(flat, async_op=True)
+
+        def finish() -> list[Tensor]:
+            work.wait()
+            parts = (flat / self.world).split([t.numel() for t in tensors])
+            return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+        return finish
+
     def agree(self, number: int) -> bool:
         """Whether all processes hold the same number."""
         if self.world == 1:
@@ -57,6 +74,27 @@ class Processes:
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
+
+
+# dense matrix products, TFLOP/s as the maker states them: (bfloat16, TF32)
+PEAKS = {"H200": (989, 494), "H100 PCIe": (756, 378), "H100": (989, 494), "A100": (312, 156), "L40S": (362, 183),
+         "RTX 4090": (165, 83), "B200": (2250, 1125)}  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The device's stated peak for this arithmetic, FLOP/s; None where it is not known (every CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = next((peaks for words, peaks in PEAKS.items() if words in name), None)
+    return 1e12 * known[0 if dtype == torch.bfloat16 else 1] if known else None
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: the most that tensors took on a GPU, or that this process had resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def reuse_memory() -> None:
