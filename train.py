@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.config import Config, dump_config, load_config
+from runtime.config import Config, dump_config, load_config, nearest_value
 from runtime.mistake import Mistake, nearest, tell_mistakes
 
 if TYPE_CHECKING:
@@ -34,10 +34,14 @@ def main() -> int:
         help="go on in a run folder although this value differs (loss.alpha, data.shards); may be repeated",
     )  # fmt: skip
     args, unknown = parser.parse_known_intermixed_args()
-    wrong = [f"{word}: no such option{nearest(word, ('--dry-run', '--force', '--help'))}" for word in unknown]
+    words = [*args.overrides, *(word for word in unknown if not word.startswith("-"))]
+    wrong = []
+    for word in (word for word in unknown if word.startswith("-")):
+        meant = nearest_value(word.lstrip("-")) or nearest(word, ("--dry-run", "--force", "--help"))
+        wrong.append(f"{word}: no such option{meant}")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the Makefile says; before torch starts its threads
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's word
-    config = load_config(args.config, args.overrides, processes=processes, forced=args.force, wrong=wrong)
+    config = load_config(args.config, words, processes=processes, forced=args.force, wrong=wrong)
     return train(config, args.dry_run, args.force)
 
 

@@ -5,6 +5,7 @@ refused, and nothing is looked up anywhere (`${oc.env:HOME}` is a text). All mis
 """
 
 import dataclasses
+import difflib
 import re
 import types
 import typing
@@ -367,9 +368,7 @@ def _section(kind: type, tree: dict, at: str, wrong: _Mistakes) -> Any:
             if len(wrong) == before or dataclasses.is_dataclass(hints[key]):
                 setattr(made, key, typed)
         else:
-            meant = nearest(key, hints)
-            if not meant and not at:  # a word without its section
-                meant = nearest(key, [n for n in leaves(Config()) if n.endswith(f".{key}")], least=0)
+            meant = nearest(key, hints) or ("" if at else nearest_value(str(key)))
             near = re.search(r"'(.*)'", meant)
             doubtful = near and (f"{at}.{near[1]}" if at else near[1])
             wrong.add(name, f"no such key{meant}", doubtful or name)
@@ -432,6 +431,13 @@ def leaves(config: Any, at: str = "") -> dict[str, Any]:
     else:
         return {at: config}
     return {n: v for name, value in inside for n, v in leaves(value, f"{at}.{name}".lstrip(".")).items()}
+
+
+def nearest_value(word: str) -> str:
+    """The end of a message, as `nearest`: the full name of the value whose last word is closest to `word`."""
+    by_last_word = {name.rpartition(".")[2]: name for name in leaves(Config())}
+    close = difflib.get_close_matches(word, by_last_word, n=1, cutoff=0.8)
+    return f", did you mean '{by_last_word[close[0]]}'?" if close else ""
 
 
 def differences(before: Config, now: Config) -> dict[str, str]:
@@ -516,7 +522,7 @@ def _check(c: Config) -> list[str]:
 
     dims = (c.model.width, c.model.depth, c.model.heads)
     if c.model.arch == "custom":
-        need(None not in dims, "model.width, model.depth, model.heads: arch: custom needs all three")
+        need(None not in dims, "model.width, model.depth, model.heads: model.arch: custom needs all three")
         need(all(d is None or d > 0 for d in dims), "model.width, model.depth, model.heads: each more than 0")
         if c.model.width and c.model.heads and c.model.heads > 0:
             need(
@@ -526,7 +532,7 @@ def _check(c: Config) -> list[str]:
     else:
         need(
             dims == (None,) * 3,
-            f"model.width, model.depth, model.heads: arch: {c.model.arch} has its own; arch: custom takes them",
+            f"model.width, model.depth, model.heads: model.arch: {c.model.arch} has its own; custom takes them",
         )
 
     need(bool(c.data.views), "data.views: no view at all")

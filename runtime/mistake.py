@@ -10,12 +10,9 @@ class Mistake(Exception):
     """A wrong input: the message names the thing and the nearest right one; the program ends with exit code 2."""
 
 
-def nearest(word: str, known: Iterable[str], least: float = 0.5) -> str:
-    """The end of a message: `, did you mean 'x'?` for the known word closest to `word`, or nothing.
-
-    least: how much of the two must agree, from 0 to 1.
-    """
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=least)
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message: `, did you mean 'x'?` for the known word closest to `word`, or nothing."""
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
     return f", did you mean '{close[0]}'?" if close else ""
 
 
