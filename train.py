@@ -16,8 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.config import RESULTS, Config, dump_config, load_config
-from runtime.mistake import Mistake, tell_mistakes
+from runtime.config import Config, dump_config, load_config, nearest_value
+from runtime.mistake import Mistake, nearest, tell_mistakes
 
 if TYPE_CHECKING:
     from model.dense_dino import DenseDINO
@@ -29,64 +29,63 @@ def main() -> int:
     parser.add_argument("config", help="a file of configs/, or the config.yaml of a run")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="laid over the config")
     parser.add_argument("--dry-run", action="store_true", help="tell what would be trained, and stop")
-    args = parser.parse_intermixed_args()
+    parser.add_argument(
+        "--force", metavar="NAME", action="append", default=[],
+        help="go on in a run folder although this value differs (loss.alpha, data.shards); may be repeated",
+    )  # fmt: skip
+    args, unknown = parser.parse_known_intermixed_args()
+    words = [*args.overrides, *(word for word in unknown if not word.startswith("-"))]
+    wrong = []
+    for word in (word for word in unknown if word.startswith("-")):
+        meant = nearest_value(word.lstrip("-")) or nearest(word, ("--dry-run", "--force", "--help"))
+        wrong.append(f"{word}: no such option{meant}")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the Makefile says; before torch starts its threads
-    config = load_config(args.config, args.overrides)  # a wrong word is told before torch is loaded
-    return train(config, args.dry_run)
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's word
+    config = load_config(args.config, words, processes=processes, forced=args.force, wrong=wrong)
+    return train(config, args.dry_run, args.force)
 
 
-def train(config: Config, dry_run: bool = False) -> int:
+def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, ...] = ()) -> int:
+    # ------------------------------------------------------------------------------------------- read the papers
+    from pipeline.shards import Plan, Shards  # what is wrong is told before torch is loaded
+    from runtime import checkpoint
+
+    assert config.data.shards is not None  # load_config asked for them
+    shards = Shards(config.data.shards)
+    holdout = 0.0 if config.data.val else config.data.holdout
+    plan = Plan(shards, batch=config.optim.batch, seed=config.seed, holdout=holdout)
+    folder, data = Path(config.run.folder or "run"), checkpoint.fingerprint(shards.manifest)
+    found, notes = checkpoint.go_on_from(folder, config, data, forced)
+
     import torch
 
     from model import weights
     from model.dense_dino import DenseDINO
     from pipeline.draws import hash64
     from pipeline.loader import Loader
-    from pipeline.shards import Plan, Shards
-    from runtime import checkpoint, parallel, record, schedule
+    from runtime import parallel, record, schedule
 
-    # ------------------------------------------------------------------------------------------- read the papers
-    if config.data.shards is None:
-        raise Mistake(
-            "data.shards: which shards? `make pretrain SHARDS=folder`, made by `make shards SRC=photos/ DST=folder`"
-        )
-    world = parallel.world_size()
-    if config.optim.batch % (world * config.speed.accumulate):
-        raise Mistake(
-            f"optim.batch: {config.optim.batch} images do not fall into {world} processes x "
-            f"speed.accumulate: {config.speed.accumulate} equal pieces"
-        )
-    shards = Shards(config.data.shards)
-    holdout = 0.0 if config.data.val else config.data.holdout
-    plan = Plan(shards, batch=config.optim.batch, seed=config.seed, holdout=holdout)
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)
     steps = len(schedules)
     if dry_run:
         return tell_run(config, plan, schedules, DenseDINO(config))
-    folder = Path(config.run.folder or "run")
-    refuse_another_run(folder, config)
 
     # ----------------------------------------------------------------------------------------------------- build
     processes = parallel.start(config.speed)
     torch.manual_seed(weights.weights_seed(config.seed))
     model = DenseDINO(config)  # the same weights in every process
-    if processes.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config))
     processes.place(model)
     optimizer = schedule.Optimizer(model.student, schedules, config.optim.clip, split_positions=config.points > 0)
     start = 0
-    found = checkpoint.newest_checkpoint(folder / "checkpoints")
     if found:
-        path, start, _, tensors = found
-        checkpoint.restore(model, optimizer.adamw, tensors)
-        del found, tensors
+        start = found.step
+        checkpoint.restore(model, optimizer.adamw, found.tensors())
     if not processes.agree(start):
         raise Mistake(
             f"{folder}: the processes find different checkpoints; it must be one folder that all machines share"
         )
-    if start >= steps and (folder / "backbone.safetensors").is_file():
-        print(f"{folder} is finished: {start} steps, {path}. RUN=another/folder starts another run.")
+    if found and start >= steps and (folder / "backbone.safetensors").is_file():
+        print(f"{folder} is finished: {start} steps, {found.path}. RUN=another/folder starts another run.")
         return 0
     note = parallel.compile_parts(model.parts(), processes.device) if config.speed.compile else ""
     trained = parallel.distribute(model, processes)
@@ -94,14 +93,19 @@ def train(config: Config, dry_run: bool = False) -> int:
         config, shards, plan, device=processes.device, dtype=processes.dtype, start=start, stop=steps,
         rank=processes.rank, world=processes.world, compile=config.speed.compile and not note.startswith("running"),
     )  # fmt: skip
-    screen = None
+    screen = writer = None
     if processes.first:
+        versions, resolved = record.versions(), dump_config(config)
+        made_with = {"world size": str(processes.world), "device": processes.device.type, "reader": loader.reader}
+        made_with |= {"precision": str(processes.dtype).removeprefix("torch."), **versions}
+        writer = checkpoint.Writer(folder / "checkpoints", config.run.keep, resolved, data, made_with)
+        (folder / "config.yaml").write_text(resolved)
         screen = record.Record(folder, steps, plan.steps_per_epoch, start, config.optim.batch)
-        record.append_jsonl(
-            folder / "versions.jsonl", {"step": start, "command": record.program(), **record.versions()}
-        )
+        record.append_jsonl(folder / "versions.jsonl", {"step": start, "command": record.program(), **versions})
         screen.say(describe(config, plan, processes.world, str(processes.device), str(processes.dtype)))
-        screen.say(f"resumed at step {start} from {path}" if start else f"a new run in {folder}")
+        screen.say(f"resumed at step {start} from {found.path}" if found else f"a new run in {folder}")
+        for line in (*notes, *checkpoint.made_otherwise(found, made_with)):
+            screen.say(line)
         screen.say(f"reading through {loader.reader}: {loader.why}")
         if note:
             screen.say(note)
@@ -158,22 +162,26 @@ def train(config: Config, dry_run: bool = False) -> int:
                 if not math.isfinite(metrics["loss"]):
                     print(f"the loss is {metrics['loss']} at step {done}; the last checkpoint stands", file=sys.stderr)
                     return 1
+                if writer:
+                    writer.check()  # a checkpoint that could not be written ends the run
                 sums, since, begun = {}, done, time.perf_counter()
             stop_now = stopping.asked if processes.world == 1 else beat and stop > 0
             if stop_now or saving:
                 pause = time.perf_counter()
-                if processes.first:
-                    saved = folder / "checkpoints"
-                    checkpoint.save_checkpoint(
-                        saved, done, model, optimizer.adamw, dump_config(config), config.run.keep
-                    )
+                if writer:
+                    writer.save(done, model, optimizer.adamw)  # waits for the copy off the device, not for the disk
                 begun += time.perf_counter() - pause  # images per second are the step's, without the pause
             if stop_now:
-                if screen:
+                if screen and writer:
+                    writer.finish()
                     screen.say(f"stopped and saved at step {done}; the same command goes on from there")
                 return 130
+        if writer:
+            writer.finish()
     finally:
         loader.close()
+        if writer:
+            writer.wait()
         if screen:
             screen.close()
         processes.close()
@@ -185,27 +193,6 @@ def train(config: Config, dry_run: bool = False) -> int:
         checkpoint.save_backbone(folder / "backbone.safetensors", backbone, about)
         print(f"finished: {steps} steps; the teacher's backbone is {folder}/backbone.safetensors")
     return 0
-
-
-def refuse_another_run(folder: Path, config: Config) -> None:
-    """A folder that holds a run of other settings is left alone: what changes results must be the same to go on."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        return
-    before = load_config(path)
-    differences: list[str] = []
-
-    def compare(a: object, b: object, at: str) -> None:
-        if hasattr(a, "__dataclass_fields__"):
-            for name in a.__dataclass_fields__:
-                compare(getattr(a, name), getattr(b, name), f"{at}.{name}")
-        elif a != b:
-            differences.append(f"{at}: {a} there, {b} now")
-
-    for section in RESULTS:
-        compare(getattr(before, section), getattr(config, section), section)
-    if differences:
-        raise Mistake(f"{folder} holds another run ({'; '.join(differences)}); RUN=another/folder starts a new one")
 
 
 class StopSignal:

@@ -12,19 +12,21 @@ import argparse
 import json
 import math
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.dense_dino import DenseDINO
 from model.vit import ViT, build_vit
 from pipeline.draws import hash64
-from runtime.checkpoint import newest_checkpoint, read_checkpoint
-from runtime.config import Config, load_config, parse_config
-from runtime.mistake import Mistake
+from runtime.checkpoint import Checkpoint, newest_whole, open_checkpoint, read_header, read_tensors
+from runtime.config import Reference, load_config, parse_config
+from runtime.mistake import Mistake, nearest
 
 _BACKBONE = re.compile(
     r"cls_token|pos_embed|cls_pos_embed|patch_pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
@@ -65,7 +67,10 @@ def our_names(tensors: Mapping[str, Tensor], source: str = "state dict") -> dict
 
 
 def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str = "state dict") -> None:
-    """Copy tensors into a module's parameters and buffers. Raises Mistake that names what is missing, over or misshapen."""
+    """Copy tensors into a module's parameters and buffers. Raises Mistake that names what is missing, over or misshapen.
+
+    A module on the meta device comes to the CPU for them, after everything is found to fit.
+    """
     own = module.state_dict()
     for what, names in (("is missing", own.keys() - tensors.keys()), ("is unknown", tensors.keys() - own.keys())):
         if names:
@@ -74,28 +79,28 @@ def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise Mistake(f"{source}: '{name}' has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+    if any(t.is_meta for t in own.values()):
+        module.to_empty(device="cpu")
     module.load_state_dict(dict(tensors))
 
 
 def read_network(path: Path, role: str = "teacher") -> tuple[dict[str, Tensor], dict]:
     """(one network's tensors under our names, what the file tells of itself) of a file of any dialect.
 
-    Raises Mistake where it is no such file. Nothing is unpickled but tensors and the options published checkpoints carry.
+    Raises Mistake where it is no such file. Nothing is unpickled but tensors and the options published checkpoints carry,
+    and nothing takes more memory than the file has bytes.
     """
+    about: dict = {}
+    tensors: Any
     if path.suffix == ".safetensors":
+        metadata = read_header(path).get("__metadata__") or {}
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {}).get("densedino", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError, ValueError) as error:
-            raise Mistake(f"{path}: {error}") from None
+            about = dict(json.loads(metadata.get("densedino", "{}")))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise Mistake(f"{path}: what it tells of itself is no JSON object ({error})") from None
+        tensors = read_tensors(path)
     else:
-        about = {}
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever torch finds in a hostile or broken file
-            raise Mistake(f"{path}: not weights that can be read safely ({str(error).splitlines()[0]})") from None
+        tensors = _read_torch(path)
         for key in ("state_dict", "model"):
             if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
                 tensors = tensors[key]
@@ -103,8 +108,37 @@ def read_network(path: Path, role: str = "teacher") -> tuple[dict[str, Tensor], 
             tensors = tensors[role]
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise Mistake(f"{path}: holds no state dict of a {role} or of a ViT")
+    odd = [
+        n for n, t in tensors.items() if not isinstance(n, str) or t.layout != torch.strided or t.device.type != "cpu"
+    ]
+    if odd:
+        raise Mistake(f"{path}: '{odd[0]}' is no plain tensor")
+    size = path.stat().st_size
+    told = sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in tensors.values()}.values())
+    if told > size:  # a pickle may claim any shape for a storage of four bytes
+        raise Mistake(f"{path}: its tensors would take {told:,} bytes, the file has {size:,}")
     of_role = {n.removeprefix(f"{role}."): t for n, t in tensors.items() if n.startswith(f"{role}.")}
     return our_names(of_role or tensors, str(path)), about
+
+
+def _read_torch(path: Path) -> object:
+    """What torch.save wrote, if it is harmless. Raises Mistake otherwise."""
+    try:
+        with open(path, "rb") as file:
+            packed = (
+                file.read(4) == b"PK\x03\x04"
+            )  # torch's own question; older files are a bare pickle and its tensors
+        if packed:
+            entries = zipfile.ZipFile(path).infolist()
+            if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+                raise ValueError("its entries are compressed, which torch.save never does")
+            if sum(e.file_size for e in entries) > path.stat().st_size:
+                raise ValueError("its entries promise more bytes than the file has")
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch finds in a hostile or broken file
+        told = str(error).splitlines() or [type(error).__name__]
+        raise Mistake(f"{path}: not weights that can be read safely ({told[0]})") from None
 
 
 def _backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -114,27 +148,42 @@ def _backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _from_tensors(tensors: dict[str, Tensor], about: dict, source: str) -> ViT:
     """A ViT of the dimensions that its tensors have; heads of 64 dimensions (DeiT's) where the file does not tell."""
     backbone = _backbone_of(tensors)
-    if "pos_embed" not in backbone or "patch_embed.proj.weight" not in backbone:
-        raise Mistake(
-            f"{source}: '{'pos_embed' if 'pos_embed' not in backbone else 'patch_embed.proj.weight'}' is missing"
-        )
+    for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4}.items():
+        if name not in backbone:
+            raise Mistake(f"{source}: '{name}' is missing")
+        if backbone[name].ndim != axes or not backbone[name].numel():
+            raise Mistake(f"{source}: '{name}' has shape {tuple(backbone[name].shape)}, expected {axes} axes")
     width, patch = backbone["pos_embed"].shape[-1], backbone["patch_embed.proj.weight"].shape[-1]
-    vit = ViT(
-        width=width,
-        depth=1 + max((int(n.split(".")[1]) for n in backbone if n.startswith("blocks.")), default=-1),
-        heads=about.get("heads", max(1, width // 64)),
-        patch=patch,
-        image_size=math.isqrt(backbone["pos_embed"].shape[1] - 1) * patch,
-        attention=about.get("attention", "patches+self"),
-        border=about.get("border", "zeros"),
-    )
+    heads = about.get("heads", max(1, width // 64))
+    if not isinstance(heads, int) or not 1 <= heads <= width or width % heads:
+        raise Mistake(f"{source}: {heads!r} heads do not share a width of {width}")
+    chosen = {}
+    for what, default in {"attention": "patches+self", "border": "zeros"}.items():
+        known = get_args(get_type_hints(Reference)[what])
+        chosen[what] = about.get(what, default)
+        if chosen[what] not in known:
+            raise Mistake(f"{source}: {what}: one of {', '.join(known)}{nearest(chosen[what], known)}")
+    with torch.device("meta"):  # nothing is allocated before every shape is known to fit
+        vit = ViT(
+            width=width,
+            depth=len({n.split(".")[1] for n in backbone if n.startswith("blocks.")}),
+            heads=heads,
+            patch=patch,
+            image_size=math.isqrt(max(1, backbone["pos_embed"].shape[1] - 1)) * patch,
+            **chosen,
+        )
     load_strictly(vit, backbone, source)
     return vit
 
 
-def _from_config(config: Config) -> ViT:
+def _from_checkpoint(checkpoint: Checkpoint) -> ViT:
+    """The teacher's backbone, in eval mode."""
+    config = parse_config(checkpoint.config, str(checkpoint.path))
     reference = config.reference
-    return build_vit(config.model, config.image_size, reference.attention, reference.border, 0.0)
+    vit = build_vit(config.model, config.image_size, reference.attention, reference.border, 0.0)
+    teacher = {n.removeprefix("teacher."): t for n, t in checkpoint.tensors().items() if n.startswith("teacher.")}
+    load_strictly(vit, _backbone_of(teacher), str(checkpoint.path))
+    return vit.eval()
 
 
 def about_backbone(vit: ViT, steps: int, method: str) -> dict:
@@ -154,30 +203,21 @@ def load_backbone(path: str | Path, untrained: bool = False) -> ViT:
         if untrained:
             torch.manual_seed(weights_seed(config.seed))
             return DenseDINO(config).teacher.backbone.eval()
-        found = newest_checkpoint(path / "checkpoints")
+        found = newest_whole(path / "checkpoints")
         if found is None:
             raise Mistake(f"{path}: a run without a checkpoint yet")
-        vit = _from_config(config)
-        load_strictly(vit, _backbone_of(_teacher_of(found[3])), str(found[0]))
-        return vit.eval()
+        return _from_checkpoint(found)
     if path.is_dir():
-        found = newest_checkpoint(path)
+        found = newest_whole(path)
         if found is None:
             raise Mistake(f"{path}: neither a run nor a folder of checkpoints")
-        path = found[0]
+        return _from_checkpoint(found)
     if not path.is_file():
         raise Mistake(f"{path}: no such file")
     if path.name.startswith("checkpoint-") and path.suffix == ".safetensors":
-        _, text, tensors = read_checkpoint(path)
-        vit = _from_config(parse_config(text, str(path)))
-        load_strictly(vit, _backbone_of(_teacher_of(tensors)), str(path))
-        return vit.eval()
+        return _from_checkpoint(open_checkpoint(path))
     tensors, about = read_network(path)
     return _from_tensors(tensors, about, str(path)).eval()
-
-
-def _teacher_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix("teacher."): t for n, t in tensors.items() if n.startswith("teacher.")}
 
 
 def weights_seed(seed: int) -> int:

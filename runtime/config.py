@@ -1,13 +1,15 @@
 """yaml (+ base) + a.b=c -> one typed, checked Config. Imports no torch: a wrong word is told before anything heavy loads.
 
-Values are YAML 1.2's: `true` and `false` are the only booleans, `1e-3` is a number, aliases and repeated keys are
-refused. All mistakes of a config are told in one list.
+Values are YAML 1.2's: `true` and `false` are the only booleans, `1e-3` is a number; aliases, tags and repeated keys are
+refused, and nothing is looked up anywhere (`${oc.env:HOME}` is a text). All mistakes of a config are told in one list.
 """
 
 import dataclasses
+import difflib
 import re
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -187,31 +189,42 @@ class Config:
 
 TEACHERS = 2  # T: the published method's two teacher views
 RESULTS = ("method", "seed", "data", "model", "reference", "head", "loss", "optim")  # sections that change results
+NOT_RESULTS = ("data.shards", "data.val", "data.max_bad")  # of them: where the photos lie, and when to give up
+LARGEST = 100_000  # bytes of a config; ours have 4,000 at most, and a parser of Python's speed reads these in a second
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.2's scalars; no aliases (a few lines of them can fill the memory), no key twice."""
+    """YAML 1.2's scalars; no aliases (a few lines of them can fill the memory), no tags, no key twice."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.twice: list[str] = []
 
     def compose_node(self, parent, index):  # type: ignore[override]
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not taken")
+        event, line = self.peek_event(), self.peek_event().start_mark.line + 1
+        if isinstance(event, yaml.events.AliasEvent):
+            raise yaml.YAMLError(f"line {line}: aliases (*{event.anchor}) are not taken")
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"line {line}: tags ({event.tag}) are not taken")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        seen = set()
+        seen: dict[str, int] = {}
         for key, _ in node.value:
-            name = self.construct_object(key)
-            if name in seen:
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: '{name}' stands there twice")
-            seen.add(name)
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"line {line}: a key is a word, this is {key.id}")
+            if key.value in seen:
+                self.twice.append(f"line {line}: '{key.value}' stands there twice (and in line {seen[key.value]})")
+            seen[key.value] = line
         return super().construct_mapping(node, deep)
 
 
 _Yaml.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in rules if tag.endswith((":null", ":merge"))]
+    first: [(tag, regexp) for tag, regexp in rules if tag.endswith(":null")]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
@@ -222,21 +235,33 @@ _Yaml.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.val
 _Yaml.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
 
 
-def _parse(text: str, name: str) -> Any:
+def _parse(text: str, name: str, wrong: list[str]) -> Any:
+    """The tree of a yaml text; keys that stand there twice go into `wrong`. Raises Mistake where it is no yaml."""
+    if len(text) > LARGEST:
+        raise Mistake(f"{name}: {len(text):,} characters are no config (at most {LARGEST:,})")
     try:
-        return yaml.load(text, Loader=_Yaml)  # a SafeLoader with fewer powers
+        loader = _Yaml(text)  # a SafeLoader with fewer powers
+        tree = loader.get_single_data()
+    except RecursionError:
+        raise Mistake(f"{name}: brackets inside brackets, too deep for a config") from None
     except (yaml.YAMLError, ValueError) as error:
         raise Mistake(f"{name}: {' '.join(str(error).split())}") from None
+    wrong += [f"{name}, {line}" for line in loader.twice]
+    return tree
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+def _read(path: Path, wrong: list[str], seen: tuple[Path, ...] = ()) -> dict:
     """The file's mapping over that of its `base`."""
     if not path.is_file():
         known = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
         raise Mistake(f"{path}: no such config{nearest(str(path), known)}")
-    if path.stat().st_size > 1_000_000:
-        raise Mistake(f"{path}: {path.stat().st_size} bytes are no config")
-    tree = _parse(path.read_text(), str(path))
+    if path.stat().st_size > LARGEST:
+        raise Mistake(f"{path}: {path.stat().st_size:,} bytes are no config (at most {LARGEST:,})")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{path}: {error}") from None
+    tree = _parse(text, str(path), wrong)
     if not isinstance(tree, dict):
         raise Mistake(f"{path}: a config is a mapping 'key: value', this file is {_kind(tree)}")
     base = tree.pop("base", None)
@@ -245,7 +270,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     under = (path.parent / str(base)).resolve()
     if under in seen:
         raise Mistake(f"{path}: base {base} leads in a circle")
-    return _over(_read(under, (*seen, path.resolve())), tree)
+    return _over(_read(under, wrong, (*seen, path.resolve())), tree)
 
 
 def _over(under: Any, over: Any) -> Any:
@@ -276,11 +301,25 @@ def _set(tree: Any, dotted: str, value: Any, defaults: Any) -> None:
 
 
 def _kind(value: Any) -> str:
-    kinds = {dict: "a mapping", list: "a list", type(None): "empty", str: f"the text '{value}'"}
+    if isinstance(value, str):
+        return f"the text {value!r}" if len(value) < 100 else f"a text of {len(value):,} characters"
+    kinds = {dict: "a mapping", list: "a list", type(None): "empty"}
     return kinds.get(type(value), str(value).lower() if isinstance(value, bool) else f"{value}")
 
 
-def _typed(hint: Any, value: Any, at: str, wrong: list[str]) -> Any:
+class _Mistakes(list[str]):
+    """What is wrong so far, and the names whose value is in doubt because of it."""
+
+    def __init__(self, found: Iterable[str] = ()):
+        super().__init__(found)
+        self.doubtful: set[str] = set()
+
+    def add(self, at: str, what: str, doubtful: str | None = None) -> None:
+        self.append(f"{at}: {what}")
+        self.doubtful.add(re.split(r"\.\d", doubtful or at)[0])  # a view in doubt: all views are
+
+
+def _typed(hint: Any, value: Any, at: str, wrong: _Mistakes) -> Any:
     """`value` as `hint`; what does not fit goes into `wrong`."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -289,73 +328,132 @@ def _typed(hint: Any, value: Any, at: str, wrong: list[str]) -> Any:
         return _typed(next(t for t in inner if t is not type(None)), value, at, wrong)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            wrong.append(f"{at}: expected a mapping, this is {_kind(value)}")
+            wrong.add(at, f"expected a mapping, this is {_kind(value)}")
             return typing.cast(type, hint)()
         return _section(typing.cast(type, hint), value, at, wrong)
     if origin is Literal:
-        if value in inner:
-            return value
-        wrong.append(f"{at}: one of {', '.join(inner)}, this is {_kind(value)}{nearest(value, inner)}")
-        return inner[0]
+        if value not in inner:
+            wrong.add(at, f"one of {', '.join(inner)}, this is {_kind(value)}{nearest(value, inner)}")
+        return value
     if origin in (list, tuple):
         values = value if isinstance(value, list) else [value]
         if origin is tuple and len(values) != len(inner):
-            wrong.append(f"{at}: expected {len(inner)} numbers, this is {_kind(value)}")
-            return tuple(0.0 for _ in inner)
+            wrong.add(at, f"expected {len(inner)} numbers, this is {_kind(value)}")
         typed = [_typed(inner[0], v, f"{at}.{i}", wrong) for i, v in enumerate(values)]
         return typed if origin is list else tuple(typed)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    good = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value, good = float(value), True
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value, good = str(value), True  # a folder may be called 2026
-    if not good:
-        wrong.append(f"{at}: expected {names[hint]}, this is {_kind(value)}")
-        return hint()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if hint is float and abs(value) < 1e300:
+            value = float(value)
+        if hint is str:
+            value = str(value)  # a folder may be called 2026
+    endless = isinstance(value, float) and abs(value) == float("inf")  # 1e999
+    if not isinstance(value, hint) or endless or (isinstance(value, bool) and hint is not bool):
+        meant = ""
+        if hint is bool:
+            switch = {"no": "false", "off": "false", "yes": "true", "on": "true"}
+            meant = nearest(switch.get(str(value).lower(), str(value).lower()), ("true", "false"))
+        elif hint in (int, float) and isinstance(value, str) and re.fullmatch(_NUMBER, value):
+            meant = " (without quotes it is a number)"
+        wrong.add(at, f"expected {names[hint]}, this is {_kind(value)}{meant}")
     return value
 
 
-def _section(kind: type, tree: dict, at: str, wrong: list[str]) -> Any:
+def _section(kind: type, tree: dict, at: str, wrong: _Mistakes) -> Any:
+    """The section that `tree` describes. A value that is wrong by itself stays at its default."""
     hints = typing.get_type_hints(kind)
     made = kind()
     for key, value in tree.items():
         name = f"{at}.{key}" if at else str(key)
-        if key not in hints:
-            wrong.append(f"{name}: no such key{nearest(key, hints)}")
+        if key in hints:
+            before = len(wrong)
+            typed = _typed(hints[key], value, name, wrong)
+            if len(wrong) == before or dataclasses.is_dataclass(hints[key]):
+                setattr(made, key, typed)
         else:
-            setattr(made, key, _typed(hints[key], value, name, wrong))
+            meant = nearest(key, hints) or ("" if at else nearest_value(str(key)))
+            near = re.search(r"'(.*)'", meant)
+            doubtful = near and (f"{at}.{near[1]}" if at else near[1])
+            wrong.add(name, f"no such key{meant}", doubtful or name)
     return made
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The config of a yaml file with `a.b=c` words laid over it. Raises one Mistake that lists all that is wrong."""
-    path = Path(path)
-    tree = _read(path)
+def load_config(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, processes: int | None = None,
+    forced: list[str] | tuple[str, ...] = (), wrong: Iterable[str] = (),
+) -> Config:  # fmt: skip
+    """The config of a yaml file with `a.b=c` words laid over it. Raises one Mistake that lists all that is wrong.
+
+    processes: how many are going to train by it together; None: it is only read. forced: names of values that may differ
+    from a checkpoint's. wrong: mistakes that the caller has found.
+    """
+    path, mistakes = Path(path), _Mistakes(wrong)
+    tree = _read(path, mistakes)
     for word in overrides:
         key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise Mistake(f"'{word}': an override is written a.b=c")
-        _set(tree, key, _parse(text, key), Config())
-    config = _made(tree, str(path))
+        try:
+            if not equals or not key:
+                raise Mistake(f"'{word}': an override is written a.b=c")
+            _set(tree, key, _parse(text, key, mistakes), Config())
+        except Mistake as mistake:
+            mistakes.append(str(mistake))
+            mistakes.doubtful.add(key)
+    config = _section(Config, tree, "", mistakes)
     if config.run.folder is None:
         config.run.folder = str(Path("runs") / path.stem)
-    return config
+    known = leaves(config)
+    mistakes += [f"--force {name}: no such key{nearest(name, known)}" for name in forced if name not in known]
+    found = _check(config) + ([] if processes is None else _check_training(config, processes))
+    return _right(config, found, mistakes, str(path))
 
 
 def parse_config(text: str, name: str) -> Config:
     """The config of a resolved copy, as checkpoints carry it."""
-    return _made(_parse(text, name), name)
+    mistakes = _Mistakes()
+    tree = _parse(text, name, mistakes)
+    if not isinstance(tree, dict):
+        raise Mistake(f"{name}: its config is {_kind(tree)}")
+    config = _section(Config, tree, "", mistakes)
+    return _right(config, _check(config), mistakes, name)
 
 
-def _made(tree: dict, name: str) -> Config:
-    wrong: list[str] = []
-    config = _section(Config, tree, "", wrong)
-    if not wrong:  # what a value means together with another is only asked of values that are right by themselves
-        wrong = _check(config)
+def _right(config: Config, found: list[str], mistakes: _Mistakes, name: str) -> Config:
+    """The config, or one Mistake: what is wrong by itself, and what the rest of it means together."""
+    wrong = [*mistakes, *(m for m in found if not any(n in m for n in mistakes.doubtful))]
     if wrong:
         raise Mistake(f"{name}: " + (wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} mistakes", *wrong])))
     return config
+
+
+def leaves(config: Any, at: str = "") -> dict[str, Any]:
+    """Every value by its name: {"optim.lr": 5e-4, "data.views.0.size": 224, ...}."""
+    if dataclasses.is_dataclass(config):
+        inside = [(f.name, getattr(config, f.name)) for f in dataclasses.fields(config)]
+    elif isinstance(config, list) and config and dataclasses.is_dataclass(config[0]):
+        inside = [(str(i), v) for i, v in enumerate(config)]
+    else:
+        return {at: config}
+    return {n: v for name, value in inside for n, v in leaves(value, f"{at}.{name}".lstrip(".")).items()}
+
+
+def nearest_value(word: str) -> str:
+    """The end of a message, as `nearest`: the full name of the value whose last word is closest to `word`."""
+    by_last_word = {name.rpartition(".")[2]: name for name in leaves(Config())}
+    close = difflib.get_close_matches(word, by_last_word, n=1, cutoff=0.8)
+    return f", did you mean '{by_last_word[close[0]]}'?" if close else ""
+
+
+def differences(before: Config, now: Config) -> dict[str, str]:
+    """What changes results and is not the same, by name, in words."""
+    told = {}
+    a, b = leaves(before), leaves(now)
+    for name in a | b:
+        if name.split(".")[0] in RESULTS and name not in NOT_RESULTS and a.get(name) != b.get(name):
+            told[name] = f"{name}: {a.get(name, 'nothing')} there, {b.get(name, 'nothing')} now"
+    if bool(before.data.val) != bool(now.data.val) and now.data.holdout:  # then other photos are kept out of training
+        there, here = (c.data.val or f"{c.data.holdout:g} of the training shards" for c in (before, now))
+        told["data.val"] = f"data.val: {there} there, {here} now"
+    return told
 
 
 def dump_config(config: Config) -> str:
@@ -414,15 +512,22 @@ def _check(c: Config) -> list[str]:
         c.optim.warmup < c.optim.epochs,
         f"optim.warmup: {c.optim.warmup:g} epochs of warm-up do not fit into optim.epochs: {c.optim.epochs:g}",
     )
+    need(c.seed < 2**63, f"seed: less than 2^63, this is {c.seed}")
     need(
-        c.optim.batch % c.speed.accumulate == 0,
-        f"optim.batch: {c.optim.batch} does not fall into speed.accumulate: {c.speed.accumulate} equal pieces",
+        c.method == "densedino" or c.loss.alpha > 0,
+        "loss.alpha: 0 leaves no loss at all: method: dino has the class loss alone, which alpha: 1 is",
     )
+    if c.speed.accumulate > 0:
+        need(
+            c.optim.batch % c.speed.accumulate == 0,
+            f"optim.batch: {c.optim.batch} does not fall into speed.accumulate: {c.speed.accumulate} equal pieces",
+        )
 
     dims = (c.model.width, c.model.depth, c.model.heads)
     if c.model.arch == "custom":
-        need(None not in dims, "model.width, model.depth, model.heads: arch: custom needs all three")
-        if c.model.width and c.model.heads:
+        need(None not in dims, "model.width, model.depth, model.heads: model.arch: custom needs all three")
+        need(all(d is None or d > 0 for d in dims), "model.width, model.depth, model.heads: each more than 0")
+        if c.model.width and c.model.heads and c.model.heads > 0:
             need(
                 c.model.width % c.model.heads == 0,
                 f"model.width: {c.model.width} does not fall into model.heads: {c.model.heads} equal parts",
@@ -430,7 +535,7 @@ def _check(c: Config) -> list[str]:
     else:
         need(
             dims == (None,) * 3,
-            f"model.width, model.depth, model.heads: arch: {c.model.arch} has its own; arch: custom takes them",
+            f"model.width, model.depth, model.heads: model.arch: {c.model.arch} has its own; custom takes them",
         )
 
     need(bool(c.data.views), "data.views: no view at all")
@@ -471,7 +576,7 @@ def _check(c: Config) -> list[str]:
     need(0 <= j.hue <= 0.5, f"data.jitter.hue: between 0 and 0.5, this is {j.hue}")
     need(min(j.brightness, j.contrast, j.saturation) >= 0, "data.jitter: not below 0")
 
-    if c.method == "densedino" and c.model.patch > 0:
+    if c.method == "densedino" and c.model.patch > 0 and c.data.views:
         tokens = (c.image_size // c.model.patch) ** 2
         views = sum(g.count for g in c.data.views)
         need(c.reference.points >= 1, "reference.points: at least 1 (method: dino is the same trainer without points)")
@@ -489,4 +594,26 @@ def _check(c: Config) -> list[str]:
                 c.reference.center == "loss",
                 "reference.center: published: has a centre of its own, head.shared: true has not",
             )
+    return wrong
+
+
+def _check_training(c: Config, processes: int) -> list[str]:
+    """What is wrong with a config that `processes` processes are going to train by."""
+    wrong = []
+    if c.data.shards is None:
+        wrong.append(
+            "data.shards: which shards? `make pretrain SHARDS=folder`, made by `make shards SRC=photos/ DST=folder`"
+        )
+    pieces = processes * c.speed.accumulate
+    if pieces > 0 and processes > 1 and c.optim.batch % pieces:
+        nearest_batch = max(1, round(c.optim.batch / pieces)) * pieces
+        wrong.append(
+            f"optim.batch: {c.optim.batch} images do not fall into {processes} processes x "
+            f"speed.accumulate: {c.speed.accumulate} equal pieces (nearest: {nearest_batch})"
+        )
+    run = Path(c.run.folder or "run").resolve()
+    for name, place in {"data.shards": c.data.shards, "data.val": c.data.val, "eval.voc": c.eval.voc}.items():
+        if place is not None and "://" not in place and Path(place).resolve() in (run, *run.parents):
+            where = "is" if Path(place).resolve() == run else "lies in"
+            wrong.append(f"run.folder: {c.run.folder} {where} {name}: {place}; a run writes into a folder of its own")
     return wrong

@@ -1,12 +1,14 @@
 """Configs: what is right is read, what is wrong is told in one list with the nearest right word, exit code 2."""
 
+import contextlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from runtime.config import Config, dump_config, load_config, parse_config
+from runtime.config import Config, differences, dump_config, leaves, load_config, parse_config
 from runtime.mistake import Mistake
 
 ROOT = Path(__file__).parents[1]
@@ -70,8 +72,22 @@ WRONG = [
     ("head: {prototypes: 1}", [], r"head\.prototypes: at least 2"),
     ("optim: {batch: 10}\nspeed: {accumulate: 3}", [], r"10 does not fall into speed\.accumulate: 3"),
     ("data: {views: [{count: 4}]}", [], "0 teacher views, the method has 2"),
-    ("a: &x [1]\nb: *x", [], r"aliases \(\*name\) are not taken"),
-    ("a: !!python/object/apply:os.system [ls]", [], "could not determine a constructor"),
+    ("a: &x [1]\nb: *x", [], r"line 2: aliases \(\*x\) are not taken"),
+    ("a: !!python/object/apply:os.system [ls]", [], r"line 1: tags \(.*os\.system\) are not taken"),
+    ("seed: !!int 5", [], r"line 1: tags \(.*int\) are not taken"),
+    ("? [a, b]\n: 1", [], "line 1: a key is a word, this is sequence"),
+    ("[" * 20_000, [], "too deep for a config"),
+    ("a: \x00", [], "special characters are not allowed"),
+    ("a: " + 100_000 * "b", [], "bytes are no config"),
+    ("optim: {lr: 1e999}", [], r"optim\.lr: expected a number, this is inf"),
+    ("optim: {lr: '1e-3'}", [], r"without quotes it is a number"),
+    ("speed: {compile: off}", [], r"this is the text 'off', did you mean 'false'"),
+    ("lr: 3", [], r"lr: no such key, did you mean 'optim\.lr'"),
+    ("speed: {accumulate: 0}", [], r"speed\.accumulate: more than 0"),
+    ("data: {views: []}", [], r"data\.views: no view at all"),
+    ("model: {arch: custom, width: -24, depth: 2, heads: -2}", [], r"model\.width, .*: each more than 0"),
+    ("seed: 9223372036854775808", [], r"seed: less than 2\^63"),
+    ("method: dino\nloss: {alpha: 0}", [], r"loss\.alpha: 0 leaves no loss at all"),
     ("seed: ${oc.env:HOME}", [], "seed: expected a whole number"),
     ("data: {min_overlap: 0.3, views: [{count: 2, teacher: true, scale: [0.2, 0.5]}]}", [], "cannot share 0.6"),
     ("method: mae", [], "method: one of densedino, dino"),
@@ -93,13 +109,65 @@ def test_all_mistakes_in_one_list(tmp_path):
     assert all(word in str(told.value) for word in ("3 mistakes", "optim.lrr", "optim.batch", "sede"))
 
 
+def test_mistakes_of_every_kind_in_one_list(tmp_path):
+    """Words that stand twice, unknown words, wrong types, values that clash, wrong overrides; nothing that only follows from
+    another mistake (a warm-up of 10 epochs would not fit into 5, but warmpu is meant to say 1)."""
+    path = write(
+        tmp_path, "seed: 1\nseed: 2\noptim: {epochs: 5, warmpu: 1, batch: x}\nhead: {prototypes: 1}\ndata: {flip: 3}\n"
+    )
+    with pytest.raises(Mistake) as told:
+        load_config(path, ["sed", "seed.a=1", "loss.alhpa=2"], processes=2, forced=["optim.lrr"])
+    lines = str(told.value).splitlines()
+    assert lines[0] == f"{path}: 10 mistakes"
+    for line, words in zip(
+        lines[1:],
+        (
+            "'seed' stands there twice (and in line 1)", "'sed': an override is written a.b=c", "'seed' is 2",
+            "optim.warmpu: no such key, did you mean 'warmup'?", "optim.batch: expected a whole number",
+            "loss.alhpa: no such key, did you mean 'alpha'?", "--force optim.lrr: no such key, did you mean 'optim.lr'?",
+            "data.flip: between 0 and 1, this is 3.0", "head.prototypes: at least 2", "data.shards: which shards?",
+        ),
+        strict=True,
+    ):  # fmt: skip
+        assert words in line
+
+
+EXTREMES = [0, -1, 2**70, 1e-9, 1e18, "x", "", None, True, [], [1], [1, 2, 3], {}, {"a": 1}, [[1, 2]], [{"count": 1}]]
+
+
+@pytest.mark.parametrize("name", sorted(leaves(Config())))
+def test_no_value_breaks_the_check(tmp_path, name):
+    """Whatever stands in a place: a config, or a Mistake that names the place or one that depends on it."""
+    path = write(tmp_path, "seed: 0")
+    for value in EXTREMES:
+        with contextlib.suppress(Mistake):
+            load_config(path, [f"{name}={json.dumps(value)}"], processes=2)
+
+
+def test_what_differs_between_two_runs():
+    a, b = Config(), Config()
+    assert differences(a, b) == {}
+    b.loss.alpha, b.data.views[1].size, b.speed.threads, b.data.shards, b.data.max_bad = 0.3, 96, 9, "elsewhere", 0.5
+    assert differences(a, b) == {
+        "data.views.1.size": "data.views.1.size: 224 there, 96 now",
+        "loss.alpha": "loss.alpha: 0.5 there, 0.3 now",
+    }
+    b = Config()
+    b.data.val = "val"  # nothing is kept out of the training shards any more: they are other samples
+    assert differences(a, b) == {"data.val": "data.val: 0.02 of the training shards there, val now"}
+    a.data.val = "another/val"
+    assert differences(a, b) == {}
+    del b.data.views[1]
+    assert "data.views.1.count: 2 there, nothing now" in differences(a, b).values()
+
+
 def test_missing_file_names_the_nearest():
     with pytest.raises(Mistake, match=r"configs/dmeo\.yaml: no such config, did you mean 'configs/demo\.yaml'"):
         load_config("configs/dmeo.yaml")
 
 
 def test_the_program_ends_with_2_and_one_message(tmp_path):
-    path = write(tmp_path, "optim: {lrr: 5}")
+    path = write(tmp_path, "optim: {lrr: 5}\ndata: {shards: nowhere}")
     done = subprocess.run([sys.executable, "train.py", path], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -1,0 +1,113 @@
+"""F02: kill -9 at 50 random offsets inside a checkpoint write. The newest whole one loads every time; leftovers go.
+
+The process that is killed runs the trainer's own Writer: this file, started as a program, which imports torch once and forks
+for every kill.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from runtime.checkpoint import Writer, newest_checkpoint, newest_whole
+
+ROOT = Path(__file__).parents[2]
+PAPERS = ("seed: 0\n", {"samples": 1, "shards": 1, "sha256": ""}, {"world size": "1"})  # config, data, made_with
+KEEP = 2
+
+
+def write_one_after_another(folder: Path) -> None:
+    """For every step read from stdin: a fork that saves a state full of that number, and waits to be killed."""
+    torch.set_num_threads(1)
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(48)))
+    adamw = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 128)).sum().backward()
+    adamw.step()
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            for t in [*model.parameters(), *(t for s in adamw.state.values() for t in s.values())]:
+                t.detach().fill_(int(line))
+            writer = Writer(folder, KEEP, *PAPERS)
+            writer.save(int(line), model, adamw)
+            writer.finish()
+            signal.pause()
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+@pytest.fixture(scope="module")
+def kill(tmp_path_factory):
+    """kill(step, offset): a process writes that step's file, and is killed when it has written so many bytes of it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    words = [sys.executable, "-m", "tests.faults.test_f02_kill_in_checkpoint", str(folder)]
+    child = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin
+    assert child.stdout
+
+    def kill(step: int, offset: float) -> int:
+        """Its exit code; an offset behind the file's end kills it when the file has its name."""
+        final = folder / f"checkpoint-{step:08d}.safetensors"
+        temporary = folder / f".{final.name}.tmp"
+        child.stdin.write(f"{step}\n")
+        child.stdin.flush()
+        pid = int(child.stdout.readline())
+        until = time.monotonic() + 30
+        while not final.exists() and time.monotonic() < until:
+            try:
+                if temporary.stat().st_size > offset:
+                    break
+            except FileNotFoundError:
+                continue
+        os.kill(pid, signal.SIGKILL)
+        return int(child.stdout.readline())
+
+    kill.folder = folder
+    kill.steps = iter(range(1, 1000))
+    first = next(kill.steps)
+    assert kill(first, float("inf")) == -signal.SIGKILL  # the one that stands before the first kill
+    kill.size = (folder / f"checkpoint-{first:08d}.safetensors").stat().st_size
+    yield kill
+    child.stdin.close()
+    child.wait(timeout=30)
+
+
+@pytest.mark.fault("F02")
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.fast if n < 10 else ()) for n in range(50)])
+def test_the_newest_whole_checkpoint_loads(kill, seed, capsys):
+    before = newest_whole(kill.folder)
+    assert before
+    step = next(kill.steps)
+    offset = np.random.default_rng(seed).uniform(-0.05, 1.05) * kill.size
+    assert kill(step, offset) == -signal.SIGKILL
+
+    left = list(kill.folder.glob(".*"))
+    found = newest_checkpoint(kill.folder)
+    assert found
+    assert found[1] == (before.step if left else step)  # what was being written, or what stood before
+    assert all((t == found[1]).all() for t in found[3].values())
+    assert "passed over" not in capsys.readouterr().out  # nothing half-written ever has a checkpoint's name
+
+    Writer(kill.folder, KEEP, *PAPERS)  # as the same command does when it starts again
+    assert list(kill.folder.glob(".*")) == []
+    assert len(list(kill.folder.iterdir())) <= KEEP + 1  # one may have been killed before it forgot the oldest
+
+
+def test_most_of_them_are_killed_inside(kill):
+    """The fixture does what it says: a kill at half the file leaves a temporary file of about half the size."""
+    step = next(kill.steps)
+    kill(step, kill.size / 2)
+    (left,) = kill.folder.glob(".*")
+    assert kill.size / 2 < left.stat().st_size < kill.size
+    Writer(kill.folder, KEEP, *PAPERS)
+
+
+if __name__ == "__main__":
+    write_one_after_another(Path(sys.argv[1]))
