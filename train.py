@@ -7,7 +7,6 @@ The same command resumes a run that was stopped, at the step where its newest ch
 """
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -60,7 +59,7 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
     import torch
 
     from model import weights
-    from model.dense_dino import DenseDINO
+    from model.dense_dino import DenseDINO, count_cost
     from pipeline.draws import hash64
     from pipeline.loader import Loader
     from runtime import parallel, record, schedule
@@ -109,10 +108,14 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
         screen.say(f"reading through {loader.reader}: {loader.why}")
         if note:
             screen.say(note)
+        # a short run is over before the figure is worth its seconds
+        flops = count_cost(model, config).flops if steps - start > 200 else None
+    profiler = record.profile(folder / "profile") if config.run.profile and processes.first else None
     stopping = StopSignal()
 
     # ------------------------------------------------------------------------------------------------------ loop
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}  # over the steps since the last beat, as far as they were taken
+    skipped = torch.zeros(2, device=processes.device)  # steps that were not finite: since the last beat, in a row
     damaged: Counter[int] = Counter()  # of this process, by epoch
     since, begun = start, time.perf_counter()
     try:
@@ -120,19 +123,27 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
             step = batch.step
             torch.manual_seed(int(hash64(config.seed, "drop path", step, processes.rank) >> 1))
             temperature = float(schedules.teacher_temperature[step])
-            means: list[torch.Tensor] = []
             parts = batch.split(config.speed.accumulate)
+            log: dict[str, torch.Tensor] = {}
+            means: list[torch.Tensor] = []
             for i, piece in enumerate(parts):
                 last = i == len(parts) - 1
                 with parallel.unsynchronised(trained, last), processes.autocast():
-                    log, piece_means = trained(piece, temperature)
-                    (log["loss"] / len(parts)).backward()
-                means = [m / len(parts) + (means[k] if means else 0) for k, m in enumerate(piece_means)]
-                for name, value in log.items():
-                    sums[name] = sums.get(name, 0) + value.detach() / len(parts)
-            optimizer.step(step)
-            model.update_teacher(float(schedules.teacher_momentum[step]))
-            model.update_centers(processes.mean(means))
+                    piece_log, piece_means = trained(piece, temperature)
+                    means = [m / len(parts) + (means[k] if means else 0) for k, m in enumerate(piece_means)]
+                    log = {name: value.detach() / len(parts) + log.get(name, 0) for name, value in piece_log.items()}
+                    if last:  # reduced beside the backward pass
+                        reduced = processes.begin_mean([*means, log["loss"].isfinite()])
+                    (piece_log["loss"] / len(parts)).backward()
+            *means, finite = reduced()
+            taken, norm = optimizer.step(step, finite == 1)
+            model.update_teacher(float(schedules.teacher_momentum[step]), taken)
+            model.update_centers(means, taken)
+            for name, value in (log | {"gradient_norm": norm}).items():
+                sums[name] = sums.get(name, 0) + torch.where(taken > 0, value, 0)
+            skipped = (skipped + 1 - taken) * torch.stack([torch.ones_like(taken), 1 - taken])
+            if profiler:
+                profiler.step()
 
             done = step + 1
             saving = done % config.run.checkpoint_every == 0 or done == steps
@@ -144,26 +155,40 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
                     record.append_jsonl(folder / name, {"step": at, "planned": planned, "read": read})
                     damaged[plan.epoch(at)] += 1
                 here = [float(stopping.asked), loader.waited(), float(max(damaged.values(), default=0))]
-                told = [torch.tensor(here, device=processes.device), torch.stack([sums[name] / n for name in sums])]
-                (stop, waited, bad), values = (t.tolist() for t in processes.mean(told))
+                of_steps = torch.stack([sums[name] / (n - skipped[0]) for name in sums])
+                told = [torch.tensor(here, device=processes.device), of_steps, skipped.to(of_steps.dtype)]
+                (stop, waited, bad), values, (unfinite, in_a_row) = (t.tolist() for t in processes.mean(told))
                 seconds = time.perf_counter() - begun
                 metrics = dict(zip(sums, values, strict=True)) | {
                     "lr": float(schedules.lr[step]),
                     "images_per_second": n * config.optim.batch / seconds,
                     "data_wait_percent": 100 * waited / seconds,
+                    "peak_memory_mb": parallel.peak_memory(processes.device),
                 }
+                if unfinite:
+                    metrics["skipped_steps"] = unfinite
                 if screen:
-                    screen.metrics(done, metrics)
+                    screen.metrics(done, metrics | processes.arithmetic(flops, metrics["images_per_second"]))
+                if in_a_row >= config.run.max_skipped:
+                    if processes.first:
+                        lost = range(done - int(in_a_row), done)
+                        told_of = {"steps": list(lost), "ids": {i: plan.samples_of(i).tolist() for i in lost}}
+                        record.write_json(folder / "replay.json", told_of | {"config": dump_config(config)})
+                        print(
+                            f"error: loss or gradient was not finite for {int(in_a_row)} steps in a row, up to step "
+                            f"{done - 1} (run.max_skipped: {config.run.max_skipped}); nothing has moved since, the last "
+                            f"checkpoint stands; {folder}/replay.json names the steps and their samples",
+                            file=sys.stderr,
+                        )
+                    return 1
                 if bad * processes.world > config.data.max_bad * plan.samples:
                     raise Mistake(
                         f"{round(bad * processes.world)} of {plan.samples} samples are damaged in one epoch, more than "
                         f"data.max_bad: {config.data.max_bad:g}; {folder}/damaged.jsonl lists them"
                     )
-                if not math.isfinite(metrics["loss"]):
-                    print(f"the loss is {metrics['loss']} at step {done}; the last checkpoint stands", file=sys.stderr)
-                    return 1
                 if writer:
                     writer.check()  # a checkpoint that could not be written ends the run
+                skipped[0] = 0
                 sums, since, begun = {}, done, time.perf_counter()
             stop_now = stopping.asked if processes.world == 1 else beat and stop > 0
             if stop_now or saving:
@@ -220,13 +245,25 @@ def describe(config: Config, plan, world: int, device: str, dtype: str) -> str:
 
 
 def tell_run(config: Config, plan, schedules: "Schedules", model: "DenseDINO") -> int:
-    """--dry-run: what would be trained."""
+    """--dry-run: what would be trained, and what it takes."""
+    from model.dense_dino import count_cost
+    from runtime import parallel
+
     parameters = sum(p.numel() for p in model.student.parameters())
     backbone = sum(p.numel() for p in model.student.backbone.parameters())
     views = len(config.views)
     print(describe(config, plan, 1, "device", "dtype"))
     print(f"steps        {len(schedules)} ({plan.steps_per_epoch} an epoch)")
     print(f"parameters   {parameters:,} of the student, {backbone:,} of them its backbone's")
+    cost, here = count_cost(model, config), parallel.world_size() * config.speed.accumulate
+    print(f"arithmetic   {cost.flops / 1e9:.1f} GFLOP per image and step, forward and backward")
+    state = 4 * (2 + 3) * parameters  # student, teacher; gradient and AdamW's two moments
+    images = config.optim.batch // here
+    print(
+        f"memory       {(state + images * cost.activations) / 2**30:.1f} GiB on each device in float32: {state / 2**30:.1f} "
+        f"of weights and optimiser, {images} images' activations of {cost.activations / 2**20:.0f} MiB (about half of that in "
+        f"bfloat16); speed.accumulate or speed.recompute: true need less"
+    )
     for group in config.data.views:
         patches = (group.size // config.model.patch) ** 2
         references = config.points * ((views - 1) if group.teacher else 2)

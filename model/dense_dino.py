@@ -187,11 +187,12 @@ class DenseDINO(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float, taken: Tensor | None = None) -> None:
         """theta_t <- momentum theta_t + (1 - momentum) theta_s."""
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student: list[Tensor] = list(self.student.parameters())
         if taken is None:
             torch._foreach_lerp_(teacher, student, 1 - momentum)
         else:  # student and teacher are finite: a weight of 0 leaves every bit
-            torch._foreach_lerp_(teacher, student, [(1 - momentum) * taken] * len(teacher))
+            torch._foreach_lerp_(teacher, student, [(1 - momentum) * taken] * len(teacher))  # type: ignore[list-item]
 
 
 @dataclass
@@ -203,9 +204,11 @@ class Cost:
 
 
 def count_cost(model: DenseDINO, config: Config) -> Cost:
-    """Counted, not estimated: a step of one image with torch's fake tensors, whose shapes are real and whose numbers are not."""
+    """Counted, not estimated: a step of one image with torch's fake tensors (real shapes, no numbers)."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        views = [torch.empty(len(list(g)), 1, 3, size, size) for size, g in itertools.groupby(v.size for v in config.views)]
+        views = [
+            torch.empty(len(list(g)), 1, 3, size, size) for size, g in itertools.groupby(v.size for v in config.views)
+        ]
         points = torch.empty(1, TEACHERS, model.views, max(1, model.points), 2, 2)
         ids, nothing = torch.empty(1, dtype=torch.int64), torch.empty(0)
         batch = Batch(0, ids, ids, views, nothing, points, nothing)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 def cross_entropy(
     student: Tensor, prototypes: Tensor, teacher: Tensor, teacher_prototypes: Tensor, center: Tensor,
-    student_temperature: float, teacher_temperature: Tensor | float, pairs: Tensor, rows: int = 256, columns: int | None = None,
+    student_temperature: float, teacher_temperature: Tensor | float, pairs: Tensor, rows: int = 256,
+    columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Eq. 2 and eq. 3 as means over their terms, without ever holding all logits.
 

@@ -56,6 +56,14 @@ class Processes:
 
         return finish
 
+    def arithmetic(self, flops: int | None, images_per_second: float) -> dict[str, float]:
+        """Counted matrix arithmetic of one device in TFLOP/s, and its share of the stated peak where that is known."""
+        if flops is None:
+            return {}
+        done = flops * images_per_second / self.world
+        peak = peak_flops(self.device, self.dtype)
+        return {"tflops": done / 1e12} | ({"peak_percent": 100 * done / peak} if peak else {})
+
     def agree(self, number: int) -> bool:
         """Whether all processes hold the same number."""
         if self.world == 1:

@@ -32,6 +32,33 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def profile(folder: Path) -> Any:
+    """A profiler to be stepped after every step: of the steps 10 to 12 it writes folder/trace.json (chrome://tracing,
+    Perfetto) and folder/table.txt, the 15 operations that took the most time of their own."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    gpu = torch.cuda.is_available()
+
+    def write(profiler: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        by = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+        (folder / "table.txt").write_text(profiler.key_averages().table(sort_by=by, row_limit=15))
+
+    profiler = torch.profiler.profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])],
+        schedule=torch.profiler.schedule(wait=9, warmup=1, active=3, repeat=1),
+        on_trace_ready=write,
+    )
+    profiler.start()
+    return profiler
+
+
 def versions() -> dict[str, str]:
     """What this run is made with."""
     found = {"python": platform.python_version(), "machine": f"{platform.machine()} {platform.system()}"}

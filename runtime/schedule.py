@@ -3,6 +3,7 @@
 Durations given in epochs become steps here, once; `Schedules` can be printed, plotted and tested.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,7 +98,8 @@ class Optimizer:
         if self.schedules.frozen[step]:  # no decay and no Adam statistics either, as published
             for p in self.last_layers:
                 p.grad = None
-        self.adamw.grad_scale, self.adamw.found_inf = None, (1 - taken).float()  # the fused kernel's own switch
+        self.adamw.grad_scale = None  # type: ignore[attr-defined]
+        self.adamw.found_inf = (1 - taken).float()  # type: ignore[attr-defined]  # the fused kernel's own switch
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return taken, norm
@@ -109,7 +111,7 @@ class Optimizer:
         return whole + parts
 
 
-def clip_each(grads: list[torch.Tensor], norms: list[torch.Tensor], largest: float) -> None:
+def clip_each(grads: list[torch.Tensor], norms: Sequence[torch.Tensor], largest: float) -> None:
     """Scale every gradient whose own norm is above `largest` down to it, in place (published: per tensor, not global)."""
     factors = list((largest / (torch.stack(norms) + 1e-6)).clamp(max=1.0).unbind())
     torch._foreach_mul_(grads, factors)

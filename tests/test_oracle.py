@@ -107,10 +107,12 @@ def test_step(mode: str, oracle, oracle_json):
     rows = {"student": n_views * case["B"], "teacher": 2 * case["B"]}
 
     def in_our_order(tokens: Tensor, role: str) -> Tensor:
-        """[CLS], points of every slot, patches of each image -> all images' [CLS] and patches, then the points we compute."""
+        """[CLS], every slot's points, patches of each image -> all images' [CLS] and patches, then the points we compute."""
         references = tokens.shape[1] - 17
         image = torch.cat([tokens[:, :1], tokens[:, 1 + references :]], 1).flatten(0, 1)
-        points = tokens[:, 1 : 1 + references].unflatten(1, (-1, m)).unflatten(0, (-1, case["B"]))  # [views,B,slots,M,D]
+        points = (
+            tokens[:, 1 : 1 + references].unflatten(1, (-1, m)).unflatten(0, (-1, case["B"]))
+        )  # [views,B,slots,M,D]
         runs = model._runs(range(len(points)), TEACHER if role == "teacher" else STUDENT)
         views = iter(range(len(points)))
         ours = [image]

@@ -108,6 +108,18 @@ def test_bfloat16_trains(tiny_config, tmp_path):
     assert all(t.dtype == torch.float32 for t in final(tmp_path / "half").values())
 
 
+def test_a_profile_and_recomputed_activations(tiny_config, tmp_path):
+    """run.profile leaves a trace and a table; speed.recompute changes nothing but memory."""
+    words = ["optim.epochs=3", "run.checkpoint_every=100", "model.drop_path=0.3"]
+    run_program("train.py", tiny_config, *words, "run.profile=true")
+    table = (tmp_path / "run" / "profile" / "table.txt").read_text()
+    assert "aten::addmm" in table
+    assert json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())["traceEvents"]
+    run_program("train.py", tiny_config, *words, "speed.recompute=true", f"run.folder={tmp_path / 'again'}")
+    a, b = final(tmp_path / "run"), final(tmp_path / "again")
+    assert all((a[n] == b[n]).all() for n in a)
+
+
 def test_dino_is_the_same_trainer_without_points(tiny_config, tmp_path):
     run_program("train.py", tiny_config, "method=dino", "data.min_overlap=0", "optim.epochs=1", "optim.warmup=0")
     rows = metrics(tmp_path / "run")
@@ -138,6 +150,8 @@ def test_dry_run_touches_nothing(tiny_config, tmp_path):
     told = run_program("train.py", tiny_config, "--dry-run").stdout
     assert "steps        20 (5 an epoch)" in told
     assert "1 + 16 patches + 6 reference tokens" in told
+    assert "GFLOP per image and step" in told
+    assert "GiB on each device" in told
     assert not (tmp_path / "run").exists()
 
 
