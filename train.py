@@ -36,27 +36,29 @@ def main() -> int:
 
 
 def train(config: Config, dry_run: bool = False) -> int:
+    from pipeline.shards import Plan, Shards
+
+    if config.data.shards is None:
+        raise Mistake(
+            "data.shards: which shards? `make pretrain SHARDS=folder`, made by `make shards SRC=photos/ DST=folder`"
+        )
+    shards = Shards(config.data.shards, config.speed)  # what is wrong with them is told before torch is loaded
+
     import torch
 
     from model import weights
     from model.dense_dino import DenseDINO
     from pipeline.draws import hash64
     from pipeline.loader import Loader
-    from pipeline.shards import Plan, Shards
     from runtime import checkpoint, parallel, record, schedule
 
     # ------------------------------------------------------------------------------------------- read the papers
-    if config.data.shards is None:
-        raise Mistake(
-            "data.shards: which shards? `make pretrain SHARDS=folder`, made by `make shards SRC=photos/ DST=folder`"
-        )
     world = parallel.world_size()
     if config.optim.batch % (world * config.speed.accumulate):
         raise Mistake(
             f"optim.batch: {config.optim.batch} images do not fall into {world} processes x "
             f"speed.accumulate: {config.speed.accumulate} equal pieces"
         )
-    shards = Shards(config.data.shards, config.speed)
     holdout = 0.0 if config.data.val else config.data.holdout
     plan = Plan(shards, batch=config.optim.batch, seed=config.seed, holdout=holdout)
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)
