@@ -12,6 +12,7 @@ on at the byte where it broke. The least recently used shard gives way when the 
 that a process which has it open reads on. fsspec brings the connection and the credentials, not the cache.
 """
 
+import asyncio
 import fcntl
 import json
 import os
@@ -21,11 +22,11 @@ import shutil
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import numpy as np
@@ -60,6 +61,15 @@ class _NoRanges(_Broken):
     """The server does not give the part that was asked for."""
 
 
+class _Body(NamedTuple):
+    """An answer: the first byte's place in the file, the file's size if told, and how to go on and to end."""
+
+    begin: int
+    size: int | None
+    read: Callable[[int], Awaitable[bytes]]
+    close: Callable[[], object]
+
+
 class Server:
     """The files at an address. One file system and event loop for each process: neither survives a fork."""
 
@@ -80,14 +90,46 @@ class Server:
         seconds ends the try. Raises FileNotFoundError, PermissionError and, where another try may go better, one of
         `broken()`.
         """
-        fs = self._system()
-        from fsspec.asyn import sync
+        fs, broken = self._system(), self.broken()
 
-        begin, size, read, close = (self._ask_s3 if self.scheme == "s3" else self._ask_http)(fs, name, at)
+        async def gather(body: _Body) -> tuple[bytes, bool, Exception | None]:
+            """(a piece, whether more may come, what it broke off with). Here and not in the thread that writes: once
+            a connection breaks, aiohttp does not give what came before."""
+            piece, begun = bytearray(), time.monotonic()
+            try:
+                while len(piece) < PIECE and time.monotonic() - begun < 1:
+                    async with asyncio.timeout(self.stall):
+                        new = await body.read(PIECE)
+                    if not new:
+                        return bytes(piece), False, None
+                    piece += new
+            except broken as error:
+                return bytes(piece), False, error
+            return bytes(piece), True, None
+
+        async def begin() -> tuple[_Body, tuple[bytes, bool, Exception | None]]:
+            async with asyncio.timeout(self.stall):
+                body = await (self._ask_s3 if self.scheme == "s3" else self._ask_http)(fs, name, at)
+            return body, await gather(body)
+
+        def run(coroutine: Coroutine) -> Any:
+            return asyncio.run_coroutine_threadsafe(coroutine, fs.loop)
+
+        def pieces() -> Iterator[bytes]:
+            piece, more, end = first
+            while more:
+                coming = run(gather(body))  # while this one is written
+                yield piece
+                piece, more, end = coming.result()
+            yield piece
+            if end is not None:
+                raise end
+
+        body, first = run(begin()).result()
         try:
-            yield iter(lambda: sync(fs.loop, read, PIECE, timeout=self.stall), b""), begin, size
+            yield pieces(), body.begin, body.size
         finally:
-            fs.loop.call_soon_threadsafe(close)
+            fs.loop.call_soon_threadsafe(body.close)
 
     def broken(self) -> tuple[type[Exception], ...]:
         """What a try can end with that another one may not."""
@@ -140,49 +182,46 @@ class Server:
         system.connect()
         return system
 
-    def _ask_http(self, fs: Any, name: str, at: int) -> tuple[int, int | None, Callable, Callable]:
+    async def _ask_http(self, fs: Any, name: str, at: int) -> _Body:
         import aiohttp
-        from fsspec.asyn import sync
 
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={at}-"} if at else {})
         options = fs.kwargs | {"headers": fs.kwargs.get("headers", {}) | headers}
-        options["timeout"] = aiohttp.ClientTimeout(total=None, sock_connect=self.stall, sock_read=self.stall)
-
-        async def get() -> Any:
-            session = await fs.set_session()
-            return await session.get(fs.encode_url(f"{self.place}/{quote(name)}{self.query}"), **options)
-
-        answer = sync(fs.loop, get, timeout=self.stall)
-        status = f"{answer.status} {answer.reason or ''}".strip()
-        if answer.status not in (200, 206):
-            fs.loop.call_soon_threadsafe(answer.close)
-            kinds: dict[int, type[Exception]] = {404: FileNotFoundError, 410: FileNotFoundError, 416: _NoRanges}
-            kinds |= dict.fromkeys((401, 403, 407), PermissionError)
-            raise kinds.get(answer.status, _Broken)(status)
-        plain = answer.headers.get("Content-Encoding", "identity") == "identity"
-        begin, size = 0, answer.content_length if plain else None
-        if answer.status == 206:
-            try:
+        options["timeout"] = aiohttp.ClientTimeout(total=None)  # `ask` counts the seconds
+        session = await fs.set_session()
+        answer = await session.get(fs.encode_url(f"{self.place}/{quote(name)}{self.query}"), **options)
+        try:
+            if answer.status not in (200, 206):
+                kinds: dict[int, type[Exception]] = {404: FileNotFoundError, 410: FileNotFoundError, 416: _NoRanges}
+                kinds |= dict.fromkeys((401, 403, 407), PermissionError)
+                raise kinds.get(answer.status, _Broken)(f"{answer.status} {answer.reason or ''}".strip())
+            begin, size = 0, answer.content_length
+            if answer.status == 206:
                 begin, size = _range_told(answer.headers.get("Content-Range"), at)
-            except _NoRanges:
-                fs.loop.call_soon_threadsafe(answer.close)
-                raise
-        return begin, size, answer.content.read, answer.close
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                size = None  # that of the packed body
+        except Exception:
+            answer.close()
+            raise
+        return _Body(begin, size, answer.content.read, answer.close)
 
-    def _ask_s3(self, fs: Any, name: str, at: int) -> tuple[int, int | None, Callable, Callable]:
+    async def _ask_s3(self, fs: Any, name: str, at: int) -> _Body:
         bucket, _, folder = self.place.partition("/")
-        key = f"{folder}/{name}" if folder else name
         part = {"Range": f"bytes={at}-"} if at else {}
         try:
-            answer = fs.call_s3("get_object", Bucket=bucket, Key=key, timeout=self.stall, **part)
+            answer = await fs._call_s3("get_object", Bucket=bucket, Key=f"{folder}/{name}".lstrip("/"), **part)
         except Exception as error:
             if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
                 raise PermissionError(str(error)) from None
             raise
         begin, size, body = 0, answer.get("ContentLength"), answer["Body"]
-        if answer.get("ContentRange"):
-            begin, size = _range_told(answer["ContentRange"], at)
-        return begin, size, body.read, body.close
+        try:
+            if answer.get("ContentRange"):
+                begin, size = _range_told(answer["ContentRange"], at)
+        except _NoRanges:
+            body.close()
+            raise
+        return _Body(begin, size, body.read, body.close)
 
 
 def _range_told(header: str | None, at: int) -> tuple[int, int | None]:
