@@ -90,7 +90,7 @@ class Server:
         seconds ends the try. Raises FileNotFoundError, PermissionError and, where another try may go better, one of
         `broken()`.
         """
-        fs, broken = self._system(), self.broken()
+        fs, broken = self.system(), self.broken()
 
         async def gather(body: _Body) -> tuple[bytes, bool, Exception | None]:
             """(a piece, whether more may come, what it broke off with). Here and not in the thread that writes: once
@@ -125,7 +125,12 @@ class Server:
             if end is not None:
                 raise end
 
-        body, first = run(begin()).result()
+        try:
+            body, first = run(begin()).result()
+        except ValueError as error:  # no name of a host, say
+            if isinstance(error, broken):
+                raise
+            raise Mistake(f"{self.address}/{name}: {error}") from None
         try:
             yield pieces(), body.begin, body.size
         finally:
@@ -152,7 +157,8 @@ class Server:
             return f"{status} {why.get('Code', '')}: {why.get('Message', '')}".strip(" :")
         return " ".join(str(error).split()) or type(error).__name__
 
-    def _system(self) -> Any:
+    def system(self) -> Any:
+        """fsspec's file system of this process. Raises Mistake where a package is missing or a setting is wrong."""
         system = self._systems.get(os.getpid())
         if system is None:
             try:
@@ -161,6 +167,9 @@ class Server:
                 raise Mistake(
                     f"{self.address}: reading from there needs more ({error}): pip install -e '.[remote]'"
                 ) from None
+            except (TypeError, ValueError) as error:
+                where = "AWS_ENDPOINT_URL" if self.scheme == "s3" else "FSSPEC_HTTP"
+                raise Mistake(f"{self.address}: {error}; see {where}, FSSPEC_* and ~/.config/fsspec") from None
         return system
 
     def _http(self) -> Any:
@@ -242,9 +251,14 @@ class Remote:
 
     def __init__(self, address: str, speed: Speed | None = None, folder: Path | None = None):
         self.given, self.speed = address, speed or Speed()
-        parts = urlsplit(address)
-        if parts.scheme not in SCHEMES or not parts.netloc:
-            close = nearest(parts.scheme, SCHEMES)
+        try:
+            parts = urlsplit(address)
+            good = parts.scheme in SCHEMES and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # no number of a port, or no address of IPv6
+            good = False
+        if not good:
+            scheme = address.partition(":")[0]
+            close = "" if scheme in SCHEMES else nearest(scheme, SCHEMES)
             raise Mistake(f"{address}: shards are a folder, s3://bucket/path or https://host/path{close}")
         self.server = Server(address, self.speed.stall_seconds)
         self.address = self.server.address
@@ -299,7 +313,7 @@ class Remote:
             if need > self.bound:
                 raise Mistake(
                     f"speed.cache_gb: {self.speed.cache_gb:g} GB do not hold the shards that are read at a time: "
-                    f"{len(now) * ranks} of up to {largest / 1e6:,.1f} MB; speed.cache_gb={need / 1e9:.3g} does, or smaller "
+                    f"{len(now) * ranks} of up to {largest / 1e6:.3g} MB; speed.cache_gb={need / 1e9:.3g} does, or smaller "
                     "shards (make shards SHARD_MB=…)"
                 )
             wanted, left = deque[dict](), self.bound // ranks
@@ -385,6 +399,8 @@ class Remote:
         ranges, begun = True, time.monotonic()
         tries = FIRST_TRIES if name in METADATA else TRIES
         reasons: Counter[str] = Counter()
+        self.server.system()
+        broken = self.server.broken()
         while True:
             try:
                 with self.server.ask(name, at if ranges else 0) as (pieces, passed, told):
@@ -415,7 +431,7 @@ class Remote:
                 raise Mistake(self._absent(name, self.server.words(error))) from None
             except PermissionError as error:
                 raise Mistake(self._denied(name, self.server.words(error))) from None
-            except self.server.broken() as error:
+            except broken as error:
                 ranges = ranges and not isinstance(error, _NoRanges)
                 reasons[self.server.words(error)] += 1
             if copies == COPIES:
@@ -429,10 +445,10 @@ class Remote:
             most, failed = max(most, at), 1 if at > most else failed + 1
             if failed >= tries:
                 why = "; ".join(f"{reason} ({n} x)" for reason, n in reasons.items())
-                of = "" if size is None else f" of {size:,}"
+                here = "" if size is None else f"{at:,} of {size:,} bytes are here; "
                 raise Mistake(
                     f"{self.address}/{name}: did not come in {tries} tries and {time.monotonic() - begun:.0f} s: {why}; "
-                    f"{at:,}{of} bytes are here; is the address right, is the server up? The same command goes on once it is"
+                    f"{here}is the address right, is the server up? The same command goes on once it is"
                 )
             # ranks of many machines that lost the same server do not come back all at once
             time.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failed - 1)) * random.uniform(0.75, 1.0))

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -13,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_program
 
-from eval.datasets import open_shards
+from eval.datasets import LabelledPhotos, open_shards
+from eval.features import batches
 from eval.subject import same_folder
 from pipeline import remote, wds
 from pipeline.shards import Plan, Shards
@@ -265,8 +268,14 @@ def test_wrong_addresses(tmp_path, tiny_shards, monkeypatch):
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     with pytest.raises(Mistake, match=r"ftp://host/path: shards are a folder, s3://bucket/path or https://host/path"):
         Shards("ftp://host/path", speed(tmp_path))
-    with pytest.raises(Mistake, match=r"http://: shards are a folder"):
-        Shards("http://", speed(tmp_path))
+    for wrong in ("http://", "s3:///path", "http://host:99999/path", "http://[::1"):
+        with pytest.raises(Mistake, match=rf"{re.escape(wrong)}: shards are a folder, s3://bucket/path or https"):
+            Shards(wrong, speed(tmp_path))
+    with pytest.raises(Mistake, match=r"http://a..b/path/manifest.json: .*label empty"):
+        Shards("http://a..b/path", speed(tmp_path))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nowhere")
+    with pytest.raises(Mistake, match=r"s3://b/path: Invalid endpoint: nowhere; see AWS_ENDPOINT_URL"):
+        Shards("s3://b/path", speed(tmp_path))
     with FaultyServer(tiny_shards) as server:
         with pytest.raises(Mistake, match=r"/nowhere: no shards here \(no manifest.json: 404 Not Found\)"):
             Shards(server.address + "/nowhere", speed(tmp_path))
@@ -284,12 +293,14 @@ def test_a_cache_that_cannot_be_written_is_told_as_the_disks(server, tmp_path):
         Shards(server.address, speed(tmp_path))
 
 
-def test_a_missing_package_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(
-        Mistake, match=r"s3://bucket/path: reading from there needs more .*pip install -e '.\[remote\]'"
-    ):
-        Shards("s3://bucket/path", speed(tmp_path))
+@pytest.mark.parametrize(("package", "address"), [("s3fs", "s3://bucket/path"), ("aiohttp", "https://host/path")])
+def test_a_missing_package_is_named(tmp_path, package, address):
+    missing = f"import sys\nsys.modules[{package!r}] = None\nfrom runtime.mistake import tell_mistakes\ndef main():\n"
+    code = missing + textwrap.indent(program(address, speed(tmp_path), ""), "  ") + "\ntell_mistakes(main)"
+    done = run_program("-c", code, expect=2)
+    assert re.match(
+        rf"error: {address}: reading from there needs more .*: pip install -e '.\[remote\]'\n$", done.stderr
+    )
 
 
 def test_secrets_of_an_address_are_not_told(tiny_shards, tmp_path):
@@ -302,8 +313,15 @@ def test_secrets_of_an_address_are_not_told(tiny_shards, tmp_path):
 
 
 def test_evaluation_opens_addresses_too(server, tiny_shards, tmp_path):
+    """Its reading processes are forked from one that has read from the server already."""
     shards = open_shards(server.address + "/", speed(tmp_path))
     assert shards.folder == server.address
     assert same_folder(server.address + "/", shards.folder)
     assert not same_folder(server.address + "/other", shards.folder)
-    assert shards.read(3) == Shards(tiny_shards).read(3)
+    shards.read(0)
+    cpu = torch.device("cpu")
+    near, far = (list(batches(LabelledPhotos(s, 24), 16, cpu, workers=2)) for s in (Shards(tiny_shards), shards))
+    for (pictures, labels), (from_afar, their_labels) in zip(near, far, strict=True):
+        assert torch.equal(pictures, from_afar)
+        assert torch.equal(labels, their_labels)
+    assert len(server.asked) == 2 + len(shards.shards)
