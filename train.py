@@ -50,7 +50,7 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
     from runtime import checkpoint
 
     assert config.data.shards is not None  # load_config asked for them
-    shards = Shards(config.data.shards)
+    shards = Shards(config.data.shards, config.speed)
     holdout = 0.0 if config.data.val else config.data.holdout
     plan = Plan(shards, batch=config.optim.batch, seed=config.seed, holdout=holdout)
     folder, data = Path(config.run.folder or "run"), checkpoint.fingerprint(shards.manifest)

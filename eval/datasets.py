@@ -19,7 +19,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as transform
 
+from pipeline.remote import is_address
 from pipeline.shards import Shards
+from runtime.config import Speed
 from runtime.mistake import Mistake, nearest
 
 try:
@@ -57,8 +59,10 @@ def centre_crop(picture: Tensor, size: int) -> Tensor:
     return transform.center_crop(picture, [size, size])
 
 
-def open_shards(folder: str | Path) -> Shards:
-    """The shards of a folder; a folder of photos is told how to become one. Raises Mistake."""
+def open_shards(folder: str | Path, speed: Speed | None = None) -> Shards:
+    """The shards of a folder or an address; a folder of photos is told how to become one. Raises Mistake."""
+    if is_address(folder):
+        return Shards(folder, speed)
     folder = Path(folder)
     if folder.is_dir() and not (folder / "manifest.json").is_file() and not any(folder.glob("*.tar")):
         inside = [folder, *(d for d in sorted(folder.iterdir())[:20] if d.is_dir())]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from eval.datasets import LabelledPhotos, open_shards
 from model.vit import ViT
 from model.weights import load_backbone
+from pipeline.remote import is_address
 from pipeline.shards import Plan, Shards
 from runtime.config import Config, Eval, load_config
 from runtime.mistake import Mistake, nearest
@@ -55,12 +56,13 @@ class Subject:
             raise Mistake(
                 f"{self.path}: lies in no run folder; say which shards vote (--bank) and which are asked (--val)"
             )
-        bank_shards = open_shards(bank)
+        speed = self.config.speed if self.config else None
+        bank_shards = open_shards(bank, speed)
         held_out = self._held_out(bank_shards)
         kept = np.setdiff1d(np.arange(len(bank_shards)), held_out)
         val = val or (data.val if data else None)
         if val is not None and not same_folder(val, bank):
-            val_shards = open_shards(val)
+            val_shards = open_shards(val, speed)
             asked = np.arange(len(val_shards))
         elif len(held_out):
             val_shards, asked = bank_shards, held_out
@@ -95,6 +97,8 @@ def best_device() -> torch.device:
 
 
 def same_folder(a: str | Path, b: str | Path) -> bool:
+    if is_address(a) or is_address(b):
+        return str(a).rstrip("/") == str(b).rstrip("/")
     return Path(a).resolve() == Path(b).resolve()
 
 

@@ -39,12 +39,13 @@ class _Source:
             raise StopIteration
         ids = self.plan.samples_of(step, self.rank, self.world)
         rows, photos = ids.copy(), []
-        for i, sample in enumerate(ids):
-            try:
+        try:
+            self.shards.prefetch(self.plan, step, self.rank, self.world)
+            for i, sample in enumerate(ids):
                 rows[i], photo = self.plan.sound(self.shards, int(sample), step)
-            except Mistake:  # told by the main process, which meets it on its own way (see `read`)
-                rows[i], photo = -1, b"\0"
-            photos.append(np.frombuffer(photo, np.uint8))
+                photos.append(np.frombuffer(photo, np.uint8))
+        except Mistake:  # told by the main process, which meets it on its own way (see `read`)
+            rows[:], photos = -1, [np.zeros(1, np.uint8)] * len(ids)
         windows = draw_for(self.config, self.shards, self.plan, step, ids, np.maximum(rows, 0)).windows
         regions = np.ascontiguousarray(windows[..., [1, 0, 3, 2]].reshape(*windows.shape[:2], 2, 2), np.float32)
         return photos, list(regions), list(rows[:, None])

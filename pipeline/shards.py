@@ -1,4 +1,4 @@
-"""A folder of shards: its manifest and index; and the Plan: which samples make global step i.
+"""A folder of shards, here or at an address: its manifest and index; and the Plan: which samples make global step i.
 
     folder/
       shard-000000.tar ...   WebDataset tars: <key>.jpg, <key>.cls where there is a class
@@ -10,8 +10,10 @@ is `size` bytes at `offset` of its shard.
 """
 
 import json
+import math
 import mmap
 import os
+import re
 import threading
 import zlib
 from pathlib import Path
@@ -21,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.draws import hash64, permute
+from pipeline.remote import Remote, is_address
+from runtime.config import Speed
 from runtime.mistake import Mistake
 
 FORMAT = 1
@@ -39,34 +43,43 @@ ATTEMPTS = 100  # replacements tried for one damaged sample: a shard with so man
 
 
 class Shards:
-    """Manifest, index and bytes of one folder.
+    """Manifest, index and bytes of one folder, or of one address (s3://, https://: see remote.py; `speed` says where its
+    cache lies).
 
     Raises Mistake where the folder is no shard folder or a shard is missing or of another size than the manifest says;
     `whole=False` (for tools that look for damage) lets such shards pass.
     """
 
-    def __init__(self, folder: str | Path, *, whole: bool = True):
-        self.folder = Path(folder)
-        manifest = self.folder / "manifest.json"
+    def __init__(self, folder: str | Path | Remote, speed: Speed | None = None, *, whole: bool = True):
+        if isinstance(folder, str) and is_address(folder):
+            folder = Remote(folder, speed)
+        self._remote = folder if isinstance(folder, Remote) else None
+        here = folder.folder if isinstance(folder, Remote) else Path(folder)
+        self.folder: Path | str = self._remote.address if self._remote else here
+        manifest = here / "manifest.json"
         if not manifest.is_file():
             hint = ""
-            if self.folder.is_dir() and any(self.folder.glob("*.tar")):
-                hint = f"; these tars were made elsewhere? `make index DST={self.folder}` writes one"
-            elif self.folder.is_dir():
-                hint = f"; `make shards SRC=photos/ DST={self.folder}` makes shards of a folder of photos"
+            if here.is_dir() and any(here.glob("*.tar")):
+                hint = f"; these tars were made elsewhere? `make index DST={here}` writes one"
+            elif here.is_dir():
+                hint = f"; `make shards SRC=photos/ DST={here}` makes shards of a folder of photos"
+            elif re.search(r"[*?\[{]|\.tar$", str(here)):
+                hint = f"; give the folder that they lie in{'' if here.parent == Path() else f': {here.parent}'}"
             raise Mistake(f"{self.folder}: no shards here (no manifest.json){hint}")
         try:
             self.manifest = json.loads(manifest.read_text())
             told = self.manifest["format"]
             self.shards: list[dict] = self.manifest["shards"]
         except (ValueError, KeyError, TypeError) as error:
-            raise Mistake(f"{manifest}: not a manifest of shards ({error!r})") from None
+            raise Mistake(f"{self.folder}/manifest.json: not a manifest of shards ({error!r})") from None
         if told != FORMAT:
-            raise Mistake(f"{manifest}: format {told}, this program reads format {FORMAT}; make the shards again")
+            raise Mistake(
+                f"{self.folder}/manifest.json: format {told}, this program reads format {FORMAT}; make the shards again"
+            )
         self.classes: list[str] = self.manifest["classes"]
         try:
             # a plain ndarray over the map: the same pages, without memmap's cost at every look-up
-            mapped = np.load(self.folder / "index.npy", mmap_mode="r", allow_pickle=False)
+            mapped = np.load(here / "index.npy", mmap_mode="r", allow_pickle=False)
             self.index, self._map = np.asarray(mapped), getattr(mapped, "_mmap", None)
         except (OSError, ValueError) as error:
             raise Mistake(f"{self.folder}/index.npy: {error}; `make index DST={self.folder}` writes it again") from None
@@ -77,11 +90,13 @@ class Shards:
                 f"{self.folder}: the index holds {len(self.index)} samples, the manifest {self.starts[-1]}; "
                 f"`make index DST={self.folder}` writes both again"
             )
-        for s in self.shards if whole else ():
-            path = self.folder / s["name"]
+        for s in self.shards if whole and not self._remote else ():
+            path = here / s["name"]
             size = path.stat().st_size if path.is_file() else None
             if size != s["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes"
+                found = f"has {size} bytes"
+                if size is None:
+                    found = "is no file" if path.exists() else "is missing"
                 raise Mistake(f"{path}: {found}, the manifest says {s['bytes']} bytes; `make verify DST={self.folder}`")
         self._files: dict[int, BinaryIO] = {}
         self._lock = threading.Lock()
@@ -91,7 +106,7 @@ class Shards:
         return len(self.index)
 
     def __reduce__(self):  # a worker process opens the folder anew
-        return Shards, (self.folder,)
+        return Shards, (self._remote or self.folder,)
 
     def read(self, sample: int) -> bytes:
         """The photo's bytes as they stand in the shard, sound or not (see `is_sound`). Thread-safe."""
@@ -101,6 +116,12 @@ class Shards:
         record = self.index[sample]
         file = self._file(int(record["shard"]))
         return os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
+
+    def prefetch(self, plan: "Plan", step: int, rank: int = 0, world: int = 1) -> None:
+        """Let the shards of this rank's next steps come, where they come from far. Raises Mistake where the cache is too
+        small for them."""
+        if self._remote is not None:
+            self._remote.prefetch(self.shards, *plan.shards_ahead(step, rank, world), math.gcd(plan.lanes, world))
 
     def forget_pages(self) -> None:
         """Give back the index's pages that were looked at; they stay in the kernel's cache, and come back when asked for.
@@ -118,7 +139,13 @@ class Shards:
             with self._lock:
                 if len(self._files) >= 256:  # lanes walk on; a file being read stays open until its reader lets go
                     self._files.pop(next(iter(self._files)))
-                file = self._files[shard] = open(self.folder / self.shards[shard]["name"], "rb", buffering=0)  # noqa: SIM115
+                if self._remote is None:
+                    file = open(Path(self.folder) / self.shards[shard]["name"], "rb", buffering=0)  # noqa: SIM115
+                else:  # what the cache has unlinked since goes from the disk when nobody has it open
+                    for old in [i for i, f in self._files.items() if os.fstat(f.fileno()).st_nlink == 0]:
+                        del self._files[old]
+                    file = self._remote.open(self.shards[shard])
+                self._files[shard] = file
         return file
 
 
@@ -148,7 +175,7 @@ class Plan:
                 f"global batch of {batch}; take a smaller optim.batch or more photos"
             )
         self._run = max(1, mix * self.samples // max(1, int((self._trained > 0).sum())))
-        self._epoch_of_order = -1
+        self._orders: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
@@ -158,14 +185,26 @@ class Plan:
         epoch, within = divmod(step, self.steps_per_epoch)
         position = within * self.batch + np.arange(rank, self.batch, world)
         lane, slot = position % self.lanes, position // self.lanes
-        # equal lanes of the epoch's sequence; the first (samples mod lanes) are one longer
+        run = slot // self._run
+        start, size = self._run_of(lane, run)
+        key = hash64(self.seed, epoch, "run", lane, run)
+        return self._sample_at(epoch, start + permute(slot % self._run, size, key))
+
+    def _run_of(self, lane: NDArray[np.int64], run: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(place in the epoch's sequence, samples) of runs of lanes. The lanes are equal; the first (samples mod lanes)
+        are one longer."""
         length, longer = divmod(self.samples, self.lanes)
         start = lane * length + np.minimum(lane, longer)
-        length_of = length + (lane < longer)
-        run = slot // self._run
-        size = np.minimum(self._run, length_of - run * self._run)
-        key = hash64(self.seed, epoch, "run", lane, run)
-        return self._sample_at(epoch, start + run * self._run + permute(slot % self._run, size, key))
+        return start + run * self._run, np.minimum(self._run, length + (lane < longer) - run * self._run)
+
+    def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(the epoch's order of the shards, where each ends in its sequence)."""
+        if epoch not in self._orders:
+            order = np.argsort(hash64(self.seed, epoch, "shard", np.arange(len(self._counts))), kind="stable")
+            if len(self._orders) > 1:  # this epoch and the next
+                self._orders.pop(next(iter(self._orders)))
+            self._orders[epoch] = order, np.cumsum(self._trained[order])
+        return self._orders[epoch]
 
     def held_out(self) -> NDArray[np.int64]:
         """Sample ids that no step sees, in order."""
@@ -194,15 +233,31 @@ class Plan:
             f"{shards.folder}: {ATTEMPTS} samples of one shard are damaged; `make verify DST={shards.folder}`"
         )
 
+    def shards_ahead(self, step: int, rank: int = 0, world: int = 1) -> tuple[list[int], list[int]]:
+        """(shards that this rank reads in the runs in which its lanes stand at a step, those of the runs that follow),
+        in the order in which they are read. Ranks r and r + gcd(lanes, world) walk the same lanes."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        share, round_ = math.gcd(self.lanes, world), self.lanes * self._run  # samples of one run of all lanes
+        lane = np.arange(rank % share, self.lanes, share)
+        first, last = within * self.batch // round_, ((within + 1) * self.batch - 1) // round_
+        now = [shard for run in range(first, last + 1) for shard in self._shards_of(epoch, lane, run)]
+        follows = (epoch, last + 1) if (last + 1) * round_ < self.samples else (epoch + 1, 0)
+        return list(dict.fromkeys(now)), self._shards_of(follows[0], lane, follows[1])
+
+    def _shards_of(self, epoch: int, lane: NDArray[np.int64], run: int) -> list[int]:
+        """Shards of one run of each of these lanes, the lanes in turn; each once."""
+        order, ends = self._order(epoch)
+        start, size = self._run_of(lane, np.full_like(lane, run))
+        first, last = (np.searchsorted(ends, at, side="right") for at in (start, start + size - 1))
+        turn = first[None] + np.arange(1 + max(0, int((last - first).max())))[:, None]
+        return list(dict.fromkeys(order[turn[(turn <= last) & (size > 0)]].tolist()))
+
     def _sample_at(self, epoch: int, at: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample ids at places of the epoch's sequence."""
-        if epoch != self._epoch_of_order:
-            self._order = np.argsort(hash64(self.seed, epoch, "shard", np.arange(len(self._counts))), kind="stable")
-            self._ends = np.cumsum(self._trained[self._order])
-            self._epoch_of_order = epoch
-        turn = np.searchsorted(self._ends, at, side="right")
-        shard = self._order[turn]
-        within = at - (self._ends[turn] - self._trained[shard])
+        order, ends = self._order(epoch)
+        turn = np.searchsorted(ends, at, side="right")
+        shard = order[turn]
+        within = at - (ends[turn] - self._trained[shard])
         within = permute(within, self._trained[shard], hash64(self.seed, epoch, "sample", shard))
         return self._place(shard, self._kept_out[shard] + within)
 

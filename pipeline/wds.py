@@ -72,6 +72,7 @@ class Stages:
     def fetch(self, step: int) -> tuple[int, NDArray, NDArray, list[bytes]]:
         """(step, planned ids, rows whose bytes these are, the bytes) of this rank's slice; damaged ones replaced."""
         ids = self.plan.samples_of(step, self.rank, self.world)
+        self.shards.prefetch(self.plan, step, self.rank, self.world)
         rows, photos = ids.copy(), []
         for i, sample in enumerate(ids):
             rows[i], photo = self.plan.sound(self.shards, int(sample), step)

@@ -44,7 +44,7 @@ class Jitter:
 
 @dataclass
 class Data:
-    shards: str | None = None  # folder of shards to train on
+    shards: str | None = None  # folder of shards to train on, or its address: s3://bucket/path, https://host/path
     val: str | None = None  # folder of shards to evaluate on; without it `holdout` of `shards` is kept for that
     holdout: float = 0.02
     views: list[Views] = field(
@@ -132,6 +132,9 @@ class Speed:
     prefetch: int = 2  # batches ready ahead, for each worker
     threads: int = 4  # of DALI, for each device
     hw_decoder_load: float = 0.65  # share of the photos that a GPU's JPEG engine decodes, where it has one
+    cache: str | None = None  # folder for shards that come from s3:// or https://; default: ~/.cache/densedino
+    cache_gb: float = 100  # its bound; all processes of a machine share it
+    stall_seconds: float = 30  # a server that sends no byte for so long is asked again
 
 
 @dataclass
@@ -491,6 +494,7 @@ def _check(c: Config) -> list[str]:
         "loss.student_temperature": c.loss.student_temperature, "speed.accumulate": c.speed.accumulate,
         "speed.prefetch": c.speed.prefetch, "speed.threads": c.speed.threads,
         "run.log_every": c.run.log_every, "run.keep": c.run.keep, "run.max_skipped": c.run.max_skipped,
+        "speed.cache_gb": c.speed.cache_gb, "speed.stall_seconds": c.speed.stall_seconds,
         "run.checkpoint_every": c.run.checkpoint_every, "model.patch": c.model.patch, "head.hidden": c.head.hidden,
         "head.bottleneck": c.head.bottleneck, "eval.k": c.eval.k, "eval.temperature": c.eval.temperature,
         "eval.seg_epochs": c.eval.seg_epochs, "eval.seg_lr": c.eval.seg_lr,

@@ -113,5 +113,5 @@ class Optimizer:
 
 def clip_each(grads: list[torch.Tensor], norms: Sequence[torch.Tensor], largest: float) -> None:
     """Scale every gradient whose own norm is above `largest` down to it, in place (published: per tensor, not global)."""
-    factors = list((largest / (torch.stack(norms) + 1e-6)).clamp(max=1.0).unbind())
+    factors = list((largest / (torch.stack(list(norms)) + 1e-6)).clamp(max=1.0).unbind())
     torch._foreach_mul_(grads, factors)

@@ -137,7 +137,7 @@ def picture(config: Config, shards: Shards, samples: list[tuple[int, Tensor]], e
 def main() -> None:
     parser = argparse.ArgumentParser("python -m tools.show_views", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", type=Path, help="a run folder or a folder of shards")
+    parser.add_argument("source", help="a run folder, or a folder or an address of shards")
     parser.add_argument("--config", type=Path, help="the recipe of the views, for a folder of shards")
     parser.add_argument("--out", type=Path, help="the picture (default: RUN/pictures/views.png or views.png)")
     parser.add_argument("--images", type=int, default=4, help="so many, evenly spread (default 4)")
@@ -149,19 +149,20 @@ def main() -> None:
     for name, least in (("images", 1), ("epoch", 0)):
         if getattr(args, name) < least:
             raise Mistake(f"--{name}: at least {least}, this is {getattr(args, name)}")
-    is_run = (args.source / "config.yaml").is_file()
+    run = Path(args.source)
+    is_run = (run / "config.yaml").is_file()
     if is_run and args.config:
         raise Mistake(f"{args.source} is a run with a config of its own; --config is for a folder of shards")
-    out = args.out or (args.source / "pictures" / "views.png" if is_run else Path("views.png"))
+    out = args.out or (run / "pictures" / "views.png" if is_run else Path("views.png"))
     if args.if_missing and out.is_file():
         print(f"{out}: already there")
         return
-    recipe = args.source / "config.yaml" if is_run else args.config
+    recipe = run / "config.yaml" if is_run else args.config
     config = load_config(recipe) if recipe else Config()
     folder = config.data.shards if is_run else args.source
     if folder is None:
         raise Mistake(f"{recipe}: data.shards names no folder")
-    shards = open_shards(folder)
+    shards = open_shards(folder, config.speed)
     figure = picture(config, shards, sound_samples(shards, args.samples, args.images), args.epoch)
     partial = out.with_name(f".{out.name}.partial")
     try:

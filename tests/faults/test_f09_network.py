@@ -1,0 +1,344 @@
+"""F09: a network that misbehaves. What can come comes, bit for bit; what cannot is told once, and nothing ever hangs.
+
+A real HTTP server that goes wrong on purpose (tests/faulty_server.py), and moto's S3, both on loopback.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import remote, wds
+from pipeline.batch import Batch
+from pipeline.shards import Plan, Shards
+from runtime.config import Config, load_config
+from runtime.mistake import Mistake
+from tests import faulty_server as faulty
+from tests.conftest import run_program
+from tests.faulty_server import FaultyServer
+
+F09 = pytest.mark.fault("F09")
+STALL = 0.5  # seconds
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.002)
+
+
+@pytest.fixture
+def config(tiny_config, tmp_path) -> Config:
+    config = load_config(tiny_config)
+    config.speed.cache, config.speed.stall_seconds = str(tmp_path / "cache"), STALL
+    return config
+
+
+@pytest.fixture
+def server(tiny_shards) -> Iterator[FaultyServer]:
+    with FaultyServer(tiny_shards) as server:
+        yield server
+
+
+def batches(config: Config, shards: str) -> list[Batch]:
+    opened = Shards(shards, config.speed)
+    plan = Plan(opened, batch=16, seed=config.seed, holdout=config.data.holdout)
+    return list(wds.read(config, opened, plan, start=0, stop=3))
+
+
+def comes_through(config: Config, server: FaultyServer) -> None:
+    """The reader's batches from the server are the folder's, and so are the files."""
+    near, far = batches(config, str(server.folder)), batches(config, server.address)
+    for a, b in zip(near, far, strict=True):
+        assert torch.equal(a.ids, b.rows)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+    tars = list(Path(str(config.speed.cache)).glob("*/*.tar"))
+    assert tars
+    assert all(tar.read_bytes() == (server.folder / tar.name).read_bytes() for tar in tars)
+
+
+def told(config: Config, server: FaultyServer) -> str:
+    """What the reader says; nothing that could be taken for a shard is left of it."""
+    with pytest.raises(Mistake) as mistake:
+        batches(config, server.address)
+    return str(mistake.value)
+
+
+def needed_shard(config: Config, server: FaultyServer) -> dict:
+    """The one that the first sample of the first step is in."""
+    near = Shards(server.folder)
+    plan = Plan(near, batch=16, seed=config.seed, holdout=config.data.holdout)
+    return near.shards[int(near.index["shard"][plan.samples_of(0)[0]])]
+
+
+# --------------------------------------------------------------------------------------------------------------- HTTP
+
+
+@F09
+def test_http_404(config, server, tiny_config, tmp_path):
+    """A shard that the manifest names is not there: through the trainer."""
+    shard = needed_shard(config, server)
+    server.always(shard["name"], faulty.status(404))
+    words = [f"data.shards={server.address}", f"speed.cache={tmp_path / 'cache'}", "speed.workers=2"]
+    done = run_program("train.py", tiny_config, *words, expect=2)
+    wrong = f"{server.address}/{shard['name']}: is missing (404 Not Found); upload it from where the shards were made"
+    assert done.stderr == f"error: {wrong}\n"
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    assert len(server.starts(shard["name"])) <= 3  # asked again by nobody who waited; there is nothing to wait for
+
+
+@F09
+@pytest.mark.fast
+def test_http_503(config, server):
+    shard = needed_shard(config, server)
+    for name in ("manifest.json", "index.npy", shard["name"]):
+        server.behave(name, *[faulty.status(code) for code in (503, 500, 429)])
+    comes_through(config, server)
+    assert len(server.starts(shard["name"])) == 4
+
+    config.speed.cache += "-2"
+    server.always(shard["name"], faulty.status(503))
+    said = told(config, server)
+    assert f"{server.address}/{shard['name']}: did not come in 8 tries and " in said
+    assert f"503 Service Unavailable (8 x); 0 of {shard['bytes']:,} bytes are here; is the address right" in said
+    server.always("manifest.json", faulty.status(503))
+    assert "manifest.json: did not come in 4 tries" in told(config, server)
+
+
+@F09
+@pytest.mark.fast
+def test_http_cut_body(config, server):
+    shard, size = needed_shard(config, server), needed_shard(config, server)["bytes"]
+    server.always(shard["name"], faulty.cut(20_000))
+    server.behave("index.npy", faulty.cut(100))
+    server.behave("manifest.json", faulty.cut(10))
+    comes_through(config, server)
+    assert server.starts(shard["name"]) == list(range(0, size, 20_000))  # from where it broke, no byte twice
+    assert server.sent[shard["name"]] == size
+    assert server.starts("index.npy") == [0, 100]
+
+    config.speed.cache += "-2"
+    server.always(shard["name"], faulty.cut(0))
+    said = told(config, server)
+    assert f"{shard['name']}: did not come in 8 tries" in said
+    assert f"0 of {size:,} bytes are here" in said
+
+
+@F09
+@pytest.mark.fast
+def test_http_no_length(config, server):
+    shard, size = needed_shard(config, server), needed_shard(config, server)["bytes"]
+    for name in ("manifest.json", "index.npy"):
+        server.behave(name, faulty.no_length(50), faulty.no_length())
+    server.behave(shard["name"], faulty.no_length(30_000), faulty.no_length())
+    comes_through(config, server)
+    assert server.starts(shard["name"]) == [0, 30_000]
+
+    config.speed.cache += "-2"
+    server.always(shard["name"], faulty.longer)
+    assert f"more bytes than the manifest's {size} (8 x)" in told(config, server)
+    assert server.sent[shard["name"]] < 100_000_000  # of 500 MB: nobody waited for the end
+
+
+@F09
+@pytest.mark.fast
+def test_http_stall(config, server):
+    shard = needed_shard(config, server)
+    config.speed.stall_seconds = 0.2
+    server.behave(shard["name"], faulty.stall(25_000), faulty.stall(None))
+    server.behave("manifest.json", faulty.stall(None))
+    comes_through(config, server)
+    assert server.starts(shard["name"]) == [0, 25_000, 25_000]
+
+    config.speed.cache += "-2"
+    server.behave(shard["name"], faulty.stall(25_000), *[faulty.stall(0)] * 7)
+    said = told(config, server)
+    assert f"{shard['name']}: did not come in 8 tries" in said
+    assert f"no byte for 0.2 s (8 x); 25,000 of {shard['bytes']:,} bytes are here; is the address right" in said
+    assert said.endswith("is the server up? The same command goes on once it is")
+
+
+@F09
+@pytest.mark.fast
+def test_http_slow(config, server):
+    """Slower than `stall_seconds` as a whole, but never silent for so long: it may take its time."""
+    shard = needed_shard(config, server)
+    config.speed.stall_seconds = 0.4
+    server.behave(shard["name"], faulty.slow(shard["bytes"] // 15, 0.05))
+    comes_through(config, server)
+    assert server.starts(shard["name"]) == [0]
+
+    config.speed.cache += "-2"
+    config.speed.stall_seconds = 0.1
+    server.always(shard["name"], faulty.slow(shard["bytes"], 0.3))
+    assert "no byte for 0.1 s (8 x)" in told(config, server)
+
+
+@F09
+@pytest.mark.fast
+def test_http_wrong_range(config, server):
+    shard, size = needed_shard(config, server), needed_shard(config, server)["bytes"]
+    name = shard["name"]
+    for answer, asked in {
+        faulty.other_range: [0, 20_000, 0],  # says so: the whole file is asked for, without ranges
+        faulty.lying_range: [0, 20_000, 0],  # found by the sha256
+        faulty.no_ranges: [0, 20_000],  # the whole file comes again, what is here of it is passed over
+        faulty.status(416): [0, 20_000, 0],
+    }.items():
+        server.asked.clear()
+        server.behave(name, faulty.cut(20_000), answer)
+        comes_through(config, server)
+        assert server.starts(name) == asked, answer
+        config.speed.cache += "-2"
+
+    server.always(name, faulty.damaged)
+    assert (
+        f"{server.address}/{name}: came whole 3 times and has another sha256 than the manifest says; `make verify` where"
+        in told(config, server)
+    )
+    (server_file := server.folder / name).rename(server.folder / "kept")
+    try:
+        server_file.write_bytes(b"<html>another file</html>")
+        server.behave(name)
+        assert f"{name}: has 25 bytes, the manifest says {size} bytes; upload it again" in told(config, server)
+    finally:
+        (server.folder / "kept").rename(server_file)
+
+
+# ----------------------------------------------------------------------------------------------------------------- S3
+
+
+class Bucket:
+    """moto's S3 with the shards in s3://photos/tiny. `failing`: so many of the next requests for shards answer 503."""
+
+    def __init__(self, folder: Path):
+        import boto3
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
+        self.moto, self.failing, self.asked = DomainDispatcherApplication(create_backend_app), 0, list[str]()
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        keys = dict(aws_access_key_id="key", aws_secret_access_key="word", region_name="us-east-1")
+        self.client = lambda service: boto3.client(service, endpoint_url=self.endpoint, **keys)
+        s3 = self.client("s3")
+        s3.create_bucket(Bucket="photos")
+        for file in folder.iterdir():
+            s3.upload_file(str(file), "photos", f"tiny/{file.name}")
+
+    def _answer(self, environ, start_response):
+        name = environ["PATH_INFO"].rpartition("/")[2]
+        if environ["REQUEST_METHOD"] == "GET" and name.endswith(".tar"):
+            self.asked.append(name)
+            if self.failing > 0:
+                self.failing -= 1
+                start_response("503 Slow Down", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+        return self.moto(environ, start_response)
+
+    def ask_who(self) -> None:
+        """From now on moto checks keys and rights."""
+        import requests
+
+        requests.post(f"{self.endpoint}/moto-api/reset-auth", data=b"0", timeout=10).raise_for_status()
+
+    def close(self) -> None:
+        import requests
+
+        requests.post(f"{self.endpoint}/moto-api/reset-auth", data=b"Infinity", timeout=10)
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def bucket(tiny_shards, monkeypatch) -> Iterator[Bucket]:
+    pytest.importorskip("moto")
+    bucket = Bucket(tiny_shards)
+    for key, value in {
+        "AWS_ENDPOINT_URL": bucket.endpoint,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "word",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(key, value)
+    yield bucket
+    bucket.close()
+
+
+@F09
+def test_s3_5xx(config, bucket, tiny_shards, tiny_config, tmp_path):
+    """A bucket that is too busy now and then: the trainer's weights are those of the folder, bit for bit."""
+    words = ["speed.workers=1", "optim.epochs=2", f"speed.cache={tmp_path / 'cache'}"]
+    run_program("train.py", tiny_config, f"run.folder={tmp_path / 'near'}", *words)
+    bucket.failing = 5
+    done = run_program(
+        "train.py", tiny_config, f"run.folder={tmp_path / 'far'}", "data.shards=s3://photos/tiny", *words
+    )
+    assert "finished: " in done.stdout
+    assert done.stderr == ""
+    assert bucket.failing == 0
+    near, far = ((tmp_path / run / "backbone.safetensors").read_bytes() for run in ("near", "far"))
+    assert near == far
+    assert len(bucket.asked) == 5 + len(Shards(tiny_shards).shards)
+
+    bucket.failing = 10**6
+    config.speed.cache += "-2"
+    with pytest.raises(
+        Mistake, match=r"s3://photos/tiny/shard-\d+.tar: did not come in 8 tries and .*503 SlowDown: Please.* \(8 x\)"
+    ):
+        batches(config, "s3://photos/tiny")
+
+
+@F09
+def test_s3_denied(config, bucket, monkeypatch):
+    iam = bucket.client("iam")
+    iam.create_user(UserName="guest")
+    guest = iam.create_access_key(UserName="guest")["AccessKey"]
+    with pytest.raises(Mistake, match=r"s3://photos/nowhere: no shards here \(no manifest.json: 404 NoSuchKey"):
+        batches(config, "s3://photos/nowhere")
+    with pytest.raises(Mistake, match=r"s3://nobody: no shards here \(no manifest.json: 404 NoSuchBucket"):
+        batches(config, "s3://nobody")
+    bucket.ask_who()
+    which = "which credentials\\? AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; AWS_ENDPOINT_URL"
+    with pytest.raises(Mistake, match=rf"tiny/manifest.json: denied \(403 InvalidAccessKeyId: .*\); {which}"):
+        batches(config, "s3://photos/tiny")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", guest["AccessKeyId"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", guest["SecretAccessKey"])
+    with pytest.raises(Mistake, match=rf"tiny/manifest.json: denied \(403 AccessDenied: .*\); {which}"):
+        batches(config, "s3://photos/tiny")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(Mistake, match=rf"denied \(Unable to locate credentials\); {which}"):
+        batches(config, "s3://photos/tiny")
+
+
+# ---------------------------------------------------------------------------------------------- beside the nine cases
+
+
+@pytest.mark.skipif(os.environ.get("FAULTS") != "all", reason="starts DALI's processes; part of make faults")
+def test_through_dali_too(config, server):
+    dali = pytest.importorskip("pipeline.dali")
+    shard = needed_shard(config, server)
+    config.speed.threads = config.speed.workers = 1
+
+    def read(shards: str) -> list[Batch]:
+        opened = Shards(shards, config.speed)
+        return list(dali.read(config, opened, Plan(opened, batch=16, seed=0, holdout=0.1), start=0, stop=3))
+
+    server.always(shard["name"], faulty.cut(20_000))
+    for a, b in zip(read(str(server.folder)), read(server.address), strict=True):
+        assert torch.equal(a.ids, b.rows)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+    config.speed.cache += "-2"
+    server.asked.clear()
+    server.always(shard["name"], faulty.status(404))
+    with pytest.raises(Mistake, match=rf"{shard['name']}: is missing \(404 Not Found\)"):
+        read(server.address)
+    assert len(server.starts(shard["name"])) <= 6  # once for each batch that was under way, not for each sample

@@ -1,0 +1,327 @@
+"""Shards from afar: fetched once for a machine, whole or not at all, within the cache's bound, the same as a folder's."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_program
+
+from eval.datasets import LabelledPhotos, open_shards
+from eval.features import batches
+from eval.subject import same_folder
+from pipeline import remote, wds
+from pipeline.shards import Plan, Shards
+from runtime.config import Speed, load_config
+from runtime.mistake import Mistake
+from tests import faulty_server as faulty
+from tests.faulty_server import FaultyServer
+
+
+@pytest.fixture(autouse=True)
+def direct(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def server(tiny_shards):
+    with FaultyServer(tiny_shards.parent) as server:
+        server.address += f"/{tiny_shards.name}"
+        yield server
+
+
+def speed(tmp_path: Path, **words) -> Speed:
+    return Speed(**{"cache": str(tmp_path / "cache"), "stall_seconds": 5.0, "workers": 0} | words)
+
+
+def tars(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").glob("*/*.tar"))
+
+
+def wait_for(what, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
+
+
+def test_samples_and_bytes_are_those_of_the_folder(server, tiny_shards, tmp_path):
+    near, far = Shards(tiny_shards), Shards(server.address + "/", speed(tmp_path))
+    assert far.folder == server.address
+    assert np.array_equal(near.index, far.index)
+    assert not tars(tmp_path)
+    assert all(near.read(i) == far.read(i) for i in range(len(near)))
+    for path in tars(tmp_path):
+        assert path.read_bytes() == (tiny_shards / path.name).read_bytes()
+    names = ["manifest.json", "index.npy", *(s["name"] for s in near.shards)]
+    assert [name for name, _ in server.asked] == names
+
+
+def test_batches_are_those_of_the_folder_in_reading_processes_too(server, tiny_config, tmp_path):
+    config = load_config(tiny_config)
+    near = Shards(config.data.shards)
+    config.speed = speed(tmp_path, workers=2)
+    far = Shards(server.address, config.speed)
+    plans = [Plan(s, batch=16, seed=1) for s in (near, far)]
+    for a, b in zip(
+        wds.read(config, near, plans[0], start=2, stop=6), wds.read(config, far, plans[1], start=2, stop=6), strict=True
+    ):
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.rows, b.rows)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+    asked = [name for name, _ in server.asked]
+    assert len(asked) == len(set(asked)) == 2 + len(near.shards)
+
+
+def program(address: str, speed: Speed, then: str) -> str:
+    """A program in which `shards` are those at an address."""
+    return (
+        "from runtime.config import Speed\n"
+        "from pipeline.shards import Shards\n"
+        f"shards = Shards({address!r}, {speed!r})\n{then}"
+    )
+
+
+def test_a_machine_fetches_a_shard_once(server, tiny_shards, tmp_path):
+    """Three processes want all shards at the same moment, from a server that takes its time."""
+    near = Shards(tiny_shards)
+    for s in near.shards:
+        server.always(s["name"], faulty.slow(s["bytes"] // 8, 0.01))
+    then = "input()\nprint(sum(shards.is_sound(i, shards.read(i)) for i in range(len(shards))))"
+    command = [sys.executable, "-c", program(server.address, speed(tmp_path), then)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    readers = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(3)]
+    wait_for(lambda: len(server.starts("manifest.json")) == 3)
+    for reader in readers:
+        reader.stdin.write("go\n")
+        reader.stdin.flush()
+    told = [reader.communicate(timeout=60) for reader in readers]
+    assert told == [(f"{len(near)}\n", "")] * 3
+    assert sorted(name for name, _ in server.asked if name.endswith(".tar")) == [s["name"] for s in near.shards]
+    assert len(server.starts("index.npy")) == 1
+
+
+def test_a_failure_is_told_to_those_who_waited_for_it(server, tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.005)
+    name = Shards(tiny_shards).shards[0]["name"]
+    server.always(name, faulty.status(503))
+    shards = Shards(server.address, speed(tmp_path))
+    told: list[str] = []
+
+    def read() -> None:
+        try:
+            Shards(shards._remote).read(0)
+        except Mistake as mistake:
+            told.append(str(mistake))
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert len(told) == 3
+    assert len(set(told)) == 1
+    assert len(server.starts(name)) == remote.TRIES  # not three times as many
+    server.behave(name)
+    assert Shards(shards._remote).read(0) == Shards(tiny_shards).read(0)  # who comes later tries again
+
+
+def test_the_cache_keeps_its_bound_and_the_least_recently_used_goes(server, tiny_shards, tmp_path):
+    near = Shards(tiny_shards)
+    largest = max(s["bytes"] for s in near.shards)
+    metadata = sum((tiny_shards / name).stat().st_size for name in remote.METADATA)
+    bound = metadata + 3 * largest
+    far = Shards(server.address, speed(tmp_path, cache_gb=bound / 1e9))
+    first = [int(i) for i in near.starts[:-1]]
+    assert len(first) > 4
+    for i in (0, 1, 2, 0, 3):  # 0 is used again, so 1 is the oldest when 3 comes
+        assert far.read(first[i]) == near.read(first[i])
+        far._files.clear()
+        time.sleep(0.01)
+    assert [p.name for p in tars(tmp_path)] == [near.shards[i]["name"] for i in (0, 2, 3)]
+    for i in np.random.default_rng(0).integers(0, len(near), 25).tolist():
+        assert far.read(i) == near.read(i)
+        on_disk = sum(p.stat().st_size for p in (tmp_path / "cache").glob("*/*"))
+        still_open = sum(os.fstat(f.fileno()).st_nlink == 0 for f in far._files.values())
+        assert on_disk <= bound
+        assert still_open <= 1  # what gave way in this very call
+
+
+def test_a_shard_that_gives_way_is_read_to_its_end(server, tiny_shards, tmp_path):
+    near, far = Shards(tiny_shards), Shards(server.address, speed(tmp_path))
+    far.read(0)
+    (path,) = tars(tmp_path)
+    path.unlink()
+    assert far.read(1) == near.read(1)
+    assert len(server.starts(path.name)) == 1
+    far.read(len(far) - 1)  # another shard is opened: what is gone is let go
+    assert far.read(0) == near.read(0)
+    assert len(server.starts(path.name)) == 2
+
+
+def test_a_bound_that_cannot_work_is_refused(server, tiny_shards, tmp_path):
+    with pytest.raises(Mistake, match=r"speed.cache_gb: 1e-06 GB do not hold one shard of http.*\(\S+ GB\)"):
+        Shards(server.address, speed(tmp_path, cache_gb=1e-6))
+    largest = max(s["bytes"] for s in Shards(tiny_shards).shards)
+    far = Shards(server.address, speed(tmp_path, cache_gb=2 * largest / 1e9))
+    with pytest.raises(Mistake, match=r"do not hold the shards that are read at a time: .*speed.cache_gb=\S+ does"):
+        far.prefetch(Plan(far, batch=16, seed=0), 0)
+
+
+def test_the_plans_next_shards_come_before_they_are_needed(server, tiny_shards, tmp_path):
+    near, far = Shards(tiny_shards), Shards(server.address, speed(tmp_path))
+    plan = Plan(far, batch=4, seed=3, lanes=2, mix=1)
+    for step in (0, plan.steps_per_epoch - 1):
+        now, then = plan.shards_ahead(step)
+        assert {int(i) for i in np.searchsorted(far.starts, plan.samples_of(step), side="right") - 1} <= set(now)
+        assert 0 < len(now) < len(near.shards)
+        far.prefetch(plan, step)
+        wait_for(lambda: {far.shards[i]["name"] for i in {*now, *then}} <= {p.name for p in tars(tmp_path)})  # noqa: B023
+        if step == 0:  # and no others
+            assert {p.name for p in tars(tmp_path)} == {far.shards[i]["name"] for i in {*now, *then}}
+    asked = len(server.asked)
+    for sample in plan.samples_of(plan.steps_per_epoch - 1).tolist():
+        assert far.read(sample) == near.read(sample)
+    assert len(server.asked) == asked
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_the_shards_ahead_are_those_that_are_read(tiny_shards, world):
+    shards = Shards(tiny_shards)
+    plan = Plan(shards, batch=24, seed=3, holdout=0.1, lanes=8, mix=1)
+    for step in range(3 * plan.steps_per_epoch):
+        for rank in range(world):
+            read = np.searchsorted(shards.starts, plan.samples_of(step, rank, world), side="right") - 1
+            now, _ = plan.shards_ahead(step, rank, world)
+            assert set(read.tolist()) <= set(now)
+            if step:
+                before = plan.shards_ahead(step - 1, rank, world)
+                assert set(now) <= {*before[0], *before[1]}  # they were ahead a step ago
+
+
+def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(server, tiny_shards, tmp_path):
+    near = Shards(tiny_shards)
+    name, size = near.shards[0]["name"], near.shards[0]["bytes"]
+    server.behave(name, faulty.stall(size - 100))
+    words = speed(tmp_path, stall_seconds=60.0)
+    code = program(server.address, words, "shards.read(0)")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
+        wait_for(lambda: server.sent[name] == size - 100)
+        wait_for(lambda: list((tmp_path / "cache").glob("*/*.tar.part")))
+        process.send_signal(signal.SIGKILL)
+    assert not tars(tmp_path)
+    left = list((tmp_path / "cache").glob("*/*.part"))
+    assert [p.name for p in left] == [name + ".part"]
+    far = Shards(server.address, speed(tmp_path, cache_gb=(left[0].stat().st_size + 20_000) / 1e9))
+    assert far.read(int(near.starts[1])) == near.read(int(near.starts[1]))  # the left-over gave way
+    assert not left[0].exists()
+    assert far.read(0) == near.read(0)
+    assert tars(tmp_path)[0].read_bytes() == (tiny_shards / tars(tmp_path)[0].name).read_bytes()
+
+
+def test_what_is_cut_in_the_cache_comes_again(server, tiny_shards, tmp_path):
+    near, far = Shards(tiny_shards), Shards(server.address, speed(tmp_path))
+    far.read(0)
+    os.truncate(tars(tmp_path)[0], 1000)
+    assert Shards(far._remote).read(0) == near.read(0)
+
+
+def test_other_shards_at_the_same_address_are_not_mixed_up(tiny_shards, tmp_path):
+    site = tmp_path / "site"
+    shutil.copytree(tiny_shards, site)
+    with FaultyServer(site) as server:
+        before = Shards(server.address, speed(tmp_path))
+        before.read(0)
+        manifest = json.loads((site / "manifest.json").read_text())
+        (site / "manifest.json").write_text(json.dumps(manifest | {"classes": ["a", "b", "c"]}))
+        after = Shards(server.address, speed(tmp_path))
+        assert after.classes == ["a", "b", "c"]
+        assert Shards(before._remote).classes == before.classes  # as reading processes open it
+        shutil.rmtree(before._remote.folder)
+        with pytest.raises(Mistake, match=r"manifest.json is another one now than at the start"):
+            remote.Remote(*before._remote.__reduce__()[1])
+
+
+@pytest.mark.parametrize("name", ["../canary.tar", "/tmp/canary.tar", ".hidden", "a/b.tar"])
+def test_a_manifest_names_no_place_outside(tiny_shards, tmp_path, name):
+    site = tmp_path / "site"
+    shutil.copytree(tiny_shards, site)
+    manifest = json.loads((site / "manifest.json").read_text())
+    manifest["shards"][0]["name"] = name
+    (site / "manifest.json").write_text(json.dumps(manifest))
+    with FaultyServer(site) as server, pytest.raises(Mistake, match=r"is no name of a shard"):
+        Shards(server.address, speed(tmp_path)).read(0)
+    assert not any("canary" in name for name, _ in server.asked)
+
+
+def test_wrong_addresses(tmp_path, tiny_shards, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    with pytest.raises(Mistake, match=r"ftp://host/path: shards are a folder, s3://bucket/path or https://host/path"):
+        Shards("ftp://host/path", speed(tmp_path))
+    for wrong in ("http://", "s3:///path", "http://host:99999/path", "http://[::1"):
+        with pytest.raises(Mistake, match=rf"{re.escape(wrong)}: shards are a folder, s3://bucket/path or https"):
+            Shards(wrong, speed(tmp_path))
+    with pytest.raises(Mistake, match=r"http://a..b/path/manifest.json: .*label empty"):
+        Shards("http://a..b/path", speed(tmp_path))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nowhere")
+    with pytest.raises(Mistake, match=r"s3://b/path: Invalid endpoint: nowhere; see AWS_ENDPOINT_URL"):
+        Shards("s3://b/path", speed(tmp_path))
+    with FaultyServer(tiny_shards) as server:
+        with pytest.raises(Mistake, match=r"/nowhere: no shards here \(no manifest.json: 404 Not Found\)"):
+            Shards(server.address + "/nowhere", speed(tmp_path))
+        gone = server.address
+    with pytest.raises(Mistake, match=r"did not come in 4 tries and .*Connect call failed.*\(4 x\)"):
+        Shards(gone, speed(tmp_path))
+    assert not list((tmp_path / "cache").glob("*/*"))
+
+
+def test_a_cache_that_cannot_be_written_is_told_as_the_disks(server, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(
+        Mistake, match=r"cache: Not a directory.*speed.cache=another/folder|cache: File exists.*another/folder"
+    ):
+        Shards(server.address, speed(tmp_path))
+
+
+@pytest.mark.parametrize(("package", "address"), [("s3fs", "s3://bucket/path"), ("aiohttp", "https://host/path")])
+def test_a_missing_package_is_named(tmp_path, package, address):
+    missing = f"import sys\nsys.modules[{package!r}] = None\nfrom runtime.mistake import tell_mistakes\ndef main():\n"
+    code = missing + textwrap.indent(program(address, speed(tmp_path), ""), "  ") + "\ntell_mistakes(main)"
+    done = run_program("-c", code, expect=2)
+    assert re.match(
+        rf"error: {address}: reading from there needs more .*: pip install -e '.\[remote\]'\n$", done.stderr
+    )
+
+
+def test_secrets_of_an_address_are_not_told(tiny_shards, tmp_path):
+    with FaultyServer(tiny_shards.parent) as server:
+        host = server.address.removeprefix("http://")
+        far = Shards(f"http://name:word@{host}/{tiny_shards.name}?token=secret", speed(tmp_path))
+        assert far.folder == f"http://{host}/{tiny_shards.name}"
+        assert far.read(0) == Shards(tiny_shards).read(0)
+        assert not any("secret" in p.name or "word" in p.name for p in (tmp_path / "cache").rglob("*"))
+
+
+def test_evaluation_opens_addresses_too(server, tiny_shards, tmp_path):
+    """Its reading processes are forked from one that has read from the server already."""
+    shards = open_shards(server.address + "/", speed(tmp_path))
+    assert shards.folder == server.address
+    assert same_folder(server.address + "/", shards.folder)
+    assert not same_folder(server.address + "/other", shards.folder)
+    shards.read(0)
+    cpu = torch.device("cpu")
+    near, far = (list(batches(LabelledPhotos(s, 24), 16, cpu, workers=2)) for s in (Shards(tiny_shards), shards))
+    for (pictures, labels), (from_afar, their_labels) in zip(near, far, strict=True):
+        assert torch.equal(pictures, from_afar)
+        assert torch.equal(labels, their_labels)
+    assert len(server.asked) == 2 + len(shards.shards)
