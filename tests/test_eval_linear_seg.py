@@ -17,7 +17,8 @@ import eval.subject
 from eval import report
 from eval.datasets import IGNORE, VocSegmentation
 from eval.features import scene_batches, scene_tokens
-from eval.linear_seg import Protocol, confusion, fit, intersection_over_union, main, scenes_of, scored, upsampled
+from eval.linear_seg import Protocol, fit, main, scenes_of, upsampled
+from eval.miou import confusion, intersection_over_union, scored
 from model.vit import ViT
 from runtime.mistake import Mistake
 
