@@ -165,6 +165,11 @@ class SceneTokens(NamedTuple):
     masks: Tensor  # uint8 [n,S,S]
 
 
+def upsampled(maps: Tensor, size: int) -> Tensor:
+    """[n,C,h,w] -> [n,C,size,size], bilinear."""
+    return F.interpolate(maps, (size, size), mode="bilinear", align_corners=False)
+
+
 def resized_masks(masks: Tensor, size: int) -> Tensor:
     """Masks uint8 [n,S,S] -> [n,size,size], by the nearest pixel."""
     return masks if masks.shape[-1] == size else F.interpolate(masks[:, None], (size, size), mode="nearest")[:, 0]

@@ -40,7 +40,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from eval.datasets import IGNORE, SMALL, VocSegmentation, scene_sizes, voc_splits
-from eval.features import SceneTokens, check_size, default_workers, resized_masks, scene_batches, scene_tokens, shown
+from eval.features import (
+    SceneTokens,
+    check_size,
+    default_workers,
+    resized_masks,
+    scene_batches,
+    scene_tokens,
+    shown,
+    upsampled,
+)
 from eval.miou import Score, confusion, score_rows, scored
 from eval.subject import Subject
 from model.vit import ViT
@@ -167,11 +176,6 @@ def judge(head: nn.Module, scenes: SceneTokens, batch: int = 32, size: int | Non
     return counts
 
 
-def upsampled(logits: Tensor, size: int) -> Tensor:
-    """[n,C,h,w] -> [n,C,size,size]"""
-    return F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
-
-
 def scenes_of(
     folder: str | Path, protocol: Protocol, train_split: str | None, val_split: str, classes: int | None = None
 ) -> tuple[VocSegmentation, VocSegmentation]:
@@ -207,9 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         if value is not None and value <= 0:
             raise Mistake(f"--{name.replace('_', '-')} {value}: more than 0")
     subject = Subject(args.network)
-    data = args.data or subject.settings.voc
-    if data is None:
-        raise Mistake("which scenes? --data names a folder in Pascal VOC's layout (or eval.voc in the run's config)")
+    data = subject.scenes_folder(args.data)
     network = subject.network(args.untrained)
     protocol = Protocol.for_views(network.image_size, args.size, args.protocol)
     given: dict[str, Any] = {}

@@ -73,6 +73,14 @@ class Subject:
             LabelledPhotos(val_shards, size, spread(asked, limit), classes=bank_shards.classes),
         )
 
+    def scenes_folder(self, data: str | None) -> str:
+        """`data`, or the run's `eval.voc`. Raises Mistake where there is neither."""
+        if data is None and self.settings.voc is None:
+            raise Mistake(
+                "which scenes? --data names a folder in Pascal VOC's layout (or eval.voc in the run's config)"
+            )
+        return data or str(self.settings.voc)
+
     def _held_out(self, shards: Shards) -> NDArray[np.int64]:
         """What training kept out of these shards, as train.py does it: nothing where it had other shards to test on."""
         c = self.config

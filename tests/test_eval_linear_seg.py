@@ -16,7 +16,7 @@ from torch import nn
 import eval.subject
 from eval import report
 from eval.datasets import IGNORE, VocSegmentation
-from eval.features import scene_batches, scene_tokens
+from eval.features import scene_batches, scene_tokens, upsampled
 from eval.linear_seg import Protocol, fit, main, scenes_of, upsampled
 from eval.miou import confusion, intersection_over_union, scored
 from model.vit import ViT
