@@ -88,6 +88,7 @@ def tokens(network: ViT, pictures: Tensor) -> tuple[Tensor, Tensor]:
     normalised = ((pictures / 255 - mean) / std).to(network.pos_embed.dtype)
     with torch.autocast(pictures.device.type, torch.bfloat16, enabled=pictures.device.type == "cuda"):
         cls, patches, _ = network(normalised)
+    assert patches is not None
     return cls.float(), patches.float()
 
 

@@ -215,7 +215,7 @@ def _together(made: list[tuple[dict[str, Tensor], Tensor]]) -> tuple[dict[str, T
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m eval.knn", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("network", help="a run folder, a checkpoint or a backbone file")
+    parser.add_argument("network", help="a run folder, a checkpoint, a backbone file or timm:NAME")
     parser.add_argument("--bank", help="shards that vote (default: the run's training shards, less what it held out)")
     parser.add_argument("--val", help="shards asked about (default: the run's data.val, else what it held out)")
     parser.add_argument("--features", default="cls", help=f"{', '.join(KINDS)} (default: cls)")

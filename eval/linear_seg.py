@@ -186,7 +186,7 @@ def scenes_of(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m eval.linear_seg", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("network", help="a run folder, a checkpoint or a backbone file")
+    parser.add_argument("network", help="a run folder, a checkpoint, a backbone file or timm:NAME")
     parser.add_argument("--data", help="folder in Pascal VOC's layout (default: the run's eval.voc)")
     parser.add_argument("--protocol", default="densedino", help=f"{' or '.join(PROTOCOLS)} (default: densedino)")
     parser.add_argument("--train-split", help="default: trainaug where it is listed, else train")
