@@ -95,9 +95,9 @@ def principal(points: Tensor, components: int = COMPONENTS) -> Tensor:
 def kmeans(points: Tensor, clusters: int, seed: int, *, iterations: int = 100, tries: int = 5) -> Tensor:
     """Lloyd's k-means of points [N,d]: the cluster of each, int64 [N].
 
-    As faiss does it: begins with points drawn at random, on at most POINTS points for each cluster, gives an empty
-    cluster half of the largest, ends after `iterations` or where nothing moves; of `tries` beginnings, the centres with the
-    least sum of squared distances.
+    Settings of faiss, as published: begins with points drawn at random, looks at no more than POINTS of them for each
+    cluster, ends after `iterations` or where nothing moves; of `tries` beginnings, the centres with the least sum of squared
+    distances. A cluster that falls empty begins anew at the point farthest from its centre (faiss halves the largest).
     """
     draws = torch.Generator().manual_seed(seed)
     few = torch.randperm(len(points), generator=draws)[: POINTS * clusters].to(points.device)
@@ -114,10 +114,8 @@ def kmeans(points: Tensor, clusters: int, seed: int, *, iterations: int = 100, t
             sizes = torch.bincount(nearest, minlength=clusters)
             sums = torch.zeros_like(centres).index_add_(0, nearest, seen)
             centres = sums / sizes.clamp(min=1)[:, None]
-            for empty in (sizes == 0).nonzero()[:, 0].tolist():
-                largest = int(sizes.argmax())
-                centres[empty], centres[largest] = centres[largest] * (1 + 2**-10), centres[largest] * (1 - 2**-10)
-                sizes[empty], sizes[largest] = sizes[largest] // 2, sizes[largest] - sizes[largest] // 2
+            empty = (sizes == 0).nonzero()[:, 0]
+            centres[empty] = seen[distances.topk(len(empty)).indices]
         _, distances = assign(seen, centres)
         if (inertia := float(distances.sum())) < least:
             least, best = inertia, centres
