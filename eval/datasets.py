@@ -31,6 +31,7 @@ except (ImportError, OSError, RuntimeError):  # not installed, or installed for 
 
 NO_CLASS = -1  # of a photo: it has no label, or it is damaged
 IGNORE = 255  # of a pixel: it counts nowhere
+SMALL = 128  # pixels: networks trained on smaller views, and scenes smaller than that, are measured by small protocols
 PHOTOS = (".jpg", ".jpeg", ".png")
 
 
@@ -59,6 +60,18 @@ def centre_crop(picture: Tensor, size: int) -> Tensor:
     return transform.center_crop(picture, [size, size])
 
 
+def random_crop(picture: Tensor, size: int) -> Tensor:
+    """A random window of a picture for a class: uint8 [3,H,W] -> [3,size,size], bicubic, flipped in one of two cases.
+
+    .08 to 1 of the area, sides 3:4 to 4:3 (the published linear classification, Caron et al. 2021, eval_linear.py),
+    drawn with torch's own generator.
+    """
+    top, left, height, width = RandomResizedCrop.get_params(picture, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
+    bicubic = InterpolationMode.BICUBIC
+    picture = transform.resized_crop(picture, top, left, height, width, [size, size], bicubic, antialias=True)
+    return picture.flip(-1) if torch.rand(()) < 0.5 else picture
+
+
 def open_shards(folder: str | Path, speed: Speed | None = None) -> Shards:
     """The shards of a folder or an address; a folder of photos is told how to become one. Raises Mistake."""
     if is_address(folder):
@@ -77,7 +90,8 @@ class LabelledPhotos(Dataset[tuple[Tensor, int]]):
     """Photos of shards, prepared: (uint8 [3,size,size], label).
 
     rows: sample ids, all where None. classes: names in the order that labels count in (the bank's, for queries from
-    other shards); by default the shards' own. A damaged photo is black and of NO_CLASS: it is left out, not guessed.
+    other shards); by default the shards' own. augment: a `random_crop` instead of the `centre_crop`. A damaged photo is
+    black and of NO_CLASS: it is left out, not guessed.
     Raises Mistake where the shards have a class that `classes` lacks.
     """
 
@@ -87,8 +101,10 @@ class LabelledPhotos(Dataset[tuple[Tensor, int]]):
         size: int,
         rows: NDArray[np.int64] | None = None,
         classes: Sequence[str] | None = None,
+        *,
+        augment: bool = False,
     ):
-        self.shards, self.size = shards, size
+        self.shards, self.size, self.augment = shards, size, augment
         self.rows = np.arange(len(shards)) if rows is None else rows
         self.classes = list(shards.classes if classes is None else classes)
         place = {name: label for label, name in enumerate(self.classes)}
@@ -105,10 +121,15 @@ class LabelledPhotos(Dataset[tuple[Tensor, int]]):
         photo, label = self.shards.read(row), int(self.shards.index["label"][row])
         if self.shards.is_sound(row, photo):
             try:
-                return centre_crop(decode(photo), self.size), self._label[label] if label >= 0 else NO_CLASS
+                cut = random_crop if self.augment else centre_crop
+                return cut(decode(photo), self.size), self._label[label] if label >= 0 else NO_CLASS
             except ValueError:
                 pass
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), NO_CLASS
+
+    def share(self, rank: int, world: int) -> "LabelledPhotos":
+        """Every world-th of these photos, for one of `world` processes."""
+        return LabelledPhotos(self.shards, self.size, self.rows[rank::world], self.classes, augment=self.augment)
 
 
 class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
@@ -192,6 +213,33 @@ class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
                 f"{self.masks[i]}: class {highest}, but there are {self.classes} classes (0 to {self.classes - 1})"
             )
         return picture, numbers
+
+
+def voc_splits(
+    folder: str | Path,
+    size: int,
+    train_split: str | None = None,
+    val_split: str = "val",
+    classes: int | None = None,
+    *,
+    augment: bool = False,
+) -> tuple[VocSegmentation, VocSegmentation]:
+    """(train, val) of a folder in Pascal VOC's layout; the train split is by default `trainaug` where there is one."""
+    has_aug = (Path(folder) / "ImageSets" / "Segmentation" / "trainaug.txt").is_file()
+    split = train_split or ("trainaug" if has_aug else "train")
+    train = VocSegmentation(folder, split, size, augment=augment, classes=classes)
+    return train, VocSegmentation(folder, val_split, size, classes=train.classes)
+
+
+def scene_sizes(image_size: int, size: int | None = None) -> tuple[int, int]:
+    """(side of a scene, side of the maps in which what is predicted is compared) for a network trained on views of
+    `image_size` pixels, perhaps with scenes of another `size`: 448 and 100 as published, the second in proportion.
+
+    The small protocol, for networks trained on views of less than SMALL pixels: scenes of the view's own size, maps of
+    half of it (4 for each patch of 8 pixels, about as many as published).
+    """
+    size = size or (448 if image_size >= SMALL else image_size)
+    return size, size // 2 if size < SMALL else round(size * 100 / 448)
 
 
 def _open_mask(path: Path) -> Image.Image:

@@ -85,8 +85,10 @@ def _collate(samples: list) -> list[Tensor] | Mistake:
 def tokens(network: ViT, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures uint8 [n,3,S,S] -> ([CLS] [n,D], patch tokens [n,h*w,D]) after the final norm, float32."""
     mean, std = (torch.tensor(c, device=pictures.device).view(1, 3, 1, 1) for c in (MEAN, STD))
+    normalised = ((pictures / 255 - mean) / std).to(network.pos_embed.dtype)
     with torch.autocast(pictures.device.type, torch.bfloat16, enabled=pictures.device.type == "cuda"):
-        cls, patches, _ = network((pictures / 255 - mean) / std)
+        cls, patches, _ = network(normalised)
+    assert patches is not None
     return cls.float(), patches.float()
 
 
@@ -103,34 +105,50 @@ def raw_pixels(pictures: Tensor) -> Tensor:
     return pixels - pixels.mean(dim=1, keepdim=True)
 
 
-def photo_features(
+def width_of(kind: str, network: ViT | None, size: int) -> int:
+    """D of a photo's features: the network's width, or the number of values of its raw pixels."""
+    return 3 * min(size, PIXELS) ** 2 if kind == "pixels" or network is None else network.width
+
+
+def photo_batches(
     network: ViT | None,
     photos: LabelledPhotos,
     kinds: Sequence[str] = ("cls",),
     *,
     batch: int = 256,
     workers: int = 0,
+    shuffle: torch.Generator | None = None,
     show: str | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """One vector for each photo: ({kind: float32 [n,D]}, labels int64 [n]), on the CPU; photos of no class are left out.
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """One vector for each photo, a batch at a time: ({kind: float32 [n,D]}, labels int64 [n]) on the network's device;
+    photos of no class are left out.
 
     kinds: 'cls' ([CLS] after the final norm), 'patches' (mean of the patch tokens) and 'pixels' (`raw_pixels`; asks
-    for no network). Features of a kind take n*D*4 bytes and no more. show: the words beside a progress bar.
+    for no network). show: the words beside a progress bar.
     """
     device = next(network.parameters()).device if network else torch.device("cpu")
+    made = batches(photos, batch, device, workers=workers, shuffle=shuffle)
+    for pictures, labels in shown(made, -(-len(photos) // batch), show):
+        pictures, labels = pictures[labels >= 0], labels[labels >= 0]
+        if not len(labels):
+            continue
+        features = {}
+        if network and ("cls" in kinds or "patches" in kinds):
+            cls, patches = tokens(network, pictures)
+            features = {"cls": cls, "patches": patches.mean(dim=1)}
+        if "pixels" in kinds:
+            features["pixels"] = raw_pixels(pictures)
+        yield {kind: features[kind] for kind in kinds}, labels
+
+
+def photo_features(
+    network: ViT | None, photos: LabelledPhotos, kinds: Sequence[str] = ("cls",), **how: Any
+) -> tuple[dict[str, Tensor], Tensor]:
+    """All of `photo_batches` at once, on the CPU: ({kind: float32 [n,D]}, labels int64 [n]); n*D*4 bytes of each kind."""
     features: dict[str, Tensor] = {}
     labels = torch.empty(len(photos), dtype=torch.int64)
     filled = 0
-    for pictures, known in shown(batches(photos, batch, device, workers=workers), -(-len(photos) // batch), show):
-        pictures, known = pictures[known >= 0], known[known >= 0]
-        if not len(known):
-            continue
-        made = {}
-        if network and ("cls" in kinds or "patches" in kinds):
-            cls, patches = tokens(network, pictures)
-            made = {"cls": cls, "patches": patches.mean(dim=1)}
-        if "pixels" in kinds:
-            made["pixels"] = raw_pixels(pictures)
+    for made, known in photo_batches(network, photos, kinds, **how):
         rows = slice(filled, filled + len(known))
         for kind in kinds:
             if kind not in features:
@@ -146,6 +164,16 @@ class SceneTokens(NamedTuple):
 
     tokens: Tensor  # float32 [n,D,h,w]
     masks: Tensor  # uint8 [n,S,S]
+
+
+def upsampled(maps: Tensor, size: int) -> Tensor:
+    """[n,C,h,w] -> [n,C,size,size], bilinear."""
+    return F.interpolate(maps, (size, size), mode="bilinear", align_corners=False)
+
+
+def resized_masks(masks: Tensor, size: int) -> Tensor:
+    """Masks uint8 [n,S,S] -> [n,size,size], by the nearest pixel."""
+    return masks if masks.shape[-1] == size else F.interpolate(masks[:, None], (size, size), mode="nearest")[:, 0]
 
 
 def scene_batches(

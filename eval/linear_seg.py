@@ -1,7 +1,8 @@
 """Linear segmentation with frozen features: a 1x1 convolution tells the class of every patch token.
 
-    python -m eval.linear_seg RUN_OR_CHECKPOINT --data VOC_FOLDER [--train-split trainaug] [--val-split val]
-        [--classes N] [--size N] [--train-size N] [--[no-]augment] [--epochs 25] [--lr .01] [--batch 64] [--untrained]
+    python -m eval.linear_seg RUN_OR_CHECKPOINT --data VOC_FOLDER [--protocol densedino|leopart] [--train-split trainaug]
+        [--val-split val] [--classes N] [--size N] [--train-size N] [--[no-]augment] [--epochs 25] [--lr .01] [--batch 64]
+        [--untrained]
 
 Paper section 4.1, the protocol of Leopart (Ziegler & Asano 2022) as the published eval_segment.py runs it: scenes of
 448 x 448, patch tokens of 28 x 28, upsampled to 100 x 100 to train on and to 448 x 448 to be judged; SGD with momentum
@@ -10,6 +11,11 @@ Paper section 4.1, the protocol of Leopart (Ziegler & Asano 2022) as the publish
 Two things are done otherwise than published, and mean the same: logits are upsampled instead of features, for a 1x1
 convolution and a bilinear upsampling can change places (its weights sum to one); and features that augmentation does
 not change are computed once.
+
+`--protocol leopart`: as Leopart's own code does it (linear_finetune.py, eval_linear.py). Batches of 120 with what is left
+over dropped, a learning rate of .01 whatever the batch, torch's own first weights; and its best epoch is picked by 480
+validation scenes at 100 x 100, then judged on all of them at 448 x 448, where the other protocol's best epoch is simply
+the one that scores most.
 
 The small protocol, for networks trained on views of less than 128 pixels: scenes of the view's own size, no
 augmentation, trained on logits and masks of half that size (4 for each patch of 8 pixels, about as many as published;
@@ -24,7 +30,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +39,23 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from eval.datasets import IGNORE, VocSegmentation
-from eval.features import SceneTokens, check_size, default_workers, scene_batches, scene_tokens, shown
+from eval.datasets import IGNORE, SMALL, VocSegmentation, scene_sizes, voc_splits
+from eval.features import (
+    SceneTokens,
+    check_size,
+    default_workers,
+    resized_masks,
+    scene_batches,
+    scene_tokens,
+    shown,
+    upsampled,
+)
+from eval.miou import Score, confusion, score_rows, scored
 from eval.subject import Subject
 from model.vit import ViT
-from runtime.mistake import Mistake, tell_mistakes
+from runtime.mistake import Mistake, nearest, tell_mistakes
+
+PROTOCOLS = ("densedino", "leopart")
 
 
 @dataclass(frozen=True)
@@ -51,52 +69,29 @@ class Protocol:
     batch: int = 64  # 8 on each of 8 GPUs
     lr: float = 0.01  # for each 60 scenes of a batch
     seed: int = 0
+    drop_last: bool = False  # the scenes of an epoch that fill no batch
+    first_weights: Literal["small", "torch"] = "small"  # normal(0, .01) and no bias; or torch's own
+    picked_by: int = 0  # the best epoch is picked by so many val scenes at train_size; 0: by all of them, at full size
 
     @staticmethod
-    def for_views(image_size: int, size: int | None = None) -> "Protocol":
+    def for_views(image_size: int, size: int | None = None, name: str = "densedino") -> "Protocol":
         """The protocol for a network trained on views of `image_size`, perhaps with scenes of another size."""
-        size = size or (Protocol.size if image_size >= 128 else image_size)
-        small = size < 128
-        return Protocol(size, size // 2 if small else round(size * Protocol.train_size / Protocol.size), not small)
+        if name not in PROTOCOLS:
+            raise Mistake(f"protocol '{name}': one of {', '.join(PROTOCOLS)}{nearest(name, PROTOCOLS)}")
+        size, train_size = scene_sizes(image_size, size)
+        protocol = Protocol(size, train_size, augment=size >= SMALL)
+        if name == "leopart":  # batches of 60 on each of 2 GPUs; .005 for each 60 of 120 scenes is .01
+            leopart: dict[str, Any] = dict(batch=120, lr=0.005, drop_last=True, first_weights="torch", picked_by=480)
+            protocol = replace(protocol, **leopart)
+        return protocol
 
 
 @dataclass(frozen=True)
-class Figures:
+class Figures(Score):
     """What an epoch scored on the validation scenes, in percent."""
 
     epoch: int
-    miou: float  # mean over all classes, as published
-    miou_present: float  # mean over the classes that the masks contain
-    iou: list[float]  # per class
-
-
-# ------------------------------------------------------------------------------------------------------------ the score
-
-
-def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Pixels counted by (true class, predicted class): int64 [C,C].
-
-    truth and predicted: integer tensors of one shape. What the truth ignores (255, or any number that is no class)
-    counts nowhere, also not as a wrong prediction.
-    """
-    truth = truth.flatten().long()
-    truth = truth.where((truth >= 0) & (truth < classes), classes)  # one row more, for what is ignored
-    pairs = torch.bincount(truth * classes + predicted.flatten(), minlength=(classes + 1) * classes)
-    return pairs.view(classes + 1, classes)[:classes]
-
-
-def intersection_over_union(counts: Tensor) -> Tensor:
-    """Of each class, 0 to 1: float64 [C] from a confusion matrix [C,C]; 0 for a class that is nowhere, as published."""
-    counts = counts.double()
-    right = counts.diagonal()
-    return right / (counts.sum(0) + counts.sum(1) - right + 1e-6)
-
-
-def scored(counts: Tensor, epoch: int = 0) -> Figures:
-    """mIoU in both conventions: over all classes (published), and over those that occur in the masks."""
-    iou = 100 * intersection_over_union(counts)
-    present = counts.sum(1) > 0
-    return Figures(epoch, float(iou.mean()), float(iou[present].mean()), iou.tolist())
+    picked_by: float  # the mIoU by which the best epoch is picked
 
 
 # -------------------------------------------------------------------------------------------------------- the linear map
@@ -133,9 +128,10 @@ def fit(
             yield SceneTokens(kept.tokens[rows].to(device), kept.masks[rows].to(device))
 
     head = nn.Conv2d(network.width, train.classes, 1)
-    nn.init.normal_(head.weight, std=0.01)
-    assert head.bias is not None
-    nn.init.zeros_(head.bias)
+    if protocol.first_weights == "small":
+        nn.init.normal_(head.weight, std=0.01)
+        assert head.bias is not None
+        nn.init.zeros_(head.bias)
     head = head.to(device)
     rate = protocol.lr * protocol.batch / 60
     optimiser = torch.optim.SGD(head.parameters(), rate, momentum=0.9, weight_decay=1e-4)
@@ -144,49 +140,55 @@ def fit(
     history = []
     for epoch in shown(range(1, protocol.epochs + 1), protocol.epochs, "linear map" if show else None):
         for tokens, masks in epoch_of_batches():
+            if protocol.drop_last and len(masks) < protocol.batch <= len(train):
+                continue
             logits = upsampled(head(tokens), protocol.train_size)
-            answers = F.interpolate(masks[:, None].float(), logits.shape[-1], mode="nearest")[:, 0].long()
+            answers = resized_masks(masks, protocol.train_size).long()
             loss = F.cross_entropy(logits, answers, ignore_index=IGNORE)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
         schedule.step()
-        history.append(scored(judge(head, judged), epoch))
+        score = scored(judge(head, judged))
+        picked_by = score.miou
+        if protocol.picked_by:
+            some = SceneTokens(judged.tokens[: protocol.picked_by], judged.masks[: protocol.picked_by])
+            picked_by = scored(judge(head, some, size=protocol.train_size)).miou
+        history.append(Figures(**asdict(score), epoch=epoch, picked_by=picked_by))
     return history
 
 
+def best_of(history: list[Figures]) -> Figures:
+    """The epoch that the protocol picks; the first of equal ones."""
+    return max(history, key=lambda figures: figures.picked_by)
+
+
 @torch.inference_mode()
-def judge(head: nn.Module, scenes: SceneTokens, batch: int = 32) -> Tensor:
-    """Confusion matrix [C,C] of the head's predictions at the masks' full size."""
+def judge(head: nn.Module, scenes: SceneTokens, batch: int = 32, size: int | None = None) -> Tensor:
+    """Confusion matrix [C,C] of the head's predictions, at the masks' full size or at `size`."""
     device = next(head.parameters()).device
     counts = torch.zeros((), dtype=torch.int64, device=device)
     for tokens, masks in zip(scenes.tokens.split(batch), scenes.masks.split(batch), strict=True):
         logits = head(tokens.to(device))
+        masks = resized_masks(masks.to(device), size or masks.shape[-1])
         predicted = upsampled(logits, masks.shape[-1]).argmax(1)
-        counts = counts + confusion(masks.to(device), predicted, logits.shape[1])
+        counts = counts + confusion(masks, predicted, logits.shape[1])
     return counts
-
-
-def upsampled(logits: Tensor, size: int) -> Tensor:
-    """[n,C,h,w] -> [n,C,size,size]"""
-    return F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
 
 
 def scenes_of(
     folder: str | Path, protocol: Protocol, train_split: str | None, val_split: str, classes: int | None = None
 ) -> tuple[VocSegmentation, VocSegmentation]:
     """(train, val) of a folder in Pascal VOC's layout; the train split is by default `trainaug` where there is one."""
-    has_aug = (Path(folder) / "ImageSets" / "Segmentation" / "trainaug.txt").is_file()
-    split = train_split or ("trainaug" if has_aug else "train")
-    train = VocSegmentation(folder, split, protocol.size, augment=protocol.augment, classes=classes)
-    return train, VocSegmentation(folder, val_split, protocol.size, classes=train.classes)
+    return voc_splits(folder, protocol.size, train_split, val_split, classes, augment=protocol.augment)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m eval.linear_seg", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("network", help="a run folder, a checkpoint or a backbone file")
+    parser.add_argument("network", help="a run folder, a checkpoint, a backbone file or timm:NAME")
     parser.add_argument("--data", help="folder in Pascal VOC's layout (default: the run's eval.voc)")
+    parser.add_argument("--protocol", default="densedino", help=f"{' or '.join(PROTOCOLS)} (default: densedino)")
     parser.add_argument("--train-split", help="default: trainaug where it is listed, else train")
     parser.add_argument("--val-split", default="val", help="default: val")
     parser.add_argument("--classes", type=int, help="how many (default: see classes.txt or the train masks)")
@@ -209,12 +211,12 @@ def main(argv: list[str] | None = None) -> int:
         if value is not None and value <= 0:
             raise Mistake(f"--{name.replace('_', '-')} {value}: more than 0")
     subject = Subject(args.network)
-    data = args.data or subject.settings.voc
-    if data is None:
-        raise Mistake("which scenes? --data names a folder in Pascal VOC's layout (or eval.voc in the run's config)")
+    data = subject.scenes_folder(args.data)
     network = subject.network(args.untrained)
-    protocol = Protocol.for_views(network.image_size, args.size)
-    given: dict[str, Any] = dict(epochs=subject.settings.seg_epochs, lr=subject.settings.seg_lr)
+    protocol = Protocol.for_views(network.image_size, args.size, args.protocol)
+    given: dict[str, Any] = {}
+    if args.protocol == "densedino":
+        given = dict(epochs=subject.settings.seg_epochs, lr=subject.settings.seg_lr)
     for name in ("train_size", "augment", "epochs", "lr", "batch", "seed"):
         if getattr(args, name) is not None:
             given[name] = getattr(args, name)
@@ -224,22 +226,20 @@ def main(argv: list[str] | None = None) -> int:
     workers = default_workers(len(train) * (protocol.epochs if protocol.augment else 1))
     history = fit(network, train, val, protocol, workers=workers if args.workers is None else args.workers, show=True)
 
-    last, best = history[-1], max(history, key=lambda figures: figures.miou)
+    last, best = history[-1], best_of(history)
     title = f"linear segmentation, {subject.path}{', untrained' if args.untrained else ''}: {data}, {len(val)} scenes"
     table = Table(title=escape(title), title_justify="left")
     table.add_column("IoU %")
     for figures, word in ((last, "last epoch"), (best, "best epoch")):
         table.add_column(f"{word} ({figures.epoch})", justify="right")
-    for label, (a, b) in enumerate(zip(last.iou, best.iou, strict=True)):
-        table.add_row(train.name(label), f"{a:.2f}", f"{b:.2f}")
-    table.add_section()
-    table.add_row(f"mean of all {train.classes} classes", f"[bold]{last.miou:.2f}[/bold]", f"{best.miou:.2f}")
-    table.add_row("mean of the classes present", f"{last.miou_present:.2f}", f"{best.miou_present:.2f}")
+    for row in score_rows([train.name(label) for label in range(train.classes)], (last, best)):
+        table.add_row(*map(escape, row), end_section=row[0] == train.name(train.classes - 1))
     Console().print(table)
     sets = dict(data=str(data), train_split=train.split, val_split=val.split, scenes=len(train), classes=train.classes)
     seconds = round(time.perf_counter() - began, 1)
     scores = dict(last=asdict(last), best=asdict(best), seconds=seconds)
-    print(subject.record("linear_seg", untrained=args.untrained, **asdict(protocol), **sets, **scores))
+    told = dict(protocol=args.protocol, untrained=args.untrained)
+    print(subject.record("linear_seg", **told, **asdict(protocol), **sets, **scores))
     return 0
 
 

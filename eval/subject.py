@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from eval.datasets import LabelledPhotos, open_shards
 from model.vit import ViT
-from model.weights import load_backbone
+from model.weights import TIMM, load_backbone
 from pipeline.remote import is_address
 from pipeline.shards import Plan, Shards
 from runtime.config import Config, Eval, load_config
@@ -21,16 +21,17 @@ from runtime.record import append_jsonl
 class Subject:
     """The network behind a path, and what its run knows: the photos it was trained on and those it never saw.
 
-    path: a run folder, a checkpoint (folder or file) or a backbone file. `run` and `config` are None where the path
-    lies in no run folder. Raises Mistake where there is nothing at `path`.
+    path: a run folder, a checkpoint (folder or file), a backbone file or timm:NAME. `run` and `config` are None where
+    the path lies in no run folder. Raises Mistake where there is nothing at `path`.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.exists():
+        elsewhere = str(path).startswith(TIMM)
+        if not elsewhere and not self.path.exists():
             beside = self.path.parent.iterdir() if self.path.parent.is_dir() else ()
             raise Mistake(f"{path}: no such run, checkpoint or backbone file{nearest(str(path), map(str, beside))}")
-        places = [self.path, *self.path.absolute().parents[:3]]
+        places = [] if elsewhere else [self.path, *self.path.absolute().parents[:3]]
         self.run = next((place for place in places if (place / "config.yaml").is_file()), None)
         self.config: Config | None = load_config(self.run / "config.yaml", []) if self.run else None
         self.settings = self.config.eval if self.config else Eval()
@@ -74,6 +75,14 @@ class Subject:
             LabelledPhotos(bank_shards, size, spread(kept, limit)),
             LabelledPhotos(val_shards, size, spread(asked, limit), classes=bank_shards.classes),
         )
+
+    def scenes_folder(self, data: str | None) -> str:
+        """`data`, or the run's `eval.voc`. Raises Mistake where there is neither."""
+        if data is None and self.settings.voc is None:
+            raise Mistake(
+                "which scenes? --data names a folder in Pascal VOC's layout (or eval.voc in the run's config)"
+            )
+        return data or str(self.settings.voc)
 
     def _held_out(self, shards: Shards) -> NDArray[np.int64]:
         """What training kept out of these shards, as train.py does it: nothing where it had other shards to test on."""

@@ -6,6 +6,9 @@ that no dialect knows, or one that is missing, is an error that names it.
     DINO            {student, teacher}: [module.]backbone.*, head.*
     DenseDINO       the same with backbone.cls_pos_embed and .patch_pos_embed, ref_head.*
     Leopart         [teacher. | student.]<timm's name>, projection_head.*, prototypes.*  (its heads are left out)
+    MoCo-v3         [module.]base_encoder.<timm's name>, momentum_encoder.*, predictor.*  (the first, as published)
+
+`timm:NAME` instead of a file: timm's own pretrained weights, where NAME is such a ViT.
 """
 
 import argparse
@@ -18,7 +21,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from model.dense_dino import DenseDINO
@@ -28,6 +34,8 @@ from runtime.checkpoint import Checkpoint, newest_whole, open_checkpoint, read_h
 from runtime.config import Reference, load_config, parse_config
 from runtime.mistake import Mistake, nearest
 
+TIMM = "timm:"
+
 _BACKBONE = re.compile(
     r"cls_token|pos_embed|cls_pos_embed|patch_pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
     r"|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
@@ -35,10 +43,12 @@ _BACKBONE = re.compile(
 _HEAD = re.compile(r"mlp\.\d+\.(weight|bias)|last_layer\.(weight_g|weight_v)")
 _LEFT_OUT = re.compile(
     r"(head|fc_norm)\.(weight|bias)"  # a classifier
+    r"|head\.\d+\.(weight|bias|running_mean|running_var|num_batches_tracked)"  # MoCo-v3's projection
     r"|projection_head\.\d+\.(weight|bias)|prototypes\.weight"  # Leopart's
     r"|backbone\.ref_learn_token"  # published, unused: the reference token's content is its position alone
     r"|(cls_head|reference_head|head|ref_head)\.mlp\.\d+\.(running_mean|running_var|num_batches_tracked)"
 )
+_MOCO = "base_encoder."
 _HEADS = {"head": "cls_head", "cls_head": "cls_head", "ref_head": "reference_head", "reference_head": "reference_head"}
 
 
@@ -117,6 +127,10 @@ def read_network(path: Path, role: str = "teacher") -> tuple[dict[str, Tensor], 
     told = sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in tensors.values()}.values())
     if told > size:  # a pickle may claim any shape for a storage of four bytes
         raise Mistake(f"{path}: its tensors would take {told:,} bytes, the file has {size:,}")
+    encoder = {n.removeprefix("module."): t for n, t in tensors.items()}
+    encoder = {n.removeprefix(_MOCO): t for n, t in encoder.items() if n.startswith(_MOCO)}
+    if encoder:
+        return our_names(encoder, str(path)), {"heads": 12}  # as published, at every width
     of_role = {n.removeprefix(f"{role}."): t for n, t in tensors.items() if n.startswith(f"{role}.")}
     return our_names(of_role or tensors, str(path)), about
 
@@ -176,6 +190,63 @@ def _from_tensors(tensors: dict[str, Tensor], about: dict, source: str) -> ViT:
     return vit
 
 
+def timm_backbone(name: str) -> ViT:
+    """timm's pretrained ViT, from timm's cache or the network; it takes pictures normalised as ours are.
+
+    Raises Mistake where timm knows no such model, it is no plain pre-norm ViT with [CLS], or its weights are out of reach.
+    """
+    known = timm.list_models("vit_*", pretrained=True)
+    if not timm.is_model(name):
+        raise Mistake(f"timm:{name}: timm has no such model{nearest(name, known)}")
+    if not timm.models.is_model_pretrained(name):
+        raise Mistake(f"timm:{name}: timm has no weights for it{nearest(name, known)}")
+    with torch.device("meta"):
+        plan: Any = timm.create_model(name, num_classes=0)
+    if why := _other_than_plain(plan):
+        raise Mistake(f"timm:{name}: no plain pre-norm ViT with [CLS]: {why}")
+    try:
+        theirs: Any = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # whatever the hub's client raises without a network
+        told = " ".join(str(error).split())[:200]
+        raise Mistake(
+            f"timm:{name}: its weights are not here and cannot be fetched ({told}); a file of them does as well"
+        ) from None
+    tensors = {f"backbone.{n}": t for n, t in theirs.state_dict().items()}
+    # their colours, (p - mean) / std, from ours: a map of each channel, which the patch filter takes in
+    about = theirs.pretrained_cfg
+    mean, std = (torch.tensor(about[key], dtype=torch.float64) for key in ("mean", "std"))
+    ours_mean, ours_std = (torch.tensor(c, dtype=torch.float64) for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    weight, bias = (tensors[f"backbone.patch_embed.proj.{part}"].double() for part in ("weight", "bias"))
+    tensors["backbone.patch_embed.proj.weight"] = (weight * (ours_std / std).view(1, 3, 1, 1)).float()
+    shift = (weight * ((ours_mean - mean) / std).view(1, 3, 1, 1)).sum((1, 2, 3))
+    tensors["backbone.patch_embed.proj.bias"] = (bias + shift).float()
+    return _from_tensors(tensors, {"heads": theirs.blocks[0].attn.num_heads}, f"timm:{name}")
+
+
+def _other_than_plain(theirs: torch.nn.Module) -> str | None:
+    """What a timm model has, or lacks, that our ViT lacks, or has; None where they compute the same."""
+    if type(theirs) is not VisionTransformer:
+        return f"it is a {type(theirs).__name__}"
+    model: Any = theirs
+    names = {name for name, _ in model.named_parameters()}
+    wanted = re.compile(_BACKBONE.pattern.replace("|cls_pos_embed|patch_pos_embed", ""))
+    if over := sorted(name for name in names if not wanted.fullmatch(name)):
+        return f"it has '{over[0]}'"
+    needed = {"cls_token", "pos_embed", "patch_embed.proj.bias", "norm.weight", "blocks.0.attn.qkv.bias"}
+    if missing := sorted(needed - names):
+        return f"it lacks '{missing[0]}'"
+    if model.pos_embed.shape[1] != 1 + model.patch_embed.num_patches:
+        return "its positions leave out [CLS]"
+    if model.patch_embed.grid_size[0] != model.patch_embed.grid_size[1]:
+        return "its position grid is no square"
+    act, norm = model.blocks[0].mlp.act, model.norm
+    if type(act) is not torch.nn.GELU or act.approximate != "none":
+        return f"its activation is {act}"
+    if norm.eps != 1e-6:
+        return f"its norms' eps is {norm.eps:g}, not 1e-06"
+    return None
+
+
 def _from_checkpoint(checkpoint: Checkpoint) -> ViT:
     """The teacher's backbone, in eval mode."""
     config = parse_config(checkpoint.config, str(checkpoint.path))
@@ -195,8 +266,10 @@ def load_backbone(path: str | Path, untrained: bool = False) -> ViT:
     """The backbone (a teacher's, where there are two) in eval mode, of
 
     a run folder (its newest checkpoint; untrained: the same network before training), a checkpoint of ours, a backbone
-    file, or weights of timm, DINO, DenseDINO or Leopart. Raises Mistake where there is none.
+    file, weights of timm, DINO, DenseDINO, Leopart or MoCo-v3, or timm:NAME. Raises Mistake where there is none.
     """
+    if str(path).startswith(TIMM):
+        return timm_backbone(str(path).removeprefix(TIMM)).eval()
     path = Path(path)
     if path.is_dir() and (path / "config.yaml").is_file():
         config = load_config(path / "config.yaml")

@@ -149,7 +149,9 @@ class Run:
 
 @dataclass
 class Eval:
-    voc: str | None = None  # folder in Pascal VOC's layout, for linear segmentation
+    voc: str | None = None  # folder in Pascal VOC's layout, for segmentation
+    every: float = 0  # epochs between two k-NN evaluations of the teacher while it trains; 0: never
+    limit: int = 20_000  # photos of the bank, and photos asked about, in these
     k: int = 20
     temperature: float = 0.07
     seg_epochs: int = 25
@@ -498,6 +500,7 @@ def _check(c: Config) -> list[str]:
         "run.checkpoint_every": c.run.checkpoint_every, "model.patch": c.model.patch, "head.hidden": c.head.hidden,
         "head.bottleneck": c.head.bottleneck, "eval.k": c.eval.k, "eval.temperature": c.eval.temperature,
         "eval.seg_epochs": c.eval.seg_epochs, "eval.seg_lr": c.eval.seg_lr,
+        "eval.limit": c.eval.limit,
     }  # fmt: skip
     for name, value in positive.items():
         need(value > 0, f"{name}: more than 0, this is {value}")
@@ -505,7 +508,7 @@ def _check(c: Config) -> list[str]:
         "optim.min_lr": c.optim.min_lr, "optim.warmup": c.optim.warmup, "optim.clip": c.optim.clip,
         "optim.freeze_last_layer": c.optim.freeze_last_layer, "speed.workers": c.speed.workers, "seed": c.seed,
         "loss.teacher_temperature_warmup": c.loss.teacher_temperature_warmup,
-        "optim.weight_decay": min(c.optim.weight_decay),
+        "optim.weight_decay": min(c.optim.weight_decay), "eval.every": c.eval.every,
     }.items():  # fmt: skip
         need(value >= 0, f"{name}: not below 0, this is {value}")
     need(min(c.loss.teacher_temperature) > 0, "loss.teacher_temperature: more than 0")

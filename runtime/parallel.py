@@ -72,6 +72,19 @@ class Processes:
         dist.all_gather_object(everyone, number)
         return len(set(everyone)) == 1
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows [n,*] of all processes, in order of rank, in each of them: [n_0 + n_1 + ..., *]. n may differ."""
+        if self.world == 1:
+            return rows
+        count = torch.tensor([len(rows)], device=rows.device)
+        counts = [torch.empty_like(count) for _ in range(self.world)]
+        dist.all_gather(counts, count)
+        most = int(max(counts))
+        padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+        everyone = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(everyone, padded)
+        return torch.cat([theirs[: int(n)] for theirs, n in zip(everyone, counts, strict=True)])
+
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 

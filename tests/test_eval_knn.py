@@ -15,10 +15,11 @@ import eval.subject
 from eval import knn
 from eval.datasets import NO_CLASS, LabelledPhotos, decode, open_shards
 from eval.features import PIXELS, photo_features, raw_pixels
-from eval.knn import knn_scores, main, photo_knn, top_accuracy
+from eval.knn import Neighbours, class_scores, in_blocks, knn_scores, main, nearest_labels, photo_knn, top_accuracy
 from eval.subject import Subject, spread
 from model.vit import ViT
 from pipeline.shards import Shards
+from runtime.checkpoint import save_backbone
 from runtime.mistake import Mistake
 
 HOME = Path(__file__).parents[1]
@@ -44,6 +45,32 @@ def test_blocks_of_bank_and_queries_do_not_change_a_score(monkeypatch, rows, mem
     labels = torch.randint(0, 6, (103,), generator=draw)
     scores = knn_scores(bank, labels, queries, 9, 0.1, 6, memory=memory)
     torch.testing.assert_close(scores, naive_scores(bank, labels, queries, 9, 0.1, 6), rtol=1e-4, atol=1e-3)
+
+
+def test_a_bank_may_pass_by_in_pieces_and_in_half_precision():
+    draw = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(60, 8, generator=draw).half(), torch.randn(5, 8, generator=draw)
+    labels = torch.randint(0, 6, (60,), generator=draw)
+    whole = nearest_labels(bank, labels, queries, 9)
+    found = Neighbours(queries, 9, memory=1)
+    for piece, named in zip(bank.split(7), labels.split(7), strict=True):
+        found.meet(piece, named)
+    torch.testing.assert_close(found.similarities, whole[0])
+    assert torch.equal(found.labels, whole[1])
+    few = Neighbours(queries, 9)
+    few.meet(bank[:4], labels[:4])
+    assert few.similarities[:, 4:].isneginf().all()  # no more than have come, and nobody votes for them
+    torch.testing.assert_close(
+        class_scores(few.similarities, few.labels, 0.1, 6), knn_scores(bank[:4], labels[:4], queries, 9, 0.1, 6)
+    )
+
+
+def test_batches_are_put_together_and_none_is_lost():
+    batches = [({"cls": torch.full((n, 2), float(n))}, torch.full((n,), n)) for n in (3, 4, 2, 9, 1)]
+    made = list(in_blocks(batches, rows=5))
+    assert [len(labels) for _, labels in made] == [7, 11, 1]
+    assert torch.equal(torch.cat([labels for _, labels in made]), torch.cat([labels for _, labels in batches]))
+    assert all(torch.equal(features["cls"][:, 0], labels.float()) for features, labels in made)
 
 
 def test_a_near_neighbour_outvotes_two_far_ones_only_at_a_low_temperature():
@@ -244,6 +271,23 @@ def test_all_photos_voting_leaves_none_to_ask_about(run, home):
         main([str(run)])
     with pytest.raises(Mistake, match="nothing is left to ask about"):  # a photo must not vote for itself
         main([str(run), "--bank", str(home / "val"), "--val", str(home / "val")])
+
+
+def test_two_processes_find_what_one_finds(home, tmp_path):
+    """Of 87 photos, one has a photo more than the other; the program says and records once."""
+    torch.manual_seed(0)
+    save_backbone(tmp_path / "b.safetensors", ViT(width=24, depth=1, heads=2, patch=8, image_size=24), {"heads": 2})
+    (tmp_path / "config.yaml").write_text("data: {views: [{count: 2, size: 24, teacher: true}]}\nmodel: {patch: 8}\n")
+    words = ["eval.knn", str(tmp_path / "b.safetensors"), "--bank", str(home / "shards"), "--val", str(home / "val")]
+    words += ["--k", "7", "--limit", "87", "--features", "patches"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    for launch in (["-m"], torchrun):
+        subprocess.run([sys.executable, *launch, *words], cwd=HOME, check=True, capture_output=True, timeout=120)
+    alone, together = map(json.loads, (tmp_path / "evaluations.jsonl").read_text().splitlines())
+    for word in ("time", "seconds"):
+        alone.pop(word), together.pop(word)
+    assert alone == together
+    assert alone["photos"] == 87
 
 
 def test_a_missing_run_ends_the_program_with_one_line_and_code_2(tmp_path):

@@ -16,8 +16,9 @@ from torch import nn
 import eval.subject
 from eval import report
 from eval.datasets import IGNORE, VocSegmentation
-from eval.features import scene_batches, scene_tokens
-from eval.linear_seg import Protocol, confusion, fit, intersection_over_union, main, scenes_of, scored, upsampled
+from eval.features import scene_batches, scene_tokens, upsampled
+from eval.linear_seg import Figures, Protocol, best_of, fit, main, scenes_of
+from eval.miou import confusion, intersection_over_union, scored
 from model.vit import ViT
 from runtime.mistake import Mistake
 
@@ -58,6 +59,21 @@ def test_the_protocol_is_the_published_one_for_published_views():
     assert Protocol.for_views(224) == Protocol(448, 100, True, 25, 64, 0.01, 0)
     assert Protocol.for_views(224, 224) == Protocol(224, 50, True, 25, 64, 0.01, 0)
     assert Protocol.for_views(48) == Protocol(48, 24, False, 25, 64, 0.01, 0)
+
+
+def test_leoparts_protocol_is_the_published_one():
+    leopart = Protocol.for_views(224, name="leopart")
+    assert (leopart.size, leopart.train_size, leopart.augment, leopart.epochs) == (448, 100, True, 25)
+    assert leopart.lr * leopart.batch / 60 == pytest.approx(0.01)
+    assert (leopart.batch, leopart.drop_last, leopart.first_weights, leopart.picked_by) == (120, True, "torch", 480)
+    with pytest.raises(Mistake, match="did you mean 'leopart'"):
+        Protocol.for_views(224, name="leopard")
+
+
+def test_the_best_epoch_is_the_one_that_the_protocol_picks():
+    score = dict(miou_present=0.0, iou=[])
+    history = [Figures(miou=m, **score, epoch=e, picked_by=p) for e, (m, p) in enumerate([(5.0, 9.0), (7.0, 3.0)], 1)]
+    assert best_of(history).epoch == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- scenes
@@ -199,6 +215,20 @@ def test_the_map_learns_what_is_linear(voc, network):
     assert fit(network, train, val, SMALL)[-1] == history[-1]  # the protocol's seed decides all of it
 
 
+def test_leoparts_map_drops_a_last_batch_and_is_picked_by_some_scenes(voc, network):
+    leopart = dict(drop_last=True, first_weights="torch", picked_by=4)
+    protocol = replace(SMALL, **leopart, batch=12, lr=0.4)  # 40 scenes: three batches, four scenes are left over
+    train, val = scenes_of(voc, protocol, None, "val")
+    history = fit(network, train, val, protocol)
+    assert history[-1].miou > 70
+    assert any(figures.picked_by != figures.miou for figures in history)
+    whole = fit(network, train, val, replace(protocol, drop_last=False))
+    assert whole[-1] != history[-1]
+    assert fit(network, train, val, replace(protocol, picked_by=0))[-1].miou == history[-1].miou
+    few = replace(protocol, batch=99)  # more than there are scenes: the only batch is not dropped
+    assert fit(network, train, val, few)[-1].miou > history[0].miou - 50
+
+
 def test_the_map_learns_with_augmentation_and_workers(voc, network):
     protocol = replace(SMALL, augment=True)
     train, val = scenes_of(voc, protocol, "train", "val")
@@ -251,7 +281,9 @@ def test_the_program_tells_and_records(run, voc, capsys):
     screen = capsys.readouterr().out
     assert "red box" in screen
     assert main([str(run), *words, "--untrained"]) == 0
-    line, untrained = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
+    assert main([str(run), "--data", str(voc), "--epochs", "2", "--protocol", "leopart"]) == 0
+    line, untrained, leopart = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
+    assert (leopart["protocol"], leopart["batch"], leopart["drop_last"]) == ("leopart", 120, True)
     assert (line["untrained"], untrained["untrained"]) == (False, True)
     assert line["last"] != untrained["last"]
     assert (line["size"], line["train_size"], line["augment"], line["epochs"], line["classes"]) == (48, 24, False, 6, 3)
@@ -268,6 +300,7 @@ def test_the_program_tells_and_records(run, voc, capsys):
         (["--data", "VOC", "--size", "60"], "size 60: not a multiple of the patch size 8; the nearest is 64"),
         (["--data", "VOC", "--val-split", "tarin"], "did you mean 'train'"),
         (["--data", "VOC", "--epochs", "0"], "--epochs 0: more than 0"),
+        (["--data", "VOC", "--protocol", "dense"], "did you mean 'densedino'"),
     ],
 )
 def test_a_wrong_word_is_told(run, voc, words, told):

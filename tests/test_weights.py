@@ -79,6 +79,73 @@ def test_a_real_timm_model_loads_both_ways(tmp_path):
         assert torch.equal(again.eval()(images), theirs(images))
 
 
+def test_moco_v3_as_published(tmp_path):
+    """Base encoder, momentum encoder and predictor side by side; 12 heads whatever the width."""
+    torch.manual_seed(0)
+    vit = ViT(width=48, depth=1, heads=12, patch=8, image_size=32).eval()
+    projection = {
+        "head.0.weight": torch.ones(4, 48),
+        "head.1.running_mean": torch.ones(4),
+        "head.3.weight": torch.ones(4, 4),
+    }
+    base = {f"module.base_encoder.{n}": t for n, t in (dict(vit.state_dict()) | projection).items()}
+    momentum = {n.replace("base", "momentum"): torch.zeros_like(t) for n, t in base.items()}
+    predictor = {"module.predictor.0.weight": torch.ones(3, 3)}
+    path = tmp_path / "vit-s-300ep.pth.tar"
+    torch.save({"epoch": 300, "arch": "vit_small", "state_dict": base | momentum | predictor, "optimizer": {}}, path)
+    loaded = load_backbone(path)
+    assert loaded.heads == 12
+    assert torch.equal(features(loaded), features(vit))
+    torch.save({"state_dict": base | {"module.base_encoder.patch_embed.proj.9.weight": torch.ones(1)}}, path)
+    with pytest.raises(Mistake, match=r"'patch_embed\.proj\.9\.weight' is no name"):
+        load_backbone(path)
+
+
+def test_a_timm_name_gives_timms_features_whatever_its_colours(monkeypatch):
+    """augreg's ViTs see pictures of mean .5 and deviation .5; ours are given ImageNet's."""
+    real = timm.create_model
+
+    def without_a_download(name, pretrained=False, **given):
+        torch.manual_seed(3)
+        model = real(name, **given)
+        if pretrained:
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+            made.append(model.eval())
+        return model
+
+    made: list = []
+    monkeypatch.setattr(timm, "create_model", without_a_download)
+    ours = load_backbone("timm:vit_tiny_patch16_224")
+    theirs = made[0]
+    assert (theirs.pretrained_cfg["mean"], ours.heads, ours.image_size) == ((0.5, 0.5, 0.5), 3, 224)
+    picture = torch.rand(2, 3, 224, 224)
+    mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        torch.testing.assert_close(ours((picture - mean) / std)[0], theirs((picture - 0.5) / 0.5), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("vit_tiny_patch16_225", "no such model, did you mean 'vit_tiny_patch16_"),
+        ("vit_small_patch14_reg4_dinov2", "no plain pre-norm ViT with .CLS.: it has 'blocks.0.ls1.gamma'"),
+        ("vit_base_patch16_clip_224", "it has 'norm_pre"),
+        ("resnet50", "it is a ResNet"),
+        ("vit_small_patch16_18x2_224", "timm has no weights for it"),
+    ],
+)
+def test_a_timm_name_that_will_not_do_is_told(name, told):
+    with pytest.raises(Mistake, match=f"timm:{name}: .*{told}"):
+        load_backbone(f"timm:{name}")
+
+
+def test_without_a_network_a_timm_name_is_told(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(Mistake, match=r"timm:vit_tiny_patch16_384: its weights are not here and cannot be fetched"):
+        load_backbone("timm:vit_tiny_patch16_384")
+
+
 def test_leopart_of_the_oracle(oracle):
     tensors = {
         n.removeprefix("loss.teacher."): t for n, t in oracle("g_leopart").items() if n.startswith("loss.teacher.")
