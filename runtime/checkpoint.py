@@ -265,7 +265,7 @@ def made_otherwise(found: Checkpoint | None, made_with: dict[str, str]) -> list[
 # ------------------------------------------------------------------------------------------------ the state of a run
 
 
-def _state(model: "nn.Module", adamw: "optim.Optimizer") -> "dict[str, Tensor]":
+def state_of(model: "nn.Module", adamw: "optim.Optimizer") -> "dict[str, Tensor]":
     """All that is state, by name, where it stands."""
     names = {id(p): n for n, p in model.named_parameters()}
     tensors = {n: t.detach() for n, t in model.state_dict().items()}
@@ -330,11 +330,9 @@ class Writer:
     def save(self, step: int, model: "nn.Module", adamw: "optim.Optimizer") -> None:
         """Take the state after `step` steps, and write it behind the next ones."""
         self.finish()
-        state = _state(model, adamw)
+        state = state_of(model, adamw)
         for name, t in state.items():
-            if (
-                name not in self._copies
-            ):  # kept from save to save: fresh pages cost more than the copy, pinned ones far more
+            if name not in self._copies:  # kept for the next save: new pages, or pinned ones, cost more than the copy
                 self._copies[name] = t.new_empty(t.shape, device="cpu", pin_memory=t.is_cuda)
             self._copies[name].copy_(t, non_blocking=True)
         if any(t.is_cuda for t in state.values()):
