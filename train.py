@@ -61,7 +61,7 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
     from model import weights
     from model.dense_dino import DenseDINO, count_cost
     from pipeline.draws import hash64
-    from pipeline.loader import Loader
+    from pipeline.loader import Loader, choose_reader
     from runtime import parallel, record, schedule
 
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)
@@ -86,19 +86,22 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
     if found and start >= steps and (folder / "backbone.safetensors").is_file():
         print(f"{folder} is finished: {start} steps, {found.path}. RUN=another/folder starts another run.")
         return 0
+    screen = writer = None
+    if processes.first:  # before the loader starts: a folder that cannot be written ends the run
+        versions, resolved = record.versions(), dump_config(config)
+        made_with = {
+            "world size": str(processes.world), "precision": str(processes.dtype).removeprefix("torch."),
+            "device": processes.device.type, "reader": choose_reader(config.speed.reader, processes.device)[0], **versions,
+        }  # fmt: skip
+        writer = checkpoint.Writer(folder / "checkpoints", config.run.keep, resolved, data, made_with)
+        (folder / "config.yaml").write_text(resolved)
     note = parallel.compile_parts(model.parts(), processes.device) if config.speed.compile else ""
     trained = parallel.distribute(model, processes)
     loader = Loader(
         config, shards, plan, device=processes.device, dtype=processes.dtype, start=start, stop=steps,
         rank=processes.rank, world=processes.world, compile=config.speed.compile and not note.startswith("running"),
     )  # fmt: skip
-    screen = writer = None
     if processes.first:
-        versions, resolved = record.versions(), dump_config(config)
-        made_with = {"world size": str(processes.world), "device": processes.device.type, "reader": loader.reader}
-        made_with |= {"precision": str(processes.dtype).removeprefix("torch."), **versions}
-        writer = checkpoint.Writer(folder / "checkpoints", config.run.keep, resolved, data, made_with)
-        (folder / "config.yaml").write_text(resolved)
         screen = record.Record(folder, steps, plan.steps_per_epoch, start, config.optim.batch)
         record.append_jsonl(folder / "versions.jsonl", {"step": start, "command": record.program(), **versions})
         screen.say(describe(config, plan, processes.world, str(processes.device), str(processes.dtype)))

@@ -8,6 +8,7 @@ else is state: plan, draws and drop path follow from (seed, step).
 Imports no torch by itself: whether a folder's run can be gone on with is told before anything heavy loads.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -43,7 +44,7 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str
     """Write a safetensors file of CPU tensors so that at every moment the path holds a whole file or none.
 
     Written here and not by safetensors: its temporary file has a name of its own making, which a kill would leave behind.
-    Raises OSError where it cannot be written; then nothing is left of it.
+    Raises Mistake where there is no room or no right to write; then nothing is left of it.
     """
     import torch
 
@@ -57,11 +58,12 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    path.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = len(head) + end, 0
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         total, _, free = shutil.disk_usage(path.parent)
-        if total and free < len(head) + end:  # told before the disk is filled to its last byte, which others need
+        if total and free < needed:  # told before the disk is filled to its last byte, which others need
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open(temporary, "wb", buffering=0) as file:
             digest = hashlib.sha256()
@@ -74,9 +76,11 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        limit = " (ulimit -f)" if error.errno == errno.EFBIG else ""
+        raise Mistake(f"{path}: not written: {error.strerror}{limit}; {needed:,} bytes needed, {free:,} free") from None
 
 
 def _write(file: BinaryIO, block: memoryview) -> None:
@@ -261,7 +265,7 @@ def made_otherwise(found: Checkpoint | None, made_with: dict[str, str]) -> list[
 # ------------------------------------------------------------------------------------------------ the state of a run
 
 
-def _state(model: "nn.Module", adamw: "optim.Optimizer") -> "dict[str, Tensor]":
+def state_of(model: "nn.Module", adamw: "optim.Optimizer") -> "dict[str, Tensor]":
     """All that is state, by name, where it stands."""
     names = {id(p): n for n, p in model.named_parameters()}
     tensors = {n: t.detach() for n, t in model.state_dict().items()}
@@ -326,11 +330,9 @@ class Writer:
     def save(self, step: int, model: "nn.Module", adamw: "optim.Optimizer") -> None:
         """Take the state after `step` steps, and write it behind the next ones."""
         self.finish()
-        state = _state(model, adamw)
+        state = state_of(model, adamw)
         for name, t in state.items():
-            if (
-                name not in self._copies
-            ):  # kept from save to save: fresh pages cost more than the copy, pinned ones far more
+            if name not in self._copies:  # kept for the next save: new pages, or pinned ones, cost more than the copy
                 self._copies[name] = t.new_empty(t.shape, device="cpu", pin_memory=t.is_cuda)
             self._copies[name].copy_(t, non_blocking=True)
         if any(t.is_cuda for t in state.values()):
@@ -367,21 +369,14 @@ class Writer:
                     )
             try:
                 save_tensors(path, state, {"format": str(FORMAT), "step": str(step)} | self._header)
-            except OSError as error:
-                raise Mistake(self._unwritten(path, sum(t.nbytes for t in state.values()), error)) from None
+            except Mistake as mistake:
+                standing = next(iter(_newest_first(self.folder)), None)
+                stands = f"{standing.name} stands" if standing else "there is none yet"
+                raise Mistake(f"{mistake}; {stands}") from None
             self._whole.add(path)
             self._forget()
         except BaseException as error:  # told by the thread that trains
             self._wrong = error
-
-    def _unwritten(self, path: Path, needed: int, error: OSError) -> str:
-        """Why a checkpoint could not be written, and what stands instead."""
-        limit = " (ulimit -f)" if error.errno == errno.EFBIG else ""
-        standing = next(iter(_newest_first(self.folder)), None)
-        return (
-            f"{path}: not written: {error.strerror}{limit}; {needed:,} bytes needed, "
-            f"{shutil.disk_usage(self.folder).free:,} free; {f'{standing.name} stands' if standing else 'there is none yet'}"
-        )
 
     def _forget(self) -> None:
         """Remove what is older than the newest `keep` whole checkpoints: a damaged one pushes no good one out."""

@@ -1,0 +1,191 @@
+"""Checkpoints: written behind the step, whole or absent, the newest whole one wins, damage is found wherever it is."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from runtime import checkpoint
+from runtime.checkpoint import (
+    Writer,
+    fingerprint,
+    made_otherwise,
+    newest_checkpoint,
+    newest_whole,
+    open_checkpoint,
+    restore,
+    save_tensors,
+)
+from runtime.mistake import Mistake
+
+PAPERS = ("seed: 0\n", {"samples": 3}, {"world size": "1", "precision": "float32"})  # config, data, made_with
+
+
+@pytest.fixture
+def trained():
+    """A model of two layers after one step, and its optimiser."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    adamw = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(2, 5)).sum().backward()
+    adamw.step()
+    return model, adamw
+
+
+def save(folder, trained, *steps, keep=2):
+    writer = Writer(folder, keep, *PAPERS)
+    for step in steps:
+        writer.save(step, *trained)
+    writer.finish()
+    return writer
+
+
+def names(folder):
+    return sorted(int(p.stem.split("-")[1]) for p in folder.glob("checkpoint-*"))
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def test_there_and_back(trained, tmp_path):
+    model, adamw = trained
+    save(tmp_path, trained, 5)
+    found = newest_whole(tmp_path)
+    assert (found.step, found.config, found.data, found.made_with) == (5, *PAPERS)
+    again = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    adamw_again = torch.optim.AdamW(again.parameters(), fused=True)
+    restore(again, adamw_again, found.tensors())
+    for one, other in ((model, adamw), (again, adamw_again)):
+        other.zero_grad()
+        one(torch.full((2, 5), 0.5)).square().sum().backward()
+        other.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_step_waits_for_the_copy_only(trained, tmp_path, monkeypatch):
+    """While the disk stands still, save returns, training goes on, and what is written is the state at the save; the next
+    save waits for the one before."""
+    model, adamw = trained
+    held = threading.Event()
+    write = checkpoint.save_tensors
+
+    def slowly(*args):
+        held.wait()
+        write(*args)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slowly)
+    writer = Writer(tmp_path, 2, *PAPERS)
+    before = model[0].weight.detach().clone()
+    writer.save(1, model, adamw)
+    assert names(tmp_path) == []
+    with torch.no_grad():
+        model[0].weight += 1
+    writer.check()  # nothing is wrong so far
+    second = threading.Thread(target=writer.save, args=(2, model, adamw))
+    second.start()
+    second.join(0.05)
+    assert second.is_alive()
+    held.set()
+    second.join()
+    writer.finish()
+    assert torch.equal(open_checkpoint(tmp_path / "checkpoint-00000001.safetensors").tensors()["0.weight"], before)
+    assert torch.equal(newest_checkpoint(tmp_path)[3]["0.weight"], before + 1)
+
+
+def test_damaged_ones_are_passed_over_and_push_nothing_out(trained, tmp_path, capsys):
+    save(tmp_path, trained, 1, 2, 3, keep=2)
+    assert names(tmp_path) == [2, 3]
+    damage(tmp_path / "checkpoint-00000003.safetensors")
+    assert newest_whole(tmp_path).step == 2
+    assert "passed over: " in capsys.readouterr().out
+    (tmp_path / "checkpoint-00000009.safetensors").write_bytes(b"")  # the newest by name, of another process
+    save(tmp_path, trained, 4, keep=2)
+    assert names(tmp_path) == [2, 3, 4, 9]  # 2 and 4 are the two whole ones
+    save(tmp_path, trained, 5, keep=2)
+    assert names(tmp_path) == [4, 5, 9]
+    for step in (4, 5):
+        damage(tmp_path / f"checkpoint-{step:08d}.safetensors")
+    with pytest.raises(Mistake, match=r"sha256 differs.*no checkpoint of .* is whole: remove them to begin"):
+        newest_whole(tmp_path)
+    assert newest_whole(tmp_path / "nothing") is None
+
+
+def test_damage_is_found_wherever_it_is(trained, tmp_path):
+    save(tmp_path, trained, 1)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for at in np.random.default_rng(0).integers(0, len(whole), 200):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(Mistake):
+            open_checkpoint(path)
+    for cut in (0, 7, 8, 100, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(Mistake):
+            open_checkpoint(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(Mistake):
+        open_checkpoint(path)
+    path.write_bytes(whole)
+    assert open_checkpoint(path).step == 1
+
+
+def test_leftovers_go_and_are_never_chosen(trained, tmp_path):
+    save(tmp_path, trained, 1)
+    leftover = tmp_path / ".checkpoint-00000002.safetensors.tmp"
+    leftover.write_bytes((tmp_path / "checkpoint-00000001.safetensors").read_bytes())
+    assert newest_whole(tmp_path).step == 1
+    Writer(tmp_path, 2, *PAPERS)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001.safetensors"]
+
+
+def test_what_is_not_finite_is_not_saved(trained, tmp_path):
+    writer = save(tmp_path, trained, 1)
+    with torch.no_grad():
+        trained[0][1].bias[2] = float("nan")
+    writer.save(2, *trained)
+    with pytest.raises(Mistake, match=r"'1\.bias' is not finite at step 2: nothing is saved"):
+        writer.finish()
+    writer.finish()  # told once
+    assert names(tmp_path) == [1]
+
+
+def test_a_file_of_every_dtype_is_one_of_the_library(tmp_path):
+    kinds = (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool)
+    tensors = {str(k): torch.arange(6).to(k).reshape(2, 3).T for k in kinds}
+    tensors |= {"scalar": torch.tensor(3.5), "none": torch.zeros(0, 4), "naïve": torch.ones(1, dtype=torch.uint8)}
+    save_tensors(tmp_path / "t.safetensors", tensors, {"ünder": "line\n"})
+    read = load_file(tmp_path / "t.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in tensors.items())
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_what_no_longer_fits_is_named(trained, tmp_path):
+    save(tmp_path, trained, 1)
+    tensors = newest_checkpoint(tmp_path)[3]
+    other = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 4), nn.Linear(4, 1))
+    with pytest.raises(Mistake, match=r"'2\.bias' is missing, .* \(and 1 more\)"):
+        restore(other, torch.optim.AdamW(other.parameters()), tensors)
+
+
+def test_what_a_run_is_made_with(trained, tmp_path):
+    save(tmp_path, trained, 4)
+    found = newest_whole(tmp_path)
+    assert made_otherwise(found, PAPERS[2]) == []
+    assert made_otherwise(None, PAPERS[2]) == []
+    (line,) = made_otherwise(found, {"world size": "2", "precision": "float32"})
+    assert line == "rounded otherwise than before step 4: world size 1 there, 2 now"
+
+
+def test_fingerprint():
+    shard = {"name": "a.tar", "samples": 3, "bytes": 100, "sha256": "x"}
+    one = fingerprint({"shards": [shard, shard | {"sha256": "y"}]})
+    assert (one["samples"], one["shards"]) == (6, 2)
+    assert one == fingerprint({"shards": [shard | {"name": "b.tar"}, shard | {"sha256": "y"}]})  # names are no content
+    assert one != fingerprint({"shards": [shard | {"sha256": "y"}, shard]})  # another order, other samples
