@@ -264,7 +264,7 @@ def tell_run(config: Config, plan, schedules: "Schedules", model: "DenseDINO") -
     images = config.optim.batch // here
     print(
         f"memory       {(state + images * cost.activations) / 2**30:.1f} GiB on each device in float32: {state / 2**30:.1f} "
-        f"of weights and optimiser, {images} images' activations of {cost.activations / 2**20:.0f} MiB (about half of that in "
+        f"of weights and optimiser, {images} images of {cost.activations / 2**20:.0f} MiB (about half of that in "
         f"bfloat16); speed.accumulate or speed.recompute: true need less"
     )
     for group in config.data.views:
