@@ -56,7 +56,7 @@ def train(config: Config, dry_run: bool = False) -> int:
             f"optim.batch: {config.optim.batch} images do not fall into {world} processes x "
             f"speed.accumulate: {config.speed.accumulate} equal pieces"
         )
-    shards = Shards(config.data.shards)
+    shards = Shards(config.data.shards, config.data.max_lost)
     holdout = 0.0 if config.data.val else config.data.holdout
     plan = Plan(shards, batch=config.optim.batch, seed=config.seed, holdout=holdout)
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)
@@ -102,6 +102,8 @@ def train(config: Config, dry_run: bool = False) -> int:
         )
         screen.say(describe(config, plan, processes.world, str(processes.device), str(processes.dtype)))
         screen.say(f"resumed at step {start} from {path}" if start else f"a new run in {folder}")
+        if shards.told_lost:
+            screen.say(shards.told_lost)
         screen.say(f"reading through {loader.reader}: {loader.why}")
         if note:
             screen.say(note)
@@ -137,8 +139,10 @@ def train(config: Config, dry_run: bool = False) -> int:
                 n = done - since
                 for at, planned, read in loader.damaged():
                     name = "damaged.jsonl" if processes.first else f"damaged-{processes.rank}.jsonl"
-                    record.append_jsonl(folder / name, {"step": at, "planned": planned, "read": read})
-                    damaged[plan.epoch(at)] += 1
+                    record.append_jsonl(
+                        folder / name, {"step": at, "planned": planned, "read": read, **shards.describe(planned)}
+                    )
+                    damaged[plan.epoch(at)] += not shards.is_lost(planned)  # which data.max_lost bears
                 here = [float(stopping.asked), loader.waited(), float(max(damaged.values(), default=0))]
                 told = [torch.tensor(here, device=processes.device), torch.stack([sums[name] / n for name in sums])]
                 (stop, waited, bad), values = (t.tolist() for t in processes.mean(told))

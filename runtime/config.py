@@ -59,6 +59,7 @@ class Data:
     jitter: Jitter = field(default_factory=Jitter)
     grey: float = 0.2
     max_bad: float = 0.001  # the run stops when more of an epoch's samples than this share are damaged
+    max_lost: float = 0.0  # a run starts although shards that are gone or cut held this share of the samples
 
 
 @dataclass
@@ -376,8 +377,8 @@ def _check(c: Config) -> list[str]:
 
     shares = {
         "data.holdout": c.data.holdout, "data.min_overlap": c.data.min_overlap, "data.flip": c.data.flip,
-        "data.grey": c.data.grey, "data.max_bad": c.data.max_bad,
-         "data.jitter.probability": c.data.jitter.probability, "loss.alpha": c.loss.alpha,
+        "data.grey": c.data.grey, "data.max_bad": c.data.max_bad, "data.max_lost": c.data.max_lost,
+        "data.jitter.probability": c.data.jitter.probability, "loss.alpha": c.loss.alpha,
         "loss.center_momentum": c.loss.center_momentum, "optim.teacher_momentum": c.optim.teacher_momentum,
         "model.drop_path": c.model.drop_path, "speed.hw_decoder_load": c.speed.hw_decoder_load,
     }  # fmt: skip
