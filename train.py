@@ -50,7 +50,7 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
     from runtime import checkpoint
 
     assert config.data.shards is not None  # load_config asked for them
-    shards = Shards(config.data.shards, config.speed)
+    shards = Shards(config.data.shards, config.speed, config.data.max_lost)
     holdout = 0.0 if config.data.val else config.data.holdout
     plan = Plan(shards, batch=config.optim.batch, seed=config.seed, holdout=holdout)
     folder, data = Path(config.run.folder or "run"), checkpoint.fingerprint(shards.manifest)
@@ -108,6 +108,8 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
         screen.say(f"resumed at step {start} from {found.path}" if found else f"a new run in {folder}")
         for line in (*notes, *checkpoint.made_otherwise(found, made_with)):
             screen.say(line)
+        if shards.told_lost:
+            screen.say(shards.told_lost)
         screen.say(f"reading through {loader.reader}: {loader.why}")
         if note:
             screen.say(note)
@@ -155,8 +157,10 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
                 n = done - since
                 for at, planned, read in loader.damaged():
                     name = "damaged.jsonl" if processes.first else f"damaged-{processes.rank}.jsonl"
-                    record.append_jsonl(folder / name, {"step": at, "planned": planned, "read": read})
-                    damaged[plan.epoch(at)] += 1
+                    record.append_jsonl(
+                        folder / name, {"step": at, "planned": planned, "read": read, **shards.describe(planned)}
+                    )
+                    damaged[plan.epoch(at)] += not shards.is_lost(planned)  # which data.max_lost bears
                 here = [float(stopping.asked), loader.waited(), float(max(damaged.values(), default=0))]
                 of_steps = torch.stack([sums[name] / (n - skipped[0]) for name in sums])
                 told = [torch.tensor(here, device=processes.device), of_steps, skipped.to(of_steps.dtype)]

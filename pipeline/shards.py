@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import re
+import stat
 import threading
 import zlib
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.draws import hash64, permute
+from pipeline.header import MAX_PIXELS, size_of
 from pipeline.remote import Remote, is_address
 from runtime.config import Speed
 from runtime.mistake import Mistake
@@ -33,24 +35,27 @@ INDEX = np.dtype(
         ("shard", "<u4"),  # position in the manifest's list of shards
         ("offset", "<u8"),  # of the photo's first byte in the tar
         ("size", "<u4"),  # bytes of the photo
-        ("height", "<u2"),
+        ("height", "<u2"),  # as stored: no reader turns a photo, whatever its EXIF says
         ("width", "<u2"),
         ("label", "<i4"),  # position in the manifest's classes; -1: none
         ("crc32", "<u4"),  # of the photo's bytes: damage is what differs from this, whatever a decoder thinks
     ]
 )
-ATTEMPTS = 100  # replacements tried for one damaged sample: a shard with so many more of them is no shard
+NEAR = 10  # replacements of a damaged sample that are looked for in its own shard; then in all of them
+ATTEMPTS = 100  # replacements tried in all: a set with so many damaged samples in a row is no set
 
 
 class Shards:
     """Manifest, index and bytes of one folder, or of one address (s3://, https://: see remote.py; `speed` says where its
     cache lies).
 
-    Raises Mistake where the folder is no shard folder or a shard is missing or of another size than the manifest says;
-    `whole=False` (for tools that look for damage) lets such shards pass.
+    Raises Mistake where the folder is no shard folder, or where a share of the samples above `max_lost` lay in shards that
+    are gone or cut (0: where any shard has another size than the manifest says). `told_lost` is a line on what is borne,
+    empty if there is nothing. max_lost=None does not look: for worker processes, and tools that look for themselves; an
+    address is not looked at either, its shards are checked as they come.
     """
 
-    def __init__(self, folder: str | Path | Remote, speed: Speed | None = None, *, whole: bool = True):
+    def __init__(self, folder: str | Path | Remote, speed: Speed | None = None, max_lost: float | None = 0.0):
         if isinstance(folder, str) and is_address(folder):
             folder = Remote(folder, speed)
         self._remote = folder if isinstance(folder, Remote) else None
@@ -68,36 +73,32 @@ class Shards:
             raise Mistake(f"{self.folder}: no shards here (no manifest.json){hint}")
         try:
             self.manifest = json.loads(manifest.read_text())
-            told = self.manifest["format"]
+            if self.manifest["format"] != FORMAT:
+                told = f"format {self.manifest['format']}, this program reads format {FORMAT}"
+                raise Mistake(f"{self.folder}/manifest.json: {told}; make the shards again")
             self.shards: list[dict] = self.manifest["shards"]
-        except (ValueError, KeyError, TypeError) as error:
+            self.classes: list[str] = self.manifest["classes"]
+            self.counts = np.array([s["samples"] for s in self.shards], np.int64)  # [S]
+            odd = [s["name"] for s in self.shards if s["name"] in ("", ".", "..") or {"/", "\0"} & {*s["name"]}]
+            if odd or any(s["bytes"] < 0 or s["samples"] < 0 for s in self.shards):
+                raise ValueError(odd[0] if odd else "numbers below 0")
+        except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
             raise Mistake(f"{self.folder}/manifest.json: not a manifest of shards ({error!r})") from None
-        if told != FORMAT:
-            raise Mistake(
-                f"{self.folder}/manifest.json: format {told}, this program reads format {FORMAT}; make the shards again"
-            )
-        self.classes: list[str] = self.manifest["classes"]
         try:
             # a plain ndarray over the map: the same pages, without memmap's cost at every look-up
             mapped = np.load(here / "index.npy", mmap_mode="r", allow_pickle=False)
             self.index, self._map = np.asarray(mapped), getattr(mapped, "_mmap", None)
         except (OSError, ValueError) as error:
             raise Mistake(f"{self.folder}/index.npy: {error}; `make index DST={self.folder}` writes it again") from None
-        self.counts = np.array([s["samples"] for s in self.shards], np.int64)  # [S]
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])  # [S+1] first sample id of each shard
         if self.index.dtype != INDEX or len(self.index) != self.starts[-1]:
             raise Mistake(
                 f"{self.folder}: the index holds {len(self.index)} samples, the manifest {self.starts[-1]}; "
                 f"`make index DST={self.folder}` writes both again"
             )
-        for s in self.shards if whole and not self._remote else ():
-            path = here / s["name"]
-            size = path.stat().st_size if path.is_file() else None
-            if size != s["bytes"]:
-                found = f"has {size} bytes"
-                if size is None:
-                    found = "is no file" if path.exists() else "is missing"
-                raise Mistake(f"{path}: {found}, the manifest says {s['bytes']} bytes; `make verify DST={self.folder}`")
+        self._there: dict[int, int] = {}  # bytes of each shard that is gone or of another size than the manifest says
+        look = max_lost is not None and self._remote is None  # what comes from far is checked as it comes
+        self.told_lost = self._look_for_loss(here, max_lost or 0.0) if look else ""
         self._files: dict[int, BinaryIO] = {}
         self._lock = threading.Lock()
         self._looks = 0
@@ -106,16 +107,60 @@ class Shards:
         return len(self.index)
 
     def __reduce__(self):  # a worker process opens the folder anew
-        return Shards, (self._remote or self.folder,)
+        return Shards, (self._remote or self.folder, None, None)
+
+    def _look_for_loss(self, folder: Path, max_lost: float) -> str:
+        """A line on shards that are gone or of another size than the manifest says. Raises Mistake beyond `max_lost`."""
+        told, lost = [], 0
+        for i, shard in enumerate(self.shards):
+            path = folder / shard["name"]
+            try:
+                found = path.stat()
+                there = found.st_size if stat.S_ISREG(found.st_mode) else -1
+                what = f"has {there} bytes" if there >= 0 else "is no file"
+            except OSError as error:
+                there, what = -1, "is missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
+            if there == shard["bytes"]:
+                continue
+            self._there[i] = there
+            rows = self.index[self.starts[i] : self.starts[i + 1]]
+            gone = np.flatnonzero((rows["offset"] + rows["size"]).astype(np.int64) > there)
+            first = f", from sample {self.starts[i] + gone[0]} (byte {rows['offset'][gone[0]]}) on" if len(gone) else ""
+            lost += len(gone)
+            told.append(
+                f"{path}: {what}, the manifest says {shard['bytes']} bytes: {len(gone)} of its {len(rows)} samples are "
+                f"lost{first}"
+            )
+        if not told:
+            return ""
+        several = f"; and {len(told) - 3} more shards" if len(told) > 3 else ""
+        line = f"{'; '.join(told[:3])}{several}; in all {lost} of {len(self)} samples are lost"
+        if lost > max_lost * len(self) or max_lost == 0:
+            share = math.ceil(1000 * max(lost, 1) / len(self)) / 1000
+            raise Mistake(
+                f"{line}; copy or make these shards again (`make verify DST={self.folder}` looks at every byte), or train "
+                f"without what is lost: data.max_lost={share:g}"
+            )
+        return line
+
+    def is_lost(self, sample: int) -> bool:
+        """Whether a sample was beyond the end of its shard when the folder was opened."""
+        record = self.index[sample]
+        there = self._there.get(int(record["shard"]))
+        return there is not None and int(record["offset"]) + int(record["size"]) > there
 
     def read(self, sample: int) -> bytes:
-        """The photo's bytes as they stand in the shard, sound or not (see `is_sound`). Thread-safe."""
+        """The photo's bytes as they stand in the shard, sound or not (see `fault`); fewer where they cannot be read.
+        Thread-safe."""
         self._looks += 1
         if self._looks % 65_536 == 0:
             self.forget_pages()
         record = self.index[sample]
-        file = self._file(int(record["shard"]))
-        return os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
+        try:
+            file = self._file(int(record["shard"]))
+            return os.pread(file.fileno(), int(record["size"]), int(record["offset"]))
+        except OSError:  # gone, or the disk's: the sample is damaged, whatever the reason
+            return b""
 
     def prefetch(self, plan: "Plan", step: int, rank: int = 0, world: int = 1) -> None:
         """Let the shards of this rank's next steps come, where they come from far. Raises Mistake where the cache is too
@@ -130,8 +175,30 @@ class Shards:
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def is_sound(self, sample: int, photo: bytes) -> bool:
-        """Whether these are the bytes that the index was written for (27 µs for 110 kB, measured)."""
-        return zlib.crc32(photo) == self.index["crc32"][sample]
+        """Whether these are the bytes that the index was written for, and a photo of the size that it says (see `fault`)."""
+        return not self.fault(sample, photo)
+
+    def fault(self, sample: int, photo: bytes) -> str:
+        """What is wrong with a photo's bytes, empty if nothing is; no decoder sees them before (30 µs for 110 kB)."""
+        record = self.index[sample]
+        if len(photo) != record["size"]:
+            return f"only {len(photo)} of its {record['size']} bytes could be read"
+        if zlib.crc32(photo) != record["crc32"]:
+            return "its bytes are not those that were indexed (crc32)"
+        size, height, width = size_of(photo), int(record["height"]), int(record["width"])
+        if size is None:
+            return "it is no JPEG, PNG or WebP"
+        if size != (height, width):
+            return f"its header promises {size[0]} x {size[1]} pixels, the index {height} x {width}"
+        if height * width > MAX_PIXELS:
+            return f"{height} x {width} pixels are more than a reader takes ({MAX_PIXELS:,})"
+        return ""
+
+    def describe(self, sample: int) -> dict[str, str | int]:
+        """Where a damaged sample lies and what is wrong with it, for people: shard, first byte, why."""
+        record = self.index[sample]
+        why = self.fault(sample, self.read(sample)) or "a decoder refuses it, or the disk failed for a moment"
+        return {"shard": self.shards[int(record["shard"])]["name"], "byte": int(record["offset"]), "why": why}
 
     def _file(self, shard: int) -> BinaryIO:
         file = self._files.get(shard)
@@ -174,6 +241,7 @@ class Plan:
                 f"{shards.folder}: {self.samples} samples to train on (of {len(shards)}) are fewer than one "
                 f"global batch of {batch}; take a smaller optim.batch or more photos"
             )
+        self._sums = np.cumsum(self._trained)  # [S]
         self._run = max(1, mix * self.samples // max(1, int((self._trained > 0).sum())))
         self._orders: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
@@ -213,24 +281,32 @@ class Plan:
         return np.sort(self._place(shard, within))
 
     def replacement(self, sample: int, step: int, attempt: int) -> int:
-        """The sample read instead of a damaged one: another of the same shard, whichever process asks."""
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        draw = hash64(self.seed, self.epoch(step), "replacement", sample, attempt)
-        within = self._kept_out[shard] + int(draw % np.uint64(self._trained[shard]))
-        return int(self._place(np.array([shard]), np.array([within]))[0])
+        """The sample read instead of a damaged one, whichever process asks: of the same shard, which a node has at hand,
+        and after NEAR attempts of any."""
+        draw = int(hash64(self.seed, self.epoch(step), "replacement", sample, attempt))
+        if attempt <= NEAR:
+            shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+            within = draw % int(self._trained[shard])
+        else:
+            at = draw % self.samples
+            shard = int(np.searchsorted(self._sums, at, side="right"))
+            within = at - int(self._sums[shard] - self._trained[shard])
+        return int(self._place(np.array([shard]), np.array([self._kept_out[shard] + within]))[0])
 
     def sound(self, shards: Shards, sample: int, step: int, first: int = 0) -> tuple[int, bytes]:
         """(sample read, its bytes): the planned sample, or the first undamaged of its replacements.
 
         first: the attempt to begin with (0: the sample itself). Raises Mistake after ATTEMPTS of them.
         """
+        row = sample
         for attempt in range(first, ATTEMPTS):
             row = self.replacement(sample, step, attempt) if attempt else sample
             photo = shards.read(row)
             if shards.is_sound(row, photo):
                 return row, photo
         raise Mistake(
-            f"{shards.folder}: {ATTEMPTS} samples of one shard are damaged; `make verify DST={shards.folder}`"
+            f"{shards.folder}: {ATTEMPTS} samples in a row are damaged, the last in {{shard}} at byte {{byte}}: {{why}}; "
+            "`make verify DST={folder}` looks at all".format(folder=shards.folder, **shards.describe(row))
         )
 
     def shards_ahead(self, step: int, rank: int = 0, world: int = 1) -> tuple[list[int], list[int]]:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.batch import Batch, draw_for, size_groups
+from pipeline.header import has_exif
 from pipeline.shards import Plan, Shards
 from runtime.config import Config
 from runtime.mistake import Mistake
@@ -31,13 +32,17 @@ except (ImportError, OSError, RuntimeError):
 
 
 def decode(photo: bytes) -> Tensor:
-    """uint8 [3,H,W] of a JPEG's bytes; grey becomes RGB; EXIF's rotation is not applied (the index's size is before it).
+    """uint8 [3,H,W] of a JPEG's, PNG's or WebP's bytes; docs/data.md says what becomes of what.
 
-    Raises an exception of the decoder's where it refuses the bytes.
+    EXIF's rotation is not applied: decoders disagree about EXIF that is not quite in order, and the index's sizes are
+    those before it. The size that the header promises is allocated: look at it before (`Shards.fault`). Raises an
+    exception of the decoder's where it refuses the bytes.
     """
-    if torchcodec is not None:
+    if torchcodec is not None and not has_exif(photo):  # which it would obey
         return torchcodec.decode_image(photo, mode="RGB")
     with Image.open(io.BytesIO(photo), formats=["JPEG", "PNG", "WEBP"]) as opened:
+        if opened.mode.startswith("I;16"):  # the high byte, as the others take it; Pillow would clip
+            return torch.from_numpy((np.asarray(opened) >> 8).astype(np.uint8)).expand(3, -1, -1)
         return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -90,12 +95,15 @@ class Stages:
             while True:
                 try:
                     image = decode(photo)
-                    break
+                    record = self.shards.index[rows[i]]
+                    if image.shape[1:] == (record["height"], record["width"]):
+                        break
                 except Exception:  # whatever a decoder raises: sound bytes that it refuses count as damaged too
-                    attempt += 1
-                    rows[i], photo = self.plan.sound(self.shards, int(ids[i]), step, first=attempt)
-                    again = draw_for(self.config, self.shards, self.plan, step, ids[i : i + 1], rows[i : i + 1])
-                    draws.windows[i], draws.view_points[i] = again.windows[0], again.view_points[0]
+                    pass
+                attempt += 1
+                rows[i], photo = self.plan.sound(self.shards, int(ids[i]), step, first=attempt)
+                again = draw_for(self.config, self.shards, self.plan, step, ids[i : i + 1], rows[i : i + 1])
+                draws.windows[i], draws.view_points[i] = again.windows[0], again.view_points[0]
             for (size, group), out in zip(groups, views, strict=True):
                 for place, v in enumerate(range(group.start, group.stop)):
                     cut(image, draws.windows[i, v], size, out[i, place])

@@ -61,6 +61,7 @@ class Data:
     jitter: Jitter = field(default_factory=Jitter)
     grey: float = 0.2
     max_bad: float = 0.001  # the run stops when more of an epoch's samples than this share are damaged
+    max_lost: float = 0.0  # a run starts although shards that are gone or cut held this share of the samples
 
 
 @dataclass
@@ -194,7 +195,8 @@ class Config:
 
 TEACHERS = 2  # T: the published method's two teacher views
 RESULTS = ("method", "seed", "data", "model", "reference", "head", "loss", "optim")  # sections that change results
-NOT_RESULTS = ("data.shards", "data.val", "data.max_bad")  # of them: where the photos lie, and when to give up
+# of them: where the photos lie, and when to give up
+NOT_RESULTS = ("data.shards", "data.val", "data.max_bad", "data.max_lost")
 LARGEST = 100_000  # bytes of a config; ours have 4,000 at most, and a parser of Python's speed reads these in a second
 
 
@@ -482,8 +484,8 @@ def _check(c: Config) -> list[str]:
 
     shares = {
         "data.holdout": c.data.holdout, "data.min_overlap": c.data.min_overlap, "data.flip": c.data.flip,
-        "data.grey": c.data.grey, "data.max_bad": c.data.max_bad,
-         "data.jitter.probability": c.data.jitter.probability, "loss.alpha": c.loss.alpha,
+        "data.grey": c.data.grey, "data.max_bad": c.data.max_bad, "data.max_lost": c.data.max_lost,
+        "data.jitter.probability": c.data.jitter.probability, "loss.alpha": c.loss.alpha,
         "loss.center_momentum": c.loss.center_momentum, "optim.teacher_momentum": c.optim.teacher_momentum,
         "model.drop_path": c.model.drop_path, "speed.hw_decoder_load": c.speed.hw_decoder_load,
     }  # fmt: skip

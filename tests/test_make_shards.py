@@ -507,7 +507,7 @@ def test_verify_names_what_is_damaged(tmp_path: Path) -> None:
     assert "photos are sound" in after(last, flip(-1))
     cut = after(last, lambda raw: raw[: int(row["offset"]) + 100])
     assert "the manifest says" in cut
-    assert "sample 5 (00000005.jpg) is damaged" in cut
+    assert f"1 of its 1 samples are lost, from sample 5 (byte {row['offset']}) on" in cut
     assert "index.npy: wrong about 1 samples" in after("index.npy", flip(-1))
     (dst / last).unlink()
     assert "samples are lost" in tool("verify", dst, ok=False)
@@ -540,6 +540,7 @@ def test_index_of_foreign_tars(tmp_path: Path) -> None:
     assert shards.classes == [str(i) for i in range(8)]
     assert shards.manifest["skipped"] == {
         "labels that are no number": 1,
+        "not photos": 6,
         "samples without a photo": 2,
         "twice in a sample": 1,
     }

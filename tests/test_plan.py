@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.draws import hash64, permute, uniform
-from pipeline.shards import Plan
+from pipeline.shards import ATTEMPTS, NEAR, Plan
 from runtime.mistake import Mistake
 
 
@@ -80,16 +80,18 @@ def test_batches_are_mixed():
     assert np.std(seen.reshape(-1, 32).mean(1)) < 3 * 4000 / np.sqrt(12 * 32)
 
 
-def test_replacements_come_from_the_same_shard():
+def test_replacements_come_from_the_same_shard_and_then_from_any():
     plan = Plan(Folder([50, 60, 70]), batch=8, seed=1, holdout=0.2)
     held_out = set(plan.held_out())
     for sample in (0, 49, 50, 109, 110, 179):
-        drawn = [plan.replacement(sample, 7, attempt) for attempt in range(1, 40)]
-        shard = np.searchsorted([50, 110, 180], sample, side="right")
-        assert all(np.searchsorted([50, 110, 180], d, side="right") == shard for d in drawn)
+        drawn = [plan.replacement(sample, 7, attempt) for attempt in range(1, ATTEMPTS)]
+        shards = np.searchsorted([50, 110, 180], [sample, *drawn], side="right")
+        assert (shards[1 : NEAR + 1] == shards[0]).all()
+        assert set(shards[NEAR + 1 :]) == {0, 1, 2}
         assert not held_out & set(drawn)
-        assert len(set(drawn)) > 10
-        assert drawn == [plan.replacement(sample, 7, attempt) for attempt in range(1, 40)]
+        assert len(set(drawn[:NEAR])) > 5
+        assert len(set(drawn)) > 50
+        assert drawn == [plan.replacement(sample, 7, attempt) for attempt in range(1, ATTEMPTS)]
 
 
 def test_too_few_samples():

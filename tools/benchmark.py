@@ -257,7 +257,7 @@ def measure_plan(folder: Path, batch: int) -> dict[str, Any]:
 
     before = resident_mb()
     begun = time.perf_counter()
-    shards = Shards(folder, whole=False)
+    shards = Shards(folder, max_lost=None)
     plan = Plan(shards, batch=batch, seed=0)
     plan.samples_of(0)
     loaded = time.perf_counter() - begun

@@ -2,7 +2,7 @@
 
 make    writes DST/shard-%06d.tar (plain WebDataset tars), index.npy and manifest.json from a folder of photos, a tar of
         photos, or ImageNet's own tars as they are (`tools/sharding/sources.py` says which photos have a class, and why).
-verify  reads every shard again and names each sample that is damaged.
+verify  reads every shard again and names each sample that is damaged or lost.
 index   writes manifest and index for WebDataset tars that others made; the tars stay as they are.
 
 Every photo is decoded once, whole, so that what is in a shard is known to decode. An upright 8-bit JPEG is kept byte by
@@ -34,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.draws import hash64, permute
+from pipeline.header import MAX_PIXELS
 from pipeline.shards import Shards
 from runtime.mistake import Mistake, tell_mistakes
 from tools.sharding.existing import index, verify
@@ -263,7 +264,9 @@ def main() -> int | None:
         one.add_argument("--processes", type=int, default=cpus, help="default: %(default)s, one per core")
         if command is not verify:
             one.add_argument("--max-bad", type=float, default=0.01, help="share of bad photos to bear; default 0.01")
-            one.add_argument("--max-pixels", type=int, default=10**8, help="of one photo; default 100 million")
+            one.add_argument(
+                "--max-pixels", type=int, default=MAX_PIXELS, help="of a source photo; default %(default)s"
+            )
         if command is make:
             one.add_argument("--labels", choices=("auto", "yes", "no"), default="auto", help="are folders classes?")
             one.add_argument("--devkit", type=Path, help="ILSVRC2012_devkit_t12.tar.gz; default: beside SRC, if there")

@@ -35,9 +35,11 @@ def test_a_missing_shard_is_named(tiny_config, copied):
     shard = Shards(copied).shards[2]
     (copied / shard["name"]).unlink()
     said = refused(tiny_config, copied)
-    assert said == (
-        f"error: {copied}/{shard['name']}: is missing, the manifest says {shard['bytes']} bytes; `make verify DST={copied}`"
+    lost = f"{shard['samples']} of its {shard['samples']} samples are lost"
+    assert said.startswith(
+        f"error: {copied}/{shard['name']}: is missing, the manifest says {shard['bytes']} bytes: {lost}"
     )
+    assert f"`make verify DST={copied}`" in said
 
 
 def test_an_empty_folder_or_pattern_is_named(tiny_config, tiny_shards, tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.shards import Shards
 from runtime.mistake import Mistake
 from tools.sharding.folder import WORK, Record, alone_in, counts, write_folder
-from tools.sharding.photo import bound_pixels, look, why_bad
+from tools.sharding.photo import adopt, bound_pixels, why_bad
 from tools.sharding.sources import Member, members, shown
 from tools.sharding.work import Progress, each
 
@@ -32,7 +32,7 @@ class Check(NamedTuple):
 
 def verify(options: Namespace) -> int:
     """Read every shard again: 0 if all agrees with manifest and index, else a line per problem and 2."""
-    shards = Shards(options.dst, whole=False)
+    shards = Shards(options.dst, max_lost=None)
     checks = [
         Check(shards.folder / s["name"], int(start), s, np.array(shards.index[start : start + s["samples"]]))
         for s, start in zip(shards.shards, shards.starts, strict=False)
@@ -61,21 +61,37 @@ def verify_shard(check: Check) -> tuple[Check, list[str]]:
         with check.path.open("rb") as file:
             digest = file_digest(file, "sha256").hexdigest()
             size = file.tell()
+            there = (rows["offset"] + rows["size"]).astype(np.int64) <= size
             problems = [
                 f"{name}: sample {check.first + i} ({_member_at(file, row)}) is damaged: "
                 f"{row['size']} bytes at byte {row['offset']}"
                 for i, row in enumerate(rows)
-                if zlib.crc32(os.pread(file.fileno(), int(row["size"]), int(row["offset"]))) != row["crc32"]
+                if there[i]
+                and zlib.crc32(os.pread(file.fileno(), int(row["size"]), int(row["offset"]))) != row["crc32"]
             ]
+            if digest == check.shard["sha256"] and problems:
+                problems = [f"index.npy: wrong about {len(problems)} samples of {name}, which is as the manifest says"]
+            elif digest != check.shard["sha256"] and not problems and size == check.shard["bytes"]:
+                problems = [f"{name}: {_where_damaged(file, size)}; none of its {len(rows)} samples is lost: its photos are "
+                            "sound, but names, labels or the end differ from the manifest's sha256"]  # fmt: skip
     except OSError as error:
         return check, [f"{name}: {error.strerror}: its {len(rows)} samples are lost"]
-    if digest == check.shard["sha256"] and problems:
-        problems = [f"index.npy: wrong about {len(problems)} samples of {name}, which is as the manifest says"]
-    elif digest != check.shard["sha256"] and not problems:
-        problems = [f"{name}: its photos are sound, but names, labels or the end differ from the manifest's sha256"]
     if size != check.shard["bytes"]:
-        problems.insert(0, f"{name}: has {size} bytes, the manifest says {check.shard['bytes']}")
+        gone = np.flatnonzero(~there)
+        since = f", from sample {check.first + gone[0]} (byte {rows['offset'][gone[0]]}) on" if len(gone) else ""
+        lost = f"{len(gone)} of its {len(rows)} samples are lost{since}"
+        problems.insert(0, f"{name}: has {size} bytes, the manifest says {check.shard['bytes']} bytes: {lost}")
     return check, problems
+
+
+def _where_damaged(file: BinaryIO, size: int) -> str:
+    """The first header of a tar that is none, else no more than that it differs."""
+    try:
+        for _ in members(file, 0, size, ""):
+            pass
+    except Mistake as mistake:
+        return str(mistake).removeprefix(": ")
+    return "differs"
 
 
 def _member_at(file: BinaryIO, row: np.void) -> str:
@@ -92,6 +108,8 @@ def index(options: Namespace) -> None:
     if (dst / WORK / "task").exists():
         raise Mistake(f"{dst}: an unfinished `make` is here; the same command as before goes on with it")
     tars = sorted(dst.glob("*.tar"))
+    if odd := [t for t in tars if not t.is_file()]:
+        raise Mistake(f"{odd[0]}: is no file")  # a fifo would be waited for
     if not tars:
         raise Mistake(f"{dst}: no *.tar here; `make shards SRC=photos/ DST=shards/` makes shards of photos")
     with alone_in(dst):
@@ -114,7 +132,7 @@ def index(options: Namespace) -> None:
         write_folder(dst, in_order, head, Counter())
         turned = sum(n for r in in_order for kind, n in r.kept.items() if kind.endswith("rotated"))
         if turned:
-            print(f"{turned:,} photos carry an EXIF rotation that no reader here applies; `make` of the photos would")
+            print(f"{turned:,} photos carry an EXIF rotation that no reader here applies; `make` of the photos does")
 
 
 def _classes_of_labels(dst: Path, records: list[Record]) -> list[str]:
@@ -128,7 +146,7 @@ def _classes_of_labels(dst: Path, records: list[Record]) -> list[str]:
 
 
 def index_tar(job: tuple[Path, int]) -> Record:
-    """The record of a tar that others made: every photo's header read and its bytes summed, nothing decoded."""
+    """The record of a tar that others made: every photo decoded once, so that what is indexed is known to decode."""
     path, max_pixels = job
     bound_pixels(max_pixels)
     kept, skipped, rejected, rows = Counter[str](), Counter[str](), list[dict](), list[tuple[int, ...]]()
@@ -143,7 +161,7 @@ def index_tar(job: tuple[Path, int]) -> Record:
                 if not 0 < photo.size <= 4 * max_pixels:
                     raise ValueError("empty" if photo.size == 0 else f"{photo.size} bytes")
                 data = os.pread(tar.fileno(), photo.size, photo.offset)
-                image, kind = look(data)
+                image, kind = adopt(data)
             except Exception as error:  # as in make_shard
                 rejected.append({"source": f"{path.name}/{shown(photo.name)}", "reason": why_bad(error, data)})
                 continue
@@ -177,4 +195,5 @@ def _samples(found: Iterable[Member], skipped: Counter[str]) -> Iterator[tuple[M
             role = "photo" if ending.lower() in ("jpg", "jpeg", "png", "webp") else ending.lower()
             if role in ("photo", "cls") and role in parts:
                 skipped["twice in a sample"] += 1
+            skipped["not photos"] += role not in ("photo", "cls")
             parts.setdefault(role, m)

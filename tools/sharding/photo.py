@@ -8,6 +8,7 @@ full colour resolution (4:4:4):
   transparency                   over white
   CMYK                           to RGB by Pillow's formula; colour profiles are never applied
   32 bits per value, LAB         refused: where white lies is not defined
+A photo that others put into a tar stays as it is, or is refused: see `adopt`. docs/data.md has both as one table.
 Pillow decodes: torchcodec is 8 % faster (1.04 and 0.96 ms for 110 kB, one core), but costs every process 500 MB.
 """
 
@@ -19,6 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipeline.header import MAX_PIXELS, size_of
+
+READ = ("JPEG", "MPO", "PNG", "WEBP")  # what the readers decode; MPO is a JPEG with more behind it
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 LONGEST_SIDE = 65500  # pixels that libjpeg takes
 
@@ -56,7 +60,7 @@ def prepare(data: bytes, resize_short: int | None = None, quality: int = 95) -> 
     image.load()
     resized = resize_short is not None and min(image.size) > resize_short
     if kind in ("JPEG L", "JPEG RGB") and not resized:
-        return Ready(data, image.height, image.width, kind, True)
+        return Ready(_readable(data, image), image.height, image.width, kind, True)
     if kind.endswith("rotated"):
         image = ImageOps.exif_transpose(image)
     image = _eight_bits(image)
@@ -66,7 +70,30 @@ def prepare(data: bytes, resize_short: int | None = None, quality: int = 95) -> 
     image.info.clear()  # nothing but pixels: no comment, no profile, no second rotation
     out = io.BytesIO()
     image.save(out, "JPEG", quality=quality, subsampling=0)
-    return Ready(out.getvalue(), image.height, image.width, kind + " resized" * resized, False)
+    data = _readable(out.getvalue(), image)
+    return Ready(data, image.height, image.width, kind + " resized" * resized, False)
+
+
+def adopt(data: bytes) -> tuple[Image.Image, str]:
+    """The photo, decoded once, and its kind, where the readers take it as it is: JPEG, PNG, still WebP. Raises ValueError
+    with the reason where they do not, or whatever Pillow raises if it is bad."""
+    image, kind = look(data)
+    if image.format not in READ or (image.format == "WEBP" and getattr(image, "is_animated", False)):
+        moves = " animated" * getattr(image, "is_animated", False)
+        raise ValueError(f"{kind}{moves}: readers take JPEG, PNG and still WebP; `make` of the photos converts it")
+    image.load()
+    _readable(data, image)
+    return image, kind
+
+
+def _readable(data: bytes, image: Image.Image) -> bytes:
+    """The same bytes. Raises ValueError where a reader would refuse them (pipeline/shards.py, `fault`)."""
+    if size_of(data) != (image.height, image.width):
+        raise ValueError(f"its header tells no size, or another one than the {image.height} x {image.width} decoded")
+    if image.height * image.width > MAX_PIXELS:
+        told = f"{image.height} x {image.width} pixels, more than a reader takes ({MAX_PIXELS:,})"
+        raise ValueError(f"{told}; --resize-short makes it smaller")
+    return data
 
 
 def _is_rotated(image: Image.Image) -> bool:

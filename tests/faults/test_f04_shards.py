@@ -1,0 +1,140 @@
+"""F04: shards that are cut, overwritten or emptied. The manifest finds them before a run starts; a run that is told to bear
+the loss (data.max_lost) goes on, and says sample by sample what it lost.
+
+Where webdataset ends without a word after 10 of 20 samples (cut at a member's edge, in a header, a header of random bytes),
+nothing is lost here that is not missing: photos are read by offset.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_program
+
+from pipeline.shards import Plan, Shards
+from runtime.config import load_config
+from runtime.mistake import Mistake
+
+SHORT = ["optim.epochs=1", "optim.warmup=0"]
+KINDS = ["cut in a photo", "cut between members", "cut in a header", "a header of random bytes", "empty"]
+
+
+class Damage:
+    """A copy of the shards with one of them damaged, at its middle sample; and what must be said of it."""
+
+    def __init__(self, whole: Path, folder: Path, kind: str):
+        self.kind, self.folder = kind, Path(shutil.copytree(whole, folder))
+        shards = Shards(folder)
+        self.samples = len(shards)
+        self.shard, (a, b) = shards.shards[1], shards.starts[1:3]
+        sample = (a + b) // 2
+        at = int(shards.index["offset"][sample])
+        self.path = folder / self.shard["name"]
+        raw = self.path.read_bytes()
+        rng = np.random.default_rng(0)
+        damaged, first = {
+            "cut in a photo": (raw[: at + int(shards.index["size"][sample]) // 2], sample),
+            "cut between members": (raw[: at - 512], sample),
+            "cut in a header": (raw[: at - 256], sample),
+            "a header of random bytes": (raw[: at - 512] + rng.bytes(512) + raw[at:], b),
+            "empty": (b"", a),
+        }[kind]
+        self.path.write_bytes(damaged)
+        self.lost = set(range(first, b))
+        self.header = at - 512
+        told = f"{self.path}: has {len(damaged)} bytes, the manifest says {len(raw)} bytes: {b - first} of its {b - a} "
+        self.told = f"{told}samples are lost, from sample {first} (byte {shards.index['offset'][min(first, b - 1)]}) on"
+
+
+@pytest.fixture(params=KINDS)
+def damage(request, tiny_shards, tmp_path) -> Damage:
+    return Damage(tiny_shards, tmp_path / "shards", request.param)
+
+
+@pytest.mark.fault("F04")
+def test_strict(damage, tiny_config, tmp_path):
+    """Told at the start of a run, before anything is built, and by `verify`: shard, byte, samples lost."""
+    if damage.lost:
+        told = run_program("train.py", tiny_config, f"data.shards={damage.folder}", expect=2).stderr
+        assert damage.told in told
+        assert f"in all {len(damage.lost)} of {damage.samples} samples are lost" in told
+        assert "data.max_lost=" in told
+        assert told.startswith("error: ")
+        assert told.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+    verify = ("-m", "tools.make_shards", "verify", damage.folder, "--processes", "1")
+    told = run_program(*verify, expect=2).stdout
+    if damage.lost:
+        assert damage.told.partition(f"{damage.folder}/")[2] in told
+    else:
+        assert f"{damage.shard['name']}: byte {damage.header} is no tar header" in told
+        assert f"none of its {damage.shard['samples']} samples is lost" in told
+    assert "1 problem;" in told
+
+
+def ids_of_an_epoch(config: Path, shards: Path) -> list[int]:
+    c = load_config(config, SHORT)
+    plan = Plan(Shards(shards), batch=c.optim.batch, seed=c.seed, holdout=c.data.holdout)
+    return [int(i) for step in range(plan.steps_per_epoch) for i in plan.samples_of(step)]
+
+
+@pytest.mark.fault("F04")
+def test_tolerant(damage, tiny_shards, tiny_config, tmp_path):
+    """Every planned sample that is lost is replaced and told; no other is. Above the share that is borne nothing starts."""
+    words = [*SHORT, "run.log_every=1", f"data.shards={damage.folder}"]
+    if damage.lost:
+        with pytest.raises(Mistake, match=f"in all {len(damage.lost)} of {damage.samples} samples are lost"):
+            Shards(damage.folder, max_lost=0.01)
+    said = run_program("train.py", tiny_config, *words, "data.max_lost=0.6").stdout
+    assert "finished: 5 steps" in said
+    planned = ids_of_an_epoch(tiny_config, tiny_shards)
+    listed = tmp_path / "run" / "damaged.jsonl"
+    rows = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
+    assert sorted(row["planned"] for row in rows) == sorted(damage.lost & set(planned))
+    assert not {row["read"] for row in rows} & damage.lost
+    assert {row["shard"] for row in rows} <= {damage.shard["name"]}
+    assert all("bytes could be read" in row["why"] for row in rows)
+    if damage.lost:
+        assert rows
+        assert damage.told in said
+    else:  # nothing is lost: the run is the undisturbed one, bit by bit
+        run_program("train.py", tiny_config, *SHORT, "run.log_every=1", f"run.folder={tmp_path / 'sound'}")
+        losses = [
+            [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+            for run in ("run", "sound")
+        ]
+        assert len(losses[0]) == 5
+        assert losses[0] == losses[1]
+
+
+def test_damage_while_the_run_goes_on(tiny_shards, tiny_config, tmp_path):
+    """The photos' first bytes are overwritten under a running trainer: crc32 finds it, and the run stops at its budget."""
+    folder = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    shards = Shards(folder)
+    command = [sys.executable, "train.py", str(tiny_config), f"data.shards={folder}", "optim.epochs=2000"]
+    trainer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    rows, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    while not rows.is_file() and time.monotonic() < until:
+        time.sleep(0.05)
+    shard, records = shards.shards[0]["name"], shards.index[: shards.starts[1]]
+    with (folder / shard).open("r+b") as file:
+        for record in records:
+            file.seek(int(record["offset"]))
+            file.write(bytes(20))
+    try:
+        _, said = trainer.communicate(timeout=60)
+    finally:
+        trainer.send_signal(signal.SIGKILL)
+    assert trainer.returncode == 2
+    assert "samples are damaged in one epoch, more than data.max_bad: 0.001" in said
+    listed = [json.loads(line) for line in (tmp_path / "run" / "damaged.jsonl").read_text().splitlines()]
+    assert {row["planned"] for row in listed} <= set(range(len(records)))
+    assert {(row["shard"], row["why"]) for row in listed} == {
+        (shard, "its bytes are not those that were indexed (crc32)")
+    }

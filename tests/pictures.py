@@ -1,0 +1,120 @@
+"""Pictures, tars and damage that tests make: every format, headers that lie, bytes that are not what they were."""
+
+import io
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.shards import Shards
+
+
+def pixels(seed: int, height: int = 30, width: int = 40) -> np.ndarray:
+    """Smooth colours that survive a JPEG: [height, width, 3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "JPEG", **how: object) -> bytes:
+    out = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(out, kind, **how)
+    return out.getvalue()
+
+
+def photo(seed: int, height: int = 30, width: int = 40) -> bytes:
+    return encoded(pixels(seed, height, width), quality=95, subsampling=0)
+
+
+def tree(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def tar_of(files: dict[str, bytes], path: Path | None = None) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(out.getvalue())
+    return out.getvalue()
+
+
+# ---- headers that promise more than there is
+
+
+def packed_zeros(block: int, times: int) -> bytes:
+    """zlib's stream of block x times zeros, a thousandth of that in bytes; made without going through them all."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    one = packer.compress(bytes(block)) + packer.flush(zlib.Z_FULL_FLUSH)  # after which a copy may follow
+    adler = (block * times % 65521) << 16 | 1
+    return b"\x78\xda" + one * times + b"\x03\0" + struct.pack(">I", adler)
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    """A grey PNG of width x height black pixels, a thousandth of that in bytes: what DALI took 12 GB for."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = packed_zeros(100 * (1 + width), height // 100)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+
+
+def lying_jpeg(width: int, height: int) -> bytes:
+    """A small JPEG whose frame header promises width x height pixels."""
+    data = bytearray(photo(1))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def webp_bomb(side: int = 16384) -> bytes:
+    """An animated WebP of one small frame on a canvas of side x side pixels."""
+    three = lambda n: struct.pack("<I", n)[:3]  # noqa: E731
+    frame = three(0) * 2 + three(39) + three(29) + bytes(4) + encoded(pixels(1), "WEBP", lossless=True)[12:]
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + three(side - 1) * 2
+    body += b"ANIM" + struct.pack("<I", 6) + bytes(6) + b"ANMF" + struct.pack("<I", len(frame)) + frame
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def tiff_bomb(side: int = 30000) -> bytes:
+    """A TIFF of side x side pixels, all of them in one deflated strip of some kilobytes."""
+    strip = packed_zeros(100 * side, side // 100)
+    entries = [
+        (256, 4, side), (257, 4, side), (258, 3, 8), (259, 3, 8), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 4, side),
+        (279, 4, len(strip)),
+    ]  # fmt: skip
+    directory = struct.pack("<H", len(entries))
+    directory += b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + directory
+
+
+# ---- damage
+
+
+def overwrite(folder: Path, sample: int, data: bytes, *, indexed: bool = False) -> bytes:
+    """Other bytes in a sample's place, as long as those before: padded with zeros. `indexed`: as if they had been there
+    when the index was written. Returns what was there."""
+    shards = Shards(folder, max_lost=None)
+    row = shards.index[sample]
+    size = int(row["size"])
+    assert len(data) <= size
+    before = shards.read(sample)
+    with (folder / shards.shards[int(row["shard"])]["name"]).open("r+b") as file:
+        file.seek(int(row["offset"]))
+        file.write(data.ljust(size, b"\0"))
+    if indexed:
+        index = np.load(folder / "index.npy")
+        index["crc32"][sample] = zlib.crc32(data.ljust(size, b"\0"))
+        np.save(folder / "index.npy", index)
+    return before
