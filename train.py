@@ -70,13 +70,14 @@ def train(config: Config, dry_run: bool = False) -> int:
     processes = parallel.start(config.speed)
     torch.manual_seed(weights.weights_seed(config.seed))
     model = DenseDINO(config)  # the same weights in every process
+    found = checkpoint.newest_checkpoint(folder / "checkpoints")
+    begun_with = weights.initialise(model, config.model.init) if config.model.init and not found else ""
     if processes.first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))
     processes.place(model)
     optimizer = schedule.Optimizer(model.student, schedules, config.optim.clip, split_positions=config.points > 0)
     start = 0
-    found = checkpoint.newest_checkpoint(folder / "checkpoints")
     if found:
         path, start, _, tensors = found
         checkpoint.restore(model, optimizer.adamw, tensors)
@@ -102,6 +103,8 @@ def train(config: Config, dry_run: bool = False) -> int:
         )
         screen.say(describe(config, plan, processes.world, str(processes.device), str(processes.dtype)))
         screen.say(f"resumed at step {start} from {path}" if start else f"a new run in {folder}")
+        if begun_with:
+            screen.say(begun_with)
         screen.say(f"reading through {loader.reader}: {loader.why}")
         if note:
             screen.say(note)
