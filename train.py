@@ -73,6 +73,7 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
     processes = parallel.start(config.speed)
     torch.manual_seed(weights.weights_seed(config.seed))
     model = DenseDINO(config)  # the same weights in every process
+    begun_with = weights.initialise(model, config.model.init) if config.model.init and not found else ""
     processes.place(model)
     optimizer = schedule.Optimizer(model.student, schedules, config.optim.clip, split_positions=config.points > 0)
     start = 0
@@ -106,6 +107,8 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
         record.append_jsonl(folder / "versions.jsonl", {"step": start, "command": record.program(), **versions})
         screen.say(describe(config, plan, processes.world, str(processes.device), str(processes.dtype)))
         screen.say(f"resumed at step {start} from {found.path}" if found else f"a new run in {folder}")
+        if begun_with:
+            screen.say(begun_with)
         for line in (*notes, *checkpoint.made_otherwise(found, made_with)):
             screen.say(line)
         if shards.told_lost:

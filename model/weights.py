@@ -8,7 +8,7 @@ that no dialect knows, or one that is missing, is an error that names it.
     Leopart         [teacher. | student.]<timm's name>, projection_head.*, prototypes.*  (its heads are left out)
     MoCo-v3         [module.]base_encoder.<timm's name>, momentum_encoder.*, predictor.*  (the first, as published)
 
-`timm:NAME` instead of a file: timm's own pretrained weights, where NAME is such a ViT.
+`timm:NAME` stands for the weights that timm knows by that name, wherever a file is taken, where NAME is such a ViT.
 """
 
 import argparse
@@ -28,13 +28,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from model.dense_dino import DenseDINO
-from model.vit import ViT, build_vit
+from model.vit import ARCHS, ViT
 from pipeline.draws import hash64
-from runtime.checkpoint import Checkpoint, newest_whole, open_checkpoint, read_header, read_tensors
+from runtime.checkpoint import newest_whole, open_checkpoint, read_header, read_tensors
 from runtime.config import Reference, load_config, parse_config
 from runtime.mistake import Mistake, nearest
 
 TIMM = "timm:"
+_LOCAL = "local-dir:"
 
 _BACKBONE = re.compile(
     r"cls_token|pos_embed|cls_pos_embed|patch_pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
@@ -50,6 +51,12 @@ _LEFT_OUT = re.compile(
 )
 _MOCO = "base_encoder."
 _HEADS = {"head": "cls_head", "cls_head": "cls_head", "ref_head": "reference_head", "reference_head": "reference_head"}
+_ROLES = ("student", "teacher")
+_PARTS = ("backbone", "cls_head", "reference_head")
+_CENTERS = {
+    "cls_head": ("cls_center", "center"),
+    "reference_head": ("reference_center", "ref_center"),
+}  # ours, published
 
 
 def our_names(tensors: Mapping[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:
@@ -94,45 +101,87 @@ def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source
     module.load_state_dict(dict(tensors))
 
 
-def read_network(path: Path, role: str = "teacher") -> tuple[dict[str, Tensor], dict]:
-    """(one network's tensors under our names, what the file tells of itself) of a file of any dialect.
+def read_network(path: str | Path, role: str = "teacher") -> tuple[dict[str, Tensor], dict]:
+    """(one network's tensors under our names, what the file tells of itself) of a run, a checkpoint, a file of any
+    dialect, or `timm:NAME`.
 
-    Raises Mistake where it is no such file. Nothing is unpickled but tensors and the options published checkpoints carry,
-    and nothing takes more memory than the file has bytes.
+    Raises Mistake where it is none. Nothing is unpickled but tensors and the options published checkpoints carry, and
+    nothing takes more memory than the file has bytes.
     """
-    about: dict = {}
-    tensors: Any
+    contents, about = _read(str(path))
+    tensors, more = _network(contents, role, str(path))
+    return tensors, about | more
+
+
+def _read(source: str) -> tuple[dict, dict]:
+    """(all that it holds, what it tells of itself) of a run folder (its newest checkpoint), a checkpoint (folder or
+    file), a file of any dialect, or `timm:NAME`."""
+    if source.startswith(TIMM):
+        return _read_timm(source.removeprefix(TIMM))
+    path = Path(source)
+    found = None
+    if path.is_dir():
+        is_run = (path / "config.yaml").is_file()
+        found = newest_whole(path / "checkpoints" if is_run else path)
+        if found is None:
+            told = "a run without a checkpoint yet" if is_run else "neither a run nor a folder of checkpoints"
+            raise Mistake(f"{path}: {told}")
+    elif not path.is_file():
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        raise Mistake(f"{path}: no such file{nearest(source, map(str, beside))}")
+    elif path.name.startswith("checkpoint-") and path.suffix == ".safetensors":
+        found = open_checkpoint(path)
+    if found:
+        return found.tensors(), _about_config(found.config, str(found.path))
     if path.suffix == ".safetensors":
         metadata = read_header(path).get("__metadata__") or {}
         try:
             about = dict(json.loads(metadata.get("densedino", "{}")))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise Mistake(f"{path}: what it tells of itself is no JSON object ({error})") from None
-        tensors = read_tensors(path)
-    else:
-        tensors = _read_torch(path)
-        for key in ("state_dict", "model"):
-            if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
-                tensors = tensors[key]
-        if isinstance(tensors, dict) and isinstance(tensors.get(role), dict):
-            tensors = tensors[role]
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise Mistake(f"{path}: holds no state dict of a {role} or of a ViT")
-    odd = [
-        n for n, t in tensors.items() if not isinstance(n, str) or t.layout != torch.strided or t.device.type != "cpu"
-    ]
+        return read_tensors(path), about
+    contents = _read_torch(path)
+    if not isinstance(contents, dict):
+        raise Mistake(f"{path}: holds no state dict of a ViT")
+    return contents, {}
+
+
+def _unwrapped(contents: dict) -> dict:
+    """Without the covers that trainers put around state dicts."""
+    for key in ("state_dict", "model"):
+        if isinstance(contents.get(key), dict):
+            contents = contents[key]
+    return contents
+
+
+def _holds(contents: dict, role: str) -> bool:
+    inside = _unwrapped(contents)
+    return isinstance(inside.get(role), dict) or any(str(name).startswith(f"{role}.") for name in inside)
+
+
+def _network(contents: dict, role: str, source: str) -> tuple[dict[str, Tensor], dict]:
+    """(one network's tensors under our names, what their names tell of it) of all that a file holds."""
+    tensors = _unwrapped(contents)
+    if isinstance(tensors.get(role), dict):
+        tensors = tensors[role]
+    if not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise Mistake(f"{source}: holds no state dict of a {role} or of a ViT")
+    odd = [n for n, t in tensors.items() if not isinstance(n, str) or not _is_plain(t)]
     if odd:
-        raise Mistake(f"{path}: '{odd[0]}' is no plain tensor")
-    size = path.stat().st_size
+        raise Mistake(f"{source}: '{odd[0]}' is no plain tensor")
     told = sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in tensors.values()}.values())
+    size = Path(source).stat().st_size if Path(source).is_file() else told
     if told > size:  # a pickle may claim any shape for a storage of four bytes
-        raise Mistake(f"{path}: its tensors would take {told:,} bytes, the file has {size:,}")
+        raise Mistake(f"{source}: its tensors would take {told:,} bytes, the file has {size:,}")
     encoder = {n.removeprefix("module."): t for n, t in tensors.items()}
     encoder = {n.removeprefix(_MOCO): t for n, t in encoder.items() if n.startswith(_MOCO)}
     if encoder:
-        return our_names(encoder, str(path)), {"heads": 12}  # as published, at every width
-    of_role = {n.removeprefix(f"{role}."): t for n, t in tensors.items() if n.startswith(f"{role}.")}
-    return our_names(of_role or tensors, str(path)), about
+        return our_names(encoder, source), {"heads": 12}  # as published, at every width
+    return our_names(_of_part(tensors, role) or tensors, source), {}
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.layout == torch.strided and t.device.type == "cpu"
 
 
 def _read_torch(path: Path) -> object:
@@ -155,19 +204,28 @@ def _read_torch(path: Path) -> object:
         raise Mistake(f"{path}: not weights that can be read safely ({told[0]})") from None
 
 
-def _backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+def _of_part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")}
+
+
+def _depth(tensors: Mapping[str, Tensor]) -> int:
+    """Blocks that there are; a number in a name, which may be any, is not believed."""
+    return len({n.split(".")[2] for n in tensors if n.startswith("backbone.blocks.")})
 
 
 def _from_tensors(tensors: dict[str, Tensor], about: dict, source: str) -> ViT:
     """A ViT of the dimensions that its tensors have; heads of 64 dimensions (DeiT's) where the file does not tell."""
-    backbone = _backbone_of(tensors)
+    backbone = _of_part(tensors, "backbone")
     for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4}.items():
         if name not in backbone:
             raise Mistake(f"{source}: '{name}' is missing")
         if backbone[name].ndim != axes or not backbone[name].numel():
             raise Mistake(f"{source}: '{name}' has shape {tuple(backbone[name].shape)}, expected {axes} axes")
     width, patch = backbone["pos_embed"].shape[-1], backbone["patch_embed.proj.weight"].shape[-1]
+    positions = backbone["pos_embed"].shape[1]
+    side = math.isqrt(max(1, positions - 1))
+    if 1 + side * side != positions:
+        raise Mistake(f"{source}: {positions} positions are not one of [CLS] and a square of patches")
     heads = about.get("heads", max(1, width // 64))
     if not isinstance(heads, int) or not 1 <= heads <= width or width % heads:
         raise Mistake(f"{source}: {heads!r} heads do not share a width of {width}")
@@ -180,28 +238,35 @@ def _from_tensors(tensors: dict[str, Tensor], about: dict, source: str) -> ViT:
     with torch.device("meta"):  # nothing is allocated before every shape is known to fit
         vit = ViT(
             width=width,
-            depth=len({n.split(".")[1] for n in backbone if n.startswith("blocks.")}),
+            depth=_depth(tensors),
             heads=heads,
             patch=patch,
-            image_size=math.isqrt(max(1, backbone["pos_embed"].shape[1] - 1)) * patch,
+            image_size=side * patch,
             **chosen,
         )
     load_strictly(vit, backbone, source)
     return vit
 
 
-def timm_backbone(name: str) -> ViT:
-    """timm's pretrained ViT, from timm's cache or the network; it takes pictures normalised as ours are.
+def _read_timm(name: str) -> tuple[dict, dict]:
+    """timm's pretrained ViT, from timm's cache, the network or a folder (local-dir:PATH); it takes pictures normalised as
+    ours are.
 
     Raises Mistake where timm knows no such model, it is no plain pre-norm ViT with [CLS], or its weights are out of reach.
     """
     known = timm.list_models("vit_*", pretrained=True)
-    if not timm.is_model(name):
+    local = name.startswith(_LOCAL)
+    if local and not (Path(name.removeprefix(_LOCAL)) / "config.json").is_file():
+        raise Mistake(f"timm:{name}: no folder of timm's hub format (no config.json)")
+    if not local and not timm.is_model(name):
         raise Mistake(f"timm:{name}: timm has no such model{nearest(name, known)}")
-    if not timm.models.is_model_pretrained(name):
+    if not local and not timm.models.is_model_pretrained(name):
         raise Mistake(f"timm:{name}: timm has no weights for it{nearest(name, known)}")
-    with torch.device("meta"):
-        plan: Any = timm.create_model(name, num_classes=0)
+    try:
+        with torch.device("meta"):
+            plan: Any = timm.create_model(name, num_classes=0)
+    except Exception as error:  # whatever a folder's config.json asks for
+        raise Mistake(f"timm:{name}: timm cannot make it ({' '.join(str(error).split())[:200]})") from None
     if why := _other_than_plain(plan):
         raise Mistake(f"timm:{name}: no plain pre-norm ViT with [CLS]: {why}")
     try:
@@ -220,7 +285,7 @@ def timm_backbone(name: str) -> ViT:
     tensors["backbone.patch_embed.proj.weight"] = (weight * (ours_std / std).view(1, 3, 1, 1)).float()
     shift = (weight * ((ours_mean - mean) / std).view(1, 3, 1, 1)).sum((1, 2, 3))
     tensors["backbone.patch_embed.proj.bias"] = (bias + shift).float()
-    return _from_tensors(tensors, {"heads": theirs.blocks[0].attn.num_heads}, f"timm:{name}")
+    return tensors, {"heads": theirs.blocks[0].attn.num_heads}
 
 
 def _other_than_plain(theirs: torch.nn.Module) -> str | None:
@@ -247,14 +312,11 @@ def _other_than_plain(theirs: torch.nn.Module) -> str | None:
     return None
 
 
-def _from_checkpoint(checkpoint: Checkpoint) -> ViT:
-    """The teacher's backbone, in eval mode."""
-    config = parse_config(checkpoint.config, str(checkpoint.path))
-    reference = config.reference
-    vit = build_vit(config.model, config.image_size, reference.attention, reference.border, 0.0)
-    teacher = {n.removeprefix("teacher."): t for n, t in checkpoint.tensors().items() if n.startswith("teacher.")}
-    load_strictly(vit, _backbone_of(teacher), str(checkpoint.path))
-    return vit.eval()
+def _about_config(text: str, source: str) -> dict:
+    """What a checkpoint's config tells of its backbone."""
+    config = parse_config(text, source)
+    heads = config.model.heads or ARCHS[config.model.arch][2]
+    return {"heads": heads, "attention": config.reference.attention, "border": config.reference.border}
 
 
 def about_backbone(vit: ViT, steps: int, method: str) -> dict:
@@ -268,29 +330,86 @@ def load_backbone(path: str | Path, untrained: bool = False) -> ViT:
     a run folder (its newest checkpoint; untrained: the same network before training), a checkpoint of ours, a backbone
     file, weights of timm, DINO, DenseDINO, Leopart or MoCo-v3, or timm:NAME. Raises Mistake where there is none.
     """
-    if str(path).startswith(TIMM):
-        return timm_backbone(str(path).removeprefix(TIMM)).eval()
-    path = Path(path)
-    if path.is_dir() and (path / "config.yaml").is_file():
-        config = load_config(path / "config.yaml")
-        if untrained:
-            torch.manual_seed(weights_seed(config.seed))
-            return DenseDINO(config).teacher.backbone.eval()
-        found = newest_whole(path / "checkpoints")
-        if found is None:
-            raise Mistake(f"{path}: a run without a checkpoint yet")
-        return _from_checkpoint(found)
-    if path.is_dir():
-        found = newest_whole(path)
-        if found is None:
-            raise Mistake(f"{path}: neither a run nor a folder of checkpoints")
-        return _from_checkpoint(found)
-    if not path.is_file():
-        raise Mistake(f"{path}: no such file")
-    if path.name.startswith("checkpoint-") and path.suffix == ".safetensors":
-        return _from_checkpoint(open_checkpoint(path))
+    if untrained and (Path(path) / "config.yaml").is_file():
+        config = load_config(Path(path) / "config.yaml")
+        torch.manual_seed(weights_seed(config.seed))
+        model = DenseDINO(config)
+        if config.model.init:
+            initialise(model, config.model.init)
+        return model.teacher.backbone.eval()
     tensors, about = read_network(path)
     return _from_tensors(tensors, about, str(path)).eval()
+
+
+def initialise(model: DenseDINO, source: str) -> str:
+    """Begin with weights that others made, of any dialect; returns one line: what came from there, and what did not.
+
+    The backbone is taken for student and teacher (each its own, where the file holds both), and so are the heads that are
+    there, with their centres. A head of [CLS] serves points too where the file has none for them, as the published
+    --finetune does it. What the file lacks stays new. Raises Mistake, with the difference, where it is another network's.
+    """
+    contents, about = _read(source)
+    roles = [role for role in _ROLES if _holds(contents, role)] or ["teacher"]
+    origin: dict[str, str] = {}
+    for role in _ROLES:
+        network: Any = getattr(model, role)
+        tensors, more = _network(contents, role if role in roles else roles[0], source)
+        _refuse_another(network, tensors, about | more, source)
+        origin = {part: part for part in _PARTS if part == "backbone" or _of_part(tensors, part)}
+        if "cls_head" in origin:
+            origin.setdefault("reference_head", "cls_head")
+        origin = {part: came for part, came in origin.items() if getattr(network, part) is not None}
+        for part, came in origin.items():
+            load_strictly(getattr(network, part), _of_part(tensors, came), f"{source}, {came}")
+    gain = model.student.cls_head.last_layer.weight_g
+    if not gain.requires_grad and not torch.equal(gain, torch.ones_like(gain)):
+        raise Mistake(f"{source}: its prototypes have gains of their own; head.unit_prototypes=false goes on with them")
+
+    loss = contents["dino_loss"] if isinstance(contents.get("dino_loss"), dict) else contents  # published, or ours
+    centers = {part: loss[name] for part, names in _CENTERS.items() for name in names if name in loss}
+    for part, came in origin.items():
+        if came in centers:
+            own, center = getattr(model, _CENTERS[part][0]), centers[came]
+            if not isinstance(center, Tensor) or not _is_plain(center) or center.numel() != own.numel():
+                raise Mistake(f"{source}: its centre of {came} is no tensor of {own.numel()} prototypes")
+            own.copy_(center.flatten())
+    told = [part if part == came else f"{part} (a copy of its {came})" for part, came in origin.items()]
+    told += ["centres"] if centers.keys() & origin.values() else []
+    new = [part for part in _PARTS if part not in origin and getattr(model.teacher, part) is not None]
+    new += [] if centers.keys() & origin.values() else ["centres"]
+    return f"begins with {source}: {', '.join(told)}" + (f"; new: {', '.join(new)}" if new else "")
+
+
+def _refuse_another(network: Any, tensors: Mapping[str, Tensor], about: dict, source: str) -> None:
+    """Raises Mistake where tensors are those of a network of other dimensions."""
+    own = {"model.heads": network.backbone.heads, **_dimensions(network.state_dict())}
+    theirs = {"model.heads": about.get("heads", own["model.heads"]), **_dimensions(tensors)}
+    wrong = [f"{what}: {n} there, {own[what]} here" for what, n in theirs.items() if n != own.get(what, n)]
+    if (about.get("attention") == "all_query") != (network.backbone.attention == "all_query") and "attention" in about:
+        wrong.append(f"reference.attention: {about['attention']} there, {network.backbone.attention} here")
+    if wrong:
+        raise Mistake(f"{source} does not fit this model ({'; '.join(wrong)})")
+
+
+def _dimensions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """What a network's tensors tell of its config."""
+    places = {
+        "model.width": ("backbone.pos_embed", -1),
+        "model.patch": ("backbone.patch_embed.proj.weight", -1),
+        "head.hidden": ("cls_head.mlp.0.weight", 0),
+        "head.bottleneck": ("cls_head.last_layer.weight_v", 1),
+        "head.prototypes": ("cls_head.last_layer.weight_v", 0),
+    }
+    found = {
+        what: tensors[name].shape[axis]
+        for what, (name, axis) in places.items()
+        if name in tensors and tensors[name].ndim > axis >= -tensors[name].ndim
+    }
+    if depth := _depth(tensors):
+        found["model.depth"] = depth
+    if "backbone.pos_embed" in tensors and tensors["backbone.pos_embed"].ndim == 3:
+        found["patches of the largest view"] = tensors["backbone.pos_embed"].shape[1] - 1
+    return found
 
 
 def weights_seed(seed: int) -> int:

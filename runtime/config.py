@@ -72,6 +72,7 @@ class Model:
     depth: int | None = None
     heads: int | None = None
     drop_path: float = 0.1
+    init: str | None = None  # weights to begin with: a file, a run or timm:NAME (model/weights.py: `initialise`)
 
 
 @dataclass

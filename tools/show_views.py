@@ -13,7 +13,6 @@ V views, the first T of them the teacher's · M points of a pair.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +32,9 @@ from pipeline.shards import Shards
 from pipeline.wds import cut, decode
 from runtime.config import TEACHERS, Config, load_config
 from runtime.mistake import Mistake, tell_mistakes
+from tools.gallery import COLOURS, DARK, place, save
 
-# Okabe & Ito 2008, colours that the colour-blind tell apart; without black, the ink of the text
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
 SHAPES = ("o", "s")  # of the points of a pair, by its teacher view
-DARK = COLOURS[:1] + COLOURS[4:5]  # on these, numbers are white
 CELL = 2.6  # inches
 
 
@@ -134,7 +131,7 @@ def picture(config: Config, shards: Shards, samples: list[tuple[int, Tensor]], e
     return figure
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m tools.show_views", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", help="a run folder, or a folder or an address of shards")
@@ -144,7 +141,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", help="these sample ids instead")
     parser.add_argument("--epoch", type=int, default=0, help="the epoch whose draws are shown (default 0)")
     parser.add_argument("--if-missing", action="store_true", help="leave a picture that is there alone")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     for name, least in (("images", 1), ("epoch", 0)):
         if getattr(args, name) < least:
@@ -153,7 +150,7 @@ def main() -> None:
     is_run = (run / "config.yaml").is_file()
     if is_run and args.config:
         raise Mistake(f"{args.source} is a run with a config of its own; --config is for a folder of shards")
-    out = args.out or (run / "pictures" / "views.png" if is_run else Path("views.png"))
+    out = place("views", run if is_run else None, args.out)
     if args.if_missing and out.is_file():
         print(f"{out}: already there")
         return
@@ -163,14 +160,7 @@ def main() -> None:
     if folder is None:
         raise Mistake(f"{recipe}: data.shards names no folder")
     shards = open_shards(folder, config.speed)
-    figure = picture(config, shards, sound_samples(shards, args.samples, args.images), args.epoch)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, dpi=130, format="png")
-        os.replace(partial, out)  # a picture that is there is whole
-    except OSError as error:
-        raise Mistake(f"{out}: {error.strerror}") from None
+    save(picture(config, shards, sound_samples(shards, args.samples, args.images), args.epoch), out, dpi=130)
     print(f"views written to {out}")
 
 

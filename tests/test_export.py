@@ -1,0 +1,132 @@
+"""Weights in other people's hands: a process that knows torch and timm only gets the same features."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import run_program
+
+from model.reference import resize_grid
+from model.vit import ARCHS, ViT
+from model.weights import load_backbone
+from runtime.checkpoint import save_backbone
+from runtime.mistake import Mistake
+from tools.export import export, timm_form
+
+# Evaluates each expression on the same images; torch and timm are all that it imports.
+_ELSEWHERE = """
+import sys, timm, torch
+images = torch.load("images.pt")
+for n, words in enumerate(sys.argv[1:]):
+    model = eval(words).eval()
+    with torch.no_grad():
+        torch.save((model(images), model.forward_features(images)), f"{n}.pt")
+assert not {"model", "runtime", "tools", "eval", "pipeline"} & sys.modules.keys()
+"""
+
+
+def a_vit(width=64, depth=2, heads=2, patch=8, image_size=32, attention="patches+self") -> ViT:
+    torch.manual_seed(0)
+    vit = ViT(width=width, depth=depth, heads=heads, patch=patch, image_size=image_size, attention=attention)
+    torch.nn.init.normal_(vit.pos_embed)  # far from each other: a position read wrongly is seen
+    return vit.eval()
+
+
+def same_elsewhere(vit: ViT, tmp_path: Path, *loads: str) -> bool:
+    """Whether each way of loading gives this network's [CLS] and patches."""
+    torch.manual_seed(1)
+    images = torch.randn(2, 3, vit.image_size, vit.image_size)
+    torch.save(images, tmp_path / "images.pt")
+    command = [sys.executable, "-c", _ELSEWHERE, *loads]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        cls, patches, _ = vit(images)
+    near = dict(atol=1e-4, rtol=1e-4)
+    for n in range(len(loads)):
+        theirs, tokens = torch.load(tmp_path / f"{n}.pt")
+        if not (torch.allclose(theirs, cls, **near) and torch.allclose(tokens[:, 1:], patches, **near)):
+            return False
+    return True
+
+
+def test_the_papers_network(tmp_path):
+    """ViT-S/16 at 224 px: the line that the README promises, unchanged."""
+    width, depth, heads = ARCHS["vit_small"]
+    vit = a_vit(width, depth, heads, 16, 224)
+    export(vit, tmp_path / "out", onnx=False)
+    load = 'timm.create_model("vit_small_patch16_224", num_classes=0, checkpoint_path="out/model.safetensors")'
+    assert same_elsewhere(vit, tmp_path, load, 'timm.create_model("local-dir:out", pretrained=True)')
+
+
+def test_the_program_and_onnx(tmp_path):
+    """A custom network: the printed lines are all that one needs; ONNX takes any number of pictures."""
+    import onnx
+    from onnxruntime import InferenceSession
+
+    vit = a_vit(attention="none")
+    save_backbone(tmp_path / "b.safetensors", vit, {"heads": 2, "attention": "none"})
+    told = run_program("-m", "tools.export", tmp_path / "b.safetensors", tmp_path / "out", "--onnx").stdout
+    lines = [line for line in told.splitlines() if line.startswith("timm.create_model")]
+    assert len(lines) == 2
+    assert "embed_dim=64, depth=2, num_heads=2, patch_size=8, img_size=32" in lines[0]
+    assert same_elsewhere(vit, tmp_path, *lines)
+
+    file = tmp_path / "out" / "model.onnx"
+    onnx.checker.check_model(onnx.load(file), full_check=True)
+    session = InferenceSession(file, providers=["CPUExecutionProvider"])
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        cls, patches, _ = vit(images)
+    for n in (1, 3, 5):
+        got = session.run(["cls", "patches"], {"images": images[:n].numpy()})
+        assert np.allclose(got[0], cls[:n], atol=1e-4)
+        assert np.allclose(got[1], patches[:n], atol=1e-4)
+    # whole for us too, and without --onnx no model of other weights stays behind
+    again = load_backbone(tmp_path / "out" / "model.safetensors")
+    assert (again.heads, again.attention) == (2, "none")
+    export(a_vit(heads=1), tmp_path / "out", onnx=False)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]["num_heads"] == 1
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "vit_base"])
+def test_names_of_the_usual_networks(arch):
+    with torch.device("meta"):
+        vit = a_vit(*ARCHS[arch], 16, 224)
+        assert timm_form(vit) == (f"{arch}_patch16_224", {})
+        assert timm_form(a_vit(*ARCHS[arch], 8, 96)) == (f"{arch}_patch16_224", {"patch_size": 8, "img_size": 96})
+
+
+def test_at_another_size_the_rules_differ(tmp_path):
+    """What the documentation says: timm resizes the grid by another rule, so features are near, and not equal."""
+    vit = a_vit()
+    export(vit, tmp_path / "out", onnx=False)
+    load = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True, img_size=48)
+    theirs = load.pos_embed[0, 1:].detach()
+    ours = resize_grid(vit.pos_embed[0, 1:].unflatten(0, (4, 4)), 6, 6).flatten(0, 1).detach()
+    assert theirs.shape == ours.shape
+    assert 1e-3 < (theirs - ours).abs().mean() < 0.5 * ours.abs().mean()
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(Mistake, match=r"reference\.attention: all_query, its patches never attend to \[CLS\]"):
+        export(a_vit(attention="all_query"), tmp_path / "out", onnx=False)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    with pytest.raises(Mistake, match="mine is not empty and holds no export"):
+        export(a_vit(), tmp_path / "mine", onnx=False)
+    assert (tmp_path / "mine" / "config.json").read_text() == "{}"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Mistake, match="file is not empty and holds no export"):
+        export(a_vit(), tmp_path / "file", onnx=False)
+    error = run_program("-m", "tools.export", tmp_path / "nothing", tmp_path / "out", expect=2).stderr
+    assert error.startswith("error: ")
+    assert "nothing: no such file" in error
+    assert error.count("\n") == 1
