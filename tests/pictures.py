@@ -105,7 +105,7 @@ def tiff_bomb(side: int = 30000) -> bytes:
 def overwrite(folder: Path, sample: int, data: bytes, *, indexed: bool = False) -> bytes:
     """Other bytes in a sample's place, as long as those before: padded with zeros. `indexed`: as if they had been there
     when the index was written. Returns what was there."""
-    shards = Shards(folder, None)
+    shards = Shards(folder, max_lost=None)
     row = shards.index[sample]
     size = int(row["size"])
     assert len(data) <= size

@@ -90,7 +90,7 @@ def test_tolerant(damage, tiny_shards, tiny_config, tmp_path):
     words = [*SHORT, "run.log_every=1", f"data.shards={damage.folder}"]
     if damage.lost:
         with pytest.raises(Mistake, match=f"in all {len(damage.lost)} of {damage.samples} samples are lost"):
-            Shards(damage.folder, 0.01)
+            Shards(damage.folder, max_lost=0.01)
     said = run_program("train.py", tiny_config, *words, "data.max_lost=0.6").stdout
     assert "finished: 5 steps" in said
     planned = ids_of_an_epoch(tiny_config, tiny_shards)
