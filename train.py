@@ -56,7 +56,7 @@ def train(config: Config, dry_run: bool = False) -> int:
             f"optim.batch: {config.optim.batch} images do not fall into {world} processes x "
             f"speed.accumulate: {config.speed.accumulate} equal pieces"
         )
-    shards = Shards(config.data.shards, max_lost=config.data.max_lost)
+    shards = Shards(config.data.shards, config.data.max_lost)
     holdout = 0.0 if config.data.val else config.data.holdout
     plan = Plan(shards, batch=config.optim.batch, seed=config.seed, holdout=holdout)
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)

@@ -16,7 +16,6 @@ import os
 import stat
 import threading
 import zlib
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,7 +50,7 @@ class Shards:
     empty if there is nothing. max_lost=None does not look: for worker processes, and tools that look for themselves.
     """
 
-    def __init__(self, folder: str | Path, *, max_lost: float | None = 0.0):
+    def __init__(self, folder: str | Path, max_lost: float | None = 0.0):
         self.folder = Path(folder)
         manifest = self.folder / "manifest.json"
         if not manifest.is_file():
@@ -95,8 +94,8 @@ class Shards:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __reduce__(self):  # a worker process opens the folder anew, and does not look at all its shards again
-        return partial(Shards, max_lost=None), (self.folder,)
+    def __reduce__(self):  # a worker process opens the folder anew
+        return Shards, (self.folder, None)
 
     def _look_for_loss(self, max_lost: float) -> str:
         """A line on shards that are gone or of another size than the manifest says. Raises Mistake beyond `max_lost`."""
