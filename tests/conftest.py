@@ -53,6 +53,22 @@ def run_program(*words: object, expect: int = 0, **options) -> subprocess.Comple
     return done
 
 
+MEASURED = """import re, sys
+{program}
+print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+sys.exit(code)"""
+
+
+def run_measured(program: str, *words: object, expect: int = 0, **options) -> tuple[subprocess.CompletedProcess, int]:
+    """Run lines of Python that leave `code`, as a program of its own; and the most memory that it had, MB (Linux)."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", MEASURED.format(program=program), *(str(w) for w in words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **{"env": env, "cwd": ROOT} | options)
+    assert done.returncode == expect, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    done.stdout, _, peak = done.stdout.rpartition("peak ")
+    return done, int(peak) // 1024
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """96 small photos of three classes, of several sizes and colours; folder/<class>/<n>.jpg."""

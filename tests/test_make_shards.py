@@ -5,19 +5,17 @@ import io
 import json
 import os
 import resource
-import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import encoded, lying_jpeg, photo, pixels, png_bomb, tar_of, tree
 from PIL import Image
 
 from pipeline.shards import Shards
@@ -41,41 +39,6 @@ def tool(*words: object, ok: bool = True, cwd: Path = REPO, **more: object) -> s
         assert done.stderr.startswith("error: "), done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
     return done.stderr or done.stdout
-
-
-def pixels(seed: int, height: int = 30, width: int = 40) -> np.ndarray:
-    """Smooth colours that survive a JPEG: [height, width, 3]."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def encoded(image: Image.Image | np.ndarray, kind: str = "JPEG", **how: object) -> bytes:
-    out = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(out, kind, **how)
-    return out.getvalue()
-
-
-def photo(seed: int, height: int = 30, width: int = 40) -> bytes:
-    return encoded(pixels(seed, height, width), quality=95, subsampling=0)
-
-
-def tree(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def tar_of(files: dict[str, bytes], path: Path | None = None) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    if path:
-        path.write_bytes(out.getvalue())
-    return out.getvalue()
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -182,7 +145,8 @@ def test_imagenet_as_it_is(tmp_path: Path) -> None:
 # ---- what becomes of a photo
 
 
-def test_every_kind_of_photo(tmp_path: Path) -> None:
+def test_rarer_kinds_of_photo(tmp_path: Path) -> None:
+    """The common ones: tests/faults/test_f07_formats.py."""
     rgb = pixels(1)
     image = Image.fromarray(rgb)
     grey = np.asarray(image.convert("L"))
@@ -192,44 +156,20 @@ def test_every_kind_of_photo(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turn clockwise to view
     upright = Image.Exif()
     upright[0x0112] = 1
-    palette = image.quantize(64)
-    kept = {
-        "JPEG RGB": (encoded(rgb, quality=90), rgb),
-        "JPEG L": (encoded(grey), grey),
-        "progressive": (encoded(rgb, progressive=True), rgb),
-        "upright": (encoded(rgb, exif=upright), rgb),
-    }
+    kept = {"upright": (encoded(rgb, exif=upright), rgb)}
     converted = {
-        "PNG RGB": (encoded(rgb, "PNG"), rgb),
         "PNG L": (encoded(grey, "PNG"), grey),
-        "PNG I;16": (encoded(grey.astype(np.uint16) * 257, "PNG"), grey),
-        "PNG RGBA": (encoded(half, "PNG"), on_white),
         "PNG LA": (encoded(half.convert("LA"), "PNG"), np.where(np.arange(40) < 20, grey, 255)),
-        "PNG P": (encoded(palette, "PNG"), np.asarray(palette.convert("RGB"))),
-        "GIF P": (encoded(palette, "GIF"), np.asarray(palette.convert("RGB"))),
-        "GIF P animated": (
-            encoded(palette, "GIF", save_all=True, append_images=[image.rotate(180)]),
-            palette.convert("RGB"),
-        ),
-        "WEBP RGB": (encoded(rgb, "WEBP", lossless=True), rgb),
         "WEBP RGBA": (encoded(half, "WEBP", lossless=True, exact=True), on_white),
-        "TIFF RGB": (encoded(rgb, "TIFF"), rgb),
         "TIFF I;16": (encoded(grey.astype(np.uint16) * 257, "TIFF"), grey),
-        "BMP RGB": (encoded(rgb, "BMP"), rgb),
         "PNG 1": (encoded(image.convert("1", dither=Image.Dither.NONE), "PNG"), (grey > 127) * 255),
-        "JPEG CMYK": (encoded(image.convert("CMYK")), rgb),
-        "JPEG RGB rotated": (encoded(rgb, exif=exif), np.rot90(rgb, -1)),
         "TIFF RGB rotated": (encoded(rgb, "TIFF", exif=exif), np.rot90(rgb, -1)),
     }
     bad = {"TIFF F": encoded(Image.fromarray(grey.astype(np.float32)), "TIFF")}
-    every = {
-        f"{i:02d}": (k, *v) for i, (k, v) in enumerate((kept | converted | {"long": (photo(3, 1, 5000), None)}).items())
-    }
-    src = tree(
-        tmp_path / "src", {f"{n}.jpg": v[1] for n, v in every.items()} | {"bad.tif": bad["TIFF F"]}
-    )  # names can lie
+    every = {f"{i}.jpg": data for i, (data, _) in enumerate((kept | converted).values())}  # names can lie
+    src = tree(tmp_path / "src", every | {"bad.tif": bad["TIFF F"]})
     dst = tmp_path / "dst"
-    tool("make", src, dst, "--max-bad", 0.1)
+    tool("make", src, dst, "--max-bad", 0.2)
     shards = Shards(dst)
     by_bytes = {shards.read(i): shards.index[i] for i in range(len(shards))}
     for data, _ in kept.values():
@@ -244,10 +184,9 @@ def test_every_kind_of_photo(tmp_path: Path) -> None:
             assert (got.height, got.width) == (row["height"], row["width"])
             if np.asarray(got).shape == wanted.shape:
                 near.append(np.abs(np.asarray(got).astype(int) - wanted).mean())
-        assert min(near) < (8 if "1" in kind.split() or "P" in kind else 2), kind
-    counts = {kind.replace(" animated", ""): 1 for kind in converted} | {"GIF P": 2}
-    assert shards.manifest["converted"] == counts
-    assert shards.manifest["kept"] == {"JPEG L": 1, "JPEG RGB": 4}
+        assert min(near) < (8 if "1" in kind.split() else 2), kind
+    assert shards.manifest["converted"] == dict.fromkeys(converted, 1)
+    assert shards.manifest["kept"] == {"JPEG RGB": 1}
     assert "mode F" in (dst / "rejected.jsonl").read_text()
     assert all(Image.open(io.BytesIO(shards.read(i))).getexif().get(0x0112, 1) == 1 for i in range(len(shards)))
 
@@ -263,21 +202,6 @@ def test_resizing_on_request(tmp_path: Path) -> None:
     assert Shards(tmp_path / "dst").manifest["converted"] == {"JPEG RGB resized": 1}
 
 
-def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-
-
-def lying_jpeg() -> bytes:
-    data = bytearray(photo(1))
-    at = data.index(b"\xff\xc0")
-    data[at + 5 : at + 9] = struct.pack(">HH", 65000, 65000)
-    return bytes(data)
-
-
 def test_bad_photos_are_listed_and_bounded(tmp_path: Path) -> None:
     bad = {
         "html.jpg": (b"<!DOCTYPE html><html>", "begins with b'<!DOCTYPE html><'"),
@@ -285,9 +209,9 @@ def test_bad_photos_are_listed_and_bounded(tmp_path: Path) -> None:
         "cut.jpg": (photo(1)[:-2], "truncated"),
         "header.jpg": (photo(1)[:200], "Truncated"),
         "garbage.jpg": (bytes(range(256)), "no JPEG"),
-        "bomb.png": (png_header(30000, 30000), "900000000 pixels by its header"),
-        "bomb.jpg": (lying_jpeg(), "4225000000 pixels by its header"),
-        "thin.png": (png_header(70000, 1), "at most 65500"),
+        "bomb.png": (png_bomb(30000, 30000), "900000000 pixels by its header"),
+        "bomb.jpg": (lying_jpeg(65000, 65000), "4225000000 pixels by its header"),
+        "thin.png": (png_bomb(70000, 100), "at most 65500"),
         "\u2028line\n\udcff.jpg": (b"GIF89a", ""),
     }
     good = {f"good{i}.jpg": photo(i) for i in range(6)}
@@ -307,28 +231,6 @@ def test_bad_photos_are_listed_and_bounded(tmp_path: Path) -> None:
     tool("make", src, again, "--max-bad", 0.7, "--processes", 2, "--shard-mb", 0.004)
     assert (again / "rejected.jsonl").read_text().count("\n") == 9
     assert Shards(again).manifest["samples"] == 6  # shards without a sound photo are not there
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak")
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_a_bomb_costs_no_memory(tmp_path: Path, kind: str) -> None:
-    frame = encoded(pixels(1), "WEBP", lossless=True)[12:]
-    there = struct.pack("<I", 0)[:3] * 2 + struct.pack("<I", 39)[:3] + struct.pack("<I", 29)[:3] + bytes(4) + frame
-    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + b"\xfe\x3f\0" * 2
-    body += b"ANIM" + struct.pack("<I", 6) + bytes(6) + b"ANMF" + struct.pack("<I", len(there)) + there
-    webp = b"RIFF" + struct.pack("<I", len(body)) + body
-    bomb = {"png": png_header(30000, 30000), "jpeg": lying_jpeg(), "webp": webp}[kind]
-    src = tree(tmp_path / "src", {"bomb.jpg": bomb, "good.jpg": photo(1)})
-    code = (
-        "import re, sys; from tools.make_shards import main; main(); "
-        "print('peak', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
-    )
-    words = ["make", src, tmp_path / "dst", "--max-bad", "0.5", "--processes", "1"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], cwd=REPO, capture_output=True, text=True, timeout=60
-    )
-    assert "rejected 1" in done.stdout, done.stderr
-    assert int(done.stdout.split("peak")[1]) < 200_000  # kB, the interpreter and its imports included
 
 
 # ---- the same bytes, whatever happens
@@ -395,72 +297,6 @@ def test_other_photos_or_settings_are_refused(tmp_path: Path) -> None:
     fcntl.flock(fd, fcntl.LOCK_EX)
     assert "another make_shards is at work" in tool("make", src, dst, ok=False)
     os.close(fd)
-
-
-# ---- hostile tars
-
-
-def hostile_tar(path: Path) -> None:
-    """Good photos among everything a tar can hold."""
-    data = photo(1)
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-
-        def add(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", **pax: str) -> None:
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname, member.pax_headers = kind, link, pax
-            member.size = len(data) if kind == tarfile.REGTYPE else 0
-            tar.addfile(member, io.BytesIO(data) if kind == tarfile.REGTYPE else None)
-
-        add("good.jpg")
-        add("../out.jpg")
-        add("/tmp/absolute.jpg")
-        add("a/../../out.jpg")
-        add("link.jpg", tarfile.SYMTYPE, "/etc/passwd")
-        add("hard.jpg", tarfile.LNKTYPE, "good.jpg")
-        add("fifo.jpg", tarfile.FIFOTYPE)
-        add("device.jpg", tarfile.CHRTYPE)
-        add("good.jpg")  # a second time
-        add("new\nline.jpg")
-        add("é" * 120 + ".jpg")
-        add("sparse.jpg", **{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(10**12)})
-        add("huge.jpg", comment="x" * (2 << 20))
-        add("last.jpg")
-    raw = bytearray(path.read_bytes())
-    at = raw.rindex(b"last.jpg")
-    raw[at : at + 8] = b"la\xfft.jpg"  # not UTF-8
-    header = raw[at : at + 512]
-    header[148:156] = b" " * 8
-    raw[at + 148 : at + 156] = b"%06o\0 " % sum(header)
-    path.write_bytes(raw)
-
-
-def test_hostile_members_are_passed_over(tmp_path: Path) -> None:
-    hostile_tar(tmp_path / "hostile.tar")
-    tool("make", tmp_path / "hostile.tar", tmp_path / "dst")
-    manifest = Shards(tmp_path / "dst").manifest
-    assert manifest["samples"] == 4
-    assert manifest["skipped"] == {
-        "huge headers": 1, "links": 2, "names twice": 1, "sparse members": 1, "special files": 2, "unsafe names": 3,
-    }  # fmt: skip
-    assert sorted(os.listdir(tmp_path)) == ["dst", "hostile.tar"]
-    (tmp_path / "foreign").mkdir()
-    shutil.move(tmp_path / "hostile.tar", tmp_path / "foreign")
-    tool("index", tmp_path / "foreign")
-    assert len(samples(tmp_path / "foreign")) == 4
-
-
-@pytest.mark.parametrize(
-    "field", [b"-0000000512\0", b"\xff" * 12, b"\x80" + b"\0" * 3 + b"\x01" + b"\0" * 7, b"77777777777\0"]
-)
-def test_lying_sizes_in_a_tar(tmp_path: Path, field: bytes) -> None:
-    raw = bytearray(tar_of({"a.jpg": photo(1), "b.jpg": photo(2)}))
-    raw[124:136] = field
-    raw[148:156] = b" " * 8
-    raw[148:156] = b"%06o\0 " % sum(raw[:512])
-    (tmp_path / "t.tar").write_bytes(raw)
-    said = tool("make", tmp_path / "t.tar", tmp_path / "dst", ok=False)
-    assert "t.tar: " in said
-    assert "byte 0" in said
 
 
 # ---- what others make of it

@@ -1,6 +1,7 @@
 """The WebDataset reader and the loader: the plan's samples, the windows' pixels, damage replaced, nothing left behind."""
 
 import io
+import json
 import multiprocessing
 import shutil
 import threading
@@ -131,6 +132,28 @@ def test_a_damaged_photo_costs_nothing_but_itself(config, tmp_path):
     assert loader.damaged() == []
 
 
+def test_a_shard_that_goes_while_it_is_read(config, tmp_path):
+    """Its samples are damaged like others; when its own shard has none left, the rest of the set stands in."""
+    config.data.shards = str(shutil.copytree(config.data.shards, tmp_path / "shards"))
+    shards, plan = opened(config)
+    (tmp_path / "shards" / shards.shards[0]["name"]).unlink()
+    gone = set(range(shards.starts[1]))
+    seen: set[int] = set()
+    for batch in wds.read(config, shards, plan, start=0, stop=5):
+        seen |= gone & set(batch.ids.tolist())
+        assert not gone & set(batch.rows.tolist())
+        assert (batch.rows == batch.ids)[[int(i) not in gone for i in batch.ids]].all()
+    assert seen
+    assert shards.describe(min(seen)) == {
+        "shard": shards.shards[0]["name"], "byte": shards.index["offset"][min(seen)],
+        "why": f"only 0 of its {shards.index['size'][min(seen)]} bytes could be read",
+    }  # fmt: skip
+    for shard in shards.shards[1:]:
+        (tmp_path / "shards" / shard["name"]).unlink()
+    with pytest.raises(Mistake, match="100 samples in a row are damaged, the last in shard-"):
+        list(wds.read(config, Shards(config.data.shards, max_lost=None), plan, start=5, stop=6))
+
+
 def make_loader(config, stop: int, start: int = 0) -> Loader:
     shards, plan = opened(config)
     device = torch.device("cpu")
@@ -178,6 +201,17 @@ def test_bad_folders(tmp_path, config, photos):
     shard.unlink()
     with pytest.raises(Mistake, match=f"{shard.name}: is missing"):
         Shards(cut)
+    assert f"{shard}: is missing" in Shards(cut, max_lost=0.9).told_lost
+    manifest = json.loads((cut / "manifest.json").read_text())
+    for change in ({"name": "../outside.tar"}, {"samples": -1}, {"bytes": "many"}, {"samples": None}):
+        told = manifest | {"shards": [manifest["shards"][0] | change, *manifest["shards"][1:]]}
+        (cut / "manifest.json").write_text(json.dumps(told))
+        with pytest.raises(Mistake, match="not a manifest of shards"):
+            Shards(cut, max_lost=None)
+    manifest["shards"][0]["samples"] += 1
+    (cut / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Mistake, match="the index holds 96 samples, the manifest 97"):
+        Shards(cut, max_lost=None)
 
 
 dali_here = pytest.mark.skipif(choose("dali") is None, reason="DALI is not installed")
@@ -217,7 +251,8 @@ def test_dali_reads_the_same(config, workers):
 
 @dali_here
 def test_readers_agree_on_damage(config, tmp_path):
-    """5 % damaged photos, and one whose bytes are as written but which no decoder takes: the same rows are read."""
+    """5 % damaged photos, one whose bytes are as written but which no decoder takes, and one whose header promises another
+    size than the index: the same rows are read."""
     shards, _ = opened(config)
     damaged = list(range(3, 96, 20))
     folder = Path(with_damage(shards, tmp_path / "damaged", damaged))
@@ -229,6 +264,7 @@ def test_readers_agree_on_damage(config, tmp_path):
     content[at : at + size] = b"not a photo " * (size // 12) + b"." * (size % 12)
     path.write_bytes(content)
     index["crc32"][50] = zlib.crc32(bytes(content[at : at + size]))
+    index["height"][70] += 1  # its header says something else
     np.save(folder / "index.npy", index)
     config.data.shards = str(folder)
     read: set[int] = set()
@@ -238,7 +274,7 @@ def test_readers_agree_on_damage(config, tmp_path):
         assert torch.equal(a.windows, b.windows)
         assert len(b.views[0]) == 16
         read |= set(b.rows.tolist())
-    assert not read & {*damaged, 50}
+    assert not read & {*damaged, 50, 70}
 
 
 @dali_here

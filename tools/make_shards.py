@@ -5,7 +5,7 @@ make    writes DST/shard-%06d.tar (plain WebDataset tars), index.npy and manifes
 verify  reads every shard again and names each sample that is damaged or lost.
 index   writes manifest and index for WebDataset tars that others made; the tars stay as they are.
 
-Every photo is decoded once, whole, so that what is in a shard is known to decode. An upright 8-bit JPEG is kept byte by
+Every photo is decoded once, whole, so that what is in an index is known to decode. An upright 8-bit JPEG is kept byte by
 byte, all else becomes one (`tools/sharding/photo.py` says how), counted by kind in the manifest. --resize-short N also
 re-encodes what has more than N pixels on its short side; shards are cut by the sizes of the sources, so they come out
 of another size than --shard-mb then. A photo that does not decode, has more than --max-pixels (read from its header, before

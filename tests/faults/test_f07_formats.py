@@ -41,7 +41,7 @@ def formats() -> dict[str, Format]:
     over_white = np.where(see_through[..., None] > 0, rgb, 255)
     deep = np.linspace(0, 65535, 60 * 80).astype(np.uint16).reshape(60, 80)
     high = (deep >> 8).astype(np.uint8)[..., None].repeat(3, 2)
-    palette = image.quantize(256, dither=Image.Dither.NONE)
+    palette = Image.fromarray(pixels(2, 1, 80).repeat(60, 0)).quantize(256)  # 80 colours, none of them lost
     of_palette = np.asarray(palette.convert("RGB"))
     turned = Image.Exif()
     turned[0x0112] = 6  # turn clockwise to view
