@@ -81,13 +81,17 @@ def _collate(samples: list) -> list[Tensor] | Mistake:
     return next((sample for sample in samples if isinstance(sample, Mistake)), None) or default_collate(samples)
 
 
+def normalised(pictures: Tensor) -> Tensor:
+    """Pictures uint8 [n,3,S,S] -> float32, each channel less ImageNet's mean, by its deviation."""
+    mean, std = (torch.tensor(c, device=pictures.device).view(1, 3, 1, 1) for c in (MEAN, STD))
+    return (pictures / 255 - mean) / std
+
+
 @torch.inference_mode()
 def tokens(network: ViT, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures uint8 [n,3,S,S] -> ([CLS] [n,D], patch tokens [n,h*w,D]) after the final norm, float32."""
-    mean, std = (torch.tensor(c, device=pictures.device).view(1, 3, 1, 1) for c in (MEAN, STD))
-    normalised = ((pictures / 255 - mean) / std).to(network.pos_embed.dtype)
     with torch.autocast(pictures.device.type, torch.bfloat16, enabled=pictures.device.type == "cuda"):
-        cls, patches, _ = network(normalised)
+        cls, patches, _ = network(normalised(pictures).to(network.pos_embed.dtype))
     assert patches is not None
     return cls.float(), patches.float()
 
@@ -183,11 +187,15 @@ def scene_batches(
     batch: int = 64,
     workers: int = 0,
     shuffle: torch.Generator | None = None,
+    pixels: bool = False,
 ) -> Iterator[SceneTokens]:
-    """Patch tokens on their grid and masks, on the network's device."""
+    """Patch tokens on their grid and masks, on the network's device. pixels: a patch's own instead of its token."""
     device = next(network.parameters()).device
     side = scenes.size // network.patch
     for pictures, masks in batches(scenes, batch, device, workers=workers, shuffle=shuffle):
+        if pixels:
+            yield SceneTokens(F.pixel_unshuffle(normalised(pictures), network.patch), masks)
+            continue
         _, patches = tokens(network, pictures)
         # cloned, for a tensor born in inference mode can enter no gradient
         yield SceneTokens(patches.clone().transpose(1, 2).unflatten(2, (side, side)), masks)

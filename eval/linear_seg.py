@@ -114,7 +114,7 @@ def fit(
     """
     check_size(network, protocol.size)
     device = next(network.parameters()).device
-    told = dict(batch=protocol.batch, workers=workers)
+    told: dict[str, Any] = dict(batch=protocol.batch, workers=workers)
     judged = scene_tokens(network, val, **told, show="val scenes" if show else None)
     kept = None if train.augment else scene_tokens(network, train, **told, show="train scenes" if show else None)
     torch.manual_seed(protocol.seed)

@@ -24,15 +24,14 @@ class OnlineKnn:
     """The photos that a run asks its teacher about: those of `data.val`, or what `data.holdout` keeps out; the bank is
     what it trains on. At most `eval.limit` of each, evenly spread.
 
-    skipped: why nothing is asked, or None. every: steps between two answers.
+    skipped: why nothing is asked where `eval.every` asks for it, else None. every: steps between two answers, 0: never.
     """
 
     def __init__(self, config: Config, shards: Shards, plan: Plan, processes: Processes):
         self.config, self.processes = config, processes
-        self.every = max(1, round(config.eval.every * plan.steps_per_epoch))
+        self.every = 0
         self.skipped: str | None = None
         if config.eval.every == 0:
-            self.skipped = "k-NN while training: eval.every: 0, never"
             return
         held_out = plan.held_out()
         other = config.data.val is not None and not same_folder(config.data.val, shards.folder)
@@ -44,6 +43,7 @@ class OnlineKnn:
             self.skipped = "k-NN while training is skipped: data.holdout keeps no photo out, and there is no data.val"
         if self.skipped:
             return
+        self.every = max(1, round(config.eval.every * plan.steps_per_epoch))
         limit, size = config.eval.limit, config.image_size
         voting = min(limit, len(shards))
         rows = np.setdiff1d(np.arange(voting) * len(shards) // voting, held_out)  # never a list of all photos
@@ -52,7 +52,7 @@ class OnlineKnn:
 
     def due(self, done: int) -> bool:
         """Whether the teacher is asked after `done` steps."""
-        return self.skipped is None and done % self.every == 0
+        return self.every > 0 and done % self.every == 0
 
     def __call__(self, backbone: ViT) -> float | None:
         """Top-1 in percent; None where all that was read is damaged. The backbone keeps its mode, and what is compiled

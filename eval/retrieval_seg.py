@@ -1,7 +1,8 @@
 """Segmentation by retrieval: every patch gets the labels of the patches most like it. Nothing is trained.
 
     python -m eval.retrieval_seg RUN_OR_CHECKPOINT --data VOC_FOLDER [--train-split trainaug] [--val-split val]
-        [--k 30] [--temperature .02] [--bank 1024000] [--classes N] [--size N] [--seed 0] [--untrained]
+        [--pixels] [--scenes N] [--k 30] [--temperature .02] [--bank 1024000] [--classes N] [--size N] [--seed 0]
+        [--untrained]
 
 In-context scene understanding (Balazevic et al. 2023, "Towards in-context scene understanding", section 3): a bank of
 patch tokens of the train scenes, each with the shares of the classes in its patch; a patch of a validation scene takes
@@ -58,16 +59,18 @@ def remember(
     seed: int = 0,
     batch: int = 16,
     workers: int = 0,
+    pixels: bool = False,
     show: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The bank: (tokens float32 [m,D], class shares float32 [m,C]), m at most `most`, on the network's device.
 
+    pixels: those of a patch instead of its token: what is found without any network.
     Raises Mistake where no patch has a class.
     """
     draws = torch.Generator().manual_seed(seed)
     each = max(1, most // len(scenes))  # tokens of a scene
     bank, shares = [], []
-    made = scene_batches(network, scenes, batch=batch, workers=workers)
+    made = scene_batches(network, scenes, batch=batch, workers=workers, pixels=pixels)
     for tokens, masks in shown(made, -(-len(scenes) // batch), "bank" if show else None):
         seen = tokens.flatten(2).transpose(1, 2)  # [n,h*w,D]
         known = class_shares(masks, network.patch, scenes.classes)
@@ -103,11 +106,12 @@ def measure(
     seed: int = 0,
     batch: int = 16,
     workers: int = 0,
+    pixels: bool = False,
     show: bool = False,
 ) -> Score:
     """What the labels of `train` tell of `val`, at the full size of the prepared scenes."""
     check_size(network, val.size)
-    how: dict[str, Any] = dict(batch=batch, workers=workers)
+    how: dict[str, Any] = dict(batch=batch, workers=workers, pixels=pixels)
     remembered, shares = remember(network, train, bank, seed=seed, **how, show=show)
     counts = torch.zeros(val.classes, val.classes, dtype=torch.int64, device=remembered.device)
     made = scene_batches(network, val, **how)
@@ -127,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train-split", help="default: trainaug where it is listed, else train")
     parser.add_argument("--val-split", default="val", help="default: val")
     parser.add_argument("--classes", type=int, help="how many (default: see classes.txt or the train masks)")
+    parser.add_argument("--pixels", action="store_true", help="raw pixels of the patches instead of tokens")
+    parser.add_argument("--scenes", type=int, help="train scenes whose labels are known, evenly spread (default: all)")
     parser.add_argument("--k", type=int, default=30, help="neighbours (default: 30)")
     parser.add_argument("--temperature", type=float, default=0.02, help="of their weights (default: .02)")
     parser.add_argument("--bank", type=int, default=BANK, help=f"at most so many tokens (default: {BANK})")
@@ -137,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     began = time.perf_counter()
-    for name in ("classes", "k", "temperature", "bank", "size"):
+    for name in ("classes", "scenes", "k", "temperature", "bank", "size"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise Mistake(f"--{name} {value}: more than 0")
@@ -147,7 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     size, _ = scene_sizes(network.image_size, args.size)
     check_size(network, size)
     train, val = voc_splits(data, size, args.train_split, args.val_split, args.classes)
+    train = train.few(args.scenes or len(train))
     settings: dict[str, Any] = dict(k=args.k, temperature=args.temperature, bank=args.bank, seed=args.seed)
+    settings |= dict(pixels=args.pixels)
     workers = default_workers(len(train)) if args.workers is None else args.workers
     score = measure(network, train, val, **settings, workers=workers, show=True)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.datasets import IGNORE, voc_splits
+from eval.features import normalised, scene_batches
 from eval.retrieval_seg import class_shares, main, measure, remember, retrieved
 from runtime.mistake import Mistake
 from tests.test_eval_linear_seg import network, painted, run, voc  # noqa: F401 - fixtures
@@ -53,6 +54,15 @@ def test_colours_are_found_again(voc, network):  # noqa: F811
     assert score.miou > 60  # colours alone tell the classes; 8-pixel patches blur their borders
     assert measure(network, train, val, batch=3).miou == pytest.approx(score.miou, abs=0.1)
     assert measure(network, train, val, bank=80).miou < score.miou
+    assert measure(network, train, val, pixels=True).miou > 60
+
+
+def test_raw_pixels_lie_on_their_grid(voc, network):  # noqa: F811
+    train, _ = voc_splits(voc, 48)
+    made = next(scene_batches(network, train, batch=2, pixels=True)).tokens
+    picture = normalised(train[1][0][None])[0]
+    assert made.shape == (2, 192, 6, 6)
+    torch.testing.assert_close(made[1, :, 2, 5].sort().values, picture[:, 16:24, 40:48].flatten().sort().values)
 
 
 def test_masks_without_a_class_are_told(voc, network):  # noqa: F811
@@ -79,6 +89,18 @@ def test_the_program_tells_and_records(run, voc, capsys):  # noqa: F811
     )
     assert line["miou"] > 60
     assert len(line["iou"]) == 3
+    assert main([str(run), "--data", str(voc), "--k", "5", "--scenes", "4"]) == 0
+    few = json.loads((run / "evaluations.jsonl").read_text().splitlines()[1])
+    assert few["scenes"] == 4
+    assert few["miou"] != line["miou"]
+
+
+def test_few_scenes_are_spread_over_the_list(voc):  # noqa: F811
+    train, _ = voc_splits(voc, 48)
+    few = train.few(4)
+    assert [path.stem for path in few.pictures] == ["train0", "train10", "train20", "train30"]
+    assert [path.stem for path in few.masks] == [path.stem for path in few.pictures]
+    assert (few.classes, len(train), len(train.few(99))) == (train.classes, 40, 40)
 
 
 @pytest.mark.parametrize(
