@@ -329,15 +329,15 @@ class Writer:
 
     def save(self, step: int, model: "nn.Module", adamw: "optim.Optimizer") -> None:
         """Take the state after `step` steps, and write it behind the next ones."""
+        import torch
+
         self.finish()
         state = state_of(model, adamw)
         for name, t in state.items():
             if name not in self._copies:  # kept for the next save: new pages, or pinned ones, cost more than the copy
-                self._copies[name] = t.new_empty(t.shape, device="cpu", pin_memory=t.is_cuda)
+                self._copies[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
             self._copies[name].copy_(t, non_blocking=True)
         if any(t.is_cuda for t in state.values()):
-            import torch
-
             torch.cuda.current_stream().synchronize()
         copies = {name: self._copies[name] for name in state}
         self._thread = threading.Thread(target=self._write, args=(step, copies), name="checkpoint")

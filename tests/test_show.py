@@ -110,7 +110,8 @@ def test_attention(run, photos, tmp_path):
     trained, blind, both = (pixels(tmp_path / f"{name}.png") for name in ("trained", "blind", "both"))
     heads = maps(blind)
     assert len(heads) == 3
-    assert all(np.array_equal(heads[0], other) for other in heads[1:])
+    assert all(m.shape == heads[0].shape for m in heads)  # alike but for the rounding of where a map is drawn
+    assert all(np.abs(heads[0].astype(int) - m).mean() < 1 for m in heads[1:])
     assert not np.array_equal(*maps(trained)[:2])
     assert both.shape[0] > 1.5 * trained.shape[0]
 
