@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any, BinaryIO, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -35,7 +36,7 @@ from runtime.config import Speed
 from runtime.mistake import Mistake, nearest
 
 SCHEMES = ("s3", "https", "http")
-TRIES = 8  # in a row without one new byte, then the run stops
+TRIES = 8  # in a row that bring next to nothing (less than 1/64 of the file, or PIECE), then the run stops
 FIRST_TRIES = 4  # the same for manifest and index, which somebody sits and waits for
 COPIES = 3  # whole ones of a wrong sha256, then the run stops
 FIRST_WAIT, LONGEST_WAIT = 0.5, 32.0  # seconds before the second try, doubled for each further one; 63 for all TRIES
@@ -43,6 +44,7 @@ FETCHERS = 4  # shards that come ahead of need, for each process
 MARK = 2.0  # seconds between two marks of the shards in use
 PIECE = 1 << 20
 METADATA = ("manifest.json", "index.npy")
+OURS = f"*-{'[0-9a-f]' * 12}-{'[0-9a-f]' * 12}/*.lock"  # the cache deletes nothing without a lock of its own beside it
 
 
 def is_address(folder: object) -> bool:
@@ -295,30 +297,28 @@ class Remote:
                         path.unlink()
             self.fetch(shard)
 
-    def prefetch(self, shards: list[dict], now: Iterable[int], then: Iterable[int], readers: int) -> None:
+    def prefetch(self, shards: list[dict], now: list[int], then: list[int], readers: int) -> None:
         """Let the shards come that are read now and then, in this order, in the background, as far as the cache holds
         them; and mark them as in use.
 
         now, then: positions in `shards`. readers: so many ranks read other shards than this one. Raises Mistake where
         the cache does not hold those that are read now. What fails to come is told by the `open` that needs it.
         """
-        now, then = list(now), list(then)
-        ranks = min(readers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # those of this machine share its cache
         expected = repr((now, then)).encode()
         if expected != self._expected:
-            need, largest = (
-                ranks * sum(shards[i]["bytes"] for i in now),
-                max((shards[i]["bytes"] for i in now), default=0),
-            )
+            ranks = min(readers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # those of this machine share its cache
+            sizes = {i: shards[i]["bytes"] for i in [*now, *then]}
+            beside = sum(stat.st_size for name in METADATA if (stat := _stat(self.folder / name)))
+            need = beside + ranks * sum(sizes[i] for i in now)
             if need > self.bound:
                 raise Mistake(
-                    f"speed.cache_gb: {self.speed.cache_gb:g} GB do not hold the shards that are read at a time: "
-                    f"{len(now) * ranks} of up to {largest / 1e6:.3g} MB; speed.cache_gb={need / 1e9:.3g} does, or smaller "
-                    "shards (make shards SHARD_MB=…)"
+                    f"speed.cache_gb: {self.speed.cache_gb:g} GB do not hold the shards that are read at a time, "
+                    f"{len(now) * ranks} of up to {max(sizes.values()) / 1e6:.3g} MB; "
+                    f"speed.cache_gb={1.01 * need / 1e9:.3g} does, or smaller shards (make shards SHARD_MB=…)"
                 )
-            wanted, left = deque[dict](), self.bound // ranks
+            wanted, left = deque[dict](), (self.bound - beside) // ranks
             for i in [*now, *then]:
-                left -= shards[i]["bytes"]
+                left -= sizes[i]
                 if left < 0:
                     break
                 wanted.append(shards[i])
@@ -351,16 +351,14 @@ class Remote:
         """manifest.json, always anew, and index.npy where it is not here: the folder in which they lie."""
         place = re.sub(r"\W+", "-", self.address.partition("://")[2])[-40:].strip("-")
         place = f"{place}-{sha256(self.server.place.encode()).hexdigest()[:12]}"
-        fresh = self.root / f"{place}-{os.getpid()}-{threading.get_ident()}"
-        fresh.mkdir(parents=True, exist_ok=True)
-        try:
-            self._fetch(METADATA[0], fresh, _is_json)
-            manifest = (fresh / METADATA[0]).read_bytes()
+        self.root.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.root, prefix=f"{place}-") as fresh:
+            self._fetch(METADATA[0], Path(fresh), _is_json)
+            manifest = (Path(fresh) / METADATA[0]).read_bytes()
             folder = self.root / f"{place}-{sha256(manifest).hexdigest()[:12]}"
             folder.mkdir(exist_ok=True)
-            os.replace(fresh / METADATA[0], folder / METADATA[0])
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+            (folder / f"{METADATA[0]}.lock").touch()
+            os.replace(Path(fresh) / METADATA[0], folder / METADATA[0])
         told = json.loads(manifest)
         try:
             samples, largest = sum(s["samples"] for s in told["shards"]), max(s["bytes"] for s in told["shards"])
@@ -408,7 +406,8 @@ class Remote:
                         raise Mistake(
                             f"{self.address}/{name}: has {told} bytes, the manifest says {size} bytes; upload it again"
                         )
-                    file.seek(at)
+                    with self._disk():
+                        file.seek(at)
                     for piece in pieces:
                         new = piece[max(0, at - passed) :]  # a server without ranges begins at 0 again
                         passed, at = passed + len(piece), at + len(new)
@@ -417,12 +416,12 @@ class Remote:
                             raise _Broken(f"more bytes than the manifest's {size}")
                         with self._disk():
                             file.write(new)
+                            file.flush()  # those who wait look whether it grows
                 if at < (size or told or 0):
                     raise _Broken("the body ended early")
                 with self._disk():
                     if size is None:
                         file.truncate(at)
-                    file.flush()
                     if whole():
                         return
                 at, copies, ranges = 0, copies + 1, False
@@ -442,7 +441,9 @@ class Remote:
                     f"{self.address}/{name}: came whole {COPIES} times and {wrong}; `make verify` where the shards were "
                     "made, then upload it again"
                 )
-            most, failed = max(most, at), 1 if at > most else failed + 1
+            if at > most + min(PIECE, (size or 0) // 64):
+                most, failed = at, 0
+            failed += 1
             if failed >= tries:
                 why = "; ".join(f"{reason} ({n} x)" for reason, n in reasons.items())
                 here = "" if size is None else f"{at:,} of {size:,} bytes are here; "
@@ -515,7 +516,8 @@ class Remote:
         """
         with open(self.root / "lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            held = {path: stat for path in self.root.glob("*/*") if path.suffix != ".lock" and (stat := _stat(path))}
+            files = (lock.with_suffix(end) for lock in self.root.glob(OURS) for end in ("", ".part"))
+            held = {path: stat for path in files if (stat := _stat(path))}
             total = sum(stat.st_size for stat in held.values())
             on_disk = sum(512 * stat.st_blocks for stat in held.values())
             bound = min(self.bound, on_disk + int(0.95 * shutil.disk_usage(self.root).free))

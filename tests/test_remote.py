@@ -151,10 +151,24 @@ def test_the_cache_keeps_its_bound_and_the_least_recently_used_goes(server, tiny
     assert [p.name for p in tars(tmp_path)] == [near.shards[i]["name"] for i in (0, 2, 3)]
     for i in np.random.default_rng(0).integers(0, len(near), 25).tolist():
         assert far.read(i) == near.read(i)
-        on_disk = sum(p.stat().st_size for p in (tmp_path / "cache").glob("*/*"))
+        on_disk = sum(p.stat().st_size for p in (tmp_path / "cache").glob("*/*") if not p.is_dir())
         still_open = sum(os.fstat(f.fileno()).st_nlink == 0 for f in far._files.values())
         assert on_disk <= bound
         assert still_open <= 1  # what gave way in this very call
+
+
+def test_the_cache_deletes_nothing_but_its_own(server, tiny_shards, tmp_path):
+    near = Shards(tiny_shards)
+    largest = max(s["bytes"] for s in near.shards)
+    own = tmp_path / "cache" / "photos" / "mine.jpg"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(bytes(100_000))
+    (own.parent / "mine.jpg.lock").touch()
+    os.utime(own, (0, 0))
+    far = Shards(server.address, speed(tmp_path, cache_gb=1.5 * largest / 1e9))
+    assert all(far.read(i) == near.read(i) for i in range(len(near)))
+    assert len(tars(tmp_path)) == 1
+    assert own.stat().st_size == 100_000
 
 
 def test_a_shard_that_gives_way_is_read_to_its_end(server, tiny_shards, tmp_path):
@@ -174,7 +188,7 @@ def test_a_bound_that_cannot_work_is_refused(server, tiny_shards, tmp_path):
         Shards(server.address, speed(tmp_path, cache_gb=1e-6))
     largest = max(s["bytes"] for s in Shards(tiny_shards).shards)
     far = Shards(server.address, speed(tmp_path, cache_gb=2 * largest / 1e9))
-    with pytest.raises(Mistake, match=r"do not hold the shards that are read at a time: .*speed.cache_gb=\S+ does"):
+    with pytest.raises(Mistake, match=r"do not hold the shards that are read at a time, .*speed.cache_gb=\S+ does"):
         far.prefetch(Plan(far, batch=16, seed=0), 0)
 
 
