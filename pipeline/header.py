@@ -1,4 +1,4 @@
-"""What a photo's header tells before anything is decoded: its size, and whether there is EXIF. JPEG, PNG, WebP.
+"""What a photo's header tells before anything is decoded: its size, and where EXIF is. JPEG, PNG, WebP.
 
 What a header promises is what a decoder allocates: a PNG of 875 kB that promises 30000 x 30000 pixels took 12 GB and 41 s
 from DALI. So a photo's size is read here when it is indexed, and here again before a reader decodes it.
@@ -32,14 +32,22 @@ def size_of(photo: bytes) -> tuple[int, int] | None:
     return None
 
 
-def has_exif(photo: bytes) -> bool:
-    """Whether a photo carries EXIF, which some decoders obey and others do not. 3 µs for a JPEG."""
+def without_exif(photo: bytes) -> bytes | None:
+    """The same photo with its EXIF hidden from a decoder that would obey it: the same object where there is none, None for
+    a PNG or WebP that has some. A JPEG's APP1 segments become APP15, whatever they hold: torchcodec takes the first one
+    for EXIF without looking at its name. 3 µs where there is none."""
+    if not photo.startswith(b"\xff\xd8"):
+        return None if (b"eXIf" if photo.startswith(b"\x89PNG") else b"EXIF") in photo else photo
     try:
-        if photo.startswith(b"\xff\xd8"):
-            return any(marker == 0xE1 and photo[at + 4 : at + 8] == b"Exif" for marker, at in _segments(photo))
-    except IndexError:
-        return False
-    return (b"eXIf" if photo.startswith(b"\x89PNG") else b"EXIF") in photo
+        places = [at for marker, at in _segments(photo) if marker == 0xE1]
+    except IndexError:  # the header is cut, as the decoder will say
+        return photo
+    if places:
+        changed = bytearray(photo)
+        for at in places:
+            changed[at + 1] = 0xEF
+        photo = bytes(changed)
+    return photo
 
 
 def _segments(photo: bytes) -> Iterator[tuple[int, int]]:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.batch import Batch, draw_for, size_groups
-from pipeline.header import has_exif
+from pipeline.header import without_exif
 from pipeline.shards import Plan, Shards
 from runtime.config import Config
 from runtime.mistake import Mistake
@@ -38,8 +38,9 @@ def decode(photo: bytes) -> Tensor:
     those before it. The size that the header promises is allocated: look at it before (`Shards.fault`). Raises an
     exception of the decoder's where it refuses the bytes.
     """
-    if torchcodec is not None and not has_exif(photo):  # which it would obey
-        return torchcodec.decode_image(photo, mode="RGB")
+    plain = without_exif(photo) if torchcodec is not None else None
+    if plain is not None:
+        return torchcodec.decode_image(plain, mode="RGB")
     with Image.open(io.BytesIO(photo), formats=["JPEG", "PNG", "WEBP"]) as opened:
         if opened.mode.startswith("I;16"):  # the high byte, as the others take it; Pillow would clip
             return torch.from_numpy((np.asarray(opened) >> 8).astype(np.uint8)).expand(3, -1, -1)

@@ -6,7 +6,9 @@ and the WebDataset reader; so does the whole picture from what the table says.
 """
 
 import importlib.util
+import io
 import json
+import struct
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -158,3 +160,26 @@ def test_a_format(name, folders, monkeypatch):
 
 def test_what_adopted_photos_lack_is_said(folders):
     assert "1 photos carry an EXIF rotation that no reader here applies; `make` of the photos does" in folders[3].stdout
+
+
+def exif(entries: bytes, count: int, marker: bytes = b"Exif\0\0") -> bytes:
+    """A JPEG with this as the first of its segments: `count` EXIF entries are promised, these bytes come."""
+    told = marker + b"II*\0" + struct.pack("<IH", 8, count) + entries
+    data = encoded(pixels(1, 60, 80), quality=95)
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(told) + 2) + told + data[2:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        exif(struct.pack("<HHIHHI", 0x0112, 3, 1, 6, 0, 0), 1),
+        exif(struct.pack("<HHIHHI", 0x0112, 1, 1, 6, 0, 0), 1),  # as a byte
+        exif(struct.pack("<HHIHHI", 0x0112, 3, 0, 6, 0, 0), 1),  # no value
+        exif(struct.pack("<HHIHHI", 0x0112, 3, 1, 6, 0, 0), 30),  # cut
+        exif(struct.pack("<HHIHHI", 0x0112, 3, 1, 6, 0, 0), 1, b"other\0"),
+    ],
+)
+def test_exif_turns_no_photo_in_a_reader(data):
+    """Nor does EXIF that Pillow, torchcodec and DALI understand each in another way."""
+    want = np.asarray(Image.open(io.BytesIO(encoded(pixels(1, 60, 80), quality=95))))
+    assert np.array_equal(wds.decode(data).permute(1, 2, 0).numpy(), want)
