@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as transform
 
+from pipeline.header import without_exif
 from pipeline.remote import is_address
 from pipeline.shards import Shards
 from runtime.config import Speed
@@ -39,11 +40,13 @@ PHOTOS = (".jpg", ".jpeg", ".png")
 def decode(photo: bytes) -> Tensor:
     """RGB picture, uint8 [3,H,W] of a JPEG (the same from torchcodec and Pillow, bit by bit), PNG or WebP file.
 
+    EXIF's rotation is not applied, as in training, and as masks are drawn.
     Raises ValueError where the bytes are no whole picture.
     """
     try:
-        if decode_jpeg is not None and photo.startswith(b"\xff\xd8"):
-            return torch.as_tensor(decode_jpeg(photo))
+        plain = without_exif(photo) if decode_jpeg is not None and photo.startswith(b"\xff\xd8") else None
+        if plain is not None:
+            return torch.as_tensor(decode_jpeg(plain))
         with Image.open(BytesIO(photo), formats=["JPEG", "PNG", "WEBP"]) as picture:
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -304,3 +304,20 @@ def test_a_bank_of_nothing_but_damage_is_told(home, monkeypatch):
     photos = LabelledPhotos(Shards(home / "val"), 24)
     with pytest.raises(Mistake, match="no sound photo of a known class among 10"):
         photo_knn(None, photos, photos, ("pixels",))
+
+
+def test_a_photo_is_not_rotated_by_its_exif():
+    """As in training, whichever decoder is installed."""
+    from io import BytesIO
+
+    from eval.datasets import decode
+
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 40, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter
+    files = [BytesIO(), BytesIO()]
+    photo.save(files[0], "JPEG", exif=exif)
+    photo.save(files[1], "JPEG")
+    turned, plain = (decode(f.getvalue()) for f in files)
+    assert turned.shape == (3, 16, 40)
+    assert torch.equal(turned, plain)

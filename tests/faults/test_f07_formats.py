@@ -72,13 +72,7 @@ def formats() -> dict[str, Format]:
 
 
 FORMATS = formats()
-# palettes are to be looked at: their converted picture is 2.3 grey levels off (docs/data.md)
-CASES = [
-    pytest.param(
-        name, marks=[pytest.mark.fault("F07"), *([] if "gif" in name or name == "palette" else [pytest.mark.fast])]
-    )
-    for name in FORMATS
-]
+CASES = [pytest.param(name, marks=[pytest.mark.fault("F07"), pytest.mark.fast]) for name in FORMATS]
 
 
 class Seen(NamedTuple):
