@@ -2,9 +2,10 @@
 
     python -m eval.page RUN
 
-What there is in the run folder is shown, what is not there yet is left out: figures (results.json, evaluations.jsonl),
-curves (metrics.jsonl), pictures (pictures/*.png), configuration and versions. Curves are drawings within the page, pictures
-are carried in it, and the page forbids itself to load anything else. It follows the reader's choice of light or dark.
+What there is in the run folder is shown, what is not there yet is left out: figures (results.json, measures.json,
+evaluations.jsonl), curves (metrics.jsonl), pictures (pictures/*.png), configuration and versions. Curves are drawings
+within the page, pictures are carried in it, and the page forbids itself to load anything else. It follows the reader's
+choice of light or dark.
 """
 
 import argparse
@@ -269,6 +270,14 @@ def evaluations_of(rows: list[dict[str, Any]]) -> str:
     return "".join(made)
 
 
+def measures_of(measures: dict[str, Any]) -> str:
+    """measures.json: every measure of several networks, as eval.all leaves it."""
+    networks = measures.get("networks")
+    if not isinstance(networks, dict) or not all(isinstance(about, dict) for about in networks.values()):
+        return ""
+    return side_by_side([flat(about) for about in networks.values()], [str(name) for name in networks])
+
+
 def pictures_of(folder: Path) -> str:
     """The pictures, those that we know first and in our order."""
     order = {name: n for n, name in enumerate(CAPTIONS)}
@@ -300,17 +309,23 @@ def page(run: Path) -> str:
         return grid(figure_of(curve(rows, *told, ceiling=ceilings.get(told[0])), told[0]) for told in curves)
 
     speed = drawn(SPEED)
+    known = {"step", "epoch", *(name for *_, names in (*LEARNING, *SPEED) for name in names)}
+    others = dict.fromkeys(name for row in rows for name in row if name not in known)
+    more = drawn((name.replace("_", " "), "", (name,)) for name in others)
     damaged = sum(len(read_rows(found)) for found in run.glob("damaged*.jsonl"))
     if damaged:
         speed += f"<p>{damaged:,} damaged samples were met and replaced (damaged.jsonl).</p>"
+    learnt = results_of(results) + measures_of(read_object(run / "measures.json"))
+    learnt += evaluations_of(read_rows(run / "evaluations.jsonl"))
     versions = read_rows(run / "versions.jsonl")
     starts = [f"from step {row.pop('step', '?')}" for row in versions]
     body = [
         f'<h1>{escape("/".join(run.absolute().parts[-2:]))}</h1><p class="dim">{escape(about)}</p>',
         f'<div class="tiles">{tiles_of(rows, config, results)}</div>',
-        section("What it has learnt", results_of(results) + evaluations_of(read_rows(run / "evaluations.jsonl"))),
+        section("What it has learnt", learnt),
         section("Learning", drawn(LEARNING) or "<p>No metrics yet.</p>"),
         section("Speed", speed),
+        section("Other metrics", more),
         section("Pictures", pictures_of(run / "pictures")),
         section(
             "Configuration", f"<details><summary>config.yaml</summary><pre>{escape(file.read_text())}</pre></details>"

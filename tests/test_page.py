@@ -155,10 +155,17 @@ def test_whatever_is_there_yet(run, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "lo')
     assert [(row["step"], row["loss"]) for row in metrics_of(tmp_path)] == [(2, 5.0), (4, 3.0), (6, 2.0)]
     (tmp_path / "results.json").write_text('{"knn_top1": 5')
+    (tmp_path / "measures.json").write_text('{"networks": {"one": {"linear_top1": 7.25}, "two": {"linear_top1": 8.5}}}')
     (tmp_path / "damaged.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     made = page(tmp_path)
     assert made.count("<svg") == 1
+    assert ">7.25<" in made
+    assert ">8.50<" in made
     assert "2 damaged samples" in made
+    with open(tmp_path / "metrics.jsonl", "a") as file:  # a metric that the page has no place for gets one
+        file.write('\n{"step": 10, "epoch": 1.0, "loss": 2.0, "knn_top1": 33.0}\n')
+    assert "Other metrics" in page(tmp_path)
+    assert page(tmp_path).count("<svg") == 2
     # a long run's curves are thinned, and an infinite loss does not stop the page
     rows = [{"step": n, "epoch": n / 100, "loss": float("nan") if n == 7 else 5 + n % 3} for n in range(1, 40_001)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -161,7 +161,14 @@ def test_all_pictures_of_a_run(run, scenes):
     for part in ("checkpoints", "backbone.safetensors"):
         (with_scenes / part).symlink_to(run / part)
     (with_scenes / "config.yaml").write_text(config.replace("voc: null", f"voc: {scenes}"))
+    without = run.with_name("without")  # no scenes, no points: two pictures less
+    without.mkdir()
+    (without / "config.yaml").write_text(
+        config.replace("method: densedino", "method: dino").replace("alpha: 0.5", "alpha: 1.0")
+    )
+    (without / "checkpoints").symlink_to(run / "checkpoints")
     told = show(
+        ("run", without),
         ("run", with_scenes),
         ("run", with_scenes, "--if-missing"),
         ("points", run, scenes, "--beside", run, "--block", 1, "--out", run / "two.png"),
@@ -169,8 +176,9 @@ def test_all_pictures_of_a_run(run, scenes):
     )
     names = ["views", "attention", "pca", "similarity", "points", "segmentation"]
     folder = with_scenes / "pictures"
-    assert told[0] == "".join(f"{name} written to {folder}/{name}.png\n" for name in names)
-    assert told[1] == "".join(f"{folder}/{name}.png: already there\n" for name in names)
+    assert told[0] == "".join(f"{name} written to {without}/pictures/{name}.png\n" for name in names[:4])
+    assert told[1] == "".join(f"{name} written to {folder}/{name}.png\n" for name in names)
+    assert told[2] == "".join(f"{folder}/{name}.png: already there\n" for name in names)
     assert sorted(p.stem for p in folder.iterdir()) == sorted(names)
     assert pixels(run / "two.png").shape[0] > 1.7 * pixels(folder / "points.png").shape[0]
     assert pixels(run / "two_photos.png").shape[0] < pixels(folder / "similarity.png").shape[0]
