@@ -51,6 +51,7 @@ CAPTIONS = {
     "pca": "Principal components of patch tokens as colours, shared by all images",
     "similarity": "Likeness of one patch to all patches",
     "segmentation": "Segmentation by a linear map on patch tokens, beside the truth",
+    "misalignment": "How often two views hold different objects",
 }
 
 STYLE = """
