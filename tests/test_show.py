@@ -199,14 +199,14 @@ def test_attention_is_that_of_the_forward_pass(mode):
     found: dict[str, torch.Tensor] = {}
     attn = network.blocks[1].attn
     hooks = [
-        attn.qkv.register_forward_hook(lambda m, given, out: found.update(qkv=out[0])),
-        attn.proj.register_forward_pre_hook(lambda m, given: found.update(read=given[0][0])),
+        attn.qkv.register_forward_hook(lambda m, given, out: found.update(qkv=out)),
+        attn.proj.register_forward_pre_hook(lambda m, given: found.update(read=given[0])),
     ]
     cls, references = attention(network, picture, points)
     for hook in hooks:
         hook.remove()
-    q, k, v = found["qkv"].unflatten(-1, (3, 2, -1)).permute(1, 2, 0, 3)  # [H,1+N+R,d] each
-    read = found["read"].unflatten(-1, (2, -1)).transpose(0, 1)
+    q, k, v = found["qkv"].flatten(0, -2).unflatten(-1, (3, 2, -1)).permute(1, 2, 0, 3)  # [H,1+N+R,d] each
+    read = found["read"].flatten(0, -2).unflatten(-1, (2, -1)).transpose(0, 1)
     scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
     for token, weights in ((0, cls), (17, references[:, 0]), (18, references[:, 1])):
         # what is not on the patches lies on the tokens that this mode lets it see, in the proportion of their scores
