@@ -25,7 +25,7 @@ export GOMP_SPINCOUNT ?= 10000
 need = $(if $($(1)),,$(error $(1)=… is missing: $(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup scenes shards verify index pretrain eval bench test faults check lock clean
+.PHONY: help setup scenes shards verify index pretrain eval export bench test faults check lock clean
 
 help: ## this list
 	@echo "DenseDINO: photos -> shards -> pretraining -> what it learnt"
@@ -67,11 +67,16 @@ pretrain: $(READY) $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(CONFIG)),sc
 	@$(if $(filter-out 1,$(GPUS)),$(if $(filter-out all,$(GPUS)),WORLD_SIZE=$(GPUS)) $(PY) train.py $(CONFIG) $(words) --dry-run >/dev/null)
 	@$(launch) train.py $(CONFIG) $(words)
 	@$(PY) -m eval.report $(RUN) --if-missing
-	@$(PY) -m tools.show_views $(RUN) --if-missing
-	@$(PY) -m tools.show_attention $(RUN) --if-missing
+	@$(PY) -m tools.show_run $(RUN) --if-missing
+	@$(PY) -m eval.page $(RUN)
 
 eval: $(READY) ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained
 	@$(PY) -m eval.report $(RUN)
+	@$(PY) -m eval.page $(RUN)
+
+export: $(READY) ## RUN=runs/… DST=folder [ARGS=--onnx]: the backbone for timm, and ONNX
+	$(call need,DST,the folder to write)
+	@$(PY) -m tools.export $(RUN) "$(DST)" $(ARGS)
 
 bench: $(READY) $(if $(SHARDS)$(filter step plan,$(WHAT)),,scenes) ## WHAT=data|all|step|leak|plan|shards [SHARDS=… OUT=rows.jsonl]: images per second
 	@$(PY) -m $(if $(filter step,$(WHAT)),tools.benchmark_step,tools.benchmark $(WHAT) $(if $(SHARDS),--shards $(SHARDS)) $(if $(filter all leak,$(WHAT)),--config $(CONFIG))) $(if $(OUT),--out $(OUT)) $(ARGS)

@@ -1,13 +1,21 @@
-"""The pictures: views with their points, attention of [CLS]; made anew or left alone, and clear about wrong inputs."""
+"""The pictures: what they show is right; made anew or left alone, and clear about wrong inputs."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import run_program
 from PIL import Image, ImageColor
 from safetensors.torch import load_file, save_file
+
+from model.reference import MODES
+from model.vit import ViT
+from tools.gallery import COLOURS, Photo, points_of
+from tools.show_attention import attention
+from tools.show_pca import principal_components
+from tools.show_segmentation import patch_shares
 
 
 @pytest.fixture(scope="module")
@@ -126,19 +134,133 @@ def maps(picture: np.ndarray) -> list[np.ndarray]:
 
 
 def test_a_picture_that_is_there_is_left_alone(run):
-    files = {what: run / "pictures" / f"{what}.png" for what in ("views", "attention")}
-    (run / "pictures").mkdir(exist_ok=True)
-    for file in files.values():
-        file.write_bytes(b"mine")
-    told = show(*((what, run, "--if-missing") for what in files))
-    assert told == [f"{file}: already there\n" for file in files.values()]
-    assert all(file.read_bytes() == b"mine" for file in files.values())
-    for file in files.values():
-        file.unlink()
-    show(*((what, run, "--if-missing") for what in files))
-    for file in files.values():
-        Image.open(file).verify()
-    assert sorted(p.name for p in (run / "pictures").iterdir()) == ["attention.png", "views.png"]
+    folder = run / "pictures"
+    folder.mkdir(exist_ok=True)
+    (folder / "attention.png").write_bytes(b"mine")
+    (folder / "views.png").unlink(missing_ok=True)
+    told = show(("attention", run, "--if-missing"), ("views", run, "--if-missing"))
+    assert told == [f"{folder}/attention.png: already there\n", f"views written to {folder}/views.png\n"]
+    assert (folder / "attention.png").read_bytes() == b"mine"
+    Image.open(folder / "views.png").verify()
+    assert sorted(p.name for p in folder.iterdir()) == ["attention.png", "views.png"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """A few painted scenes."""
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    run_program("-m", "tools.make_scenes", folder, "--train", 12, "--val", 4, "--size", 32)
+    return folder
+
+
+def test_all_pictures_of_a_run(run, scenes):
+    """One command paints them all; a row for each of the four scenes, and for each network."""
+    config = (run / "config.yaml").read_text()
+    with_scenes = run.with_name("with_scenes")
+    with_scenes.mkdir()
+    for part in ("checkpoints", "backbone.safetensors"):
+        (with_scenes / part).symlink_to(run / part)
+    (with_scenes / "config.yaml").write_text(config.replace("voc: null", f"voc: {scenes}"))
+    without = run.with_name("without")  # no scenes, no points: two pictures less
+    without.mkdir()
+    (without / "config.yaml").write_text(
+        config.replace("method: densedino", "method: dino").replace("alpha: 0.5", "alpha: 1.0")
+    )
+    (without / "checkpoints").symlink_to(run / "checkpoints")
+    told = show(
+        ("run", without),
+        ("run", with_scenes),
+        ("run", with_scenes, "--if-missing"),
+        ("points", run, scenes, "--beside", run, "--block", 1, "--out", run / "two.png"),
+        ("similarity", run, scenes, "--images", 2, "--points", ".5,.25", "--out", run / "two_photos.png"),
+    )
+    names = ["views", "attention", "pca", "similarity", "points", "segmentation"]
+    folder = with_scenes / "pictures"
+    assert told[0] == "".join(f"{name} written to {without}/pictures/{name}.png\n" for name in names[:4])
+    assert told[1] == "".join(f"{name} written to {folder}/{name}.png\n" for name in names)
+    assert told[2] == "".join(f"{folder}/{name}.png: already there\n" for name in names)
+    assert sorted(p.stem for p in folder.iterdir()) == sorted(names)
+    assert pixels(run / "two.png").shape[0] > 1.7 * pixels(folder / "points.png").shape[0]
+    assert pixels(run / "two_photos.png").shape[0] < pixels(folder / "similarity.png").shape[0]
+    drawn = pixels(folder / "segmentation.png")
+    truth = {int(k) for mask in (scenes / "SegmentationClass").glob("val_*.png") for k in np.unique(Image.open(mask))}
+    for kind in range(1, 8):  # the truth's classes are there in their colours
+        assert (share(drawn, COLOURS[kind - 1]) > 1e-3) or kind not in truth
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_is_that_of_the_forward_pass(mode):
+    """With the weights that the picture shows, values give what the last block's attention really hands on."""
+    torch.manual_seed(0)
+    network = ViT(width=24, depth=2, heads=2, patch=8, image_size=32, attention=mode).eval()
+    torch.nn.init.normal_(network.blocks[1].attn.qkv.weight, std=0.5)
+    picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    points = torch.tensor([[0.2, 0.3], [0.8, 0.6]])
+    found: dict[str, torch.Tensor] = {}
+    attn = network.blocks[1].attn
+    hooks = [
+        attn.qkv.register_forward_hook(lambda m, given, out: found.update(qkv=out)),
+        attn.proj.register_forward_pre_hook(lambda m, given: found.update(read=given[0])),
+    ]
+    cls, references = attention(network, picture, points)
+    for hook in hooks:
+        hook.remove()
+    q, k, v = found["qkv"].flatten(0, -2).unflatten(-1, (3, 2, -1)).permute(1, 2, 0, 3)  # [H,1+N+R,d] each
+    read = found["read"].flatten(0, -2).unflatten(-1, (2, -1)).transpose(0, 1)
+    scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+    for token, weights in ((0, cls), (17, references[:, 0]), (18, references[:, 1])):
+        # what is not on the patches lies on the tokens that this mode lets it see, in the proportion of their scores
+        others = {
+            "none": [0, 17, 18], "patches+cls": [0], "patches": [], "patches+self": [token], "all_query": [token]
+        }[mode] if token else ([0, 17, 18] if mode == "none" else [0])  # fmt: skip
+        rest = 1 - weights.sum(-1)
+        made = (weights[:, None] @ v[:, 1:17])[:, 0]
+        if others:
+            share_of = scores[:, token, others].softmax(-1) * rest[:, None]
+            made = made + (share_of[:, None] @ v[:, others])[:, 0]
+        assert torch.allclose(made, read[:, token], atol=1e-5), token
+        assert (rest.abs() < 1e-5).all() or others
+
+
+def test_components_are_shared_by_all_photos():
+    """Two photos whose tokens lie along two known directions, one with three times the spread of the other."""
+    torch.manual_seed(0)
+    a, b = torch.zeros(40, 6), torch.zeros(60, 6)
+    a[:, 2], b[:, 2] = torch.linspace(-3, 0, 40), torch.linspace(0.1, 3, 60)
+    a[::2, 4], b[::2, 4] = 1.0, 1.0
+    (first, second), shares = principal_components([a, b])
+    assert first.shape == (40, 3)
+    both = torch.cat([first, second])
+    assert both.min() == 0
+    assert both.max() == 1
+    steps = both[3:-3, 0].diff()  # the first component grows (or falls) through both photos without a break
+    assert (steps >= -1e-6).all() or (steps <= 1e-6).all()
+    assert len(both[:, 1].round(decimals=1).unique()) <= 4
+    spread = torch.cat([a, b]).double().var(0)
+    assert torch.allclose(shares[:2], (spread[[2, 4]] / spread.sum()), atol=0.03)
+
+
+def test_points_stand_in_the_middle_of_things(tmp_path):
+    mask = np.zeros((40, 80), np.uint8)
+    mask[5:15, 5:15], mask[10:36, 40:66], mask[38:, :] = 3, 7, 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    photo = Photo("p", torch.zeros(3, 40, 80, dtype=torch.uint8), tmp_path / "m.png")
+    largest, small, ground = points_of(photo, 4)
+    assert largest == pytest.approx([53 / 80, 23 / 40], abs=0.02)
+    assert small == pytest.approx([10 / 80, 10 / 40], abs=0.02)
+    assert mask[int(ground[1] * 40), int(ground[0] * 80)] == 0
+    assert np.array_equal(points_of(photo, 2), [largest, ground])
+    assert np.array_equal(points_of(photo, 1), [largest])
+    assert points_of(photo._replace(mask=None), 1).tolist() == [[0.5, 0.5]]
+
+
+def test_shares_of_classes_in_patches():
+    masks = torch.tensor([[0, 0, 1, 2], [0, 1, 255, 2], [2, 2, 255, 255], [2, 2, 255, 255]], dtype=torch.uint8)[None]
+    shares = patch_shares(masks, 3, 2, 2)[0]  # [C,2,2]
+    assert shares[:, 0, 0].tolist() == [0.75, 0.25, 0]
+    assert shares[:, 0, 1].tolist() == [0, 0.25, 0.5]
+    assert shares[:, 1, 0].tolist() == [0, 0, 1]
+    assert shares[:, 1, 1].tolist() == [0, 0, 0]
 
 
 WRONG = {
@@ -155,6 +277,16 @@ WRONG = {
     "attention {run} {photos}": "neither photos nor",
     "attention {run} --images 0": "--images: at least 1",
     "attention {run} --size 20": "not a multiple of the patch size 8",
+    "attention {run} --block 3": "has blocks 1 to 2",
+    "points {run} --points 0.5": "each is written x,y",
+    "points {run} --points 0.5,1.5": "shares of the photo's width and height",
+    "similarity {run} --points 0.5,0.5 0.2,0.2": "one point, the same in each photo",
+    "segmentation {run}": "segmentation needs scenes with masks",
+    "segmentation {run} --scenes 0": "--scenes: at least 1",
+    "misalignment {none}": "no such folder; `make scenes`",
+    "misalignment {photos}": "not in Pascal VOC's layout",
+    "misalignment --least 2": "--least: between 0 and 1",
+    "misalignment --draws 0": "--draws: at least 1",
 }
 
 

@@ -177,7 +177,7 @@ def sheet(rows: int, columns: int, title: str, photos: list[Photo], cell: float 
     """A figure of rows x columns pictures of these photos' shape, without ticks, and its axes [rows,columns]."""
     tallest = max(photo.picture.shape[1] / photo.picture.shape[2] for photo in photos)
     high = cell * min(max(tallest, 0.4), 2.0)
-    figure = Figure(figsize=(cell * columns + 0.1, (high + 0.25) * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(cell * columns, (high + 0.25) * rows + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=9)
     table = figure.subplots(rows, columns, squeeze=False)
     for axes in table.flat:
