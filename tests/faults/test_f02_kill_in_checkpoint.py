@@ -80,7 +80,7 @@ def kill(tmp_path_factory):
 
 
 @pytest.mark.fault("F02")
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.fast if n < 10 else ()) for n in range(50)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.fast if n < 6 else ()) for n in range(50)])
 def test_the_newest_whole_checkpoint_loads(kill, seed, capsys):
     before = newest_whole(kill.folder)
     assert before
