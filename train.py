@@ -74,6 +74,8 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
     torch.manual_seed(weights.weights_seed(config.seed))
     model = DenseDINO(config)  # the same weights in every process
     begun_with = weights.initialise(model, config.model.init) if config.model.init and not found else ""
+    # counted on the CPU, before anything is placed or compiled; a short run is over before the figure is worth its seconds
+    flops = count_cost(model, config).flops if processes.first and steps > 200 else None
     processes.place(model)
     optimizer = schedule.Optimizer(model.student, schedules, config.optim.clip, split_positions=config.points > 0)
     start = 0
@@ -116,8 +118,6 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
         screen.say(f"reading through {loader.reader}: {loader.why}")
         if note:
             screen.say(note)
-        # a short run is over before the figure is worth its seconds
-        flops = count_cost(model, config).flops if steps - start > 200 else None
     profiler = record.profile(folder / "profile") if config.run.profile and processes.first else None
     stopping = StopSignal()
 

@@ -81,7 +81,7 @@ class Shards:
             self.counts = np.array([s["samples"] for s in self.shards], np.int64)  # [S]
             odd = [s["name"] for s in self.shards if s["name"] in ("", ".", "..") or {"/", "\0"} & {*s["name"]}]
             if odd or any(s["bytes"] < 0 or s["samples"] < 0 for s in self.shards):
-                raise ValueError(odd[0] if odd else "numbers below 0")
+                raise ValueError(f"'{odd[0]}' is no name of a shard" if odd else "numbers below 0")
         except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
             raise Mistake(f"{self.folder}/manifest.json: not a manifest of shards ({error!r})") from None
         try:

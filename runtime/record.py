@@ -47,7 +47,7 @@ def profile(folder: Path) -> Any:
     def write(profiler: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json"))
-        by = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+        by = "self_device_time_total" if gpu else "self_cpu_time_total"
         (folder / "table.txt").write_text(profiler.key_averages().table(sort_by=by, row_limit=15))
 
     profiler = torch.profiler.profile(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import run_program
 
-from model.dense_dino import DenseDINO
+from model.dense_dino import DenseDINO, count_cost
 from model.losses import cross_entropy
 from pipeline.batch import Batch, draw
 from runtime.config import Config, Head, Model, Views
@@ -241,3 +241,29 @@ def test_the_literal_form_agrees():
     assert len(rows) == 5
     for row in rows:
         assert row["ours"] == pytest.approx(row["literal"], rel=1e-5)
+
+
+def test_the_cost_is_that_of_the_products():
+    """One image's matrix products, written out for a network of two blocks without points; points and memory beside it."""
+    width, patch, size, hidden, bottleneck, k = 16, 8, 16, 24, 12, 20
+    config = small(model__depth=2)
+    config.method = "dino"
+    image = 1 + (size // patch) ** 2  # tokens of a view
+    embed = 2 * (image - 1) * width * 3 * patch**2
+    block = 2 * image * 12 * width**2 + 2 * 2 * image**2 * width
+    last = 2 * (2 * image + 10) * width**2 + 2 * 2 * image * width  # keys and values of all, the rest for [CLS] alone
+    mlp = 2 * (width * hidden + hidden**2 + hidden * bottleneck)
+    backbone, logits = embed + block + last + mlp, 2 * bottleneck * k
+    views, teachers = 4, 2
+    # a backward pass costs two products for each; none leads to the pixels. Teacher's logits' mean: one product more
+    step = (teachers + 3 * views) * backbone - views * embed + (teachers + 3 * views) * logits + logits
+    model, _ = made(config)
+    assert count_cost(model, config).flops == pytest.approx(step, rel=0.02)
+    assert all(p.grad is None for p in model.parameters())
+
+    with_points = small(model__depth=2)
+    more = count_cost(made(with_points)[0], with_points)
+    with_points.speed.recompute = True
+    less = count_cost(made(with_points)[0], with_points)
+    assert more.flops > count_cost(model, config).flops
+    assert less.activations < 0.7 * more.activations
