@@ -199,12 +199,6 @@ def newest_whole(folder: Path) -> Checkpoint | None:
     return None
 
 
-def newest_checkpoint(folder: Path) -> "tuple[Path, int, str, dict[str, Tensor]] | None":
-    """(path, step, config as yaml, tensors) of the newest checkpoint that is whole, as `newest_whole` finds it."""
-    found = newest_whole(folder)
-    return (found.path, found.step, found.config, found.tensors()) if found else None
-
-
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.safetensors"), reverse=True)
 

@@ -13,7 +13,6 @@ from runtime.checkpoint import (
     Writer,
     fingerprint,
     made_otherwise,
-    newest_checkpoint,
     newest_whole,
     open_checkpoint,
     restore,
@@ -95,7 +94,7 @@ def test_the_step_waits_for_the_copy_only(trained, tmp_path, monkeypatch):
     second.join()
     writer.finish()
     assert torch.equal(open_checkpoint(tmp_path / "checkpoint-00000001.safetensors").tensors()["0.weight"], before)
-    assert torch.equal(newest_checkpoint(tmp_path)[3]["0.weight"], before + 1)
+    assert torch.equal(newest_whole(tmp_path).tensors()["0.weight"], before + 1)
 
 
 def test_damaged_ones_are_passed_over_and_push_nothing_out(trained, tmp_path, capsys):
@@ -168,7 +167,7 @@ def test_a_file_of_every_dtype_is_one_of_the_library(tmp_path):
 
 def test_what_no_longer_fits_is_named(trained, tmp_path):
     save(tmp_path, trained, 1)
-    tensors = newest_checkpoint(tmp_path)[3]
+    tensors = newest_whole(tmp_path).tensors()
     other = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 4), nn.Linear(4, 1))
     with pytest.raises(Mistake, match=r"'2\.bias' is missing, .* \(and 1 more\)"):
         restore(other, torch.optim.AdamW(other.parameters()), tensors)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from model.dense_dino import DenseDINO
 from model.weights import initialise, load_backbone
-from runtime.checkpoint import Writer, newest_checkpoint, save_backbone
+from runtime.checkpoint import Writer, newest_whole, save_backbone
 from runtime.config import Config, dump_config, load_config, parse_config
 from runtime.mistake import Mistake
 
@@ -194,9 +194,9 @@ def test_a_run_begins_with_another_and_resume_wins(tiny_config, tmp_path):
     words = ["optim.epochs=1", "optim.warmup=0", f"model.init={source}", "optim.lr=1e-12", "optim.min_lr=0"]
     told = run_program("train.py", tiny_config, *words).stdout
     assert f"begins with {source}: backbone; new: cls_head, reference_head, centres" in told
-    given, found = load_file(source), newest_checkpoint(tmp_path / "run" / "checkpoints")
+    given, found = load_file(source), newest_whole(tmp_path / "run" / "checkpoints")
     assert found
-    assert all((found[3][f"student.backbone.{n}"] - t).abs().max() < 1e-9 for n, t in given.items())
+    assert all((found.tensors()[f"student.backbone.{n}"] - t).abs().max() < 1e-9 for n, t in given.items())
     untrained = load_backbone(tmp_path / "run", untrained=True).state_dict()
     assert all(torch.equal(untrained[n], t) for n, t in given.items())  # what the run began with
 

@@ -13,13 +13,13 @@ import torch
 from conftest import ROOT, run_program
 from safetensors.torch import load_file
 
-from runtime.checkpoint import newest_checkpoint, newest_whole, open_checkpoint
+from runtime.checkpoint import newest_whole, open_checkpoint
 
 
 def final(folder: Path) -> dict:
-    found = newest_checkpoint(folder / "checkpoints")
+    found = newest_whole(folder / "checkpoints")
     assert found
-    return found[3]
+    return found.tensors()
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.checkpoint import Writer, newest_checkpoint, newest_whole
+from runtime.checkpoint import Writer, newest_whole
 
 ROOT = Path(__file__).parents[2]
 PAPERS = ("seed: 0\n", {"samples": 1, "shards": 1, "sha256": ""}, {"world size": "1"})  # config, data, made_with
@@ -89,10 +89,10 @@ def test_the_newest_whole_checkpoint_loads(kill, seed, capsys):
     assert kill(step, offset) == -signal.SIGKILL
 
     left = list(kill.folder.glob(".*"))
-    found = newest_checkpoint(kill.folder)
+    found = newest_whole(kill.folder)
     assert found
-    assert found[1] == (before.step if left else step)  # what was being written, or what stood before
-    assert all((t == found[1]).all() for t in found[3].values())
+    assert found.step == (before.step if left else step)  # what was being written, or what stood before
+    assert all((t == found.step).all() for t in found.tensors().values())
     assert "passed over" not in capsys.readouterr().out  # nothing half-written ever has a checkpoint's name
 
     Writer(kill.folder, KEEP, *PAPERS)  # as the same command does when it starts again
@@ -100,13 +100,16 @@ def test_the_newest_whole_checkpoint_loads(kill, seed, capsys):
     assert len(list(kill.folder.iterdir())) <= KEEP + 1  # one may have been killed before it forgot the oldest
 
 
-def test_most_of_them_are_killed_inside(kill):
-    """The fixture does what it says: a kill at half the file leaves a temporary file of about half the size."""
-    step = next(kill.steps)
-    kill(step, kill.size / 2)
-    (left,) = kill.folder.glob(".*")
-    assert kill.size / 2 < left.stat().st_size < kill.size
-    Writer(kill.folder, KEEP, *PAPERS)
+def test_kills_reach_inside(kill):
+    """The fixture does what it says: of kills at half the file, one at least leaves a part of it. A single one may come late,
+    after the last byte or the renaming: nobody says when the kernel delivers it."""
+    for _ in range(20):
+        kill(next(kill.steps), kill.size / 2)
+        sizes = [left.stat().st_size for left in kill.folder.glob(".*")]
+        Writer(kill.folder, KEEP, *PAPERS)
+        if any(kill.size / 2 < size < kill.size for size in sizes):
+            return
+    pytest.fail("20 kills, and none inside the write")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_program
 
-from runtime.checkpoint import newest_checkpoint
+from runtime.checkpoint import newest_whole
 
 EVERY = 20  # steps: writing takes a small part of the time between two checkpoints
 STATE = "head.prototypes=6000"  # 3.4 MB
@@ -54,15 +54,15 @@ class Run:
         assert self.process.returncode == 2
         assert "Traceback" not in told
         assert not list(self.checkpoints.glob(".*"))
-        found = newest_checkpoint(self.checkpoints)
+        found = newest_whole(self.checkpoints)
         assert found
-        step = found[1]
+        step = found.step
         assert step >= EVERY
         assert f"error: {self.checkpoints}/checkpoint-{step + EVERY:08d}.safetensors: not written: " in told
         needed = re.search(r"; ([\d,]+) bytes needed, ([\d,]+) free; (checkpoint-\d+\.safetensors) stands", told)
         assert needed, told
-        assert needed[3] == found[0].name
-        assert abs(int(needed[1].replace(",", "")) - found[0].stat().st_size) < 100
+        assert needed[3] == found.path.name
+        assert abs(int(needed[1].replace(",", "")) - found.path.stat().st_size) < 100
         self.free, self.step = int(needed[2].replace(",", "")), step
         return told
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import run_program
 from safetensors.torch import load_file, save_file
 
-from runtime.checkpoint import newest_checkpoint, newest_whole
+from runtime.checkpoint import newest_whole
 from runtime.config import load_config
 
 FIVE_STEPS = ("optim.epochs=1", "optim.warmup=0", "run.checkpoint_every=2", "run.keep=3")
@@ -88,11 +88,11 @@ def test_another_run_is_refused_with_the_difference(finished, other_shards, tmp_
     words, told = ANOTHER[what]
     run = finished.parent / "run"
     if what == "older version":  # a file as the first version wrote it
-        found = newest_checkpoint(run / "checkpoints")
+        found = newest_whole(run / "checkpoints")
         assert found
         shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
-        header = {"format": "1", "step": str(found[1]), "config": found[2], "sha256": "0" * 64}
-        save_file(found[3], tmp_path / "run" / "checkpoints" / found[0].name, header)
+        header = {"format": "1", "step": str(found.step), "config": found.config, "sha256": "0" * 64}
+        save_file(found.tensors(), tmp_path / "run" / "checkpoints" / found.path.name, header)
         run = tmp_path / "run"
     words = [word.format(others=other_shards, older=run) for word in words]
     before = contents(run)
