@@ -101,8 +101,8 @@ def test_the_newest_whole_checkpoint_loads(kill, seed, capsys):
 
 
 def test_kills_reach_inside(kill):
-    """The fixture does what it says: of kills at half the file, one at least leaves a part of it. A single one may come late,
-    after the last byte or the renaming: nobody says when the kernel delivers it."""
+    """The fixture does what it says: of kills at half the file, one at least leaves a part of it. A single one may come
+    late, after the last byte or the renaming: nobody says when the kernel delivers it."""
     for _ in range(20):
         kill(next(kill.steps), kill.size / 2)
         sizes = [left.stat().st_size for left in kill.folder.glob(".*")]
