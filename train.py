@@ -8,7 +8,6 @@ The same command resumes a run that was stopped, at the step where its newest ch
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.config import Config, dump_config, load_config, nearest_value
-from runtime.mistake import Mistake, nearest, tell_mistakes
+from runtime.mistake import Failure, Mistake, nearest, tell_mistakes
 
 if TYPE_CHECKING:
     from model.dense_dino import DenseDINO
@@ -47,7 +46,7 @@ def main() -> int:
 def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, ...] = ()) -> int:
     # ------------------------------------------------------------------------------------------- read the papers
     from pipeline.shards import Plan, Shards  # what is wrong is told before torch is loaded
-    from runtime import checkpoint
+    from runtime import checkpoint, watch
 
     assert config.data.shards is not None  # load_config asked for them
     shards = Shards(config.data.shards, config.speed, config.data.max_lost)
@@ -55,9 +54,11 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
     plan = Plan(shards, batch=config.optim.batch, seed=config.seed, holdout=holdout)
     folder, data = Path(config.run.folder or "run"), checkpoint.fingerprint(shards.manifest)
     found, notes = checkpoint.go_on_from(folder, config, data, forced)
+    _lock = watch.lock(folder) if os.environ.get("RANK", "0") == "0" and not dry_run else None  # held to the end
 
     import torch
 
+    from eval.online import OnlineKnn
     from model import weights
     from model.dense_dino import DenseDINO, count_cost
     from pipeline.draws import hash64
@@ -98,14 +99,19 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
         }  # fmt: skip
         writer = checkpoint.Writer(folder / "checkpoints", config.run.keep, resolved, data, made_with)
         (folder / "config.yaml").write_text(resolved)
+    damaged: Counter[int] = Counter()  # of this process, by epoch
+    if processes.first:
+        for row in record.take_up(folder, start):  # of all processes
+            damaged[plan.epoch(row["step"])] += not shards.is_lost(row["planned"])
     note = parallel.compile_parts(model.parts(), processes.device) if config.speed.compile else ""
     trained = parallel.distribute(model, processes)
+    knn = OnlineKnn(config, shards, plan, processes)
     loader = Loader(
         config, shards, plan, device=processes.device, dtype=processes.dtype, start=start, stop=steps,
         rank=processes.rank, world=processes.world, compile=config.speed.compile and not note.startswith("running"),
     )  # fmt: skip
     if processes.first:
-        screen = record.Record(folder, steps, plan.steps_per_epoch, start, config.optim.batch)
+        screen = record.Record(folder, steps, plan.steps_per_epoch, start, config.optim.batch, config.head.prototypes)
         record.append_jsonl(folder / "versions.jsonl", {"step": start, "command": record.program(), **versions})
         screen.say(describe(config, plan, processes.world, str(processes.device), str(processes.dtype)))
         screen.say(f"resumed at step {start} from {found.path}" if found else f"a new run in {folder}")
@@ -118,17 +124,37 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
         screen.say(f"reading through {loader.reader}: {loader.why}")
         if note:
             screen.say(note)
+        if knn.skipped:
+            screen.say(knn.skipped)
     profiler = record.profile(folder / "profile") if config.run.profile and processes.first else None
-    stopping = StopSignal()
+    stopping = watch.StopSignal()
+    watching = watch.Watch(processes, stopping, config.run.step_timeout, config.run.grace)
+    alone = processes.world == 1
+    if alone:  # nobody waits for this process's next step, and it need not wait for the batch
+        loader.interrupted = lambda: stopping.number > 0
 
     # ------------------------------------------------------------------------------------------------------ loop
     sums: dict[str, torch.Tensor] = {}  # over the steps since the last beat, as far as they were taken
     skipped = torch.zeros(2, device=processes.device)  # steps that were not finite: since the last beat, in a row
-    damaged: Counter[int] = Counter()  # of this process, by epoch
-    since, begun = start, time.perf_counter()
+    seen: list[tuple[int, torch.Tensor]] = []  # steps and their samples, since the last beat
+    done = since = saved = start
+    begun = time.perf_counter()
+
+    def note_down() -> None:
+        """What only this process knows of the steps since the last beat."""
+        own = "" if processes.first else f"-{processes.rank}"
+        for at, planned, read in loader.damaged():
+            row = {"step": at, "planned": planned, "read": read, **shards.describe(planned)}
+            record.append_jsonl(folder / f"damaged{own}.jsonl", row)
+            damaged[plan.epoch(at)] += not shards.is_lost(planned)  # which data.max_lost bears
+        for at, ids in seen:
+            record.append_jsonl(folder / f"samples{own}.jsonl", {"step": at, "samples": ids.tolist()})
+        seen.clear()
+
     try:
         for batch in loader:
             step = batch.step
+            watching.at(f"in step {step}", first=step == start)
             torch.manual_seed(int(hash64(config.seed, "drop path", step, processes.rank) >> 1))
             temperature = float(schedules.teacher_temperature[step])
             parts = batch.split(config.speed.accumulate)
@@ -155,19 +181,16 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
 
             done = step + 1
             saving = done % config.run.checkpoint_every == 0 or done == steps
-            beat = saving or done % config.run.log_every == 0
+            stop_now = alone and stopping.number > 0
+            beat = saving or stop_now or knn.due(done) or done % config.run.log_every == 0
             if beat:  # the only place where the CPU waits for the device
                 n = done - since
-                for at, planned, read in loader.damaged():
-                    name = "damaged.jsonl" if processes.first else f"damaged-{processes.rank}.jsonl"
-                    record.append_jsonl(
-                        folder / name, {"step": at, "planned": planned, "read": read, **shards.describe(planned)}
-                    )
-                    damaged[plan.epoch(at)] += not shards.is_lost(planned)  # which data.max_lost bears
-                here = [float(stopping.asked), loader.waited(), float(max(damaged.values(), default=0))]
+                note_down()
+                here = [float(stopping.number > 0), loader.waited(), float(max(damaged.values(), default=0))]
                 of_steps = torch.stack([sums[name] / (n - skipped[0]) for name in sums])
                 told = [torch.tensor(here, device=processes.device), of_steps, skipped.to(of_steps.dtype)]
                 (stop, waited, bad), values, (unfinite, in_a_row) = (t.tolist() for t in processes.mean(told))
+                stop_now = stop > 0
                 seconds = time.perf_counter() - begun
                 metrics = dict(zip(sums, values, strict=True)) | {
                     "lr": float(schedules.lr[step]),
@@ -177,6 +200,10 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
                 }
                 if unfinite:
                     metrics["skipped_steps"] = unfinite
+                if knn.due(done):
+                    watching.at(f"in the k-NN after step {step}", first=True)
+                    top1 = knn(model.teacher.backbone)
+                    metrics |= {} if top1 is None else {"knn_top1": top1}
                 if screen:
                     screen.metrics(done, metrics | processes.arithmetic(flops, metrics["images_per_second"]))
                 if in_a_row >= config.run.max_skipped:
@@ -200,19 +227,28 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
                     writer.check()  # a checkpoint that could not be written ends the run
                 skipped[0] = 0
                 sums, since, begun = {}, done, time.perf_counter()
-            stop_now = stopping.asked if processes.world == 1 else beat and stop > 0
-            if stop_now or saving:
+            if saving:
                 pause = time.perf_counter()
                 if writer:
                     writer.save(done, model, optimizer.adamw)  # waits for the copy off the device, not for the disk
-                begun += time.perf_counter() - pause  # images per second are the step's, without the pause
+                begun, saved = begun + time.perf_counter() - pause, done  # images per second are the step's alone
+            watching.at(f"waiting for the batch of step {done}")
             if stop_now:
-                if screen and writer:
-                    writer.finish()
-                    screen.say(f"stopped and saved at step {done}; the same command goes on from there")
-                return 130
+                break
+        note_down()
         if writer:
+            if saved < done:
+                writer.save(done, model, optimizer.adamw)
             writer.finish()
+        if done < steps:
+            if screen:
+                screen.say(f"stopped and saved at step {done}; the same command goes on from there")
+            return watch.exit_code(stopping.number)
+    except RuntimeError as error:
+        gone = watching.silent()
+        if not gone:
+            raise
+        raise Failure(f"{gone}; the newest checkpoint stands ({str(error).splitlines()[0]})") from error
     finally:
         loader.close()
         if writer:
@@ -220,6 +256,7 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
         if screen:
             screen.close()
         processes.close()
+        watching.close()
 
     # ------------------------------------------------------------------------------------------------------ save
     if processes.first:
@@ -228,19 +265,6 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
         checkpoint.save_backbone(folder / "backbone.safetensors", backbone, about)
         print(f"finished: {steps} steps; the teacher's backbone is {folder}/backbone.safetensors")
     return 0
-
-
-class StopSignal:
-    """Ctrl-C, SIGTERM and SIGUSR1 ask the loop to save and stop; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def describe(config: Config, plan, world: int, device: str, dtype: str) -> str:

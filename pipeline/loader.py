@@ -1,6 +1,8 @@
 """Picks the reader, keeps batches ready, copies and colours them on the device, counts the time that the step waited."""
 
+import contextlib
 import importlib.util
+import multiprocessing
 import queue
 import threading
 import time
@@ -18,6 +20,8 @@ from runtime.mistake import Mistake
 
 # a batch, when its copies are done, and (planned ids, rows read)
 _Item = tuple[Batch, torch.cuda.Event | None, tuple[list[int], list[int]]]
+
+PATIENCE = 5  # seconds for reading processes to finish the batches that they are at
 
 
 def choose_reader(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -42,6 +46,8 @@ def choose_colour(device: torch.device, compile: bool) -> Callable[..., Tensor]:
 class Loader:
     """Iterates over this rank's batches of the steps start..stop-1, ready for the network (see Batch).
 
+    `interrupted`: a wait for a batch asks it now and then, and ends the iteration where it says so.
+
     A thread takes batches from the reader's workers and, for a GPU, copies them from pinned memory on a stream of its own;
     colours are applied on the compute stream. `waited`: seconds of data wait since it was last asked; `damaged`: planned
     samples that another one stood in for, with it, since last asked.
@@ -56,6 +62,7 @@ class Loader:
         self._groups = [group for _, group in size_groups(config)]
         self._ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=2)
         self._closing = threading.Event()
+        self.interrupted: Callable[[], bool] = lambda: False
         self._waited = 0.0
         self._damaged: list[tuple[int, int, int]] = []
         self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -83,7 +90,7 @@ class Loader:
         if self._copies is not None:  # the compute stream may run dry while this thread waits for a batch
             begun = torch.cuda.Event(enable_timing=True)
             begun.record(torch.cuda.current_stream(self.device))
-        item = self._ready.get()
+        item = self._next()
         if self._copies is None:
             self._waited += time.perf_counter() - before
         if item is None:
@@ -114,13 +121,23 @@ class Loader:
         return damaged
 
     def close(self) -> None:
-        """Stop reading; no thread and no process is left behind."""
+        """Stop reading; no thread and no process is left behind. A reading process that is still at a batch after a while,
+        whose server or disk stalls, is killed: it is deaf to anything less."""
         self._closing.set()
-        while self._thread.is_alive():
-            try:
+        until = time.monotonic() + PATIENCE
+        while self._thread.is_alive() and time.monotonic() < until + PATIENCE:
+            if time.monotonic() > until:
+                for reader in multiprocessing.active_children():
+                    reader.kill()
+            with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.05)
-            except queue.Empty:
-                continue
+
+    def _next(self) -> _Item | BaseException | None:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._ready.get(timeout=0.2)
+            if self.interrupted():
+                return None
 
     def _fill(self) -> None:
         last: BaseException | None = None

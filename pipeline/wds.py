@@ -4,6 +4,7 @@ The fallback where there is no GPU decoder, and the reference that the DALI read
 offset in the plan's order; WebDataset gives the chain of stages, its loader the worker processes and their shared memory.
 """
 
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from pipeline.batch import Batch, draw_for, size_groups
 from pipeline.header import without_exif
 from pipeline.shards import Plan, Shards
 from runtime.config import Config
-from runtime.mistake import Mistake
+from runtime.mistake import Failure, Mistake
 
 try:  # bit-equal to Pillow's decoder, faster, and without its copy
     import torchcodec.decoders as torchcodec
@@ -111,9 +112,17 @@ class Stages:
         return Batch(step, torch.from_numpy(ids), torch.from_numpy(rows), views, **draws.tensors())
 
 
+WORKER_GONE = (
+    "a reading process was killed, by somebody or for want of memory (dmesg tells; fewer speed.workers, or a smaller "
+    "speed.prefetch, take less); the newest checkpoint stands"
+)
+
+
 def serve_the_trainer(_worker: int = 0) -> None:
     """A reading process ends with the trainer, not before: Ctrl-C and torchrun's SIGTERM reach the whole process group,
-    but the trainer has a checkpoint to save first; and when it is killed outright, nobody is left to end this one."""
+    but the trainer has a checkpoint to save first; and when it is killed outright, nobody is left to end this one. SIGABRT
+    makes it tell where it stands (runtime/watch.py)."""
+    faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
@@ -150,7 +159,12 @@ def read(
         multiprocessing_context=context,
         worker_init_fn=serve_the_trainer,
     )
-    for item in loader:
-        if isinstance(item, Mistake):
-            raise item
-        yield item
+    try:
+        for item in loader:
+            if isinstance(item, Mistake):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise Failure(WORKER_GONE) from error

@@ -145,6 +145,15 @@ class Run:
     log_every: int = 10  # steps between two rows of metrics.jsonl; all that reads the device is on this beat
     checkpoint_every: int = 1000  # steps
     keep: int = 2  # checkpoints
+    step_timeout: float = (
+        600  # seconds; a step or a wait for a batch that takes longer ends the run (the first: ten times)
+    )
+    grace: float = (
+        25  # seconds from a stop signal until a run that could not save ends unsaved (torchrun kills after 30)
+    )
+    log_samples: bool = (
+        False  # samples.jsonl: which samples each step saw (samples-<process>.jsonl of the other processes)
+    )
     max_skipped: int = 10  # the run stops after so many steps in a row whose loss or gradient is not finite
     profile: bool = False  # steps 10 to 12 of this start into profile/: a trace, and a table of what takes the time
 
@@ -499,6 +508,7 @@ def _check(c: Config) -> list[str]:
         "loss.student_temperature": c.loss.student_temperature, "speed.accumulate": c.speed.accumulate,
         "speed.prefetch": c.speed.prefetch, "speed.threads": c.speed.threads,
         "run.log_every": c.run.log_every, "run.keep": c.run.keep, "run.max_skipped": c.run.max_skipped,
+        "run.step_timeout": c.run.step_timeout,
         "speed.cache_gb": c.speed.cache_gb, "speed.stall_seconds": c.speed.stall_seconds,
         "run.checkpoint_every": c.run.checkpoint_every, "model.patch": c.model.patch, "head.hidden": c.head.hidden,
         "head.bottleneck": c.head.bottleneck, "eval.k": c.eval.k, "eval.temperature": c.eval.temperature,
@@ -511,7 +521,7 @@ def _check(c: Config) -> list[str]:
         "optim.min_lr": c.optim.min_lr, "optim.warmup": c.optim.warmup, "optim.clip": c.optim.clip,
         "optim.freeze_last_layer": c.optim.freeze_last_layer, "speed.workers": c.speed.workers, "seed": c.seed,
         "loss.teacher_temperature_warmup": c.loss.teacher_temperature_warmup,
-        "optim.weight_decay": min(c.optim.weight_decay), "eval.every": c.eval.every,
+        "optim.weight_decay": min(c.optim.weight_decay), "eval.every": c.eval.every, "run.grace": c.run.grace,
     }.items():  # fmt: skip
         need(value >= 0, f"{name}: not below 0, this is {value}")
     need(min(c.loss.teacher_temperature) > 0, "loss.teacher_temperature: more than 0")

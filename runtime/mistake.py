@@ -1,4 +1,4 @@
-"""What a user got wrong, told in one clear message."""
+"""What a user got wrong, and what broke under way, told in one clear message."""
 
 import difflib
 import os
@@ -10,6 +10,11 @@ class Mistake(Exception):
     """A wrong input: the message names the thing and the nearest right one; the program ends with exit code 2."""
 
 
+class Failure(Exception):
+    """What no input is to blame for, and no traceback explains (a process that was killed): the message says what happened
+    and what stands; the program ends with exit code 1."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a message: `, did you mean 'x'?` for the known word closest to `word`, or nothing."""
     close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
@@ -17,13 +22,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def tell_mistakes(main: Callable[[], int | None]) -> None:
-    """Run a program's `main`: a Mistake becomes a message on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a program's `main`: a Mistake becomes a message on stderr and exit code 2, a Failure exit code 1, Ctrl-C 130."""
     try:
         code = main() or 0
-    except Mistake as mistake:
+    except (Mistake, Failure) as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error: {mistake}" if rank == "0" else f"[process {rank}] error: {mistake}", file=sys.stderr)
-        code = 2
+        print(f"error: {error}" if rank == "0" else f"[process {rank}] error: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, Mistake) else 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = 130

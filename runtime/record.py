@@ -1,6 +1,8 @@
 """The record: the run's folder with its config, versions, git state, metrics.jsonl and TensorBoard; and the live screen."""
 
 import json
+import math
+import os
 import platform
 import subprocess
 import sys
@@ -25,11 +27,43 @@ PACKAGES = (
     "numpy",
 )
 
+COLLAPSED = 5  # rows of metrics
+
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """One JSON object as one more line."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that `append_jsonl` wrote; none where there is no file."""
+    if not path.is_file():
+        return []
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
+
+
+def take_up(folder: Path, start: int) -> list[dict[str, Any]]:
+    """A run's files as they stood after `start` steps: what they tell of later ones is taken back, for these are made again.
+
+    Returns the rows of damaged.jsonl (of all processes) that stay.
+    """
+    _rewind(folder / "metrics.jsonl", start + 1)  # its rows count steps done
+    for path in folder.glob("samples*.jsonl"):
+        _rewind(path, start)
+    return [row for path in folder.glob("damaged*.jsonl") for row in _rewind(path, start)]
+
+
+def _rewind(path: Path, end: int) -> list[dict[str, Any]]:
+    told = read_jsonl(path)
+    kept = [row for row in told if row["step"] < end]
+    if path.is_file() and (len(kept) < len(told) or not path.read_bytes().endswith(b"\n")):
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(temporary, path)
+    return kept
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -76,14 +110,21 @@ def versions() -> dict[str, str]:
 
 
 class Record:
-    """Metrics of a run to metrics.jsonl, TensorBoard and the screen. Made by the first process only."""
+    """Metrics of a run to metrics.jsonl, TensorBoard and the screen. Made by the first process only.
 
-    def __init__(self, folder: Path, steps: int, steps_per_epoch: int, start: int, images_per_step: int):
+    A teacher whose probabilities stay at the ends of their entropy (0: one prototype each time; log of `prototypes`: all
+    alike) has collapsed, and that is told.
+    """
+
+    def __init__(
+        self, folder: Path, steps: int, steps_per_epoch: int, start: int, images_per_step: int, prototypes: int
+    ):
         from torch.utils.tensorboard import SummaryWriter  # heavy, and only needed here
 
         self.folder, self.steps, self.steps_per_epoch = folder, steps, steps_per_epoch
         self._images = images_per_step
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._most, self._collapsed = math.log(prototypes), 0  # nats; beats in a row
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._console = Console()
         self._live = self._console.is_terminal
         self._told = -1e9
@@ -109,6 +150,14 @@ class Record:
         elif time.monotonic() - self._told > 10 or step == self.steps:
             self._told = time.monotonic()
             self._console.print(self._line(row), highlight=False, soft_wrap=True)
+
+        self._collapsed = 0 if 0.01 < values.get("teacher_entropy", 1) / self._most < 0.999 else self._collapsed + 1
+        if self._collapsed == COLLAPSED:
+            self.say(
+                f"warning: the teacher has collapsed: the entropy of its probabilities is {values['teacher_entropy']:.3g} at step "
+                f"{step}, and was as near one of its ends, 0 and log K = {self._most:.3g}, in the {COLLAPSED - 1} rows before; "
+                "nothing is learnt there (a lower loss.teacher_temperature sharpens, a higher one flattens)"
+            )
 
     def say(self, line: str) -> None:
         """A line above the live screen."""
