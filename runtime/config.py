@@ -146,14 +146,10 @@ class Run:
     checkpoint_every: int = 1000  # steps
     keep: int = 2  # checkpoints
     step_timeout: float = (
-        600  # seconds; a step or a wait for a batch that takes longer ends the run (the first: ten times)
+        600  # seconds; a step, or a wait for a batch, that takes longer ends the run (the first: 10 times)
     )
-    grace: float = (
-        25  # seconds from a stop signal until a run that could not save ends unsaved (torchrun kills after 30)
-    )
-    log_samples: bool = (
-        False  # samples.jsonl: which samples each step saw (samples-<process>.jsonl of the other processes)
-    )
+    grace: float = 25  # seconds after a stop signal; what is unsaved then ends unsaved (torchrun kills after 30)
+    log_samples: bool = False  # samples.jsonl: which samples each step saw (of process r: samples-r.jsonl)
     max_skipped: int = 10  # the run stops after so many steps in a row whose loss or gradient is not finite
     profile: bool = False  # steps 10 to 12 of this start into profile/: a trace, and a table of what takes the time
 

@@ -154,9 +154,10 @@ class Record:
         self._collapsed = 0 if 0.01 < values.get("teacher_entropy", 1) / self._most < 0.999 else self._collapsed + 1
         if self._collapsed == COLLAPSED:
             self.say(
-                f"warning: the teacher has collapsed: the entropy of its probabilities is {values['teacher_entropy']:.3g} at step "
-                f"{step}, and was as near one of its ends, 0 and log K = {self._most:.3g}, in the {COLLAPSED - 1} rows before; "
-                "nothing is learnt there (a lower loss.teacher_temperature sharpens, a higher one flattens)"
+                f"warning: the teacher has collapsed: at step {step} its probabilities have an entropy of "
+                f"{values['teacher_entropy']:.3g}, as near one of its ends, 0 and log K = {self._most:.3g}, as in the "
+                f"{COLLAPSED - 1} rows before; nothing is learnt there (a lower loss.teacher_temperature sharpens, a higher "
+                "one flattens)"
             )
 
     def say(self, line: str) -> None:
