@@ -7,6 +7,7 @@ CONFIG  ?= configs/demo.yaml
 METHOD  ?=
 ARGS    ?=
 GPUS    ?=
+RESTARTS ?=
 SHARDS  ?=
 VAL     ?=
 WHAT    ?= data
@@ -15,7 +16,7 @@ RUN     ?= runs/$(name)
 SCENES  := data/scenes
 
 # one process, or torchrun where there are several devices
-launch   = $(if $(filter-out 1,$(GPUS)),.venv/bin/torchrun --standalone --nproc-per-node=$(if $(filter all,$(GPUS)),gpu,$(GPUS)),$(PY))
+launch   = $(if $(filter-out 1,$(GPUS)),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 .venv/bin/torchrun --standalone $(if $(RESTARTS),--max-restarts=$(RESTARTS)) --nproc-per-node=$(if $(filter all,$(GPUS)),gpu,$(GPUS)),$(PY))
 words    = run.folder=$(RUN) $(if $(METHOD),method=$(METHOD)) $(if $(SHARDS),data.shards=$(SHARDS) data.val=$(or $(VAL),null)) $(ARGS)
 
 # waiting threads give their core up after a moment: beside another busy process the default all but stops
@@ -63,7 +64,7 @@ scenes: $(READY) # the embedded default: painted scenes and their shards
 	@$(PY) -m tools.make_shards make $(SCENES)/train $(SCENES)/shards/train
 	@$(PY) -m tools.make_shards make $(SCENES)/val $(SCENES)/shards/val
 
-pretrain: $(READY) $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(CONFIG)),scenes)) ## [CONFIG=… SHARDS=… VAL=… GPUS=n|all RUN=… METHOD=dino ARGS='a.b=c …']
+pretrain: $(READY) $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(CONFIG)),scenes)) ## [CONFIG=… SHARDS=… VAL=… GPUS=n|all RESTARTS=n RUN=… METHOD=dino ARGS='a.b=c …']
 	@$(if $(filter-out 1,$(GPUS)),$(if $(filter-out all,$(GPUS)),WORLD_SIZE=$(GPUS)) $(PY) train.py $(CONFIG) $(words) --dry-run >/dev/null)
 	@$(launch) train.py $(CONFIG) $(words)
 	@$(PY) -m eval.report $(RUN) --if-missing

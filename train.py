@@ -178,6 +178,8 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
             skipped = (skipped + 1 - taken) * torch.stack([torch.ones_like(taken), 1 - taken])
             if profiler:
                 profiler.step()
+            if config.run.log_samples:
+                seen.append((step, batch.ids))
 
             done = step + 1
             saving = done % config.run.checkpoint_every == 0 or done == steps
@@ -248,7 +250,8 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
         gone = watching.silent()
         if not gone:
             raise
-        raise Failure(f"{gone}; the newest checkpoint stands ({str(error).splitlines()[0]})") from error
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise Failure(f"{gone}; the newest checkpoint stands ({why})") from error
     finally:
         loader.close()
         if writer:

@@ -164,7 +164,7 @@ def read(
             if isinstance(item, Mistake):
                 raise item
             yield item
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
             raise
         raise Failure(WORKER_GONE) from error

@@ -136,8 +136,15 @@ def world_size() -> int:
 
 
 def start(speed: Speed) -> Processes:
-    """Join the processes that torchrun started, or be alone. Raises Mistake where the device asked for is not there."""
+    """Join the processes that torchrun started, or be alone. Raises Mistake where the device asked for is not there, and
+    where torchrun would not restart them well."""
     world, rank = world_size(), int(os.environ.get("RANK", 0))
+    shared, restarts = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("USE_AGENT_STORE", "MAX_RESTARTS"))
+    if shared == "True" and restarts != "0":  # seen with gloo: who starts first after a restart calls one that has died
+        raise Mistake(
+            "--max-restarts: torchrun keeps the addresses of processes that died, unless the environment says "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
     cuda = torch.cuda.is_available()
     if speed.device == "cuda" and not cuda:
         raise Mistake("speed.device: cuda, but torch finds no CUDA device here (speed.device: auto takes the CPU then)")

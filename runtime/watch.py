@@ -116,6 +116,8 @@ class Watch:
         before = self._everyone()
         time.sleep(4 * TICK)
         after = self._everyone()
+        if not after:
+            return "process 0 is gone, or its machine"  # where the store is
         return _list(
             [
                 f"process {rank} is silent or gone, last heard of {now.partition('|')[2]}"

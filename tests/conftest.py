@@ -92,14 +92,12 @@ def tiny_shards(photos: Path, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny_config(tiny_shards: Path, tmp_path: Path) -> Path:
-    """A config of a network that trains in seconds."""
-    path = tmp_path / "tiny.yaml"
+def write_config(path: Path, shards: Path, run: Path) -> Path:
+    """A config of a network that trains in seconds, 20 steps of it."""
     path.write_text(
         f"""
 data:
-  shards: {tiny_shards}
+  shards: {shards}
   holdout: 0.1
   views:
     - {{count: 2, size: 32, scale: [0.4, 1.0], teacher: true, blur: [1.0, 0.1], solarize: [0.0, 0.2]}}
@@ -109,7 +107,12 @@ reference: {{points: 2}}
 head: {{hidden: 32, bottleneck: 16, prototypes: 40}}
 optim: {{batch: 16, epochs: 4, warmup: 1}}
 speed: {{compile: false, workers: 0, device: cpu}}
-run: {{folder: {tmp_path / "run"}, log_every: 2, checkpoint_every: 7}}
+run: {{folder: {run}, log_every: 2, checkpoint_every: 7}}
 """
     )
     return path
+
+
+@pytest.fixture
+def tiny_config(tiny_shards: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path / "tiny.yaml", tiny_shards, tmp_path / "run")

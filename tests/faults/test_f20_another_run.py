@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_program
+from conftest import run_program, write_config
 from safetensors.torch import load_file, save_file
 
 from runtime.checkpoint import newest_whole
@@ -23,23 +23,7 @@ WHOLE = os.environ.get("FAULTS") == "all"
 def finished(tiny_shards, tmp_path_factory) -> Path:
     """A config whose run of five steps is in `run` beside it."""
     folder = tmp_path_factory.mktemp("finished")
-    path = folder / "tiny.yaml"
-    path.write_text(
-        f"""
-data:
-  shards: {tiny_shards}
-  holdout: 0.1
-  views:
-    - {{count: 2, size: 32, scale: [0.4, 1.0], teacher: true}}
-    - {{count: 2, size: 16, scale: [0.2, 0.5]}}
-model: {{arch: custom, patch: 8, width: 24, depth: 2, heads: 2}}
-reference: {{points: 2}}
-head: {{hidden: 32, bottleneck: 16, prototypes: 40}}
-optim: {{batch: 16}}
-speed: {{compile: false, workers: 0, device: cpu}}
-run: {{folder: {folder / "run"}, log_every: 2}}
-"""
-    )
+    path = write_config(folder / "tiny.yaml", tiny_shards, folder / "run")
     run_program("train.py", path, *FIVE_STEPS)
     return path
 

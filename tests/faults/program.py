@@ -1,0 +1,187 @@
+"""The real program, alone or under torchrun: started, watched while it trains, hurt, and looked at afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from torch import Tensor
+from torch.distributed.run import get_args_parser
+
+from runtime.checkpoint import newest_whole
+from tests.conftest import ROOT
+
+# seconds that torchrun waits for a process that it asked to end; older ones know 30 only
+PATIENCE = ["--shutdown-timeout=5"] if "--shutdown-timeout" in get_args_parser().format_help() else []
+
+HURT = """
+import json, os, sys, time
+sys.path.insert(0, {root!r})
+import train
+from model.dense_dino import DenseDINO
+
+rank, restarts = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+whole = DenseDINO.forward
+
+def forward(self, batch, temperature):
+    log, means = whole(self, batch, temperature)
+    step = batch.step
+    {what}
+    return log, means
+
+DenseDINO.forward = forward
+{before}
+train.tell_mistakes(train.main)
+"""
+
+
+def hurt(folder: Path, what: str = "pass", before: str = "") -> Path:
+    """train.py with one line more at the end of every forward pass, which sees step, rank, restarts, self, batch, log and
+    means; and lines that run before it starts."""
+    path = folder / "hurt.py"
+    path.write_text(HURT.format(root=str(ROOT), what=what, before=before))
+    return path
+
+
+class Program:
+    """train.py (or `script`) with a config and words, in `processes` processes, which begins at once.
+
+    log_every: 1 and a log of samples are set, so that a run can be followed and compared step by step.
+    """
+
+    def __init__(self, config: Path, *words: object, processes: int = 1, script: Path | str = "train.py", options=()):
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            launcher += ["--monitor-interval=0.1", *PATIENCE, *options]
+        fixed = ["run.log_every=1", "run.log_samples=true"]
+        self.command = [*launcher, str(script), str(config), *fixed, *(str(word) for word in words)]
+        self.folder = Path(next(w for w in map(str, words) if w.startswith("run.folder=")).removeprefix("run.folder="))
+        self.begun = time.monotonic()
+        self.process = subprocess.Popen(
+            self.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        )  # fmt: skip
+
+    def reach(self, step: int, limit: float = 120) -> None:
+        """Wait until so many steps are told of."""
+        until = time.monotonic() + limit
+        while steps(self.folder) < step:
+            if self.process.poll() is not None or time.monotonic() > until:
+                out, err = self.process.communicate() if self.process.poll() is not None else ("", "too slow")
+                raise AssertionError(f"the run did not reach step {step}\n{out}\n{err}")
+            time.sleep(0.002)
+
+    def end(self, limit: float = 120) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr) once it has ended by itself; AssertionError where it does not."""
+        try:
+            out, err = self.process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            out, err = self.process.communicate()
+            raise AssertionError(f"still there after {limit} s\n{out}\n{err}") from None
+        return self.process.returncode, out, err
+
+    def family(self) -> dict[int, str]:
+        """{pid: its rank, or "" where it has none} of all that descend from it (Linux)."""
+        parents = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+        found = {self.process.pid: ""}
+        grown = True
+        while grown:
+            new = {pid: _rank(pid) for pid, parent in parents.items() if parent in found and pid not in found}
+            grown = bool(new)
+            found |= new
+        return found
+
+    def trainer(self, rank: int) -> int:
+        """The pid of the process that trains as this rank."""
+        family = self.family()
+        ranked = [pid for pid, of in family.items() if of == str(rank)]
+        return min(ranked) if ranked else self.process.pid
+
+    def readers(self) -> list[int]:
+        """Its reading processes, whoever forked them."""
+        return [pid for pid in self.family() if _is_reader(pid)]
+
+    def kill(self) -> None:
+        """kill -9 of everything at once."""
+        for pid in self.family():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def gone(pids) -> bool:
+    """Whether none of these processes is left, within ten seconds."""
+    until = time.monotonic() + 10
+    while any(_alive(pid) for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _rank(pid: int) -> str:
+    try:
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    return next((w.removeprefix(b"RANK=").decode() for w in words if w.startswith(b"RANK=")), "")
+
+
+def _is_reader(pid: int) -> bool:
+    """Forked by the fork server (WebDataset) or spawned (DALI)."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        server = b"forkserver" in words and b"forkserver" in Path(f"/proc/{parent}/cmdline").read_bytes()
+        return server or b"spawn_main" in words
+    except OSError:
+        return False
+
+
+def rows(path: Path) -> list[dict]:
+    """Whole lines of a file of JSON lines."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def steps(folder: Path) -> int:
+    """The last step that a run has told of."""
+    told = rows(folder / "metrics.jsonl")
+    return told[-1]["step"] if told else 0
+
+
+def log(folder: Path) -> dict[str, list]:
+    """What has to be the same after an interruption: samples and losses, step by step."""
+    names = ("step", "loss", "cls_loss", "reference_loss", "teacher_entropy", "gradient_norm", "lr")
+    told = {"losses": [[row.get(n) for n in names] for row in rows(folder / "metrics.jsonl")]}
+    return told | {path.name: rows(path) for path in sorted(folder.glob("samples*.jsonl"))}
+
+
+def final(folder: Path) -> dict[str, Tensor]:
+    """All state of the newest checkpoint."""
+    found = newest_whole(folder / "checkpoints")
+    assert found
+    return found.tensors()
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all((a[n] == b[n]).all() for n in a)

@@ -1,0 +1,60 @@
+"""F01: kill -9 of everything at a random step, 20 times, then the same command again: bit-equal to a run left alone.
+
+Equal are all state (weights, moments, centres), the log of samples and the losses of every step. What is lost is what came
+after the newest checkpoint: one interval, and what the disk was behind.
+"""
+
+import numpy as np
+import pytest
+
+from tests.conftest import write_config
+from tests.faults.program import Program, equal, final, gone, log, steps
+
+STEPS, EVERY = 40, 3
+WORDS = ("optim.epochs=8", f"run.checkpoint_every={EVERY}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_shards, tmp_path_factory):
+    """(config, log and state of a run left alone) for a number of processes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = write_config(folder / "tiny.yaml", tiny_shards, folder / "run")
+    done = {}
+
+    def run(processes: int):
+        if processes not in done:
+            whole = folder / f"whole-{processes}"
+            code, _, err = Program(config, *WORDS, f"run.folder={whole}", processes=processes).end()
+            assert code == 0, err
+            done[processes] = config, log(whole), final(whole)
+        return done[processes]
+
+    return run
+
+
+@pytest.mark.fault("F01")
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.fast if n in (0, 19) else ()) for n in range(20)])
+def test_killed_and_started_again(undisturbed, tmp_path, seed):
+    """The last five seeds with two processes; the reader in a process of its own every other time."""
+    processes = 2 if seed >= 15 else 1
+    config, told, state = undisturbed(processes)
+    words = [*WORDS, f"run.folder={tmp_path / 'run'}", f"speed.workers={seed % 2}"]
+    program = Program(config, *words, processes=processes)
+    program.reach(int(np.random.default_rng(seed).integers(1, STEPS - 10)))
+    family = program.family()
+    program.kill()
+    code, _, _ = program.end()
+    assert code == -9
+    assert gone(family)
+    reached = steps(tmp_path / "run")
+    assert reached < STEPS
+
+    code, out, err = Program(config, *words, processes=processes).end()
+    assert code == 0, err
+    begun = next(line for line in out.splitlines() if line.startswith(("resumed at step", "a new run")))
+    at = int(begun.split()[3]) if begun.startswith("resumed") else 0
+    assert at >= reached - 2 * EVERY
+    assert log(tmp_path / "run") == told
+    assert equal(final(tmp_path / "run"), state)
+    seen = [i for row in log(tmp_path / "run")["samples.jsonl"] for i in row["samples"]]
+    assert len(seen) == STEPS * 16 // processes

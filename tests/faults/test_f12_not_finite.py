@@ -1,0 +1,64 @@
+"""F12: a loss or gradient that is not finite. The step is taken by no process, nothing moves bit for bit, it is counted;
+after run.max_skipped in a row the run stops, with a replay file and the last checkpoint as it was."""
+
+import json
+
+import pytest
+
+from runtime.checkpoint import newest_whole, open_checkpoint
+from tests.faults.program import Program, equal, final, hurt, rows
+
+pytestmark = pytest.mark.fault("F12")
+
+SPOILT = {  # what step 7 meets; in how many processes
+    "NaN loss": ('if step == 7: log["loss"] = log["loss"] * float("nan")', 1),
+    "inf loss": ('if step == 7: log["loss"] = log["loss"] + float("inf")', 1),
+    "inf gradient": (
+        'if step == 7: log["loss"].register_hook(lambda g: g * float("inf"))', 1
+    ),
+    "NaN on one process": ('if step == 7 and rank == 1: log["loss"] = log["loss"] * float("nan")', 2),
+}  # fmt: skip
+
+
+def state(folder, step: int):
+    return open_checkpoint(folder / "checkpoints" / f"checkpoint-{step:08d}.safetensors").tensors()
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.fast if k == "NaN loss" else ()) for k in SPOILT])
+def test_a_step_is_skipped(tiny_config, tmp_path, kind):
+    spoil, processes = SPOILT[kind]
+    run = tmp_path / "run"
+    words = ["run.checkpoint_every=1", "run.keep=99", "optim.epochs=2", f"run.folder={run}"]
+    code, out, err = Program(tiny_config, *words, processes=processes, script=hurt(tmp_path, spoil)).end()
+    assert code == 0, err
+    assert "finished: 10 steps" in out
+    before, after, next_one = (state(run, n) for n in (7, 8, 9))
+    assert equal(before, after)  # student, teacher, centres, moments and their count
+    assert not equal(after, next_one)
+    told = {row["step"]: row for row in rows(run / "metrics.jsonl")}
+    assert [step for step, row in told.items() if "skipped_steps" in row] == [8]
+    assert told[8]["skipped_steps"] == 1
+    assert all(row["loss"] > 0 and row["gradient_norm"] > 0 for step, row in told.items() if step != 8)
+
+
+@pytest.mark.fast
+def test_too_many_in_a_row_stop_the_run(tiny_config, tmp_path):
+    run, words = tmp_path / "run", ["run.max_skipped=3", "run.checkpoint_every=7"]
+    spoil = 'if step >= 7: log["loss"] = log["loss"] * float("nan")'
+    code, _, err = Program(tiny_config, *words, f"run.folder={run}", script=hurt(tmp_path, spoil)).end()
+    assert code == 1
+    assert "error: loss or gradient was not finite for 3 steps in a row, up to step 9 (run.max_skipped: 3)" in err
+    assert f"the last checkpoint stands; {run}/replay.json names the steps and their samples" in err
+    assert "Traceback" not in err
+    replay = json.loads((run / "replay.json").read_text())
+    assert replay["steps"] == [7, 8, 9]
+    seen = {str(row["step"]): row["samples"] for row in rows(run / "samples.jsonl")}
+    assert replay["ids"] == {str(step): seen[str(step)] for step in replay["steps"]}
+    assert "max_skipped: 3" in replay["config"]
+    found = newest_whole(run / "checkpoints")
+    assert found
+    assert found.step == 7
+    whole = tmp_path / "whole"
+    code, _, err = Program(tiny_config, *words, f"run.folder={whole}", "run.keep=9").end()
+    assert code == 0, err
+    assert equal(final(run), state(whole, 7))
