@@ -113,8 +113,8 @@ class Stages:
 
 
 WORKER_GONE = (
-    "a reading process was killed, by somebody or for want of memory (dmesg tells; fewer speed.workers, or a smaller "
-    "speed.prefetch, take less); the newest checkpoint stands"
+    "a reading process ended unasked: killed, by somebody or for want of memory (dmesg tells; fewer speed.workers, or a "
+    "smaller speed.prefetch, take less); the newest checkpoint stands"
 )
 
 

@@ -9,13 +9,9 @@ import time
 from pathlib import Path
 
 from torch import Tensor
-from torch.distributed.run import get_args_parser
 
 from runtime.checkpoint import newest_whole
 from tests.conftest import ROOT
-
-# seconds that torchrun waits for a process that it asked to end; older ones know 30 only
-PATIENCE = ["--shutdown-timeout=5"] if "--shutdown-timeout" in get_args_parser().format_help() else []
 
 HURT = """
 import json, os, sys, time
@@ -34,7 +30,8 @@ def forward(self, batch, temperature):
 
 DenseDINO.forward = forward
 {before}
-train.tell_mistakes(train.main)
+if __name__ == "__main__":  # reading processes import this file
+    train.tell_mistakes(train.main)
 """
 
 
@@ -56,7 +53,7 @@ class Program:
         launcher = [sys.executable]
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            launcher += ["--monitor-interval=0.1", *PATIENCE, *options]
+            launcher += ["--monitor-interval=0.1", *options]
         fixed = ["run.log_every=1", "run.log_samples=true"]
         self.command = [*launcher, str(script), str(config), *fixed, *(str(word) for word in words)]
         self.folder = Path(next(w for w in map(str, words) if w.startswith("run.folder=")).removeprefix("run.folder="))

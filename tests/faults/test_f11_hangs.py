@@ -31,7 +31,7 @@ def test_a_process_stands_still(tiny_config, tmp_path):
     os.kill(stopped, signal.SIGSTOP)
     since = time.monotonic()
     err = down(
-        program, family, since, TIMEOUT + 2 + 5 + 10
+        program, family, since, TIMEOUT + 2 + 30 + 15
     )  # to see it, to look around, torchrun's patience, and to end
     assert f"error: {TIMEOUT} s in step " in err
     assert "(run.step_timeout); process 1 is silent or gone, last heard of in step" in err
@@ -48,7 +48,7 @@ def test_a_reading_process_is_killed(tiny_config, tmp_path):
     for reader in readers:
         os.kill(reader, signal.SIGKILL)
     err = down(program, family, time.monotonic(), TIMEOUT + 10)
-    assert "error: a reading process was killed" in err
+    assert "error: a reading process ended unasked" in err
     assert "the newest checkpoint stands" in err
     assert "Traceback" not in err
 
