@@ -6,7 +6,7 @@ plan    index and plan for 1.28 and for 100 million simulated samples: loading, 
         is a permutation which any number of processes shares
 all     training with the real loader and with one batch kept ready, in turns: images/s of both, their ratio (the headspace)
         and the data wait; CONFIG names what is trained
-leak    2,000 batches through each reader: resident memory, threads and open files on the way
+leak    2,000 steps with each reader: memory, threads and open files on the way (tools/bench_leak.py)
 shards  making shards beside decoding alone (tools/bench_shards.py)
 
 Entries take turns round by round, so that a busy machine hurts all of them alike; the rows hold medians and spread.
@@ -402,56 +402,6 @@ def bench_all(path: str, folder: str, out: Path | None, steps: int = 30) -> None
     finish(table, [row], out)
 
 
-def bench_leak(path: str, folder: str, out: Path | None, batches: int = 2000) -> None:
-    """Resident memory (this process and its children), threads and open files after 500, 1,000, ... batches."""
-    import torch
-
-    from pipeline.loader import Loader, choose_reader
-    from pipeline.shards import Plan, Shards
-
-    rows: list[dict[str, Any]] = []
-    for reader in ("wds", "dali"):
-        try:
-            choose_reader(reader, torch.device("cpu"))
-        except Mistake as missing:
-            print(f"no dali row: {missing}")
-            continue
-        config = load_config(path, [f"data.shards={folder}", "data.val=null", f"speed.reader={reader}"])
-        plan = Plan(Shards(folder), batch=config.optim.batch, seed=0)
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        loader = Loader(
-            config, Shards(folder), plan, device=device, dtype=torch.float32, start=0, stop=batches + 100
-        )  # fmt: skip
-        for i, _ in zip(range(batches + 1), loader, strict=False):  # ends before the reader does
-            if i in (100, batches // 4, batches // 2, batches * 3 // 4, batches):
-                files = len(list(Path("/proc/self/fd").iterdir()))
-                threads = len(list(Path("/proc/self/task").iterdir()))
-                here = {"batches": i, "resident_mb": round(family_mb()), "threads": threads, "open_files": files}
-                rows.append({"what": "leak", "reader": loader.reader, "config": path, **here, "device": cpu_name()})
-        loader.close()
-    table = Table(title=f"{path}: {batches} batches through each reader")
-    names = ("reader", "batches", "resident_mb", "threads", "open_files")
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="left" if name == "reader" else "right")
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in names))
-    finish(table, rows, out)
-
-
-def family_mb() -> float:
-    """Proportional memory of this process and its children."""
-    total, me = 0.0, str(os.getpid())
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            if me in (folder.name, parent):
-                line = next(x for x in (folder / "smaps_rollup").read_text().splitlines() if x.startswith("Pss:"))
-                total += int(line.split()[1]) / 1024
-        except (OSError, StopIteration):
-            continue
-    return total
-
-
 # ------------------------------------------------------------------------------------------------- for all of them
 
 
@@ -489,12 +439,12 @@ def main() -> None:
         bench_data(args.shards, args.out)
     elif args.what == "all":
         bench_all(args.config, args.shards, args.out)
-    elif args.what == "leak":
-        bench_leak(args.config, args.shards, args.out)
     elif args.what == "plan":
         bench_plan(args.out)
     else:
-        os.execv(sys.executable, [sys.executable, "-m", "tools.bench_shards", args.shards])
+        words = {"shards": [args.shards], "leak": [args.config, "--shards", args.shards]}[args.what]
+        out = ["--out", str(args.out)] if args.out and args.what == "leak" else []
+        os.execv(sys.executable, [sys.executable, "-m", f"tools.bench_{args.what}", *words, *out])
 
 
 if __name__ == "__main__":
