@@ -72,6 +72,9 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
 
     # ----------------------------------------------------------------------------------------------------- build
     processes = parallel.start(config.speed)
+    start = found.step if found else 0
+    if start < steps:  # remote shards come while the network is built; a cache that cannot hold them is told now
+        shards.prefetch(plan, start, processes.rank, processes.world)
     torch.manual_seed(weights.weights_seed(config.seed))
     model = DenseDINO(config)  # the same weights in every process
     begun_with = weights.initialise(model, config.model.init) if config.model.init and not found else ""
@@ -79,9 +82,7 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
     flops = count_cost(model, config).flops if processes.first and steps > 200 else None
     processes.place(model)
     optimizer = schedule.Optimizer(model.student, schedules, config.optim.clip, split_positions=config.points > 0)
-    start = 0
     if found:
-        start = found.step
         checkpoint.restore(model, optimizer.adamw, found.tensors())
     if not processes.agree(start):
         raise Mistake(

@@ -338,12 +338,8 @@ class Remote:
         if name != Path(name).name or name.startswith("."):
             raise Mistake(f"{self.address}/manifest.json: '{name}' is no name of a shard")
 
-        def whole(path: Path) -> bool:
-            with open(path, "rb") as file:
-                return file_digest(file, "sha256").hexdigest() == shard["sha256"]
-
         with self._disk():
-            self._fetch(name, self.folder, whole, shard["bytes"], wait)
+            self._fetch(name, self.folder, lambda path: _sha256(path) == shard["sha256"], shard["bytes"], wait)
 
     # ------------------------------------------------------------------------------------------------- one file comes
 
@@ -369,7 +365,11 @@ class Remote:
                 f"speed.cache_gb: {self.speed.cache_gb:g} GB do not hold one shard of {self.address} "
                 f"({largest / 1e9:.3g} GB); give more, or make smaller shards (make shards SHARD_MB=…)"
             )
-        self._fetch(METADATA[1], folder, lambda path: _is_index(path, samples))
+        index = told.get("index")
+        if isinstance(index, dict) and isinstance(index.get("bytes"), int):
+            self._fetch(METADATA[1], folder, lambda path: _sha256(path) == index.get("sha256"), index["bytes"])
+        else:  # a manifest of before 2026-11-25
+            self._fetch(METADATA[1], folder, lambda path: _is_index(path, samples))
         return folder
 
     def _fetch(
@@ -601,6 +601,11 @@ def _is_json(path: Path) -> bool:
         return True
     except ValueError:
         return False
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _is_index(path: Path, samples: int | None) -> bool:

@@ -250,6 +250,27 @@ def test_what_is_cut_in_the_cache_comes_again(server, tiny_shards, tmp_path):
     assert Shards(far._remote).read(0) == near.read(0)
 
 
+def test_an_index_that_was_changed_on_the_way_is_refused(tiny_shards, tmp_path):
+    """Of the right length, and of one that says nothing of it."""
+    site = tmp_path / "site"
+    shutil.copytree(tiny_shards, site)
+    content = bytearray((site / "index.npy").read_bytes())
+    content[-1] ^= 1
+    (site / "index.npy").write_bytes(content)
+    assert "index.npy: differs from the manifest's sha256" in run_program(
+        "-m", "tools.make_shards", "verify", site, expect=2
+    ).stdout  # fmt: skip
+    with FaultyServer(site) as server:
+        with pytest.raises(
+            Mistake, match=r"index.npy: came whole 3 times and has another sha256 than the manifest says"
+        ):
+            Shards(server.address, speed(tmp_path))
+        manifest = json.loads((site / "manifest.json").read_text())
+        del manifest["index"]  # as manifests were before
+        (site / "manifest.json").write_text(json.dumps(manifest))
+        assert len(Shards(server.address, speed(tmp_path))) == 96
+
+
 def test_other_shards_at_the_same_address_are_not_mixed_up(tiny_shards, tmp_path):
     site = tmp_path / "site"
     shutil.copytree(tiny_shards, site)

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -38,6 +38,10 @@ def verify(options: Namespace) -> int:
         for s, start in zip(shards.shards, shards.starts, strict=False)
     ]
     problems = 0
+    index, written = Path(shards.folder, "index.npy"), shards.manifest.get("index")  # older manifests say nothing of it
+    if written and sha256(index.read_bytes()).hexdigest() != written["sha256"]:
+        print("index.npy: differs from the manifest's sha256", flush=True)
+        problems = 1
     with (
         Progress("verifying", sum(s["bytes"] for s in shards.shards)) as progress,
         closing(each(verify_shard, checks, options.processes)) as results,

@@ -137,6 +137,8 @@ def write_folder(dst: Path, records: Iterable[Record], head: dict, skipped: Coun
     index = np.concatenate(parts)
     if len(index) == 0:
         raise Mistake(f"{dst}: not one sound photo in its tars")
+    table = io.BytesIO()
+    np.save(table, index)
     manifest = {
         "format": FORMAT,
         **head,
@@ -152,10 +154,9 @@ def write_folder(dst: Path, records: Iterable[Record], head: dict, skipped: Coun
         "converted": dict(sorted(converted.items())),
         "rejected": len(rejected),
         "skipped": dict(sorted(skipped.items())),
+        "index": {"bytes": table.tell(), "sha256": sha256(table.getbuffer()).hexdigest()},
         "shards": shards,
     }
-    table = io.BytesIO()
-    np.save(table, index)
     write_rejected(dst, rejected)
     replace_file(dst / "index.npy", table.getvalue())
     replace_file(dst / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
