@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import shutil
+import tarfile
 import threading
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_program
 from PIL import Image
 
 from pipeline import wds
@@ -275,6 +277,33 @@ def test_readers_agree_on_damage(config, tmp_path):
         assert len(b.views[0]) == 16
         read |= set(b.rows.tolist())
     assert not read & {*damaged, 50, 70}
+
+
+@dali_here
+def test_a_photo_that_only_dali_refuses(config, photos, tmp_path, capfd):
+    """A lossless WebP with EXIF: the WebDataset reader makes its batches, and all of them are what that one makes."""
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    with tarfile.open(mixed / "a.tar", "w") as tar:
+        for n, path in enumerate(sorted(photos.rglob("*.jpg"))[:40]):
+            content, kind = path.read_bytes(), "jpg"
+            if n == 7:
+                exif, webp = Image.Exif(), io.BytesIO()
+                exif[0x0131] = "a camera"
+                Image.open(path).convert("RGB").save(webp, "WEBP", lossless=True, exif=exif)
+                content, kind = webp.getvalue(), "webp"
+            member = tarfile.TarInfo(f"{n:03d}.{kind}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    run_program("-m", "tools.make_shards", "index", mixed)
+    config.data.shards, config.data.holdout = str(mixed), 0.0
+    ours, theirs = batches(config, stop=4), dali_batches(config, stop=4)
+    assert any(7 in b.ids for b in theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.ids, b.rows)  # nothing was replaced
+        assert all((x.float() - y.float()).abs().mean() < 0.5 for x, y in zip(a.views, b.views, strict=True))
+        assert same(a, b) or 7 not in b.ids
+    assert capfd.readouterr().err.count("a photo that only DALI refuses") == 1
 
 
 @dali_here
