@@ -16,7 +16,7 @@ DEATHS = {  # what process 1 does at step 12; what is told of it
 }
 
 
-@pytest.mark.parametrize("how", [pytest.param(h, marks=pytest.mark.fast if h == "leaves" else ()) for h in DEATHS])
+@pytest.mark.parametrize("how", DEATHS)
 def test_a_process_dies(tiny_config, tmp_path, how):
     death, told = DEATHS[how]
     at = tmp_path / "died"  # written just before

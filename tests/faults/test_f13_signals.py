@@ -27,9 +27,7 @@ def whole(tiny_shards, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.fast), (signal.SIGUSR1, 138)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_saved_and_gone_on_with(tiny_config, tmp_path, whole, number, code):
     """Alone, the signal to the whole group as a scheduler sends it; and two processes, to torchrun alone."""
     words = [*LONG, f"run.folder={tmp_path / 'run'}", "speed.workers=1"]

@@ -43,7 +43,6 @@ def is_same(a, b) -> bool:
     return a[0] == b[0] and equal(a[1], b[1])
 
 
-@pytest.mark.fast
 def test_twice(same, tmp_path):
     config, first = same
     assert is_same(run(config, tmp_path / "again"), first)
