@@ -248,6 +248,12 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
                 screen.say(f"stopped and saved at step {done}; the same command goes on from there")
             return watch.exit_code(stopping.number)
     except RuntimeError as error:
+        if parallel.is_out_of_memory(error):
+            raise Failure(
+                f"out of memory in step {done}, {parallel.peak_memory(processes.device):,.0f} MiB were in use; "
+                f"speed.accumulate={2 * config.speed.accumulate} holds half as many images at a time, speed.recompute=true "
+                "takes less for each (--dry-run estimates both); the newest checkpoint stands"
+            ) from error
         gone = watching.silent()
         if not gone:
             raise

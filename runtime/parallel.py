@@ -118,6 +118,10 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def reuse_memory() -> None:
     """On a CPU, keep what is freed: glibc hands large blocks back to the kernel, which clears every page anew for the
     next step (measured in docs/benchmarks.md). Nothing happens where the C library is another one."""

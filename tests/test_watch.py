@@ -147,3 +147,12 @@ def test_restarts_need_a_store_of_their_own(tiny_config):
     told = run_program(*launcher, "train.py", tiny_config, expect=1, env=env).stderr
     assert "error: --max-restarts: torchrun keeps the addresses of processes that died" in told
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in told
+
+
+def test_out_of_memory_is_told_with_what_takes_less(tiny_config, tmp_path):
+    script = hurt(tmp_path, "if step == 9: torch.empty(10**15)", before="import torch")
+    code, _, err = Program(tiny_config, "run.checkpoint_every=5", f"run.folder={tmp_path / 'run'}", script=script).end()
+    assert code == 1
+    assert "error: out of memory in step 9, " in err
+    assert "speed.accumulate=2 holds half as many images at a time, speed.recompute=true takes less for each" in err
+    assert "Traceback" not in err
