@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from model.reference import MODES
 from model.vit import ViT
 from model.weights import load_backbone
-from tools.gallery import COLOURS, Photo, points_of
+from tools.gallery import COLOURS, LONGEST, Photo, points_of, shortened
 from tools.show_attention import attention
 from tools.show_pca import principal_components
 from tools.show_segmentation import patch_shares
@@ -253,6 +253,14 @@ def test_points_stand_in_the_middle_of_things(tmp_path):
     assert np.array_equal(points_of(photo, 2), [largest, ground])
     assert np.array_equal(points_of(photo, 1), [largest])
     assert points_of(photo._replace(mask=None), 1).tolist() == [[0.5, 0.5]]
+
+
+def test_a_long_name_keeps_its_beginning_and_its_end():
+    assert shortened("2007_000033.jpg") == "2007_000033.jpg"
+    made = shortened("holiday-2025-" + 40 * "x" + "-0001.jpeg")
+    assert len(made) == LONGEST
+    assert made.startswith("holiday-2025…")
+    assert made.endswith("-0001.jpeg")
 
 
 def test_shares_of_classes_in_patches():
