@@ -53,14 +53,18 @@ def decode(photo: bytes) -> Tensor:
         raise ValueError(f"no picture: {error}") from None
 
 
+def shorter_side(size: int) -> int:
+    """Of a photo before its centre of `size` pixels is cut: 256 for 224, and the same share of every other size."""
+    return round(size * 256 / 224)
+
+
 def centre_crop(picture: Tensor, size: int) -> Tensor:
     """The middle of a picture for a class: uint8 [3,H,W] -> [3,size,size].
 
     Shorter side to 256/224 of `size`, bicubic with antialiasing, then the centre square: 256 and 224 in DINO's k-NN
     (Caron et al. 2021, eval_knn.py), the same share of every other size.
     """
-    shorter = round(size * 256 / 224)
-    picture = transform.resize(picture, [shorter], InterpolationMode.BICUBIC, antialias=True)
+    picture = transform.resize(picture, [shorter_side(size)], InterpolationMode.BICUBIC, antialias=True)
     return transform.center_crop(picture, [size, size])
 
 
