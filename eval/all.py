@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -260,6 +261,12 @@ def measured_before(folder: Path, about: dict[str, dict[str, Any]], settings: di
         return
 
 
+def alike(one: ViT, other: ViT) -> bool:
+    """Whether two networks have the same weights."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def labels_of(paths: list[str]) -> list[str]:
     """A short name for each network: the last part of its path where that is no other's."""
     short = [path if path.startswith("timm:") else Path(path).stem or path for path in paths]
@@ -294,8 +301,9 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise Mistake(f"--{name} {value}: more than 0")
-    if len(set(args.networks)) < len(args.networks):
-        raise Mistake(f"{max(args.networks, key=args.networks.count)}: named twice")
+    named = [str(Path(path)) for path in args.networks]  # runs/demo/ is runs/demo
+    if len(set(named)) < len(named):
+        raise Mistake(f"{max(named, key=named.count)}: named twice")
     subjects = [Subject(path) for path in args.networks]
     source = next((subject for subject in subjects if subject.run), subjects[0])
     data = args.data or source.settings.voc
@@ -312,13 +320,20 @@ def main(argv: list[str] | None = None) -> int:
     for label, subject in zip(labels_of(args.networks), subjects, strict=True):
         for untrained in (False, True) if args.untrained and subject.run else (False,):
             name = f"{label}, untrained" if untrained else label
-            networks[name] = subject.network(untrained).cpu()
+            network = subject.network(untrained).cpu()
+            if untrained and (twin := next((n for n in networks if alike(networks[n], network)), None)):
+                print(f"{name}: the same network as {twin}")  # two methods of one seed begin alike
+                continue
+            networks[name] = network
             size, _ = scene_sizes(networks[name].image_size)
             check_size(networks[name], size)
             about[name] = {"path": str(subject.path), "untrained": untrained, "image_size": networks[name].image_size}
     if data is not None and set(chosen) - {"knn", "linear"}:
         voc_splits(data, 448)
     folder = args.out or source.run or Path("evaluation")
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):  # told now, not after the first measure
+        raise Mistake(f"--out {folder}: {place} is no folder that can be written to")
 
     settings = asdict(source.settings)  # its `limit` is that of k-NN while training, and not asked here
     settings |= dict(bank=args.bank, val=args.val, data=data, limit=args.limit, seeds=args.seeds)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
@@ -49,6 +49,8 @@ def decode(photo: bytes) -> Tensor:
             return torch.as_tensor(decode_jpeg(plain))
         with Image.open(BytesIO(photo), formats=["JPEG", "PNG", "WEBP"]) as picture:
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    except UnidentifiedImageError:  # its own words name an object in memory
+        raise ValueError("no picture: neither JPEG, PNG nor WebP") from None
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"no picture: {error}") from None
 

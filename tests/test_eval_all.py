@@ -148,6 +148,16 @@ def test_what_is_measured_is_not_measured_again_where_that_is_asked(run, monkeyp
     assert len(asked) == 4
 
 
+def test_the_same_beginning_is_measured_once(run, capsys):
+    other = run.with_name("dino")
+    other.mkdir()
+    (other / "config.yaml").write_text((run / "config.yaml").read_text())
+    assert main([str(run), str(other), "--untrained", "--measures", "knn", "--limit", "20"]) == 0
+    told = json.loads((run / "measures.json").read_text())["networks"]
+    assert list(told) == ["demo", "demo, untrained", "dino"]
+    assert "dino, untrained: the same network as demo, untrained" in capsys.readouterr().out
+
+
 def test_names_are_short_where_that_is_enough():
     assert labels_of(["runs/demo", "w/dino.pth", "timm:vit_x.dino"]) == ["demo", "dino", "timm:vit_x.dino"]
     assert labels_of(["a/b.pth", "c/b.pth"]) == ["a/b.pth", "c/b.pth"]
@@ -159,11 +169,13 @@ def test_names_are_short_where_that_is_enough():
         (["--measures", "knn,retrieval"], "did you mean 'retrieval_seg'"),
         (["--seeds", "0"], "--seeds 0: more than 0"),
         (["RUN"], "named twice"),
+        (["RUN/"], "named twice"),
+        (["--out", "README.md/x"], "--out README.md/x: .*README.md is no folder that can be written to"),
         (["nowhere.pth"], "nowhere.pth: no such run"),
         (["--data", "nowhere"], "nowhere: not in Pascal VOC's layout"),
     ],
 )
 def test_a_wrong_word_is_told_before_anything_is_measured(run, words, told):
     with pytest.raises(Mistake, match=told):
-        main([str(run), *(str(run) if word == "RUN" else word for word in words)])
+        main([str(run), *(word.replace("RUN", str(run)) for word in words)])
     assert not (run / "measures.json").exists()

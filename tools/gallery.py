@@ -38,6 +38,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F
 DARK = (COLOURS[0], COLOURS[4])  # on these, numbers are white
 CELL = 1.9  # inches of a picture's side
 TEXT = 8  # points: some 29 letters over a picture, and still letters where a page shows the sheet at half its size
+MOST_PATCHES = 128  # in a row: attention among more takes gigabytes, and nobody sees them
 LONGEST = 26  # letters of a photo's name that are shown
 Networks = list[tuple[str, ViT]]  # each with its title
 
@@ -256,5 +257,7 @@ def show(
     networks = [("/".join(subject.path.absolute().parts[-2:]), subject.network()) for subject in subjects]
     for _, network in networks:
         check_size(network, side(network, args))
+        if side(network, args) > MOST_PATCHES * network.patch:
+            raise Mistake(f"--size {args.size}: at most {MOST_PATCHES} patches, {MOST_PATCHES * network.patch} pixels")
     save(draw(networks, photos, args), out)
     print(f"{what} written to {out}")
