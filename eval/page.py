@@ -73,7 +73,8 @@ p { margin: .25rem 0 } .dim, figcaption, th { color: var(--dim) }
 .tiles b { display: block; font-size: 1.25rem }
 figure { margin: 0 } figcaption { font-size: .875rem } figure svg { width: 100%; height: auto; display: block }
 img { max-width: 100%; height: auto; display: block; background: #fff; border-radius: .25rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .875rem; overflow-wrap: normal }
+.scroll { overflow-x: auto; margin-top: .5rem }
+table { border-collapse: collapse; font-size: .875rem; overflow-wrap: normal }
 td, th { padding: .2rem .75rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 pre { font-size: .8rem; white-space: pre-wrap; margin: .5rem 0 } summary { cursor: pointer }
