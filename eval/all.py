@@ -54,7 +54,7 @@ ROWS = {
 }
 
 
-FEW = 128  # retrieval is asked again with one in so many train scenes, as Balazevic et al. 2023 ask with few labels
+FEW = 128  # one in so many train scenes: with all labels, the nearest pixels may be answer enough (docs/results.md)
 
 
 @dataclass
