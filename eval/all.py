@@ -1,19 +1,26 @@
 """Every measure of every network, side by side: one command, one table.
 
     python -m eval.all NETWORK [NETWORK ...] [--data VOC_FOLDER] [--bank SHARDS] [--val SHARDS] [--untrained]
-        [--measures knn,linear,linear_seg,cluster_seg,retrieval_seg] [--limit N] [--seeds 5] [--out FOLDER]
+        [--measures knn,linear,linear_seg,cluster_seg,retrieval_seg] [--limit N] [--seeds 5] [--mean] [--out FOLDER]
+        [--if-missing]
 
 A network is a run folder, a checkpoint, a backbone file, weights of DINO, DenseDINO, Leopart, MoCo-v3 or timm, or
 timm:NAME. All are asked about the same photos and scenes: those named, else those of the first run among the networks
 (what it never trained on). Each is measured at the size it was trained for; the programs of the measures' names tell of
 their protocols.
 
-Writes measures.json (after every measure: what is measured is kept), measures.md and measures.png.
+--mean: runs of several seeds share a column, mean (least – most); they are told by their names, which differ in nothing but
+a number at the end (runs/dino-0 runs/dino-1 runs/dino-2).
+
+Writes measures.json (after every measure: what is measured is kept), measures.md and measures.png. --if-missing: what
+measures.json has of the same networks, asked in the same way, is not measured again, unless a run has gone on since.
 """
 
 import argparse
 import json
 import os
+import re
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -42,7 +50,11 @@ ROWS = {
     "cluster_seg_miou_500": "500 clusters, mIoU",
     "cluster_seg_miou": "a cluster for each class, mIoU",
     "retrieval_seg_miou": "segmentation by retrieval, mIoU",
+    "retrieval_seg_miou_few": "segmentation by retrieval from 1/128 of the scenes, mIoU",
 }
+
+
+FEW = 128  # one in so many train scenes: with all labels, the nearest pixels may be answer enough (docs/results.md)
 
 
 @dataclass
@@ -112,7 +124,10 @@ def measure_retrieval_seg(network: ViT, asked: Asked) -> dict[str, Any] | None:
         return None
     train, val = voc_splits(asked.data, scene_sizes(network.image_size)[0])
     score = retrieval_seg.measure(network, train, val, workers=asked.reading(len(train)), show=True)
+    few = train.few(max(1, len(train) // FEW))
+    from_few = retrieval_seg.measure(network, few, val, workers=asked.reading(len(val)), show=True)
     figures = {"retrieval_seg_miou": score.miou, "retrieval_seg_miou_present": score.miou_present}
+    figures |= {"retrieval_seg_miou_few": from_few.miou, "retrieval_seg_few": len(few)}
     return figures | {"retrieval_seg_iou": score.iou}
 
 
@@ -134,9 +149,33 @@ LACKING |= dict.fromkeys(("cluster_seg", "retrieval_seg"), LACKING["linear_seg"]
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
+def means_of(networks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Networks whose names differ in nothing but a number at the end as one: the mean of each figure that all of them
+    have; spread: least and most."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for name, figures in networks.items():
+        alike.setdefault(re.sub(r"(?<=\D)[-_.]?\d+(?=(, untrained)?$)", "", name), []).append(figures)
+    means: dict[str, dict[str, Any]] = {}
+    for name, several in alike.items():
+        if len(several) == 1:
+            means[name] = several[0]
+            continue
+        values = {key: [one[key] for one in several if key in one] for key in ROWS}
+        values = {key: found for key, found in values.items() if len(found) == len(several)}
+        mean = {key: statistics.fmean(found) for key, found in values.items()}
+        spread = {key: (min(found), max(found)) for key, found in values.items()}
+        means[name] = {"of": len(several), **mean, "spread": spread}
+    return means
+
+
+def columns_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The columns of the table by name: what --mean made of the networks, else the networks."""
+    return results.get("means") or results["networks"]
+
+
 def rows_of(results: dict[str, Any]) -> list[tuple[str, list[str], int | None]]:
-    """(words, a cell for each network, which of them is the best) for each row that any network has a figure for."""
-    columns = list(results["networks"].values())
+    """(words, a cell for each column, which of them is the best) for each row that any column has a figure for."""
+    columns = list(columns_of(results).values())
     rows = []
     for key, words in ROWS.items():
         values = [column.get(key) for column in columns]
@@ -155,7 +194,7 @@ def rows_of(results: dict[str, Any]) -> list[tuple[str, list[str], int | None]]:
 def table_of(results: dict[str, Any]) -> Table:
     table = Table(title="frozen features, %", title_justify="left")
     table.add_column("%")
-    for name in results["networks"]:
+    for name in columns_of(results):
         table.add_column(escape(name), justify="right")
     for words, cells, best in rows_of(results):
         table.add_row(escape(words), *(f"[bold]{c}[/bold]" if i == best else c for i, c in enumerate(cells)))
@@ -163,18 +202,19 @@ def table_of(results: dict[str, Any]) -> Table:
 
 
 def markdown_of(results: dict[str, Any]) -> str:
-    lines = [f"| % | {' | '.join(results['networks'])} |", "|---" * (1 + len(results["networks"])) + "|"]
+    names = list(columns_of(results))
+    lines = [f"| % | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for words, cells, best in rows_of(results):
         lines.append(f"| {words} | {' | '.join(f'**{c}**' if i == best else c for i, c in enumerate(cells))} |")
     return "\n".join(lines) + "\n"
 
 
 def paint(results: dict[str, Any], file: Path) -> None:
-    """The table as a picture; the best of a row is bold on a tinted ground."""
+    """The table as a picture; the best of a row is bold."""
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
-    rows, names = rows_of(results), list(results["networks"])
+    rows, names = rows_of(results), list(columns_of(results))
     longest = [max(len(name), *(len(cells[i]) for _, cells, _ in rows)) for i, name in enumerate(names)]
     widths = [max(len(words) for words, _, _ in rows), *(max(8, n) for n in longest)]  # letters
     figure = Figure(figsize=(0.095 * sum(widths) + 0.35 * len(widths), 0.34 * (len(rows) + 1) + 0.2), dpi=150)
@@ -191,8 +231,6 @@ def paint(results: dict[str, Any], file: Path) -> None:
         cell.set_text_props(ha="left" if column == 0 else "right")
         if row == 0 or (column and rows[row - 1][2] == column - 1):
             cell.set_text_props(weight="bold")
-        if row and column and rows[row - 1][2] == column - 1:
-            cell.set_facecolor("#d6e6f5")
     figure.savefig(file)
 
 
@@ -205,6 +243,28 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     if rows_of(results):
         (folder / "measures.md").write_text(markdown_of(results))
         paint(results, folder / "measures.png")
+
+
+def measured_before(folder: Path, about: dict[str, dict[str, Any]], settings: dict[str, Any], changed: float) -> None:
+    """Add to what is known `about` each network what measures.json says of it, where it was asked in the same way, and since
+    the networks' files `changed`."""
+    file = folder / "measures.json"
+    if not file.is_file() or file.stat().st_mtime < changed:
+        return
+    try:
+        before = json.loads(file.read_text())
+        same = before["settings"] == json.loads(json.dumps(settings))
+        for name, column in before["networks"].items() if same else ():
+            if name in about and about[name].items() <= column.items():
+                about[name] |= column
+    except (ValueError, KeyError, TypeError, AttributeError):  # cut off, or of another version: measured again
+        return
+
+
+def alike(one: ViT, other: ViT) -> bool:
+    """Whether two networks have the same weights."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def labels_of(paths: list[str]) -> list[str]:
@@ -224,6 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--untrained", action="store_true", help="each run's network before training beside it")
     parser.add_argument("--limit", type=int, help="at most so many photos of each set, evenly spread")
     parser.add_argument("--seeds", type=int, default=5, help="of the clusters (default: 5)")
+    parser.add_argument(
+        "--mean", action="store_true", help="one column for runs whose names differ in a number (seeds)"
+    )
+    parser.add_argument("--if-missing", action="store_true", help="measure only what was not")
     parser.add_argument("--out", type=Path, help="folder for the files (default: the first run's, else evaluation/)")
     parser.add_argument("--workers", type=int, help="reading processes (default: by the number of photos)")
     args = parser.parse_args(argv)
@@ -237,8 +301,9 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise Mistake(f"--{name} {value}: more than 0")
-    if len(set(args.networks)) < len(args.networks):
-        raise Mistake(f"{max(args.networks, key=args.networks.count)}: named twice")
+    named = [str(Path(path)) for path in args.networks]  # runs/demo/ is runs/demo
+    if len(set(named)) < len(named):
+        raise Mistake(f"{max(named, key=named.count)}: named twice")
     subjects = [Subject(path) for path in args.networks]
     source = next((subject for subject in subjects if subject.run), subjects[0])
     data = args.data or source.settings.voc
@@ -255,23 +320,37 @@ def main(argv: list[str] | None = None) -> int:
     for label, subject in zip(labels_of(args.networks), subjects, strict=True):
         for untrained in (False, True) if args.untrained and subject.run else (False,):
             name = f"{label}, untrained" if untrained else label
-            networks[name] = subject.network(untrained).cpu()
+            network = subject.network(untrained).cpu()
+            if untrained and (twin := next((n for n in networks if alike(networks[n], network)), None)):
+                print(f"{name}: the same network as {twin}")  # two methods of one seed begin alike
+                continue
+            networks[name] = network
             size, _ = scene_sizes(networks[name].image_size)
             check_size(networks[name], size)
             about[name] = {"path": str(subject.path), "untrained": untrained, "image_size": networks[name].image_size}
     if data is not None and set(chosen) - {"knn", "linear"}:
         voc_splits(data, 448)
     folder = args.out or source.run or Path("evaluation")
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):  # told now, not after the first measure
+        raise Mistake(f"--out {folder}: {place} is no folder that can be written to")
 
-    settings = dict(
-        bank=args.bank, val=args.val, data=data, limit=args.limit, seeds=args.seeds, source=str(source.path)
-    )
-    results: dict[str, Any] = {"networks": about, "settings": settings | asdict(source.settings)}
+    settings = asdict(source.settings)  # its `limit` is that of k-NN while training, and not asked here
+    settings |= dict(bank=args.bank, val=args.val, data=data, limit=args.limit, seeds=args.seeds)
+    settings |= {"source": str(source.path)}
+    results: dict[str, Any] = {"networks": about, "settings": settings}
+    if args.if_missing:
+        files = [subject.path for subject in subjects if subject.path.is_file()]
+        for subject in subjects:
+            files += (subject.run / "checkpoints").glob("*.safetensors") if subject.run else ()
+        measured_before(folder, about, settings, max((file.stat().st_mtime for file in files), default=0.0))
     told: set[str] = set()
     for label, network in networks.items():
         column = about[label]
         network.to(best_device())
         for word in chosen:
+            if f"{word}_seconds" in column:
+                continue
             start = time.perf_counter()
             figures = MEASURES[word](network, asked)
             if figures is None:
@@ -283,6 +362,8 @@ def main(argv: list[str] | None = None) -> int:
             column |= figures | {"spread": spread, f"{word}_seconds": round(time.perf_counter() - start, 1)}
             results |= {"time": datetime.now(UTC).isoformat(timespec="seconds")}
             results |= {"seconds": round(time.perf_counter() - began, 1)}
+            if args.mean:
+                results |= {"means": means_of(about)}
             write(folder, results)
             shown = "  ".join(f"{ROWS[key]} {figures[key]:.2f}" for key in ROWS if key in figures)
             print(f"{label}: {shown}  ({column[f'{word}_seconds']:.0f} s)", flush=True)

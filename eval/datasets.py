@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
@@ -49,8 +49,15 @@ def decode(photo: bytes) -> Tensor:
             return torch.as_tensor(decode_jpeg(plain))
         with Image.open(BytesIO(photo), formats=["JPEG", "PNG", "WEBP"]) as picture:
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    except UnidentifiedImageError:  # its own words name an object in memory
+        raise ValueError("no picture: neither JPEG, PNG nor WebP") from None
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"no picture: {error}") from None
+
+
+def shorter_side(size: int) -> int:
+    """Of a photo before its centre of `size` pixels is cut: 256 for 224, and the same share of every other size."""
+    return round(size * 256 / 224)
 
 
 def centre_crop(picture: Tensor, size: int) -> Tensor:
@@ -59,8 +66,7 @@ def centre_crop(picture: Tensor, size: int) -> Tensor:
     Shorter side to 256/224 of `size`, bicubic with antialiasing, then the centre square: 256 and 224 in DINO's k-NN
     (Caron et al. 2021, eval_knn.py), the same share of every other size.
     """
-    shorter = round(size * 256 / 224)
-    picture = transform.resize(picture, [shorter], InterpolationMode.BICUBIC, antialias=True)
+    picture = transform.resize(picture, [shorter_side(size)], InterpolationMode.BICUBIC, antialias=True)
     return transform.center_crop(picture, [size, size])
 
 

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from eval.all import columns_of, rows_of
 from eval.report import table_of
 from runtime.config import Config, load_config
 from runtime.mistake import Mistake, tell_mistakes
@@ -65,12 +67,14 @@ h1 { font-size: 1.5rem; margin: .5rem 0 0 }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line) }
 p { margin: .25rem 0 } .dim, figcaption, th { color: var(--dim) }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 1rem 0 }
+.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)) }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem; margin: 1rem 0 }
 .tiles div { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .75rem }
 .tiles b { display: block; font-size: 1.25rem }
 figure { margin: 0 } figcaption { font-size: .875rem } figure svg { width: 100%; height: auto; display: block }
 img { max-width: 100%; height: auto; display: block; background: #fff; border-radius: .25rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .875rem; overflow-wrap: normal }
+.scroll { overflow-x: auto; margin-top: .5rem }
+table { border-collapse: collapse; font-size: .875rem; overflow-wrap: normal }
 td, th { padding: .2rem .75rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 pre { font-size: .8rem; white-space: pre-wrap; margin: .5rem 0 } summary { cursor: pointer }
@@ -168,12 +172,15 @@ def number(value: Any) -> str:
     return str(value) if isinstance(value, int) else f"{value:.2f}" if 0.1 <= abs(value) < 1000 else f"{value:.4g}"
 
 
+def is_figure(value: Any) -> bool:
+    """Whether a cell is a number, nothing, or a number with its spread."""
+    return value is None or isinstance(value, int | float) or bool(re.fullmatch(r"[\d.]+ \(.*\)", str(value)))
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """The first column tells what; columns of figures stand to the right."""
     rows = [list(row) for row in rows]
-    figures = [
-        n > 0 and all(row[n] is None or isinstance(row[n], int | float) for row in rows) for n in range(len(head))
-    ]
+    figures = [n > 0 and all(is_figure(row[n]) for row in rows) for n in range(len(head))]
 
     def line(tag: str, row: Sequence[Any]) -> str:
         kinds = (' class="n"' if right else "" for right in figures)
@@ -198,9 +205,9 @@ def figure_of(inside: str, caption: str) -> str:
     return f"<figure>{inside}<figcaption>{escape(caption)}</figcaption></figure>" if inside else ""
 
 
-def grid(figures: Iterable[str]) -> str:
+def grid(figures: Iterable[str], kind: str = "grid") -> str:
     together = "".join(figures)
-    return f'<div class="grid">{together}</div>' if together else ""
+    return f'<div class="{kind}">{together}</div>' if together else ""
 
 
 def tiles_of(rows: list[dict[str, float]], config: Config, results: dict[str, Any]) -> str:
@@ -272,11 +279,22 @@ def evaluations_of(rows: list[dict[str, Any]]) -> str:
 
 
 def measures_of(measures: dict[str, Any]) -> str:
-    """measures.json: every measure of several networks, as eval.all leaves it."""
+    """measures.json: the table of eval.all, and all else that it tells of the networks in a fold."""
     networks = measures.get("networks")
     if not isinstance(networks, dict) or not all(isinstance(about, dict) for about in networks.values()):
         return ""
-    return side_by_side([flat(about) for about in networks.values()], [str(name) for name in networks])
+    try:
+        rows = [[words, *map(_figure, cells)] for words, cells, _ in rows_of(measures)]
+    except (KeyError, TypeError, ValueError, AttributeError):  # of another version
+        return ""
+    if not rows:
+        return ""
+    abouts = [flat(about) for about in networks.values()]
+    keys = dict.fromkeys(key for about in abouts for key in about)
+    whole = table(["", *map(str, networks)], ([key, *(about.get(key) for about in abouts)] for key in keys))
+    told = f'<p class="dim">measures.json, {escape(str(measures.get("time", "")))}</p>'
+    fold = f"<details><summary>measures.json, {len(networks)} networks</summary>{whole}</details>"
+    return table(["%", *map(str, columns_of(measures))], rows) + told + fold
 
 
 def pictures_of(folder: Path) -> str:
@@ -289,7 +307,7 @@ def pictures_of(folder: Path) -> str:
         content = base64.b64encode(file.read_bytes()).decode()
         inside = f'<img alt="{escape(caption, quote=True)}" src="data:image/png;base64,{content}">'
         made.append(figure_of(inside, caption))
-    return grid(made)
+    return grid(made, "grid wide")  # there are letters in them
 
 
 def page(run: Path) -> str:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from eval import all as every
-from eval.all import labels_of, main, markdown_of, rows_of
+from eval.all import labels_of, main, markdown_of, means_of, rows_of
 from model.vit import ViT
 from model.weights import load_backbone
 from runtime.checkpoint import save_backbone
@@ -97,6 +97,67 @@ def test_the_best_of_a_row_is_marked_and_a_spread_is_told():
     assert "| k-NN top-1, [CLS] | 50.00 | **60.00** |" in markdown_of({"networks": networks})
 
 
+def test_seeds_share_a_column_where_that_is_asked():
+    networks = {
+        "dino-0": {"knn_top1": 50.0, "linear_top1": 7.0, "spread": {"cluster_seg_miou": [8.0, 10.0]}},
+        "dino-0, untrained": {"knn_top1": 20.0},
+        "dino-12": {"knn_top1": 53.0, "spread": {}},
+        "dino-12, untrained": {"knn_top1": 24.0},
+        "224": {"knn_top1": 9.0},  # nothing but a number: a name
+    }
+    means = means_of(networks)
+    assert {name: column.get("of", 1) for name, column in means.items()} == {"dino": 2, "dino, untrained": 2, "224": 1}
+    assert means["dino"]["knn_top1"] == 51.5
+    assert "linear_top1" not in means["dino"]  # one of the two lacks it
+    assert rows_of({"networks": networks, "means": means}) == [
+        (every.ROWS["knn_top1"], ["51.50 (50.0 – 53.0)", "22.00 (20.0 – 24.0)", "9.00"], 0)
+    ]
+
+
+def test_the_mean_of_runs_is_written(run):
+    other = run.rename(run.with_name("run-1"))
+    assert main([str(other), str(run.parent / "run.safetensors"), "--measures", "knn", "--mean"]) == 0
+    results = json.loads((other / "measures.json").read_text())
+    assert list(results["networks"]) == ["run-1", "run"]
+    assert results["means"]["run"]["of"] == 2
+    assert (other / "measures.md").read_text().startswith("| % | run |\n")
+
+
+def test_what_is_measured_is_not_measured_again_where_that_is_asked(run, monkeypatch):
+    asked: list[str] = []
+
+    def knn(network, _):
+        asked.append("knn")
+        return {"knn_top1": 50.0 + len(asked)}
+
+    monkeypatch.setitem(every.MEASURES, "knn", knn)
+    monkeypatch.setitem(every.MEASURES, "linear", lambda *_: {"linear_top1": 9.0})
+    words = [str(run), "--measures", "knn,linear"]
+    assert main([*words[:2], "knn"]) == 0
+    assert main([*words, "--if-missing", "--mean"]) == 0
+    figures = json.loads((run / "measures.json").read_text())["networks"]["demo"]
+    assert (figures["knn_top1"], figures["linear_top1"], len(asked)) == (51.0, 9.0, 1)
+    assert main([*words, "--if-missing", "--limit", "7"]) == 0  # asked in another way
+    assert len(asked) == 2
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "checkpoint-00000009.safetensors").touch()  # the run has gone on
+    assert main([*words, "--if-missing", "--limit", "7"]) == 0
+    assert len(asked) == 3
+    (run / "measures.json").write_text('{"networks": {"de')  # cut off
+    assert main([*words, "--if-missing", "--limit", "7"]) == 0
+    assert len(asked) == 4
+
+
+def test_the_same_beginning_is_measured_once(run, capsys):
+    other = run.with_name("dino")
+    other.mkdir()
+    (other / "config.yaml").write_text((run / "config.yaml").read_text())
+    assert main([str(run), str(other), "--untrained", "--measures", "knn", "--limit", "20"]) == 0
+    told = json.loads((run / "measures.json").read_text())["networks"]
+    assert list(told) == ["demo", "demo, untrained", "dino"]
+    assert "dino, untrained: the same network as demo, untrained" in capsys.readouterr().out
+
+
 def test_names_are_short_where_that_is_enough():
     assert labels_of(["runs/demo", "w/dino.pth", "timm:vit_x.dino"]) == ["demo", "dino", "timm:vit_x.dino"]
     assert labels_of(["a/b.pth", "c/b.pth"]) == ["a/b.pth", "c/b.pth"]
@@ -108,11 +169,13 @@ def test_names_are_short_where_that_is_enough():
         (["--measures", "knn,retrieval"], "did you mean 'retrieval_seg'"),
         (["--seeds", "0"], "--seeds 0: more than 0"),
         (["RUN"], "named twice"),
+        (["RUN/"], "named twice"),
+        (["--out", "README.md/x"], "--out README.md/x: .*README.md is no folder that can be written to"),
         (["nowhere.pth"], "nowhere.pth: no such run"),
         (["--data", "nowhere"], "nowhere: not in Pascal VOC's layout"),
     ],
 )
 def test_a_wrong_word_is_told_before_anything_is_measured(run, words, told):
     with pytest.raises(Mistake, match=told):
-        main([str(run), *(str(run) if word == "RUN" else word for word in words)])
+        main([str(run), *(word.replace("RUN", str(run)) for word in words)])
     assert not (run / "measures.json").exists()

@@ -29,6 +29,8 @@ def test_the_published_code_matches_the_same(oracle, oracle_json, case, match):
     counts = confusion(truth, clusters, 21, int(clusters.max()) + 1)
     of_cluster = match(counts.numpy())
     assert torch.equal(torch.from_numpy(of_cluster)[clusters], told[f"oc.{case}_reordered"])
+    if match is majority:
+        assert (of_cluster == 0).mean() == pytest.approx(oracle_json("g_leopart")[f"overcluster_{case}"]["matched_bg"])
     score = scored(matched(counts, of_cluster))
     assert score.miou == pytest.approx(100 * oracle_json("g_leopart")[f"overcluster_{case}"]["miou"], abs=1e-6)
 

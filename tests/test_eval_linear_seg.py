@@ -44,6 +44,11 @@ def test_the_published_code_gives_the_same_miou(oracle, oracle_json):
     assert figures.iou == pytest.approx([100 * iou for iou in told["case1"]["per_class_iou"]], abs=1e-9)
     assert figures.miou == pytest.approx(100 * told["case1"]["StreamSegMetrics_mean_iou"], abs=1e-9)
     assert figures.miou_present == pytest.approx(100 * told["case1"]["mean_iou_over_gt_present_classes"], abs=1e-9)
+    # Leopart's own code ends at the same; without its filter of ignored pixels it would not, and ours has no such mode
+    assert figures.miou == pytest.approx(100 * told["case1"]["PredsmIoU_valid_only"], abs=1e-6)
+    assert figures.miou > 100 * told["case1"]["PredsmIoU_without_ignore_filter"] + 1
+    right = 100 * counts.diagonal().sum() / counts.sum()
+    assert float(right) == pytest.approx(100 * told["case1"]["pixel_acc"], abs=1e-4)
     clean = scored(confusion(masks["case2.gt"], masks["case2.pred"], 21))
     assert clean.miou == pytest.approx(100 * told["case2_no_ignore_no_absent"]["StreamSegMetrics_mean_iou"], abs=1e-9)
 

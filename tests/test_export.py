@@ -10,13 +10,16 @@ import pytest
 import timm
 import torch
 from conftest import run_program
+from PIL import Image
 
+from eval.datasets import centre_crop
+from eval.features import normalised
 from model.reference import resize_grid
 from model.vit import ARCHS, ViT
 from model.weights import load_backbone
 from runtime.checkpoint import save_backbone
 from runtime.mistake import Mistake
-from tools.export import export, timm_form
+from tools.export import export, hub_config, timm_form
 
 # Evaluates each expression on the same images; torch and timm are all that it imports.
 _ELSEWHERE = """
@@ -93,6 +96,20 @@ def test_the_program_and_onnx(tmp_path):
     export(a_vit(heads=1), tmp_path / "out", onnx=False)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]["num_heads"] == 1
+
+
+@pytest.mark.parametrize("size", [32, 48, 64, 96, 224])
+def test_timms_transform_cuts_photos_as_evaluation_does(size):
+    """By what config.json says of pictures: 55 pixels for 48, which a share of .875 would make 54."""
+    from timm.data import create_transform
+
+    told = hub_config(a_vit(image_size=size))["pretrained_cfg"]
+    words = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+    theirs = create_transform(**{word: told[word] for word in words})
+    coarse = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
+    photo = Image.fromarray(coarse).resize((390, 270), Image.Resampling.BICUBIC)
+    ours = normalised(centre_crop(torch.from_numpy(np.array(photo)).permute(2, 0, 1), size)[None])[0]
+    assert (theirs(photo) - ours).abs().max() < 2.01 / 255 / 0.224  # two levels of grey
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "vit_base"])

@@ -160,11 +160,21 @@ def test_whatever_is_there_yet(run, tmp_path):
     assert [(row["step"], row["loss"]) for row in metrics_of(tmp_path)] == [(2, 5.0), (4, 3.0), (6, 2.0)]
     (tmp_path / "results.json").write_text('{"knn_top1": 5')
     (tmp_path / "measures.json").write_text('{"networks": {"one": {"linear_top1": 7.25}, "two": {"linear_top1": 8.5}}}')
+    several = {"networks": {f"n{n}": {"linear_top1": n + 0.25} for n in range(8)}}
+    several["means"] = {"n": {"of": 8, "linear_top1": 3.75, "spread": {"linear_top1": [0.25, 7.25]}}}
+    (tmp_path / "measures.json").write_text(json.dumps(several))
+    made = page(tmp_path)
+    assert '<td class="n">3.75 (0.2 – 7.2)</td>' in made
+    assert all(f">{n}.25<" in made for n in range(8))  # none of them is left out
+    (tmp_path / "measures.json").write_text('{"networks": {"one": {"linear_top1": "x"}}}')  # of another version
+    assert "linear top-1" not in page(tmp_path)
+    (tmp_path / "measures.json").write_text('{"networks": {"one": {"linear_top1": 7.25}, "two": {"linear_top1": 8.5}}}')
     (tmp_path / "damaged.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     made = page(tmp_path)
     assert made.count("<svg") == 1
     assert ">7.25<" in made
     assert ">8.50<" in made
+    assert "linear top-1, best map" in made
     assert "2 damaged samples" in made
     with open(tmp_path / "metrics.jsonl", "a") as file:  # a metric that the page has no place for gets one
         file.write('\n{"step": 10, "epoch": 1.0, "loss": 2.0, "knn_top1": 33.0}\n')

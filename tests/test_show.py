@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from model.reference import MODES
 from model.vit import ViT
 from model.weights import load_backbone
-from tools.gallery import COLOURS, Photo, points_of
+from tools.gallery import COLOURS, LONGEST, Photo, points_of, shortened
 from tools.show_attention import attention
 from tools.show_pca import principal_components
 from tools.show_segmentation import patch_shares
@@ -255,6 +255,14 @@ def test_points_stand_in_the_middle_of_things(tmp_path):
     assert points_of(photo._replace(mask=None), 1).tolist() == [[0.5, 0.5]]
 
 
+def test_a_long_name_keeps_its_beginning_and_its_end():
+    assert shortened("2007_000033.jpg") == "2007_000033.jpg"
+    made = shortened("holiday-2025-" + 40 * "x" + "-0001.jpeg")
+    assert len(made) == LONGEST
+    assert made.startswith("holiday-2025…")
+    assert made.endswith("-0001.jpeg")
+
+
 def test_shares_of_classes_in_patches():
     masks = torch.tensor([[0, 0, 1, 2], [0, 1, 255, 2], [2, 2, 255, 255], [2, 2, 255, 255]], dtype=torch.uint8)[None]
     shares = patch_shares(masks, 3, 2, 2)[0]  # [C,2,2]
@@ -274,10 +282,11 @@ WRONG = {
     "views {run} --out {photos}/ash/000.jpg/x.png": "000.jpg/x.png: File exists",
     "attention {none}": "no such run",
     "attention {run} {none}": "no such image",
-    "attention {run} {run}/config.yaml": "no picture",
+    "attention {run} {run}/config.yaml": "no picture: neither JPEG, PNG nor WebP",
     "attention {run} {photos}": "neither photos nor",
     "attention {run} --images 0": "--images: at least 1",
     "attention {run} --size 20": "not a multiple of the patch size 8",
+    "attention {run} --size 100000": "--size 100000: at most 128 patches, 1024 pixels",
     "attention {run} --block 3": "has blocks 1 to 2",
     "points {run} --points 0.5": "each is written x,y",
     "points {run} --points 0.5,1.5": "shares of the photo's width and height",

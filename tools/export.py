@@ -34,6 +34,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from eval.datasets import shorter_side
 from model.vit import ARCHS, ViT
 from model.weights import load_backbone
 from pipeline.augment import MEAN, STD
@@ -56,12 +57,18 @@ def timm_form(vit: ViT) -> tuple[str, dict[str, int]]:
     return f"{alike[0] if alike else 'vit_tiny'}_patch16_224", arguments
 
 
+def crop_share(size: int) -> float:
+    """timm's `crop_pct` with which its own transform cuts photos as eval/datasets.py does: it takes floor(size / share)."""
+    shorter = shorter_side(size)
+    return 0.875 if int(size / 0.875) == shorter else size / (shorter + 0.5)
+
+
 def hub_config(vit: ViT) -> dict[str, Any]:
     """What timm's hub format tells of a model beside its weights."""
     name, arguments = timm_form(vit)
     pictures = {
         "input_size": [3, vit.image_size, vit.image_size], "fixed_input_size": True, "interpolation": "bicubic",
-        "crop_pct": 0.875, "crop_mode": "center", "mean": list(MEAN), "std": list(STD),
+        "crop_pct": crop_share(vit.image_size), "crop_mode": "center", "mean": list(MEAN), "std": list(STD),
         "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head",
     }  # fmt: skip
     ours = {"heads": vit.heads, "attention": vit.attention, "border": vit.border}

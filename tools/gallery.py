@@ -37,6 +37,9 @@ from runtime.mistake import Mistake, nearest
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
 DARK = (COLOURS[0], COLOURS[4])  # on these, numbers are white
 CELL = 1.9  # inches of a picture's side
+TEXT = 8  # points: some 29 letters over a picture, and still letters where a page shows the sheet at half its size
+MOST_PATCHES = 128  # in a row: attention among more takes gigabytes, and nobody sees them
+LONGEST = 26  # letters of a photo's name that are shown
 Networks = list[tuple[str, ViT]]  # each with its title
 
 
@@ -54,9 +57,15 @@ def read_photo(path: Path, mask: Path | None = None) -> Photo:
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         raise Mistake(f"{path}: no such image{nearest(str(path), map(str, beside))}")
     try:
-        return Photo(path.name, decode(path.read_bytes()), mask)
+        return Photo(shortened(path.name), decode(path.read_bytes()), mask)
     except ValueError as error:
         raise Mistake(f"{path}: {error}") from None
+
+
+def shortened(name: str) -> str:
+    """A name that fits over its picture: of a long one the beginning and the end."""
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def choose_photos(named: list[Path], subject: Subject, count: int) -> list[Photo]:
@@ -178,7 +187,7 @@ def sheet(rows: int, columns: int, title: str, photos: list[Photo], cell: float 
     tallest = max(photo.picture.shape[1] / photo.picture.shape[2] for photo in photos)
     high = cell * min(max(tallest, 0.4), 2.0)
     figure = Figure(figsize=(cell * columns, (high + 0.25) * rows + 0.4), layout="constrained")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=TEXT + 1)
     table = figure.subplots(rows, columns, squeeze=False)
     for axes in table.flat:
         axes.set_axis_off()
@@ -248,5 +257,7 @@ def show(
     networks = [("/".join(subject.path.absolute().parts[-2:]), subject.network()) for subject in subjects]
     for _, network in networks:
         check_size(network, side(network, args))
+        if side(network, args) > MOST_PATCHES * network.patch:
+            raise Mistake(f"--size {args.size}: at most {MOST_PATCHES} patches, {MOST_PATCHES * network.patch} pixels")
     save(draw(networks, photos, args), out)
     print(f"{what} written to {out}")

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from model.vit import ViT
 from runtime.mistake import Mistake, tell_mistakes
-from tools.gallery import COLOURS, Networks, Photo, normalised, shade, sheet, show, side, titled, whole_picture
+from tools.gallery import COLOURS, TEXT, Networks, Photo, normalised, shade, sheet, show, side, titled, whole_picture
 
+LEGEND = "the yellower a patch, the more attention it gets; each map by its own largest"
 YELLOW = ListedColormap([COLOURS[6]])  # stands out from grey for every eye; a map is all in its opacity
 
 
@@ -64,7 +65,7 @@ def lay_over(axes: Axes, picture: Tensor, heat: Tensor, title: str) -> None:
     axes.imshow(shade(picture), cmap="gray", vmin=0, vmax=1, extent=(0, wide, high, 0))
     strength = (heat / heat.max()).numpy()
     axes.imshow(strength, cmap=YELLOW, vmin=0, vmax=1, alpha=0.75 * strength, extent=(0, wide, high, 0))
-    axes.set_title(title, fontsize=7)
+    axes.set_title(title, fontsize=TEXT)
 
 
 def check_block(networks: Networks, block: int | None) -> str:
@@ -83,14 +84,14 @@ def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> F
     """A row for each image and network: the image, then one map for each head, then their mean."""
     heads = max(network.heads for _, network in networks)
     rows = [(photo, name, network) for photo in photos for name, network in networks]
-    title = titled(networks, f"Attention of [CLS] in {check_block(networks, args.block)}")
+    title = titled(networks, f"Attention of [CLS] in {check_block(networks, args.block)}") + f"\n{LEGEND}"
     figure, table = sheet(len(rows), heads + 2, title, photos)
     for (photo, name, network), row in zip(rows, table, strict=True):
         picture = whole_picture(photo.picture, side(network, args), network.patch)
         weights, _ = attention(network, picture, block=args.block)
         maps = weights.unflatten(1, (picture.shape[1] // network.patch, -1))  # [H,h,w]
         row[0].imshow(picture.permute(1, 2, 0).numpy())
-        row[0].set_title(f"{name}\n{photo.name}" if len(networks) > 1 else photo.name, fontsize=7)
+        row[0].set_title(f"{name}\n{photo.name}" if len(networks) > 1 else photo.name, fontsize=TEXT)
         named = [*(f"head {head + 1}" for head in range(len(maps))), "mean"]
         for axes, what, heat in zip(row[1:], named, [*maps, maps.mean(0)], strict=False):
             lay_over(axes, picture, heat, f"{what} · {100 * heat.sum():.0f} % on patches")

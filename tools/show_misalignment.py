@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 from PIL import Image
@@ -203,7 +204,8 @@ def by_size(recipes: list[Recipe], counts: list[Count]) -> dict[tuple[Scale, Sca
 
 def picture(recipes: list[Recipe], counts: list[Count], title: str) -> Figure:
     """Left the rows of the table, right what is lost by the object's size."""
-    figure = Figure(figsize=(9.5, 2.2 + 0.34 * len(recipes)), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1)  # inches
+    figure = Figure(figsize=(9.5, 2.2 + 0.34 * len(recipes)), layout=layout)
     figure.suptitle(title, fontsize=9)
     bars, curves = figure.subplots(1, 2, width_ratios=(1.1, 1))
     rows = np.arange(len(recipes))[::-1]

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from runtime.mistake import tell_mistakes
-from tools.gallery import Networks, Photo, patch_tokens, sheet, show, side, titled, whole_picture
+from tools.gallery import TEXT, Networks, Photo, patch_tokens, sheet, show, side, titled, whole_picture
 
 COLOURS = ("red", "green", "blue")
 
@@ -50,12 +50,12 @@ def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> F
             row = table[i * len(networks) + n]
             maps = found.unflatten(0, (picture.shape[1] // network.patch, -1)).numpy()  # [h,w,3]
             row[0].imshow(photo.picture.permute(1, 2, 0).numpy())
-            row[0].set_title(f"{name}\n{photo.name}" if len(networks) > 1 else photo.name, fontsize=7)
+            row[0].set_title(f"{name}\n{photo.name}" if len(networks) > 1 else photo.name, fontsize=TEXT)
             row[1].imshow(maps)
-            row[1].set_title(f"all three, {100 * shares.sum():.0f} % of variance", fontsize=7)
+            row[1].set_title(f"all three, {100 * shares.sum():.0f} % of variance", fontsize=TEXT)
             for k, axes in enumerate(row[2:]):
                 axes.imshow(maps[..., k], cmap="cividis", vmin=0, vmax=1)
-                axes.set_title(f"{k + 1} ({COLOURS[k]}), {100 * shares[k]:.0f} %", fontsize=7)
+                axes.set_title(f"{k + 1} ({COLOURS[k]}), {100 * shares[k]:.0f} %", fontsize=TEXT)
     return figure
 
 

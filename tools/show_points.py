@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from runtime.mistake import tell_mistakes
 from tools import show_attention
-from tools.gallery import Networks, Photo, mark, parse_points, points_of, sheet, show, side, titled, whole_picture
-from tools.show_attention import attention, check_block, lay_over
+from tools.gallery import TEXT, Networks, Photo, mark, parse_points, points_of, sheet, show, side, titled, whole_picture
+from tools.show_attention import LEGEND, attention, check_block, lay_over
 
 POINTS = 4
 
@@ -31,6 +31,7 @@ def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> F
         (photo, at, title, network) for photo, at in zip(photos, points, strict=True) for title, network in networks
     ]
     title = titled(networks, f"Attention of reference tokens in {check_block(networks, args.block)}, mean over heads")
+    title += f"\n{LEGEND}"
     figure, table = sheet(len(rows), 1 + max(len(at) for at in points), title, photos)
     for (photo, at, name, network), row in zip(rows, table, strict=True):
         picture = whole_picture(photo.picture, side(network, args), network.patch)
@@ -38,7 +39,7 @@ def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> F
         _, weights = attention(network, picture, torch.from_numpy(at), args.block)
         maps = weights.mean(0).unflatten(1, (high // network.patch, -1))  # [R,h,w]
         row[0].imshow(picture.permute(1, 2, 0).numpy(), extent=(0, wide, high, 0))
-        row[0].set_title(f"{name}\n{photo.name}" if len(networks) > 1 else photo.name, fontsize=7)
+        row[0].set_title(f"{name}\n{photo.name}" if len(networks) > 1 else photo.name, fontsize=TEXT)
         for n, (axes, heat, (x, y)) in enumerate(zip(row[1:], maps, at, strict=False), 1):
             lay_over(axes, picture, heat, f"point {n} · {100 * heat.sum():.0f} % on patches")
             for where in (row[0], axes):

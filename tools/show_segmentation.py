@@ -29,7 +29,7 @@ from eval.features import scene_batches, shown
 from eval.subject import spread
 from model.vit import ViT
 from runtime.mistake import Mistake, tell_mistakes
-from tools.gallery import COLOURS, Networks, Photo, middles, sheet, show, side, titled
+from tools.gallery import COLOURS, TEXT, Networks, Photo, middles, sheet, show, side, titled
 
 BATCH = 32
 
@@ -84,7 +84,7 @@ def paint(axes: Axes, classes: NDArray[np.uint8], extent: tuple[float, float, fl
             continue  # no room for a number
         ink = "black" if colour(kind).mean() > 0.45 else "white"
         place = (x * extent[1], y * extent[2])
-        axes.text(*place, str(kind), ha="center", va="center_baseline", fontsize=7, color=ink)
+        axes.text(*place, str(kind), ha="center", va="center_baseline", fontsize=TEXT, color=ink)
     return kinds
 
 
@@ -132,9 +132,9 @@ def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> F
             share = f"{100 * right.sum() / max(1, counts.sum()):.0f} % right, orange is wrong"
             told = (f"{name}\n{photos[i].name}" if len(networks) > 1 else photos[i].name, "truth", "prediction", share)
             for axes, words_over in zip(row, told, strict=True):
-                axes.set_title(words_over, fontsize=7)
+                axes.set_title(words_over, fontsize=TEXT)
     legend = [Patch(fc=colour(kind), ec="0.4", lw=0.5, label=names[kind]) for kind in sorted(names)]
-    figure.legend(handles=legend, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    figure.legend(handles=legend, loc="outside lower center", ncols=4, fontsize=TEXT, frameon=False)
     return figure
 
 

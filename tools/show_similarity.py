@@ -22,6 +22,7 @@ from torch import Tensor
 from runtime.mistake import Mistake, tell_mistakes
 from tools.gallery import (
     COLOURS,
+    TEXT,
     Networks,
     Photo,
     parse_points,
@@ -45,7 +46,7 @@ def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> F
     figure, table = sheet(1 + len(photos) * len(networks), 1 + len(photos), title, photos)
     for axes, photo in zip(table[0, 1:], photos, strict=True):
         axes.imshow(photo.picture.permute(1, 2, 0).numpy())
-        axes.set_title(photo.name, fontsize=7)
+        axes.set_title(photo.name, fontsize=TEXT)
 
     rows: list[tuple[NDArray, int, list[Tensor]]] = []  # axes, the photo that asks, the answers [h,w] of each photo
     for n, (name, network) in enumerate(networks):
@@ -54,7 +55,7 @@ def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> F
         for i, (x, y) in enumerate(asked):
             row = table[1 + i * len(networks) + n]
             query = maps[i][int(y * maps[i].shape[0]), int(x * maps[i].shape[1])]  # [D]
-            row[0].set_title(f"asked by {name}" if len(networks) > 1 else "asked", fontsize=7)
+            row[0].set_title(f"asked by {name}" if len(networks) > 1 else "asked", fontsize=TEXT)
             rows.append((row, i, [other @ query for other in maps]))
 
     lowest = min(float(answer.min()) for *_, answers in rows for answer in answers)
@@ -70,8 +71,8 @@ def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> F
             if j in (0, i + 1):
                 axes.plot(x * wide, y * high, "P", ms=9, mfc=COLOURS[4], mec="white", mew=1.0, zorder=3)
     bar = figure.colorbar(colours, ax=table, location="bottom", shrink=0.5, aspect=40, pad=0.01)
-    bar.set_label("cosine of the two patch tokens", fontsize=7)
-    bar.ax.tick_params(labelsize=7)
+    bar.set_label("cosine of the two patch tokens", fontsize=TEXT)
+    bar.ax.tick_params(labelsize=TEXT)
     return figure
 
 
