@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as transform
 from pipeline.header import without_exif
 from pipeline.remote import is_address
 from pipeline.shards import Shards
-from runtime.config import Speed
+from runtime.config import Config
 from runtime.mistake import Mistake, nearest
 
 try:
@@ -82,10 +82,12 @@ def random_crop(picture: Tensor, size: int) -> Tensor:
     return picture.flip(-1) if torch.rand(()) < 0.5 else picture
 
 
-def open_shards(folder: str | Path, speed: Speed | None = None) -> Shards:
-    """The shards of a folder or an address; a folder of photos is told how to become one. Raises Mistake."""
+def open_shards(folder: str | Path, config: Config | None = None) -> Shards:
+    """The shards of a folder or an address, with the cache and the losses that a run's config allows; a folder of photos
+    is told how to become one. Raises Mistake."""
+    allowed = (config.speed, config.data.max_lost) if config else ()
     if is_address(folder):
-        return Shards(folder, speed)
+        return Shards(folder, *allowed)
     folder = Path(folder)
     if folder.is_dir() and not (folder / "manifest.json").is_file() and not any(folder.glob("*.tar")):
         inside = [folder, *(d for d in sorted(folder.iterdir())[:20] if d.is_dir())]
@@ -93,7 +95,7 @@ def open_shards(folder: str | Path, speed: Speed | None = None) -> Shards:
             raise Mistake(
                 f"{folder}: photos, not shards; `make shards SRC={folder} DST={folder}-shards` makes shards of them"
             )
-    return Shards(folder)
+    return Shards(folder, *allowed)
 
 
 class LabelledPhotos(Dataset[tuple[Tensor, int]]):

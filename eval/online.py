@@ -35,7 +35,7 @@ class OnlineKnn:
             return
         held_out = plan.held_out()
         other = config.data.val is not None and not same_folder(config.data.val, shards.folder)
-        val = open_shards(config.data.val) if other and config.data.val else shards
+        val = open_shards(config.data.val, config) if other and config.data.val else shards
         asked = np.arange(len(val)) if other else held_out
         if not shards.classes or not val.classes:
             self.skipped = "k-NN while training is skipped: these shards have no classes"

@@ -57,13 +57,12 @@ class Subject:
             raise Mistake(
                 f"{self.path}: lies in no run folder; say which shards vote (--bank) and which are asked (--val)"
             )
-        speed = self.config.speed if self.config else None
-        bank_shards = open_shards(bank, speed)
+        bank_shards = open_shards(bank, self.config)
         held_out = self._held_out(bank_shards)
         kept = np.setdiff1d(np.arange(len(bank_shards)), held_out)
         val = val or (data.val if data else None)
         if val is not None and not same_folder(val, bank):
-            val_shards = open_shards(val, speed)
+            val_shards = open_shards(val, self.config)
             asked = np.arange(len(val_shards))
         elif len(held_out):
             val_shards, asked = bank_shards, held_out

@@ -200,8 +200,8 @@ def _read_torch(path: Path) -> object:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch finds in a hostile or broken file
-        told = str(error).splitlines() or [type(error).__name__]
-        raise Mistake(f"{path}: not weights that can be read safely ({told[0]})") from None
+        told = next((line for line in str(error).splitlines() if " " in line), "no file of torch's or of safetensors")
+        raise Mistake(f"{path}: not weights that can be read safely ({told})") from None
 
 
 def _of_part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

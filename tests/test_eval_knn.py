@@ -1,6 +1,7 @@
 """k-NN: the vote as published, streamed without changing it, over photos that shards hold."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from eval.subject import Subject, spread
 from model.vit import ViT
 from pipeline.shards import Shards
 from runtime.checkpoint import save_backbone
+from runtime.config import load_config
 from runtime.mistake import Mistake
 
 HOME = Path(__file__).parents[1]
@@ -171,7 +173,6 @@ def test_labels_follow_the_banks_names(home):
 
 
 def test_a_damaged_photo_is_left_out_and_not_guessed(home, tmp_path):
-    import shutil
 
     shutil.copytree(home / "val", tmp_path / "val")
     shards = Shards(tmp_path / "val")
@@ -262,6 +263,18 @@ def test_a_wrong_word_is_told(run, words, told):
 def test_a_folder_of_photos_is_told_how_to_become_shards(home):
     with pytest.raises(Mistake, match=f"make shards SRC={home / 'photos'} DST="):
         open_shards(home / "photos")
+
+
+def test_what_a_run_bears_its_evaluation_bears(tiny_shards, tiny_config, tmp_path):
+    """data.max_lost: the shards that a run trained on without one of them are evaluated on, too."""
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_shards, folder)
+    next(folder.glob("*.tar")).unlink()
+    with pytest.raises(Mistake, match="is missing, the manifest says"):
+        open_shards(folder)
+    shards = open_shards(folder, load_config(tiny_config, ["data.max_lost=0.9"]))
+    labels = [label for _, label in LabelledPhotos(shards, 32)]
+    assert 0 < labels.count(NO_CLASS) < len(labels)
 
 
 def test_all_photos_voting_leaves_none_to_ask_about(run, home):

@@ -22,7 +22,7 @@ from eval.features import batches
 from eval.subject import same_folder
 from pipeline import remote, wds
 from pipeline.shards import Plan, Shards
-from runtime.config import Speed, load_config
+from runtime.config import Config, Speed, load_config
 from runtime.mistake import Mistake
 from tests import faulty_server as faulty
 from tests.faulty_server import FaultyServer
@@ -349,7 +349,7 @@ def test_secrets_of_an_address_are_not_told(tiny_shards, tmp_path):
 
 def test_evaluation_opens_addresses_too(server, tiny_shards, tmp_path):
     """Its reading processes are forked from one that has read from the server already."""
-    shards = open_shards(server.address + "/", speed(tmp_path))
+    shards = open_shards(server.address + "/", Config(speed=speed(tmp_path)))
     assert shards.folder == server.address
     assert same_folder(server.address + "/", shards.folder)
     assert not same_folder(server.address + "/other", shards.folder)

@@ -90,7 +90,7 @@ def choose_photos(named: list[Path], subject: Subject, count: int) -> list[Photo
     folder = (config.data.val or config.data.shards) if config else None
     if folder is None:
         raise Mistake(f"{subject.path}: lies in no run folder; name the images to look at")
-    shards = open_shards(folder, config.speed if config else None)
+    shards = open_shards(folder, config)
     for sample in spread(np.arange(len(shards)), count).tolist():
         photo = shards.read(sample)
         if shards.is_sound(sample, photo):

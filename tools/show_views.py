@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = config.data.shards if is_run else args.source
     if folder is None:
         raise Mistake(f"{recipe}: data.shards names no folder")
-    shards = open_shards(folder, config.speed)
+    shards = open_shards(folder, config)
     save(picture(config, shards, sound_samples(shards, args.samples, args.images), args.epoch), out, dpi=130)
     print(f"views written to {out}")
 
