@@ -37,8 +37,10 @@ class _CrossEntropy(torch.autograd.Function):
     """Some rows at a time: logits, both softmaxes, the loss, and at once the gradient of the student's side, which is
     (sum_t pairs * q - sum_t pairs * p) / tau_s. So logits live for a moment, and backward has nothing left to compute.
 
-    Within some rows, some columns at a time, twice: first logits and their log-sum-exp, then, with the sum over all K
-    known, probabilities and gradient. What lies between two products is a few megabytes, and stays in a CPU's cache.
+    Within some rows, some prototypes at a time, twice: first the logits, their exponentials (against the largest of the
+    block) and the sums that loss and entropy need, then, with the sums over all K known, the gradient. So each exponential
+    is computed once, and what lies between two products is a few megabytes, and stays in a CPU's cache. Prototypes stand
+    in rows, [K,r]: a CPU's product takes half as long again the other way round (docs/benchmarks.md).
     """
 
     @staticmethod
@@ -49,9 +51,10 @@ class _CrossEntropy(torch.autograd.Function):
         with torch.autocast(student.device.type, enabled=False):
             exact = torch.promote_types(dtype, torch.float32)
             w, w_t = prototypes.detach().to(dtype), teacher_prototypes.to(dtype)
-            shift = (center / tau_t).to(exact)
+            shift = (center / tau_t).to(exact).view(-1, 1, 1)
             pairs = pairs.to(exact)
-            weight = pairs.sum(0).view(-1, 1, 1)  # [V,1,1] terms of each student view
+            one = pairs.numel() == 1  # nothing to mix: each point has one teacher
+            weight = pairs.sum(0).unsqueeze(-1)  # [V,1] terms of each student view
             n = student.shape[1]
             terms = pairs.sum() * n
             scale = 1 / (tau_s * terms)
@@ -62,36 +65,43 @@ class _CrossEntropy(torch.autograd.Function):
             for at in range(0, n, rows):
                 z_t = (teacher[:, at : at + rows] / tau_t).to(dtype)  # [T,r,d]
                 z = student[:, at : at + rows]  # [V,r,d]
+                of_t, of_s = z_t.shape[:2], z.shape[:2]
                 z_s, z = (z / tau_s).to(dtype).flatten(0, 1), z.to(dtype).flatten(0, 1)
-                t_raw = z_t.new_empty(*z_t.shape[:2], len(w))  # [T,r,K]
-                s_raw = z_t.new_empty(len(weight), z_t.shape[1], len(w))  # [V,r,K]
-                norms_t, norms_s = [], []
+                exp_t, exp_s = z.new_empty(len(w), *of_t), z.new_empty(len(w), *of_s)  # [K,T,r], [K,V,r]
+                found = []  # of each block, [T,r] or [V,r]: what `told` unpacks
                 for k in blocks:
-                    torch.mm(z_t.flatten(0, 1), w_t[k].T, out=t_raw.flatten(0, 1)[:, k])
-                    torch.mm(z_s, w[k].T, out=s_raw.flatten(0, 1)[:, k])
-                    norms_t.append((t_raw[..., k] - shift[k]).logsumexp(-1))  # exact: so is the shift
-                    norms_s.append(s_raw[..., k].to(exact).logsumexp(-1))
-                norm_t = torch.stack(norms_t).logsumexp(0).unsqueeze(-1)  # [T,r,1]
-                norm_s = torch.stack(norms_s).logsumexp(0).unsqueeze(-1)  # [V,r,1]
-                entropy += norm_t.sum()
-                loss += (weight * norm_s).sum()
+                    t = torch.mm(w_t[k], z_t.flatten(0, 1).T).unflatten(1, of_t) - shift[k]  # exact: so is the shift
+                    s = torch.mm(w[k], z_s.T).unflatten(1, of_s).to(exact)
+                    most_t, most_s = t.amax(0), s.amax(0)
+                    e_t = (t - most_t).exp_()
+                    mixed = s if one else torch.einsum("tv,kvr->ktr", pairs, s)
+                    sums_t = e_t.sum(0), t.mul_(e_t).sum(0), torch.mul(mixed, e_t, out=t).sum(0)
+                    exp_t[k], exp_s[k] = e_t, s.sub_(most_s).exp_()
+                    found.append((most_t, *sums_t, most_s, s.sum(0)))
+                most_t, sum_t, with_t, with_s, most_s, sum_s = (
+                    torch.stack(parts) for parts in zip(*found, strict=True)
+                )
+                norm_t = (most_t + sum_t.log()).logsumexp(0)  # [T,r]
+                norm_s = (most_s + sum_s.log()).logsumexp(0)  # [V,r]
+                part_t, part_s = (most_t - norm_t).exp(), (most_s - norm_s).exp()  # what makes exp(...) probabilities
+                entropy += norm_t.sum() - (part_t * with_t).sum()
+                loss += (weight * norm_s).sum() - (part_t * with_s).sum()
+                part_t, part_s = part_t * scale, part_s * weight * scale
                 d_z = torch.zeros(z.shape, dtype=exact, device=w.device)
-                for k in blocks:
-                    t = t_raw[..., k] - shift[k]
-                    p = (t - norm_t).exp_()
-                    entropy -= torch.dot(p.flatten(), t.flatten())
-                    p = torch.einsum("tv,trk->vrk", pairs, p) if pairs.numel() > 1 else p
-                    s = s_raw[..., k].to(exact)
-                    loss -= torch.dot(p.flatten(), s.flatten())
-                    d = (s - norm_s).exp_()
-                    d = (d.mul_(weight) if pairs.numel() > 1 else d).sub_(p).mul_(scale).to(dtype).flatten(0, 1)
-                    d_z += d @ w[k]
-                    if dtype == d_prototypes.dtype:
-                        d_prototypes[k].addmm_(d.T, z, beta=0 if at == 0 else 1)
+                for k, of_p, of_q in zip(blocks, part_t, part_s, strict=True):
+                    d = exp_s[k] * of_q
+                    if one:
+                        d = d.addcmul_(exp_t[k], of_p, value=-1)
                     else:
-                        gradient = d.T @ z
+                        d -= torch.einsum("tv,ktr->kvr", pairs, exp_t[k] * of_p)
+                    d = d.to(dtype).flatten(1)
+                    d_z += d.T @ w[k]
+                    if dtype == d_prototypes.dtype:
+                        d_prototypes[k].addmm_(d, z, beta=0 if at == 0 else 1)
+                    else:
+                        gradient = d @ z
                         d_prototypes[k] = gradient if at == 0 else d_prototypes[k] + gradient
-                d_student[:, at : at + rows] = d_z.unflatten(0, student[:, at : at + rows].shape[:2])
+                d_student[:, at : at + rows] = d_z.unflatten(0, of_s)
         ctx.save_for_backward(d_student, d_prototypes)
         return loss / terms, entropy / (teacher.shape[0] * n)
 

@@ -190,7 +190,11 @@ def compile_parts(parts: list[nn.Module], device: torch.device) -> str:
 
 
 def distribute(model: nn.Module, processes: Processes) -> nn.Module:
-    """DDP around the model where there are several processes: gradients are averaged as they appear."""
+    """DDP around the model where there are several processes: gradients are averaged as they appear.
+
+    No static_graph: torch 2.15 ends in an internal assertion of its reducer when the first backward pass is one of
+    `unsynchronised`, as it is with speed.accumulate. Unused parameters, whose search it would save, are not looked for.
+    """
     if processes.world == 1:
         return model
     if processes.device.type == "cuda":  # BatchNorm in the heads, if any, over all devices (as published DINO)

@@ -80,15 +80,19 @@ def test_stopped_and_resumed_is_equal_to_undisturbed(tiny_config, tmp_path):
 
 @pytest.mark.parametrize(("precision", "near"), [("float64", 1e-9), ("float32", 1e-5)])
 def test_two_processes_and_accumulation_agree_with_one(tiny_config, tmp_path, precision, near):
-    """Five steps, drop path off: the same batches give the same weights, but for the order of additions."""
+    """Five steps, drop path off, last layers frozen for two: the same batches give the same weights, but for the order of
+    additions."""
     words = ["model.drop_path=0", "optim.epochs=1", "optim.warmup=0", "run.log_every=1", f"speed.precision={precision}"]
+    words += ["optim.freeze_last_layer=0.4"]
     run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'one'}")
     run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'pieces'}", "speed.accumulate=2")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     run_program(*launcher, "train.py", tiny_config, *words, f"run.folder={tmp_path / 'two'}")
+    both = (f"run.folder={tmp_path / 'two-pieces'}", "speed.accumulate=2")
+    run_program(*launcher, "train.py", tiny_config, *words, *both)
     one, of_one = metrics(tmp_path / "one"), final(tmp_path / "one")
     assert len(one) == 5
-    for other in ("pieces", "two"):
+    for other in ("pieces", "two", "two-pieces"):
         for a, b in zip(one, metrics(tmp_path / other), strict=True):
             for name in ("loss", "cls_loss", "reference_loss", "teacher_entropy"):
                 assert b[name] == pytest.approx(a[name], rel=near), (other, a["step"])

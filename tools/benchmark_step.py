@@ -5,6 +5,7 @@ over all timed steps. The same images, points and weights for both forms; data a
 """
 
 import argparse
+import functools
 import itertools
 import json
 import resource
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from runtime.config import Config, Head, Model, Views, load_config
 from runtime.mistake import Mistake, tell_mistakes
+from runtime.record import append_jsonl
 from tools.benchmark import cpu_name, finish, spread
 
 ARCHS, METHODS, FORMS, DTYPES = (
@@ -118,6 +120,10 @@ def child(args: argparse.Namespace) -> None:
     print(json.dumps({"times": times[args.warmup :], "peak": peak, "device": name}))
 
 
+def _all_tokens(see: Any, images: Any, points: Any, patches_too: bool) -> Any:
+    return see(images, points)
+
+
 def head_child(args: argparse.Namespace) -> None:
     """One process: forward and backward of heads and losses alone, on random tokens of ViT-S; tells its peak memory."""
     import torch
@@ -132,6 +138,9 @@ def head_child(args: argparse.Namespace) -> None:
     batch.views = [torch.zeros(4, args.batch, 3, 16, 16, device=device)]  # the backbone costs next to nothing here
     if args.form == "ours":
         parallel.reuse_memory()
+        for network in (model.student, model.teacher):  # there is no last block that could leave the patches out
+            backbone = network.backbone
+            backbone.forward = functools.partial(_all_tokens, backbone.forward)
         loss = model(batch, torch.tensor(0.04))[0]["loss"]
     else:
         loss = Literal(model, schedules, 3.0).losses(batch, 0.04)[0]
@@ -162,28 +171,35 @@ def bench_head(args: argparse.Namespace) -> None:
                 raise Mistake(f"{form}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
             peaks.append(json.loads(done.stdout.splitlines()[-1])["peak"])
         row = {"what": "head", "form": form, "batch": args.batch, "peak_memory_mb": round(peaks[1] - peaks[0])}
+        row |= {"process_mb": [round(p) for p in peaks]}
         rows.append(row | {"device": cpu_name()})
     table = Table(
         title=f"heads and losses alone, batch {args.batch}, 4 views, M 4, K 65,536: peak memory above batch 1's"
     )
-    for name in ("form", "peak_memory_mb"):
-        table.add_column(name.replace("_", " "))
+    for name in ("form", "peak memory mb", "whole process at batch 1, at this one"):
+        table.add_column(name)
     for row in rows:
-        table.add_row(row["form"], str(row["peak_memory_mb"]))
+        table.add_row(row["form"], str(row["peak_memory_mb"]), str(row["process_mb"]))
     finish(table, rows, args.out)
 
 
-def check() -> None:
-    """Five steps of both forms from the same weights: the losses."""
+def check(args: argparse.Namespace) -> None:
+    """Five steps of both forms from the same weights: the losses. Without drop path, which each form draws its own way."""
     import torch
 
     from runtime.schedule import Optimizer
     from tools.literal import Literal
 
     device = torch.device("cpu")
-    a, schedules, batch = prepared(tiny(), 4, device, torch.float32)
-    b, _, _ = prepared(tiny(), 4, device, torch.float32)
-    literal, optimizer = Literal(a, schedules, 3.0), Optimizer(b.student, schedules, 3.0, split_positions=True)
+
+    def config() -> Config:
+        chosen = config_of(args.arch, args.method or METHODS[0], compile=False) if args.arch else tiny()
+        chosen.model.drop_path = 0.0
+        return chosen
+
+    a, schedules, batch = prepared(config(), args.batch, device, torch.float32)
+    b, _, _ = prepared(config(), args.batch, device, torch.float32)
+    literal, optimizer = Literal(a, schedules, 3.0), Optimizer(b.student, schedules, 3.0, split_positions=b.points > 0)
     for i in range(5):
         theirs = literal.step(batch, i, torch.float32)
         log, means = b(batch, torch.tensor(float(schedules.teacher_temperature[i])))
@@ -203,6 +219,18 @@ def bench(args: argparse.Namespace) -> None:
     found: dict[tuple[str, ...], list[float]] = {c: [] for c in combinations}
     peaks: dict[tuple[str, ...], float] = {}
     device = ""
+
+    def add(c: tuple[str, ...], told: dict[str, Any]) -> None:
+        nonlocal device
+        found[c] += told["times"]
+        peaks[c], device = max(peaks.get(c, 0), told["peak"]), told["device"]
+
+    settings = {"batch": args.batch, "compile": args.compile}
+    if args.times and args.times.is_file():
+        for line in args.times.read_text().splitlines():
+            before = json.loads(line)
+            if tuple(before["combination"]) in found and settings == before["settings"]:
+                add(tuple(before["combination"]), before)
     for n in range(args.rounds):
         for c in combinations:
             words = [f"--{k}={v}" for k, v in zip(("arch", "method", "form", "dtype"), c, strict=True)]
@@ -213,12 +241,15 @@ def bench(args: argparse.Namespace) -> None:
             if done.returncode:
                 raise Mistake(f"{' '.join(c)}: {done.stderr.strip().splitlines()[-1]}")
             told = json.loads(done.stdout.splitlines()[-1])
-            found[c] += told["times"]
-            peaks[c], device = max(peaks.get(c, 0), told["peak"]), told["device"]
+            add(c, told)
+            if args.times:
+                append_jsonl(args.times, {"combination": c, "settings": settings, **told})
             print(f"round {n + 1}/{args.rounds} {' '.join(c):<38} {statistics.median(told['times']):.3f} s", flush=True)
     rows: list[dict[str, Any]] = []
     for c in combinations:
         arch, method, form, dtype = c
+        if not found[c]:
+            continue
         literal = found.get((arch, method, "literal", dtype))
         row = {"what": "step", "arch": arch, "method": method, "form": form, "dtype": dtype, "batch": args.batch}
         row |= spread("img_per_s", [args.batch / t for t in found[c]]) | {"peak_memory_mb": round(peaks[c])}
@@ -240,18 +271,26 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--head-child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--head", action="store_true", help="peak memory of heads and losses alone (--batch 128)")
-    parser.add_argument("--check", action="store_true", help="five steps of both forms on a tiny network: their losses")
+    parser.add_argument(
+        "--check", action="store_true", help="five steps of both forms, their losses: of a tiny network, or --arch"
+    )
     for name, choices in (("arch", ARCHS), ("method", METHODS), ("form", FORMS), ("dtype", DTYPES)):
         parser.add_argument(f"--{name}", choices=choices, help="only this one")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2, help="timed in each process")
-    parser.add_argument("--warmup", type=int, default=1)
+    # the memory that a step frees is still cleared by the kernel in the second one (docs/benchmarks.md)
+    parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="processes for each combination, taking turns")
     parser.add_argument("--compile", action="store_true", help="ours compiled")
+    parser.add_argument(
+        "--times",
+        type=Path,
+        help="a table in several calls: every process's times are kept here, rows are medians of all",
+    )
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
     args = parser.parse_args()
     if args.check:
-        check()
+        check(args)
     elif args.child:
         child(args)
     elif args.head_child:
