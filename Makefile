@@ -79,8 +79,8 @@ export: $(READY) ## RUN=runs/… DST=folder [ARGS=--onnx]: the backbone for timm
 	$(call need,DST,the folder to write)
 	@$(PY) -m tools.export $(RUN) "$(DST)" $(ARGS)
 
-bench: $(READY) $(if $(SHARDS)$(filter step plan,$(WHAT)),,scenes) ## WHAT=data|all|step|leak|plan|shards [SHARDS=… OUT=rows.jsonl]: images per second
-	@$(PY) -m $(if $(filter step,$(WHAT)),tools.benchmark_step,tools.benchmark $(WHAT) $(if $(SHARDS),--shards $(SHARDS)) $(if $(filter all leak,$(WHAT)),--config $(CONFIG))) $(if $(OUT),--out $(OUT)) $(ARGS)
+bench: $(READY) $(if $(SHARDS)$(if $(GPUS),,$(filter step plan,$(WHAT))),,scenes) ## WHAT=data|all|step|leak|plan|shards [GPUS=n with step, SHARDS=… OUT=rows.jsonl]: images per second
+	@$(PY) -m $(if $(filter step,$(WHAT)),$(if $(GPUS),tools.bench_scale $(GPUS) --config $(CONFIG) $(if $(SHARDS),--shards $(SHARDS)),tools.benchmark_step),tools.benchmark $(WHAT) $(if $(SHARDS),--shards $(SHARDS)) $(if $(filter all leak,$(WHAT)),--config $(CONFIG))) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 test: $(READY) ## all tests, on any machine
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)

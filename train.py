@@ -189,18 +189,22 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
             if beat:  # the only place where the CPU waits for the device
                 n = done - since
                 note_down()
-                here = [float(stopping.number > 0), loader.waited(), float(max(damaged.values(), default=0))]
+                waits = [0.0] * processes.world
+                waits[processes.rank] = loader.waited() * processes.world
+                here = [float(stopping.number > 0), float(max(damaged.values(), default=0)), *waits]
                 of_steps = torch.stack([sums[name] / (n - skipped[0]) for name in sums])
                 told = [torch.tensor(here, device=processes.device), of_steps, skipped.to(of_steps.dtype)]
-                (stop, waited, bad), values, (unfinite, in_a_row) = (t.tolist() for t in processes.mean(told))
+                (stop, bad, *waits), values, (unfinite, in_a_row) = (t.tolist() for t in processes.mean(told))
                 stop_now = stop > 0
                 seconds = time.perf_counter() - begun
                 metrics = dict(zip(sums, values, strict=True)) | {
                     "lr": float(schedules.lr[step]),
                     "images_per_second": n * config.optim.batch / seconds,
-                    "data_wait_percent": 100 * waited / seconds,
+                    "data_wait_percent": 100 * sum(waits) / len(waits) / seconds,
                     "peak_memory_mb": parallel.peak_memory(processes.device),
                 }
+                if not alone:
+                    metrics["slowest_data_wait_percent"] = 100 * max(waits) / seconds
                 if unfinite:
                     metrics["skipped_steps"] = unfinite
                 if knn.due(done):

@@ -40,11 +40,12 @@ KEPT = 6  # evaluations of a kind side by side, the newest
 LEARNING: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Losses", "nats", ("loss", "cls_loss", "reference_loss")),
     ("Entropy of the teacher's probabilities", "nats", ("teacher_entropy",)),
+    ("k-NN top-1 while training", "% of photos not trained on", ("knn_top1",)),
     ("Learning rate", "", ("lr",)),
 )
 SPEED = (
     ("Throughput", "images per second", ("images_per_second",)),
-    ("Data wait", "% of the time", ("data_wait_percent",)),
+    ("Data wait", "% of the time", ("data_wait_percent", "slowest_data_wait_percent")),
 )
 CAPTIONS = {
     "views": "What the trainer sees: windows, views, and the points that they share",
@@ -143,7 +144,8 @@ def curve(
             x, mean, low, high = thinned(*np.array(seen, float).T)
             if len(seen) > len(x):
                 axes.fill_between(x, low, high, color=COLOURS[n], alpha=0.2, lw=0)
-            axes.plot(x, mean, STYLES[n], color=COLOURS[n], lw=1.6, label=name.replace("_", " "))
+            few: Any = dict(marker="o", ms=3) if len(x) <= 30 else {}
+            axes.plot(x, mean, STYLES[n], color=COLOURS[n], lw=1.6, label=name.replace("_", " "), **few)
         if ceiling is not None:
             axes.axhline(ceiling, color=INK, lw=0.8, ls=(0, (1, 3)), label=f"{ceiling:.1f}: all prototypes alike")
         if len(names) > 1 or ceiling is not None:

@@ -2,6 +2,7 @@
 each reader; memory, threads and open files of the trainer and its reading processes on the way, seen from outside."""
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,8 @@ def look(pid: int) -> dict[str, float]:
 
 
 def run(path: str, shards: str, reader: str, steps: int, folder: Path) -> list[dict[str, Any]]:
-    """Train for `steps` steps; a row at each quarter of them, the first after the warm-up of 200."""
+    """Train for `steps` steps; a row for each quarter of them, without the first 200: medians, for a step's own memory
+    comes and goes."""
     config = load_config(path, [f"data.shards={shards}"])
     plan = Plan(Shards(shards), batch=config.optim.batch, seed=config.seed, holdout=config.data.holdout)
     epochs = (steps + BEAT) / plan.steps_per_epoch
@@ -55,6 +57,7 @@ def run(path: str, shards: str, reader: str, steps: int, folder: Path) -> list[d
     ]  # fmt: skip
     at = [200, *(steps * quarter // 4 for quarter in (1, 2, 3, 4))]
     rows: list[dict[str, Any]] = []
+    looks: list[dict[str, float]] = []
     with open(folder.with_suffix(".log"), "w+") as told:
         trainer = subprocess.Popen([sys.executable, "train.py", path, *words], stdout=told, stderr=told)
         try:
@@ -63,15 +66,17 @@ def run(path: str, shards: str, reader: str, steps: int, folder: Path) -> list[d
                     told.seek(0)
                     raise Mistake(f"the run ended before step {at[len(rows)]}: {told.read()[-500:]}")
                 metrics = read_jsonl(folder / "metrics.jsonl")
+                looks.append(look(trainer.pid))
                 if metrics and metrics[-1]["step"] >= at[len(rows)]:
-                    step = metrics[-1]["step"]
-                    row = {"what": "leak", "reader": reader, "config": path, "step": step}
-                    rows.append(row | look(trainer.pid) | {"device": cpu_name()})
-                time.sleep(0.05)
+                    row = {"what": "leak", "reader": reader, "config": path, "steps_to": metrics[-1]["step"]}
+                    medians = {name: round(statistics.median(seen[name] for seen in looks)) for name in looks[0]}
+                    rows.append(row | medians | {"device": cpu_name()})
+                    looks.clear()
+                time.sleep(0.25)
         finally:
             trainer.terminate()
             trainer.wait()
-    return rows
+    return rows[1:]
 
 
 def main() -> None:
@@ -90,7 +95,7 @@ def main() -> None:
                 print(f"no row: {missing}")
                 continue
             rows += run(args.config, args.shards, reader, args.steps, Path(folder, reader))
-    names = ("reader", "step", "memory_mb", "threads", "open_files", "processes")
+    names = ("reader", "steps_to", "memory_mb", "threads", "open_files", "processes")
     table = Table(title=f"{args.config}: {args.steps} steps with each reader")
     for name in names:
         table.add_column(name.replace("_", " "), justify="left" if name == "reader" else "right")
