@@ -320,6 +320,8 @@ class Writer:
             probe.unlink()
         except OSError as error:
             raise Mistake(f"{folder}: no checkpoint can be written there ({error.strerror})") from None
+        if len(_newest_first(folder)) > keep:  # killed before they could go
+            self._forget()
 
     def save(self, step: int, model: "nn.Module", adamw: "optim.Optimizer") -> None:
         """Take the state after `step` steps, and write it behind the next ones."""
