@@ -145,10 +145,7 @@ def test_leftovers_go_and_are_never_chosen(trained, tmp_path):
 
 def test_what_a_kill_left_beyond_keep_goes_at_the_next_start(trained, tmp_path):
     """Killed again and again between a file's name and the oldest one's removal."""
-    for step in range(1, 6):
-        writer = Writer(tmp_path, 9, *PAPERS)
-        writer.save(step, *trained)
-        writer.finish()
+    save(tmp_path, trained, 1, 2, 3, 4, 5, keep=9)
     assert names(tmp_path) == [1, 2, 3, 4, 5]
     Writer(tmp_path, 2, *PAPERS)
     assert names(tmp_path) == [4, 5]
