@@ -189,7 +189,7 @@ def test_a_run_begins_with_another_and_resume_wins(tiny_config, tmp_path):
     save_backbone(source, trained(load_config(tiny_config)).teacher.backbone, {})
     nowhere = run_program("train.py", tiny_config, f"model.init={source}x", expect=2).stderr
     assert "backbone.safetensorsx: no such file, did you mean" in nowhere
-    assert not (tmp_path / "run").exists()  # nothing stands in the way of the right word
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]  # nothing stands in the way of the right word
 
     words = ["optim.epochs=1", "optim.warmup=0", f"model.init={source}", "optim.lr=1e-12", "optim.min_lr=0"]
     told = run_program("train.py", tiny_config, *words).stdout

@@ -177,9 +177,12 @@ def test_whatever_is_there_yet(run, tmp_path):
     assert "linear top-1, best map" in made
     assert "2 damaged samples" in made
     with open(tmp_path / "metrics.jsonl", "a") as file:  # a metric that the page has no place for gets one
-        file.write('\n{"step": 10, "epoch": 1.0, "loss": 2.0, "knn_top1": 33.0}\n')
+        file.write('\n{"step": 10, "epoch": 1.0, "loss": 2.0, "something_new": 33.0}\n')
     assert "Other metrics" in page(tmp_path)
     assert page(tmp_path).count("<svg") == 2
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 12, "epoch": 1.2, "loss": 2.0, "knn_top1": 33.0}\n')
+    assert "k-NN top-1 while training" in page(tmp_path)
     # a long run's curves are thinned, and an infinite loss does not stop the page
     rows = [{"step": n, "epoch": n / 100, "loss": float("nan") if n == 7 else 5 + n % 3} for n in range(1, 40_001)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
