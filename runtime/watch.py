@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from runtime.parallel import Processes
 
 TICK = 0.5  # seconds between two looks
+START = "before the first step"
 FIRST_STEP = 10  # times as long as others may the first step of a start take: it compiles
 
 
@@ -88,7 +89,7 @@ class Watch:
     def __init__(self, processes: "Processes", stop: StopSignal, step_timeout: float, grace: float):
         self._rank, self._world = processes.rank, processes.world
         self._stop, self._timeout, self._grace = stop, step_timeout, grace
-        self._where, self._limit = "before the first step", FIRST_STEP * step_timeout
+        self._where, self._limit = START, FIRST_STEP * step_timeout
         self._idle = 0.0  # seconds at this place, by this thread's own ticks: a run that Ctrl-Z stopped has not hung
         self._over = threading.Event()
         self._ticks = 0
@@ -120,7 +121,7 @@ class Watch:
             return "process 0 is gone, or its machine"  # where the store is
         return _list(
             [
-                f"process {rank} is silent or gone, last heard of {now.partition('|')[2]}"
+                f"process {rank} is silent or gone, last heard of {now.partition('|')[2] or START}"
                 for rank, (was, now) in enumerate(zip(before, after, strict=True))
                 if was == now and rank != self._rank
             ]
@@ -153,8 +154,8 @@ class Watch:
     def _everyone(self) -> list[str]:
         assert self._store is not None
         try:
-            names = [str(rank) for rank in range(self._world)]
-            return [text.decode() for text in self._store.multi_get(names)]
+            names = [str(rank) for rank in range(self._world)]  # asking for what nobody has set would wait
+            return [self._store.get(name).decode() if self._store.check([name]) else "" for name in names]
         except Exception:  # no store any more
             return []
 
@@ -184,7 +185,7 @@ def _join_store() -> "Store":
 
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
-    return PrefixStore(f"densedino/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return PrefixStore("densedino", store)  # a new one after every restart: `parallel.start` sees to it
 
 
 def _list(items: list[str]) -> str:
