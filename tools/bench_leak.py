@@ -83,12 +83,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("config", nargs="?", default="configs/demo.yaml")
     parser.add_argument("--shards", default="data/scenes/shards/train")
+    parser.add_argument("--reader", choices=("wds", "dali"), help="only this one")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for reader in ("wds", "dali"):
+        for reader in (args.reader,) if args.reader else ("wds", "dali"):
             try:
                 choose_reader(reader, torch.device("cpu"))
             except Mistake as missing:
