@@ -39,7 +39,7 @@ from eval.features import check_size, default_workers
 from eval.knn import photo_knn
 from eval.subject import Subject, best_device
 from model.vit import ViT
-from runtime.mistake import Mistake, nearest, tell_mistakes
+from runtime.mistake import Mistake, ask_positive, nearest, tell_mistakes
 
 ROWS = {
     "knn_top1": "k-NN top-1, [CLS]",
@@ -297,10 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     for word in chosen:
         if word not in MEASURES:
             raise Mistake(f"--measures {word}: one of {', '.join(MEASURES)}{nearest(word, MEASURES)}")
-    for name in ("limit", "seeds"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise Mistake(f"--{name} {value}: more than 0")
+    ask_positive(args, "limit", "seeds")
     named = [str(Path(path)) for path in args.networks]  # runs/demo/ is runs/demo
     if len(set(named)) < len(named):
         raise Mistake(f"{max(named, key=named.count)}: named twice")

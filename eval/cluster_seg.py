@@ -35,7 +35,7 @@ from eval.features import check_size, default_workers, resized_masks, scene_toke
 from eval.miou import Score, confusion, scored
 from eval.subject import Subject
 from model.vit import ViT
-from runtime.mistake import Mistake, tell_mistakes
+from runtime.mistake import Mistake, ask_positive, tell_mistakes
 
 COMPONENTS = 50
 POINTS = 256  # of each cluster, at most, that k-means looks at; all are assigned afterwards
@@ -186,10 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     began = time.perf_counter()
-    for name in ("classes", "seeds", "size"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise Mistake(f"--{name} {value}: more than 0")
+    ask_positive(args, "classes", "seeds", "size")
     subject = Subject(args.network)
     data = subject.scenes_folder(args.data)
     network = subject.network(args.untrained)

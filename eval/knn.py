@@ -32,7 +32,7 @@ from eval.subject import Subject
 from model.vit import ViT
 from runtime import parallel
 from runtime.config import Speed
-from runtime.mistake import Mistake, tell_mistakes
+from runtime.mistake import Mistake, ask_positive, tell_mistakes
 from runtime.parallel import Processes
 
 BANK_ROWS = 16384  # of the bank at a time
@@ -230,10 +230,7 @@ def main(argv: list[str] | None = None) -> int:
 
     began = time.perf_counter()
     kind = check_kind(args.features)
-    for name in ("k", "temperature", "size", "limit", "batch"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise Mistake(f"--{name} {value}: more than 0")
+    ask_positive(args, "k", "temperature", "size", "limit", "batch")
     processes = parallel.start(Speed())
     subject = Subject(args.network)
     k = args.k or subject.settings.k

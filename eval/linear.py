@@ -33,7 +33,7 @@ from eval.features import check_size, default_workers, photo_batches, photo_feat
 from eval.knn import top_accuracy
 from eval.subject import Subject
 from model.vit import ViT
-from runtime.mistake import Mistake, tell_mistakes
+from runtime.mistake import Mistake, ask_positive, tell_mistakes
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0)
 INPUTS = {"cls": ("cls",), "cls+patches": ("cls", "patches")}  # of a map: features side by side
@@ -185,10 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     began = time.perf_counter()
-    for name in ("epochs", "batch", "size", "limit"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise Mistake(f"--{name} {value}: more than 0")
+    ask_positive(args, "epochs", "batch", "size", "limit")
     subject = Subject(args.network)
     network = subject.network(args.untrained)
     size = args.size or network.image_size

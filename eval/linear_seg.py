@@ -53,7 +53,7 @@ from eval.features import (
 from eval.miou import Score, confusion, score_rows, scored
 from eval.subject import Subject
 from model.vit import ViT
-from runtime.mistake import Mistake, nearest, tell_mistakes
+from runtime.mistake import Mistake, ask_positive, nearest, tell_mistakes
 
 PROTOCOLS = ("densedino", "leopart")
 
@@ -206,10 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     began = time.perf_counter()
-    for name in ("classes", "size", "train_size", "epochs", "lr", "batch"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise Mistake(f"--{name.replace('_', '-')} {value}: more than 0")
+    ask_positive(args, "classes", "size", "train_size", "epochs", "lr", "batch")
     subject = Subject(args.network)
     data = subject.scenes_folder(args.data)
     network = subject.network(args.untrained)

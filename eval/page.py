@@ -30,6 +30,7 @@ from eval.all import columns_of, rows_of
 from eval.report import table_of
 from runtime.config import Config, load_config
 from runtime.mistake import Mistake, tell_mistakes
+from runtime.record import read_jsonl
 
 POINTS = 400  # of a curve: more are drawn as means, with their range behind them
 INK = "#010203"  # stands for the page's own ink in a drawing, light or dark
@@ -87,19 +88,6 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 # ------------------------------------------------------------------------------------------------------ what was written
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a line that is none (cut off where a process was killed) is passed over."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """The object of a .json file; empty where there is none."""
     try:
@@ -111,7 +99,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
     """Rows of metrics.jsonl by step. Steps that were run again after a crash count as they went the last time."""
-    rows = [row for row in read_rows(run / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    rows = [row for row in read_jsonl(run / "metrics.jsonl") if isinstance(row.get("step"), int)]
     return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
 
 
@@ -333,12 +321,12 @@ def page(run: Path) -> str:
     known = {"step", "epoch", *(name for *_, names in (*LEARNING, *SPEED) for name in names)}
     others = dict.fromkeys(name for row in rows for name in row if name not in known)
     more = drawn((name.replace("_", " "), "", (name,)) for name in others)
-    damaged = sum(len(read_rows(found)) for found in run.glob("damaged*.jsonl"))
+    damaged = sum(len(read_jsonl(found)) for found in run.glob("damaged*.jsonl"))
     if damaged:
         speed += f"<p>{damaged:,} damaged samples were met and replaced (damaged.jsonl).</p>"
     learnt = results_of(results) + measures_of(read_object(run / "measures.json"))
-    learnt += evaluations_of(read_rows(run / "evaluations.jsonl"))
-    versions = read_rows(run / "versions.jsonl")
+    learnt += evaluations_of(read_jsonl(run / "evaluations.jsonl"))
+    versions = read_jsonl(run / "versions.jsonl")
     starts = [f"from step {row.pop('step', '?')}" for row in versions]
     body = [
         f'<h1>{escape("/".join(run.absolute().parts[-2:]))}</h1><p class="dim">{escape(about)}</p>',

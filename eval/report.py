@@ -22,7 +22,7 @@ from eval.features import check_size, default_workers
 from eval.knn import photo_knn
 from eval.linear_seg import Protocol, fit, scenes_of
 from eval.subject import Subject
-from runtime.mistake import Mistake, tell_mistakes
+from runtime.mistake import Mistake, ask_positive, tell_mistakes
 
 MOST_PIXELS = 100_000  # photos of a bank whose raw pixels are still compared: 12 kB each
 
@@ -113,8 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     began = time.perf_counter()
-    if args.limit is not None and args.limit <= 0:
-        raise Mistake(f"--limit {args.limit}: more than 0")
+    ask_positive(args, "limit")
     subject = Subject(args.run)
     if subject.run is None:
         raise Mistake(f"{args.run}: no run folder (no config.yaml); eval.knn and eval.linear_seg take a backbone file")

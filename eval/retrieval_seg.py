@@ -32,7 +32,7 @@ from eval.knn import Neighbours
 from eval.miou import Score, confusion, score_rows, scored
 from eval.subject import Subject
 from model.vit import ViT
-from runtime.mistake import Mistake, tell_mistakes
+from runtime.mistake import Mistake, ask_positive, tell_mistakes
 
 BANK = 1_024_000  # tokens: 1.6 GB of ViT-S
 
@@ -143,10 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     began = time.perf_counter()
-    for name in ("classes", "scenes", "k", "temperature", "bank", "size"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise Mistake(f"--{name} {value}: more than 0")
+    ask_positive(args, "classes", "scenes", "k", "temperature", "bank", "size")
     subject = Subject(args.network)
     data = subject.scenes_folder(args.data)
     network = subject.network(args.untrained)

@@ -16,7 +16,7 @@ from pipeline import augment, augment_cpu
 from pipeline.batch import Batch, size_groups
 from pipeline.shards import Plan, Shards
 from runtime.config import Config
-from runtime.mistake import Mistake
+from runtime.mistake import Failure, Mistake
 
 # a batch, when its copies are done, and (planned ids, rows read)
 _Item = tuple[Batch, torch.cuda.Event | None, tuple[list[int], list[int]]]
@@ -63,6 +63,7 @@ class Loader:
         self._ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=2)
         self._closing = threading.Event()
         self.interrupted: Callable[[], bool] = lambda: False
+        self._readers: list[multiprocessing.process.BaseProcess] = []
         self._waited = 0.0
         self._damaged: list[tuple[int, int, int]] = []
         self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -124,7 +125,7 @@ class Loader:
         """Stop reading; no thread and no process is left behind. A reading process that is still at a batch after a while,
         whose server or disk stalls, is killed: it is deaf to anything less."""
         self._closing.set()
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + (0 if self._lost_a_reader() else PATIENCE)
         while self._thread.is_alive() and time.monotonic() < until + PATIENCE:
             if time.monotonic() > until:
                 for reader in multiprocessing.active_children():
@@ -133,11 +134,26 @@ class Loader:
                 self._ready.get(timeout=0.05)
 
     def _next(self) -> _Item | BaseException | None:
+        """The next item. That a reading process is gone is told as such, whatever its reader makes of it: WebDataset's
+        loader raises one error or another, DALI waits for ever."""
         while True:
+            error: BaseException | None = None
             with contextlib.suppress(queue.Empty):
-                return self._ready.get(timeout=0.2)
-            if self.interrupted():
-                return None
+                item = self._ready.get(timeout=0.2)
+                if not isinstance(item, BaseException):
+                    self._readers = self._readers or multiprocessing.active_children()
+                    return item
+                error = item
+            if self._lost_a_reader():
+                raise Failure(
+                    "a reading process ended unasked: killed, by somebody or for want of memory (dmesg tells; fewer "
+                    "speed.workers, or a smaller speed.prefetch, take less)"
+                ) from error
+            if error is not None or self.interrupted():
+                return error
+
+    def _lost_a_reader(self) -> bool:
+        return any(reader.exitcode for reader in self._readers)
 
     def _fill(self) -> None:
         last: BaseException | None = None

@@ -24,7 +24,7 @@ from pipeline.batch import Batch, draw_for, size_groups
 from pipeline.header import without_exif
 from pipeline.shards import Plan, Shards
 from runtime.config import Config
-from runtime.mistake import Failure, Mistake
+from runtime.mistake import Mistake
 
 try:  # bit-equal to Pillow's decoder, faster, and without its copy
     import torchcodec.decoders as torchcodec
@@ -112,12 +112,6 @@ class Stages:
         return Batch(step, torch.from_numpy(ids), torch.from_numpy(rows), views, **draws.tensors())
 
 
-WORKER_GONE = (
-    "a reading process ended unasked: killed, by somebody or for want of memory (dmesg tells; fewer speed.workers, or a "
-    "smaller speed.prefetch, take less); the newest checkpoint stands"
-)
-
-
 def serve_the_trainer(_worker: int = 0) -> None:
     """A reading process ends with the trainer, not before: Ctrl-C and torchrun's SIGTERM reach the whole process group,
     but the trainer has a checkpoint to save first; and when it is killed outright, nobody is left to end this one. SIGABRT
@@ -159,12 +153,7 @@ def read(
         multiprocessing_context=context,
         worker_init_fn=serve_the_trainer,
     )
-    try:
-        for item in loader:
-            if isinstance(item, Mistake):
-                raise item
-            yield item
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
-            raise
-        raise Failure(WORKER_GONE) from error
+    for item in loader:
+        if isinstance(item, Mistake):
+            raise item
+        yield item

@@ -1,5 +1,6 @@
 """What a user got wrong, and what broke under way, told in one clear message."""
 
+import argparse
 import difflib
 import os
 import sys
@@ -19,6 +20,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a message: `, did you mean 'x'?` for the known word closest to `word`, or nothing."""
     close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
     return f", did you mean '{close[0]}'?" if close else ""
+
+
+def ask_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise Mistake where one of these options is given and not above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise Mistake(f"--{name.replace('_', '-')} {value}: more than 0")
 
 
 def tell_mistakes(main: Callable[[], int | None]) -> None:

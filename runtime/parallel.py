@@ -5,6 +5,7 @@ import ctypes
 import os
 import resource
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -199,7 +200,9 @@ def distribute(model: nn.Module, processes: Processes) -> nn.Module:
         return model
     if processes.device.type == "cuda":  # BatchNorm in the heads, if any, over all devices (as published DINO)
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():  # torch 2.15 has another word for it, which older ones do not know
+        warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def unsynchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

@@ -37,12 +37,17 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that `append_jsonl` wrote; none where there is no file."""
-    if not path.is_file():
-        return []
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
+    """The objects of a file of JSON lines, none where there is no file; a line that is none (cut off where a process was
+    killed) is passed over."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
 
 
 def take_up(folder: Path, start: int) -> list[dict[str, Any]]:
@@ -151,7 +156,8 @@ class Record:
             self._told = time.monotonic()
             self._console.print(self._line(row), highlight=False, soft_wrap=True)
 
-        self._collapsed = 0 if 0.01 < values.get("teacher_entropy", 1) / self._most < 0.999 else self._collapsed + 1
+        share = values.get("teacher_entropy", math.nan) / self._most
+        self._collapsed = self._collapsed + 1 if share <= 0.01 or share >= 0.999 else 0
         if self._collapsed == COLLAPSED:
             self.say(
                 f"warning: the teacher has collapsed: at step {step} its probabilities have an entropy of "

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from conftest import run_program
 
-from eval.page import POINTS, metrics_of, page, read_rows
+from eval.page import POINTS, metrics_of, page
 from runtime.mistake import Mistake
+from runtime.record import read_jsonl
 
 BROWSER = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -187,6 +188,6 @@ def test_whatever_is_there_yet(run, tmp_path):
     rows = [{"step": n, "epoch": n / 100, "loss": float("nan") if n == 7 else 5 + n % 3} for n in range(1, 40_001)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert len(page(tmp_path)) < 200 * POINTS + 20_000
-    assert len(read_rows(tmp_path / "metrics.jsonl")) == 40_000
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 40_000
     with pytest.raises(Mistake, match=r"nothing: no run folder \(no config.yaml\)"):
         page(tmp_path / "nothing")

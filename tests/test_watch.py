@@ -10,7 +10,8 @@ from conftest import run_program
 
 from runtime import record, watch
 from runtime.mistake import Mistake
-from tests.faults.program import Program, gone, hurt, log, rows, steps
+from runtime.record import read_jsonl
+from tests.faults.program import Program, gone, hurt, log, steps
 
 
 def test_one_run_in_a_folder(tiny_config, tmp_path):
@@ -95,8 +96,8 @@ def test_no_step_is_told_twice(tiny_config, tmp_path):
     told = log(run)
     assert [row[0] for row in told["losses"]] == [*range(1, 21)]
     assert [row["step"] for row in told["samples.jsonl"]] == [*range(20)]
-    assert rows(run / "damaged.jsonl") == [{"step": 6, "planned": 1, "read": 2}]
-    assert rows(run / "damaged-1.jsonl") == []
+    assert read_jsonl(run / "damaged.jsonl") == [{"step": 6, "planned": 1, "read": 2}]
+    assert read_jsonl(run / "damaged-1.jsonl") == []
 
 
 def test_damage_is_counted_over_a_restart(tiny_config, tmp_path):
@@ -133,7 +134,7 @@ def test_neighbours_while_training(tiny_config, tmp_path):
             tiny_config, *words, *extra, f"run.folder={tmp_path / name}", processes=processes
         ).end()  # fmt: skip
         assert code == 0, err
-        runs[name] = log(tmp_path / name), rows(tmp_path / name / "metrics.jsonl")
+        runs[name] = log(tmp_path / name), read_jsonl(tmp_path / name / "metrics.jsonl")
     assert runs["with"][0] == runs["without"][0]
     asked = [row["step"] for row in runs["with"][1] if "knn_top1" in row]
     assert asked == [row["step"] for row in runs["two"][1] if "knn_top1" in row] == [10, 20]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from eval.knn import BANK_ROWS, Neighbours
-from runtime.mistake import Mistake, tell_mistakes
+from runtime.mistake import ask_positive, tell_mistakes
 from runtime.parallel import reuse_memory
 from tools.benchmark import cpu_name, finish
 
@@ -61,9 +61,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the bank's file is put (default: the temporary folder)")
     parser.add_argument("--out", type=Path, help="append the row as a JSON line")
     args = parser.parse_args()
-    for name in ("photos", "queries", "width", "k", "minutes"):
-        if getattr(args, name) <= 0:
-            raise Mistake(f"--{name} {getattr(args, name)}: more than 0")
+    ask_positive(args, "photos", "queries", "width", "k", "minutes")
     reuse_memory()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         file = Path(folder) / "bank.npy"

@@ -38,10 +38,13 @@ def look(pid: int) -> dict[str, float]:
     memory = threads = files = 0
     for one in family:
         here = Path("/proc", str(one))
-        rollup = (here / "smaps_rollup").read_text().splitlines()
+        try:
+            rollup = (here / "smaps_rollup").read_text().splitlines()
+            threads += len(list((here / "task").iterdir()))
+            files += len(list((here / "fd").iterdir()))
+        except OSError:
+            continue
         memory += sum(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
-        threads += len(list((here / "task").iterdir()))
-        files += len(list((here / "fd").iterdir()))
     return {"memory_mb": round(memory / 1024), "threads": threads, "open_files": files, "processes": len(family)}
 
 
@@ -97,7 +100,7 @@ def main() -> None:
                 continue
             rows += run(args.config, args.shards, reader, args.steps, Path(folder, reader))
     names = ("reader", "steps_to", "memory_mb", "threads", "open_files", "processes")
-    table = Table(title=f"{args.config}: {args.steps} steps with each reader")
+    table = Table(title=f"{args.config}: {args.steps} steps, medians of each quarter")
     for name in names:
         table.add_column(name.replace("_", " "), justify="left" if name == "reader" else "right")
     for row in rows:

@@ -1,6 +1,5 @@
 """The real program, alone or under torchrun: started, watched while it trains, hurt, and looked at afterwards."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,9 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from pipeline.loader import choose_reader
 from runtime.checkpoint import newest_whole
+from runtime.mistake import Mistake
+from runtime.record import read_jsonl
 from tests.conftest import ROOT
 
 HURT = """
@@ -117,6 +120,13 @@ class Program:
                 continue
 
 
+def has_dali() -> bool:
+    try:
+        return choose_reader("dali", torch.device("cpu"))[0] == "dali"
+    except Mistake:
+        return False
+
+
 def gone(pids) -> bool:
     """Whether none of these processes is left, within ten seconds."""
     until = time.monotonic() + 10
@@ -153,24 +163,17 @@ def _is_reader(pid: int) -> bool:
         return False
 
 
-def rows(path: Path) -> list[dict]:
-    """Whole lines of a file of JSON lines."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
 def steps(folder: Path) -> int:
     """The last step that a run has told of."""
-    told = rows(folder / "metrics.jsonl")
+    told = read_jsonl(folder / "metrics.jsonl")
     return told[-1]["step"] if told else 0
 
 
 def log(folder: Path) -> dict[str, list]:
     """What has to be the same after an interruption: samples and losses, step by step."""
     names = ("step", "loss", "cls_loss", "reference_loss", "teacher_entropy", "gradient_norm", "lr")
-    told = {"losses": [[row.get(n) for n in names] for row in rows(folder / "metrics.jsonl")]}
-    return told | {path.name: rows(path) for path in sorted(folder.glob("samples*.jsonl"))}
+    told = {"losses": [[row.get(n) for n in names] for row in read_jsonl(folder / "metrics.jsonl")]}
+    return told | {path.name: read_jsonl(path) for path in sorted(folder.glob("samples*.jsonl"))}
 
 
 def final(folder: Path) -> dict[str, Tensor]:

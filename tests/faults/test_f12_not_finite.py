@@ -6,7 +6,8 @@ import json
 import pytest
 
 from runtime.checkpoint import newest_whole, open_checkpoint
-from tests.faults.program import Program, equal, final, hurt, rows
+from runtime.record import read_jsonl
+from tests.faults.program import Program, equal, final, hurt
 
 pytestmark = pytest.mark.fault("F12")
 
@@ -35,7 +36,7 @@ def test_a_step_is_skipped(tiny_config, tmp_path, kind):
     before, after, next_one = (state(run, n) for n in (7, 8, 9))
     assert equal(before, after)  # student, teacher, centres, moments and their count
     assert not equal(after, next_one)
-    told = {row["step"]: row for row in rows(run / "metrics.jsonl")}
+    told = {row["step"]: row for row in read_jsonl(run / "metrics.jsonl")}
     assert [step for step, row in told.items() if "skipped_steps" in row] == [8]
     assert told[8]["skipped_steps"] == 1
     assert all(row["loss"] > 0 and row["gradient_norm"] > 0 for step, row in told.items() if step != 8)
@@ -52,7 +53,7 @@ def test_too_many_in_a_row_stop_the_run(tiny_config, tmp_path):
     assert "Traceback" not in err
     replay = json.loads((run / "replay.json").read_text())
     assert replay["steps"] == [7, 8, 9]
-    seen = {str(row["step"]): row["samples"] for row in rows(run / "samples.jsonl")}
+    seen = {str(row["step"]): row["samples"] for row in read_jsonl(run / "samples.jsonl")}
     assert replay["ids"] == {str(step): seen[str(step)] for step in replay["steps"]}
     assert "max_skipped: 3" in replay["config"]
     found = newest_whole(run / "checkpoints")

@@ -1,12 +1,11 @@
 """F14: the same twice, whatever the machine: threads, workers, prefetch, clock and time zone change no bit; processes and
 accumulation change no sample, window, point or colour, and no loss beyond rounding; another seed changes all."""
 
-import importlib.util
-
 import pytest
 
+from runtime.record import read_jsonl
 from tests.conftest import write_config
-from tests.faults.program import Program, equal, final, hurt, log, rows
+from tests.faults.program import Program, equal, final, has_dali, hurt, log
 
 pytestmark = pytest.mark.fault("F14")
 
@@ -50,7 +49,7 @@ def test_twice(same, tmp_path):
 
 def test_threads(same, tmp_path):
     """Of DALI, the one reader that has some."""
-    if not importlib.util.find_spec("nvidia.dali"):
+    if not has_dali():
         pytest.skip("DALI is not installed here")
     config, _ = same
     one = run(config, tmp_path / "one", "speed.reader=dali", "speed.threads=1", "speed.workers=1")
@@ -85,7 +84,7 @@ def test_processes_and_accumulation(same, tmp_path, monkeypatch, how):
         losses = run(config, tmp_path / name, *words, *extra, script=hurt(tmp_path, DRAWN.strip()), **options)[0][
             "losses"
         ]
-        told = [row for path in tmp_path.glob(f"{name}-drawn-*") for row in rows(path)]
+        told = [row for path in tmp_path.glob(f"{name}-drawn-*") for row in read_jsonl(path)]
         return losses, {(row["step"], row["sample"]): row["drawn"] for row in told}
 
     losses, draws = drawn("one")
