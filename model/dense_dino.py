@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.heads import ProjectionHead
-from model.losses import cross_entropy
+from model.losses import CrossEntropy
 from model.vit import build_vit
 from pipeline.batch import Batch
 from runtime.config import TEACHERS, Config
@@ -51,7 +51,6 @@ class DenseDINO(nn.Module):
 
     cls_center: Tensor
     reference_center: Tensor
-    cls_terms: Tensor  # [T,V] 1 where (t, v) is a term of the class loss
 
     def __init__(self, config: Config):
         super().__init__()
@@ -71,15 +70,19 @@ class DenseDINO(nn.Module):
         between_teachers = [(t, v) for t, v in every if v < TEACHERS]
         self.cls_pairs = every if self.loss.cls_views == "all" else between_teachers
         self.reference_pairs = every if self.reference.views == "all" else between_teachers
-        self.register_buffer("cls_terms", torch.zeros(TEACHERS, self.views), persistent=False)
+        terms = torch.zeros(TEACHERS, self.views)
         for t, v in self.cls_pairs:
-            self.cls_terms[t, v] = 1
+            terms[t, v] = 1
+        self.cls_loss = CrossEntropy(terms, self.loss.student_temperature)
+        # each pair has its own points: one "view" on either side, and every one of the P*B*M points a term
+        self.reference_loss = CrossEntropy(torch.ones(1, 1), self.loss.student_temperature)
         self.published_center_pairs = [(t, v) for t in range(TEACHERS) for v in range(TEACHERS)]
 
     def parts(self) -> list[nn.Module]:
         """What takes the time, to be compiled each for itself."""
-        networks = (self.student, self.teacher)
-        return [m for n in networks for m in (n.backbone, n.cls_head, n.reference_head) if m is not None]
+        networks, losses = (self.student, self.teacher), (self.cls_loss, self.reference_loss)
+        of_networks = [m for n in networks for m in (n.backbone, n.cls_head, n.reference_head) if m is not None]
+        return of_networks + [m for loss in losses for m in loss.parts()]
 
     def forward(self, batch: Batch, teacher_temperature: Tensor | float) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Losses of a batch (the loader's form), and the means of the teacher's logits that move the centres.
@@ -88,46 +91,35 @@ class DenseDINO(nn.Module):
         one mean where there is one centre). The centres used are those before this step (published order).
         """
         student, teacher = self.student, self.teacher
-        temperatures = (self.loss.student_temperature, teacher_temperature)
         with torch.no_grad():
             cls, tokens = self._see(teacher, batch, TEACHER)
-            z_t, rows_t = teacher.cls_head(cls), teacher.cls_head.last_layer()  # [T,B,d], [K,d]
-            means = [self._mean_logits(z_t, rows_t)]
+            cls_t = teacher.cls_head(cls)  # [T,B,d]
             if self.points:
-                points_t = teacher.point_head(self._stacked(tokens, self.reference_pairs))  # [P,B,M,d]
-                point_rows_t = rows_t if self.shared_head else teacher.point_head.last_layer()
-                moving = points_t
+                points_t = moving_points = teacher.point_head(self._stacked(tokens, self.reference_pairs))  # [P,B,M,d]
                 if self.reference.center == "published":
-                    moving = teacher.point_head(self._stacked(tokens, self.published_center_pairs))
-                means.append(self._mean_logits(moving, point_rows_t))
-                if self.shared_head:  # one centre: the mean over all tokens of its head
-                    n = [z.shape[:-1].numel() for z in (z_t, moving)]
-                    means = [(n[0] * means[0] + n[1] * means[1]) / sum(n)]
+                    moving_points = teacher.point_head(self._stacked(tokens, self.published_center_pairs))
 
         cls, tokens = self._see(student, batch, STUDENT)
-        rows = student.cls_head.last_layer()
-        log = {}
-        log["cls_loss"], log["teacher_entropy"] = cross_entropy(
-            student.cls_head(cls), rows, z_t, rows_t, self.cls_center, *temperatures, self.cls_terms
-        )
+        log, means = {}, []
+        log["cls_loss"], log["teacher_entropy"], mean = self.cls_loss(
+            student.cls_head(cls), student.cls_head.last_layer, cls_t, teacher.cls_head.last_layer, self.cls_center,
+            teacher_temperature, _mean(cls_t),
+        )  # fmt: skip
+        means.append(mean)
         log["loss"] = self.alpha * log["cls_loss"]
         if self.points:
-            # each pair has its own points: one "view" on either side, and every one of the P*B*M points a term
             points = student.point_head(self._stacked(tokens, self.reference_pairs))
-            point_rows = rows if self.shared_head else student.point_head.last_layer()
-            center = self.cls_center if self.shared_head else self.reference_center
-            log["reference_loss"], _ = cross_entropy(
-                points.flatten(0, 2)[None], point_rows, points_t.flatten(0, 2)[None], point_rows_t, center, *temperatures,
-                torch.ones(1, 1, device=points.device),
+            log["reference_loss"], _, mean = self.reference_loss(
+                points.flatten(0, 2)[None], student.point_head.last_layer, points_t.flatten(0, 2)[None],
+                teacher.point_head.last_layer, self.cls_center if self.shared_head else self.reference_center,
+                teacher_temperature, _mean(moving_points),
             )  # fmt: skip
+            means.append(mean)
+            if self.shared_head:  # one centre: the mean over all tokens of its head
+                n = [z.shape[:-1].numel() for z in (cls_t, moving_points)]
+                means = [(n[0] * means[0] + n[1] * means[1]) / sum(n)]
             log["loss"] = log["loss"] + (1 - self.alpha) * log["reference_loss"]
         return log, means
-
-    def _mean_logits(self, z: Tensor, prototypes: Tensor) -> Tensor:
-        """Mean over all tokens of z @ prototypes.T [K]: linear, so the mean of z does."""
-        exact = self.cls_center.dtype
-        with torch.autocast(z.device.type, enabled=False):
-            return prototypes.to(exact) @ z.flatten(0, -2).mean(0, dtype=exact)
 
     def _see(self, network: Network, batch: Batch, role: int) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
         """What a network makes of the views that its role sees: [CLS] [views,B,D], and the reference tokens [B,M,D] of
@@ -193,6 +185,11 @@ class DenseDINO(nn.Module):
             torch._foreach_lerp_(teacher, student, 1 - momentum)
         else:  # student and teacher are finite: a weight of 0 leaves every bit
             torch._foreach_lerp_(teacher, student, [(1 - momentum) * taken] * len(teacher))  # type: ignore[list-item]
+
+
+def _mean(z: Tensor) -> Tensor:
+    """Mean over all tokens [..., d] -> [d]; logits are linear, so theirs is that of the mean."""
+    return z.flatten(0, -2).mean(0, dtype=torch.promote_types(z.dtype, torch.float32))
 
 
 @dataclass

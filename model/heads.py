@@ -50,7 +50,8 @@ class ProjectionHead(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Rows of a linear map without bias, weight-normed [K,bottleneck]: weight_g [K,1] times unit rows of weight_v."""
+    """Rows of a linear map without bias, weight-normed [K,bottleneck]: weight_g [K,1] times unit rows of weight_v
+    (Salimans & Kingma 2016, eq. 2). Training never calls it: the losses take weight_v and weight_g as they are."""
 
     def __init__(self, inner: int, prototypes: int, unit: bool):
         super().__init__()
@@ -58,38 +59,4 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not unit)
 
     def forward(self) -> Tensor:
-        return _WeightNorm.apply(self.weight_v, self.weight_g)
-
-
-class _WeightNorm(torch.autograd.Function):
-    """g v / |v|, row by row (Salimans & Kingma 2016, eq. 2 and 3), some rows at a time: the backward pass of separate
-    operations reads and writes the [K,bottleneck] matrix eight times over, this one once."""
-
-    ROWS = 4096  # at a time: a few megabytes, a CPU's cache
-
-    @staticmethod
-    def forward(ctx, v: Tensor, g: Tensor) -> Tensor:
-        ctx.save_for_backward(v, g)
-        w = torch.empty_like(v)
-        for out, rows, gains in zip(*(t.split(_WeightNorm._rows(v)) for t in (w, v, g)), strict=True):
-            torch.mul(rows, gains / rows.norm(dim=1, keepdim=True), out=out)
-        return w
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        v, g = ctx.saved_tensors
-        d_v = torch.empty_like(v)
-        d_g = torch.empty_like(g)
-        for out, out_g, d, rows, gains in zip(
-            *(t.split(_WeightNorm._rows(v)) for t in (d_v, d_g, grad, v, g)), strict=True
-        ):
-            norm = rows.norm(dim=1, keepdim=True)
-            unit = rows / norm
-            along = (unit * d).sum(1, keepdim=True)
-            out_g.copy_(along)
-            torch.mul(torch.addcmul(d, unit, along, value=-1), gains / norm, out=out)
-        return d_v, d_g if ctx.needs_input_grad[1] else None
-
-    @staticmethod
-    def _rows(v: Tensor) -> int:
-        return _WeightNorm.ROWS if v.device.type == "cpu" else len(v)
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))

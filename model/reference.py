@@ -88,7 +88,7 @@ def attend(image: Heads, references: list[Heads], mode: str) -> list[Tensor]:
         return _all_to_all(q, runs) if runs else [attention(q, k, v)]
     patch_k, patch_v = k[:, :, 1:], v[:, :, 1:]
     if mode == "all_query":
-        cls = _patches_and_self((q[:, :, :1], k[:, :, :1], v[:, :, :1]), patch_k, patch_v)
+        cls = attention(q[:, :, :1], k, v)
         read = torch.cat([cls, attention(q[:, :, 1:], patch_k, patch_v)], 2) if q.shape[2] > 1 else cls
     else:
         read = attention(q, k, v)
@@ -96,7 +96,7 @@ def attend(image: Heads, references: list[Heads], mode: str) -> list[Tensor]:
         return [read, *(attention(a[0], k_run, v_run) for a, k_run, v_run in runs)]
     if mode == "patches":
         return [read, *(attention(a[0], k_run[:, :, 1:], v_run[:, :, 1:]) for a, k_run, v_run in runs)]
-    return [read, *(_patches_and_self(a, k_run[:, :, 1:], v_run[:, :, 1:]) for a, k_run, v_run in runs)]
+    return [read, *(_patches_and_self(*run) for run in runs)]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -132,11 +132,14 @@ def _all_to_all(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Ten
     return [torch.cat(images), *others]
 
 
-def _patches_and_self(asking: Heads, patch_k: Tensor, patch_v: Tensor) -> Tensor:
-    """Tokens with q, k, v [n,H,R,d] attend to the patches [n,H,N,d] and to themselves: a few rows of plain attention."""
-    q, k, v = asking
+def _patches_and_self(asking: Heads, k: Tensor, v: Tensor) -> Tensor:
+    """Tokens with q, k, v [n,H,R,d] attend to the patches and to themselves: a few rows of plain attention.
+
+    k, v [n,H,1+N,d] are the image's whole, as its own attention takes them: in the place of [CLS], which is not seen,
+    stand a token's own key and value.
+    """
+    q, own_k, own_v = asking
     q = q * q.shape[-1] ** -0.5
-    to_patches = q @ patch_k.transpose(-2, -1)  # [n,H,R,N]
-    to_self = (q * k).sum(-1, keepdim=True)  # [n,H,R,1]
-    weights = torch.cat([to_patches, to_self], -1).softmax(-1)
-    return weights[..., :-1] @ patch_v + weights[..., -1:] * v
+    to_self = (q * own_k).sum(-1, keepdim=True)  # [n,H,R,1]
+    weights = torch.cat([to_self, (q @ k.transpose(-2, -1))[..., 1:]], -1).softmax(-1)  # [n,H,R,1+N]
+    return F.pad(weights[..., 1:], (1, 0)) @ v + weights[..., :1] * own_v

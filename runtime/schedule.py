@@ -113,5 +113,9 @@ class Optimizer:
 
 def clip_each(grads: list[torch.Tensor], norms: Sequence[torch.Tensor], largest: float) -> None:
     """Scale every gradient whose own norm is above `largest` down to it, in place (published: per tensor, not global)."""
-    factors = list((largest / (torch.stack(list(norms)) + 1e-6)).clamp(max=1.0).unbind())
-    torch._foreach_mul_(grads, factors)
+    factors = (largest / (torch.stack(list(norms)) + 1e-6)).clamp(max=1.0)
+    if factors.device.type == "cpu":  # where looking costs nothing, most need not be read and written
+        long = [i for i, factor in enumerate(factors.tolist()) if factor != 1]
+        grads, factors = [grads[i] for i in long], factors[long]
+    if grads:
+        torch._foreach_mul_(grads, list(factors.unbind()))

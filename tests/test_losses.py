@@ -8,7 +8,8 @@ import torch
 from conftest import run_program
 
 from model.dense_dino import DenseDINO, count_cost
-from model.losses import cross_entropy
+from model.heads import Prototypes
+from model.losses import CrossEntropy
 from pipeline.batch import Batch, draw
 from runtime.config import Config, Head, Model, Views
 from runtime.schedule import Optimizer, clip_each, make_schedules
@@ -37,16 +38,23 @@ def made(config: Config) -> tuple[DenseDINO, Batch]:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, None), (2, 4), (256, 9)])
-def test_cross_entropy_is_its_loops(rows: int, columns: int | None):
-    """Value and gradients beside the docstring's loops, whole or in pieces, in float64."""
+@pytest.mark.parametrize("unit", [True, False])
+def test_cross_entropy_is_its_loops(rows: int, columns: int | None, unit: bool):
+    """Value and gradients, through the weight norm, beside the docstring's loops, whole or in pieces, in float64."""
     torch.manual_seed(0)
     views, n, d, k = 4, 5, 6, 9
     student = torch.nn.functional.normalize(torch.randn(views, n, d, dtype=torch.float64), dim=-1).requires_grad_()
     teacher = torch.nn.functional.normalize(torch.randn(2, n, d, dtype=torch.float64), dim=-1)
-    w, w_t = torch.randn(k, d, dtype=torch.float64).requires_grad_(), torch.randn(k, d, dtype=torch.float64)
-    center = torch.randn(k, dtype=torch.float64)
+    layer, layer_t = Prototypes(d, k, unit).double(), Prototypes(d, k, unit).double().requires_grad_(False)
+    for gains in (layer.weight_g, layer_t.weight_g):
+        gains.data.uniform_(0.5, 2.0)
+    center, moving = torch.randn(k, dtype=torch.float64), torch.randn(d, dtype=torch.float64)
     terms = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1]])
-    loss, entropy = cross_entropy(student, w, teacher, w_t, center, 0.1, 0.05, terms, rows, columns)
+    loss, entropy, mean = CrossEntropy(terms, 0.1, rows, columns)(
+        student, layer, teacher, layer_t, center, 0.05, moving
+    )
+    w, w_t = (p.weight_g * p.weight_v / p.weight_v.norm(dim=1, keepdim=True) for p in (layer, layer_t))
+    assert torch.allclose(layer(), w, rtol=1e-15)
     loops, entropies = 0.0, []
     for t in range(2):
         for i in range(n):
@@ -56,38 +64,27 @@ def test_cross_entropy_is_its_loops(rows: int, columns: int | None):
                 if terms[t, v]:
                     loops = loops - (p * (student[v, i] @ w.T / 0.1).log_softmax(-1)).sum() / (6 * n)
     assert loss.item() == pytest.approx(loops.item(), rel=1e-12)
-    assert float(entropy) == pytest.approx(np.mean(entropies), rel=1e-12)
-    ours, theirs = (torch.autograd.grad(3 * x, (student, w)) for x in (loss, loops))
+    assert entropy.item() == pytest.approx(np.mean(entropies), rel=1e-12)
+    assert torch.allclose(mean, w_t @ moving, rtol=1e-12)
+    trained = [student, *(p for p in layer.parameters() if p.requires_grad)]
+    assert len(trained) == (2 if unit else 3)
+    ours, theirs = (torch.autograd.grad(3 * x, trained) for x in (loss, loops))
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs, strict=True))
-
-
-@pytest.mark.parametrize("unit", [True, False])
-def test_weight_norm_is_its_formula(unit: bool, monkeypatch):
-    from model import heads
-
-    monkeypatch.setattr(heads._WeightNorm, "ROWS", 3)  # several pieces
-    layer = heads.Prototypes(5, 8, unit).double()
-    layer.weight_g.data.uniform_(0.5, 2.0)
-    probe = torch.randn(8, 5, dtype=torch.float64)
-    trained = [p for p in layer.parameters() if p.requires_grad]
-    ours, plain = layer(), layer.weight_v * (layer.weight_g / layer.weight_v.norm(dim=1, keepdim=True))
-    assert (ours - plain).abs().max() < 1e-15
-    a, b = (torch.autograd.grad(w, trained, probe) for w in (ours, plain))
-    assert len(a) == (1 if unit else 2)
-    assert all((x - y).abs().max() < 1e-14 for x, y in zip(a, b, strict=True))
 
 
 def test_cross_entropy_in_bfloat16():
     """Under autocast the products are bfloat16's, the softmaxes float32's."""
     torch.manual_seed(0)
     student, teacher = (torch.nn.functional.normalize(torch.randn(1, 64, 16), dim=-1) for _ in range(2))
-    w = torch.nn.functional.normalize(torch.randn(50, 16), dim=-1).requires_grad_()
+    layer = Prototypes(16, 50, unit=True)
+    cross_entropy = CrossEntropy(torch.ones(1, 1), 0.1, rows=16)
     both = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss, _ = cross_entropy(student, w, teacher, w.detach(), torch.zeros(50), 0.1, 0.04, torch.ones(1, 1), 16)
+            loss, _, mean = cross_entropy(student, layer, teacher, layer, torch.zeros(50), 0.04, teacher[0].mean(0))
         assert loss.dtype == torch.float32
-        both.append((loss.item(), torch.autograd.grad(loss, w)[0]))
+        assert torch.allclose(mean, layer() @ teacher[0].mean(0), rtol=1e-5)  # a centre is not to be rounded
+        both.append((loss.item(), torch.autograd.grad(loss, layer.weight_v)[0]))
     assert both[1][0] == pytest.approx(both[0][0], rel=1e-2)
     assert (both[1][1] - both[0][1]).norm() < 3e-2 * both[0][1].norm()
 

@@ -12,7 +12,7 @@ from conftest import ORACLE
 from torch import Tensor
 
 from model.dense_dino import STUDENT, TEACHER, DenseDINO
-from model.losses import cross_entropy
+from model.losses import CrossEntropy
 from model.reference import point_embedding, resize_grid
 from model.weights import load_strictly, our_names
 from pipeline.augment import MEAN, STD
@@ -153,11 +153,11 @@ def test_step(mode: str, oracle, oracle_json):
             assert relative(logits[role, t, v], their_logits[view, :, slot]) < 1e-5
 
     # the cross-entropy of every pair that enters a loss
-    center, term = torch.zeros(case["out_dim"]), torch.ones(1, 1)
+    center, cross_entropy = torch.zeros(case["out_dim"]), CrossEntropy(torch.ones(1, 1), 0.1)
 
     def pair_loss(head: str, student: Tensor, teacher: Tensor) -> float:
-        rows, rows_t = (getattr(n, head).last_layer() for n in (model.student, model.teacher))
-        return cross_entropy(student[None], rows, teacher[None], rows_t, center, 0.1, 0.04, term)[0].item()
+        layer, layer_t = (getattr(n, head).last_layer for n in (model.student, model.teacher))
+        return cross_entropy(student[None], layer, teacher[None], layer_t, center, 0.04, teacher.mean(0))[0].item()
 
     for t, v in [(0, 1), (1, 0)]:
         loss = pair_loss("cls_head", spheres["student"][v], spheres["teacher"][t])

@@ -78,7 +78,8 @@ def child(args: argparse.Namespace) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
-    config = config_of(args.arch, args.method, args.compile)
+    compiled = args.form == "ours" and not args.eager and not parallel.can_compile(device)
+    config = config_of(args.arch, args.method, compiled)
     model, schedules, batch = prepared(config, args.batch, device, dtype if args.form == "ours" else torch.float32)
     if args.form == "literal":
         literal = Literal(model, schedules, config.optim.clip)
@@ -90,7 +91,7 @@ def child(args: argparse.Namespace) -> None:
             parallel.reuse_memory()
         optimizer = Optimizer(model.student, schedules, config.optim.clip, split_positions=config.points > 0)
         processes = parallel.Processes(0, 1, device, dtype)
-        if args.compile:
+        if compiled:
             parallel.compile_parts(model.parts(), device)
 
         def step(i: int) -> None:
@@ -117,7 +118,7 @@ def child(args: argparse.Namespace) -> None:
         torch.cuda.max_memory_allocated() / 2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     )
     name = torch.cuda.get_device_name() if gpu else cpu_name()
-    print(json.dumps({"times": times[args.warmup :], "peak": peak, "device": name}))
+    print(json.dumps({"times": times[args.warmup :], "peak": peak, "device": name, "compiled": compiled}))
 
 
 def _all_tokens(see: Any, images: Any, points: Any, patches_too: bool) -> Any:
@@ -218,14 +219,15 @@ def bench(args: argparse.Namespace) -> None:
     ]
     found: dict[tuple[str, ...], list[float]] = {c: [] for c in combinations}
     peaks: dict[tuple[str, ...], float] = {}
+    compiled: dict[tuple[str, ...], bool] = {}
     device = ""
 
     def add(c: tuple[str, ...], told: dict[str, Any]) -> None:
         nonlocal device
         found[c] += told["times"]
-        peaks[c], device = max(peaks.get(c, 0), told["peak"]), told["device"]
+        peaks[c], compiled[c], device = max(peaks.get(c, 0), told["peak"]), told["compiled"], told["device"]
 
-    settings = {"batch": args.batch, "compile": args.compile}
+    settings = {"batch": args.batch, "eager": args.eager}
     if args.times and args.times.is_file():
         for line in args.times.read_text().splitlines():
             before = json.loads(line)
@@ -235,7 +237,7 @@ def bench(args: argparse.Namespace) -> None:
         for c in combinations:
             words = [f"--{k}={v}" for k, v in zip(("arch", "method", "form", "dtype"), c, strict=True)]
             words += [f"--batch={args.batch}", f"--steps={args.steps}", f"--warmup={args.warmup}"]
-            words += ["--compile"] if args.compile and c[2] == "ours" else []
+            words += ["--eager"] if args.eager else []
             command = [sys.executable, "-m", "tools.benchmark_step", "--child", *words]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -256,7 +258,7 @@ def bench(args: argparse.Namespace) -> None:
         row["ratio_to_literal"] = (
             round(statistics.median(literal) / statistics.median(found[c]), 3) if literal else None
         )  # fmt: skip
-        rows.append(row | {"compile": args.compile and form == "ours", "device": device})
+        rows.append(row | {"compile": compiled[c], "device": device})
     table = Table(title=f"one step, batch {args.batch}, 4 views of 224, K 65,536, {device}")
     names = ("arch", "method", "form", "dtype", "img_per_s", "ratio_to_literal", "peak_memory_mb")
     for name in names:
@@ -278,10 +280,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", choices=choices, help="only this one")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2, help="timed in each process")
-    # the memory that a step frees is still cleared by the kernel in the second one (docs/benchmarks.md)
-    parser.add_argument("--warmup", type=int, default=2)
+    # the first step compiles; what memory it frees is still cleared by the kernel in the second (docs/benchmarks.md)
+    parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3, help="processes for each combination, taking turns")
-    parser.add_argument("--compile", action="store_true", help="ours compiled")
+    parser.add_argument("--eager", action="store_true", help="ours not compiled (it is, where a compiler is found)")
     parser.add_argument(
         "--times",
         type=Path,
