@@ -240,6 +240,26 @@ def test_the_literal_form_agrees():
         assert row["ours"] == pytest.approx(row["literal"], rel=1e-5)
 
 
+def test_the_rows_of_the_step(tmp_path):
+    """A row for each combination, its faster batch; what is counted and what is asked of the device beside it."""
+    out, few = tmp_path / "rows.jsonl", "--arch=vit_tiny --method=dino --dtype=float32 --rounds=1 --steps=1 --warmup=0"
+    run_program("-m", "tools.benchmark_step", *few.split(), "--eager", "--batch", "1", "2", f"--out={out}")
+    rows = {row["form"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert set(rows) == {"literal", "ours"}
+    for row in rows.values():
+        assert row["what"] == "step"
+        assert row["batch"] in (1, 2)
+        assert row["compile"] is False
+        assert row["peak_memory_mb"] > 0
+        assert row["tflops"] / row["img_per_s"] == pytest.approx(
+            rows["ours"]["tflops"] / rows["ours"]["img_per_s"], rel=0.05
+        )
+        assert row["of_matmul_percent"] == pytest.approx(100 * row["tflops"] / row["matmul_tflops"], rel=0.05)
+    ratio = rows["ours"]["img_per_s"] / rows["literal"]["img_per_s"]
+    assert rows["ours"]["ratio_to_literal"] == pytest.approx(ratio, rel=0.01)
+    assert rows["literal"]["ratio_to_literal"] == 1
+
+
 def test_the_cost_is_that_of_the_products():
     """One image's matrix products, written out for a network of two blocks without points; points and memory beside it."""
     width, patch, size, hidden, bottleneck, k = 16, 8, 16, 24, 12, 20

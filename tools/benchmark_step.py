@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def child(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     compiled = args.form == "ours" and not args.eager and not parallel.can_compile(device)
     config = config_of(args.arch, args.method, compiled)
-    model, schedules, batch = prepared(config, args.batch, device, dtype if args.form == "ours" else torch.float32)
+    model, schedules, batch = prepared(config, args.batch[0], device, dtype if args.form == "ours" else torch.float32)
     if args.form == "literal":
         literal = Literal(model, schedules, config.optim.clip)
 
@@ -89,6 +91,8 @@ def child(args: argparse.Namespace) -> None:
     else:
         if device.type == "cpu":
             parallel.reuse_memory()
+        else:
+            torch.set_float32_matmul_precision("high")  # as parallel.start does
         optimizer = Optimizer(model.student, schedules, config.optim.clip, split_positions=config.points > 0)
         processes = parallel.Processes(0, 1, device, dtype)
         if compiled:
@@ -106,6 +110,8 @@ def child(args: argparse.Namespace) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
+    gpu = device.type == "cuda"
+    told: dict[str, Any] = {"compile": compiled, "device": torch.cuda.get_device_name() if gpu else cpu_name()}
     times = []
     for i in range(args.warmup + args.steps):
         wait()
@@ -113,12 +119,47 @@ def child(args: argparse.Namespace) -> None:
         step(i)
         wait()
         times.append(time.perf_counter() - begun)
-    gpu = device.type == "cuda"
+        if gpu and i == args.warmup - 1:
+            told["host_waits"] = host_waits(lambda: step(args.warmup + args.steps))
     peak = (
         torch.cuda.max_memory_allocated() / 2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     )
-    name = torch.cuda.get_device_name() if gpu else cpu_name()
-    print(json.dumps({"times": times[args.warmup :], "peak": peak, "device": name, "compiled": compiled}))
+    print(json.dumps(told | {"times": times[args.warmup :], "peak": peak}))
+
+
+def host_waits(step: Callable[[], None]) -> int:
+    """How often the host waits for the GPU within a step."""
+    import torch
+
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in seen)
+
+
+def matmul_child(args: argparse.Namespace) -> None:
+    """One process: TFLOP/s of a large square matrix product, as the trainer would run it, and the maker's figure."""
+    import torch
+
+    from runtime import parallel
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
+    dtype, side = getattr(torch, args.dtype), 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
+    times = []
+    for _ in range(12):
+        begun = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begun) / 4)
+    stated = parallel.peak_flops(device, dtype)
+    tflops = 2 * side**3 / statistics.median(times[2:]) / 1e12
+    print(json.dumps({"matmul_tflops": tflops, "stated_tflops": stated and stated / 1e12}))
 
 
 def _all_tokens(see: Any, images: Any, points: Any, patches_too: bool) -> Any:
@@ -135,8 +176,8 @@ def head_child(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_of("vit_small", "densedino", False)
     config.model.arch, config.model.width, config.model.depth, config.model.heads = "custom", 384, 0, 6
-    model, schedules, batch = prepared(config, args.batch, device, torch.float32)
-    batch.views = [torch.zeros(4, args.batch, 3, 16, 16, device=device)]  # the backbone costs next to nothing here
+    model, schedules, batch = prepared(config, args.batch[0], device, torch.float32)
+    batch.views = [torch.zeros(4, args.batch[0], 3, 16, 16, device=device)]  # the backbone costs next to nothing here
     if args.form == "ours":
         parallel.reuse_memory()
         for network in (model.student, model.teacher):  # there is no last block that could leave the patches out
@@ -158,24 +199,13 @@ def bench_head(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for form in FORMS:
         peaks = []
-        for batch in (1, args.batch):
-            command = [
-                sys.executable,
-                "-m",
-                "tools.benchmark_step",
-                "--head-child",
-                f"--form={form}",
-                f"--batch={batch}",
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise Mistake(f"{form}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
-            peaks.append(json.loads(done.stdout.splitlines()[-1])["peak"])
-        row = {"what": "head", "form": form, "batch": args.batch, "peak_memory_mb": round(peaks[1] - peaks[0])}
+        for batch in (1, args.batch[0]):
+            peaks.append(ask("--head-child", f"--form={form}", f"--batch={batch}")["peak"])
+        row = {"what": "head", "form": form, "batch": args.batch[0], "peak_memory_mb": round(peaks[1] - peaks[0])}
         row |= {"process_mb": [round(p) for p in peaks]}
         rows.append(row | {"device": cpu_name()})
     table = Table(
-        title=f"heads and losses alone, batch {args.batch}, 4 views, M 4, K 65,536: peak memory above batch 1's"
+        title=f"heads and losses alone, batch {args.batch[0]}, 4 views, M 4, K 65,536: peak memory above batch 1's"
     )
     for name in ("form", "peak memory mb", "whole process at batch 1, at this one"):
         table.add_column(name)
@@ -198,8 +228,8 @@ def check(args: argparse.Namespace) -> None:
         chosen.model.drop_path = 0.0
         return chosen
 
-    a, schedules, batch = prepared(config(), args.batch, device, torch.float32)
-    b, _, _ = prepared(config(), args.batch, device, torch.float32)
+    a, schedules, batch = prepared(config(), args.batch[0], device, torch.float32)
+    b, _, _ = prepared(config(), args.batch[0], device, torch.float32)
     literal, optimizer = Literal(a, schedules, 3.0), Optimizer(b.student, schedules, 3.0, split_positions=b.points > 0)
     for i in range(5):
         theirs = literal.step(batch, i, torch.float32)
@@ -211,66 +241,95 @@ def check(args: argparse.Namespace) -> None:
         print(json.dumps({"step": i, "literal": theirs, "ours": log["loss"].item()}))
 
 
+def ask(*words: str) -> dict[str, Any]:
+    """What a process of this program tells. Raises Mistake with its last line where it ends otherwise."""
+    command = [sys.executable, "-m", "tools.benchmark_step", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Mistake(f"{' '.join(words)}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def count(arch: str, method: str) -> int:
+    """FLOP of an image, forward and backward, as ours needs them."""
+    from model.dense_dino import DenseDINO, count_cost
+
+    config = config_of(arch, method, compile=False)
+    return count_cost(DenseDINO(config), config).flops
+
+
 def bench(args: argparse.Namespace) -> None:
     combinations = [
         c
         for c in itertools.product(ARCHS, METHODS, FORMS, DTYPES)
         if all(w in (None, have) for w, have in zip((args.arch, args.method, args.form, args.dtype), c, strict=True))
     ]
-    found: dict[tuple[str, ...], list[float]] = {c: [] for c in combinations}
-    peaks: dict[tuple[str, ...], float] = {}
-    compiled: dict[tuple[str, ...], bool] = {}
-    device = ""
-
-    def add(c: tuple[str, ...], told: dict[str, Any]) -> None:
-        nonlocal device
-        found[c] += told["times"]
-        peaks[c], compiled[c], device = max(peaks.get(c, 0), told["peak"]), told["compiled"], told["device"]
-
-    settings = {"batch": args.batch, "eager": args.eager}
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # what processes told of each combination and batch
+    settings = {"eager": args.eager}
     if args.times and args.times.is_file():
         for line in args.times.read_text().splitlines():
             before = json.loads(line)
-            if tuple(before["combination"]) in found and settings == before["settings"]:
-                add(tuple(before["combination"]), before)
-    for n in range(args.rounds):
-        for c in combinations:
-            words = [f"--{k}={v}" for k, v in zip(("arch", "method", "form", "dtype"), c, strict=True)]
-            words += [f"--batch={args.batch}", f"--steps={args.steps}", f"--warmup={args.warmup}"]
-            words += ["--eager"] if args.eager else []
-            command = [sys.executable, "-m", "tools.benchmark_step", "--child", *words]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise Mistake(f"{' '.join(c)}: {done.stderr.strip().splitlines()[-1]}")
-            told = json.loads(done.stdout.splitlines()[-1])
-            add(c, told)
-            if args.times:
-                append_jsonl(args.times, {"combination": c, "settings": settings, **told})
-            print(f"round {n + 1}/{args.rounds} {' '.join(c):<38} {statistics.median(told['times']):.3f} s", flush=True)
-    rows: list[dict[str, Any]] = []
-    for c in combinations:
-        arch, method, form, dtype = c
-        if not found[c]:
+            if settings == before["settings"]:
+                found.setdefault(tuple(before["combination"]), []).append(before)
+    flops = {(arch, method): count(arch, method) for arch, method, *_ in combinations}
+    matmul = {dtype: ask("--matmul-child", f"--dtype={dtype}") for dtype in sorted({c[3] for c in combinations})}
+    too_large = set()
+    for n, c, batch in itertools.product(range(args.rounds), combinations, args.batch):
+        if (c, batch) in too_large:
             continue
-        literal = found.get((arch, method, "literal", dtype))
-        row = {"what": "step", "arch": arch, "method": method, "form": form, "dtype": dtype, "batch": args.batch}
-        row |= spread("img_per_s", [args.batch / t for t in found[c]]) | {"peak_memory_mb": round(peaks[c])}
-        row["ratio_to_literal"] = (
-            round(statistics.median(literal) / statistics.median(found[c]), 3) if literal else None
-        )  # fmt: skip
-        rows.append(row | {"compile": compiled[c], "device": device})
-    table = Table(title=f"one step, batch {args.batch}, 4 views of 224, K 65,536, {device}")
-    names = ("arch", "method", "form", "dtype", "img_per_s", "ratio_to_literal", "peak_memory_mb")
+        words = [f"--{k}={v}" for k, v in zip(("arch", "method", "form", "dtype"), c, strict=True)]
+        words += [f"--batch={batch}", f"--steps={args.steps}", f"--warmup={args.warmup}"]
+        words += ["--eager"] if args.eager else []
+        try:
+            told = ask("--child", *words)
+        except Mistake as mistake:
+            if "memory" not in str(mistake) or len(args.batch) == 1:
+                raise
+            too_large.add((c, batch))
+            print(f"{' '.join(c)}, batch {batch}: too large for the device", flush=True)
+            continue
+        found.setdefault((*c, batch), []).append(told)
+        if args.times:
+            append_jsonl(args.times, {"combination": (*c, batch), "settings": settings, **told})
+        print(
+            f"round {n + 1}/{args.rounds} {' '.join(c):<38} {batch:>4} {statistics.median(told['times']):.3f} s",
+            flush=True,
+        )
+    rows: list[dict[str, Any]] = []
+    for c in combinations:  # of each, the batch that gives most images a second
+        speeds = {b: [b / t for told in found[*c, b] for t in told["times"]] for b in args.batch if (*c, b) in found}
+        if not speeds:
+            continue
+        batch = max(speeds, key=lambda b: statistics.median(speeds[b]))
+        processes = found[*c, batch]
+        row: dict[str, Any] = dict(
+            zip(("what", "arch", "method", "form", "dtype", "batch"), ("step", *c, batch), strict=True)
+        )
+        row |= spread("img_per_s", speeds[batch]) | {"peak_memory_mb": round(max(t["peak"] for t in processes))}
+        tflops, most = flops[c[:2]] * row["img_per_s"] / 1e12, matmul[c[3]]
+        row |= {"tflops": round(tflops, 3), "of_matmul_percent": round(100 * tflops / most["matmul_tflops"], 1)}
+        row |= {"matmul_tflops": round(most["matmul_tflops"], 3)}
+        if most["stated_tflops"]:
+            row["of_stated_percent"] = round(100 * tflops / most["stated_tflops"], 1)
+        rows.append(row | {k: v for k, v in processes[-1].items() if k in ("compile", "device", "host_waits")})
+    of = {tuple(row[k] for k in ("arch", "method", "form", "dtype")): row for row in rows}
+    for (arch, method, _, dtype), row in of.items():
+        literal = of.get((arch, method, "literal", dtype))
+        row["ratio_to_literal"] = round(row["img_per_s"] / literal["img_per_s"], 3) if literal else None
+    names = ["arch", "method", "form", "dtype", "batch", "img_per_s", "ratio_to_literal", "peak_memory_mb", "tflops"]
+    names += [n for n in ("of_matmul_percent", "of_stated_percent", "host_waits") if any(n in row for row in rows)]
+    table = Table(title=f"one step, 4 views of 224, K 65,536, {rows[0]['device'] if rows else ''}")
     for name in names:
         table.add_column(name.replace("_", " "), justify="left" if name in names[:4] else "right")
     for row in rows:
-        table.add_row(*(str(row[name]) for name in names))
+        table.add_row(*(str(row.get(name, "")) for name in names))
     finish(table, rows, args.out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--matmul-child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--head-child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--head", action="store_true", help="peak memory of heads and losses alone (--batch 128)")
     parser.add_argument(
@@ -278,7 +337,9 @@ def main() -> None:
     )
     for name, choices in (("arch", ARCHS), ("method", METHODS), ("form", FORMS), ("dtype", DTYPES)):
         parser.add_argument(f"--{name}", choices=choices, help="only this one")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[8], help="images; of several, a row is of the fastest one"
+    )
     parser.add_argument("--steps", type=int, default=2, help="timed in each process")
     # the first step compiles; what memory it frees is still cleared by the kernel in the second (docs/benchmarks.md)
     parser.add_argument("--warmup", type=int, default=3)
@@ -295,6 +356,8 @@ def main() -> None:
         check(args)
     elif args.child:
         child(args)
+    elif args.matmul_child:
+        matmul_child(args)
     elif args.head_child:
         head_child(args)
     elif args.head:
