@@ -124,7 +124,8 @@ class _CrossEntropy(torch.autograd.Function):
         return loss, entropy, mean_logits
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad = grads[0]  # the loss's
         d_student, d_v, d_g = ctx.saved_tensors  # in place: autograd refuses a second pass
         return None, grad * d_student, d_v.mul_(grad), grad * d_g, *[None] * 6
 

@@ -271,7 +271,7 @@ def bench(args: argparse.Namespace) -> None:
             before = json.loads(line)
             if settings == before["settings"]:
                 found.setdefault(tuple(before["combination"]), []).append(before)
-    flops = {(arch, method): count(arch, method) for arch, method, *_ in combinations}
+    flops = {c: count(*c) for c in sorted({c[:2] for c in combinations})}
     matmul = {dtype: ask("--matmul-child", f"--dtype={dtype}") for dtype in sorted({c[3] for c in combinations})}
     too_large = set()
     for n, c, batch in itertools.product(range(args.rounds), combinations, args.batch):
