@@ -73,9 +73,9 @@ class DenseDINO(nn.Module):
         terms = torch.zeros(TEACHERS, self.views)
         for t, v in self.cls_pairs:
             terms[t, v] = 1
-        self.cls_loss = CrossEntropy(terms, self.loss.student_temperature)
+        self.cls_loss = CrossEntropy(terms, self.loss.student_temperature, self.alpha)
         # each pair has its own points: one "view" on either side, and every one of the P*B*M points a term
-        self.reference_loss = CrossEntropy(torch.ones(1, 1), self.loss.student_temperature)
+        self.reference_loss = CrossEntropy(torch.ones(1, 1), self.loss.student_temperature, 1 - self.alpha)
         self.published_center_pairs = [(t, v) for t in range(TEACHERS) for v in range(TEACHERS)]
 
     def parts(self) -> list[nn.Module]:
@@ -101,15 +101,14 @@ class DenseDINO(nn.Module):
 
         cls, tokens = self._see(student, batch, STUDENT)
         log, means = {}, []
-        log["cls_loss"], log["teacher_entropy"], mean = self.cls_loss(
+        log["loss"], log["cls_loss"], log["teacher_entropy"], mean = self.cls_loss(
             student.cls_head(cls), student.cls_head.last_layer, cls_t, teacher.cls_head.last_layer, self.cls_center,
             teacher_temperature, _mean(cls_t),
         )  # fmt: skip
         means.append(mean)
-        log["loss"] = self.alpha * log["cls_loss"]
         if self.points:
             points = student.point_head(self._stacked(tokens, self.reference_pairs))
-            log["reference_loss"], _, mean = self.reference_loss(
+            loss, log["reference_loss"], _, mean = self.reference_loss(
                 points.flatten(0, 2)[None], student.point_head.last_layer, points_t.flatten(0, 2)[None],
                 teacher.point_head.last_layer, self.cls_center if self.shared_head else self.reference_center,
                 teacher_temperature, _mean(moving_points),
@@ -118,7 +117,7 @@ class DenseDINO(nn.Module):
             if self.shared_head:  # one centre: the mean over all tokens of its head
                 n = [z.shape[:-1].numel() for z in (cls_t, moving_points)]
                 means = [(n[0] * means[0] + n[1] * means[1]) / sum(n)]
-            log["loss"] = log["loss"] + (1 - self.alpha) * log["reference_loss"]
+            log["loss"] = log["loss"] + loss
         return log, means
 
     def _see(self, network: Network, batch: Batch, role: int) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:

@@ -15,26 +15,30 @@ from model.heads import Prototypes
 class CrossEntropy(nn.Module):
     """Eq. 2 or eq. 3 as a mean over its terms, without ever holding all logits.
 
-    terms [T,V]: 1 where (t, v) is a term of the loss, else 0. rows: things at a time; columns: prototypes at a time
-    (default: as many as stay in a CPU's cache, all on a GPU).
+    terms [T,V]: 1 where (t, v) is a term of the loss, else 0. weight: what it counts in the total (eq. 4). rows: things at
+    a time; columns: prototypes at a time (default: as many as stay in a CPU's cache, all on a GPU).
     """
 
     terms: Tensor
 
-    def __init__(self, terms: Tensor, student_temperature: float, rows: int = 256, columns: int | None = None):
+    def __init__(
+        self, terms: Tensor, student_temperature: float, weight: float = 1.0, rows: int = 256,
+        columns: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.register_buffer("terms", terms, persistent=False)
-        self.student_temperature, self.rows, self.columns = student_temperature, rows, columns
-        self.exponentials, self.difference, self.through_the_norm = Exponentials(), Difference(), ThroughTheNorm()
+        self.student_temperature, self.weight = student_temperature, weight
+        self.rows, self.columns = rows, columns
+        self.read, self.exponentials, self.gradients = Read(), Exponentials(), Gradients()
 
     def parts(self) -> list[nn.Module]:
-        """What lies between the matrix products: many passes over memory, unless they are compiled into a few."""
-        return [self.exponentials, self.difference, self.through_the_norm]
+        """What is done with some prototypes: many passes over memory, unless they are compiled into a few."""
+        return [self.read, self.exponentials, self.gradients]
 
     def forward(
         self, student: Tensor, prototypes: Prototypes, teacher: Tensor, teacher_prototypes: Prototypes, center: Tensor,
         teacher_temperature: Tensor | float, moving: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """student [V,n,d], teacher [T,n,d]: unit vectors of the same n things in each view; center [K]; moving [d]: the mean
         of the unit vectors whose logits move the centre.
 
@@ -42,8 +46,8 @@ class CrossEntropy(nn.Module):
                 p = softmax((teacher[t,i] @ teacher_prototypes().T - center) / teacher_temperature)
                 loss += -sum_k p[k] * log_softmax(student[v,i] @ prototypes().T / student_temperature)[k] / (terms.sum() * n)
 
-        Returns (loss, mean entropy of p in nats, teacher_prototypes() @ moving [K]); the gradient reaches student and
-        prototypes.
+        Returns (weight * loss, whose gradient reaches student and prototypes; loss; mean entropy of p in nats;
+        teacher_prototypes() @ moving [K]).
         """
         return _CrossEntropy.apply(
             self, student, prototypes.weight_v, prototypes.weight_g, teacher, teacher_prototypes.weight_v,
@@ -71,28 +75,25 @@ class _CrossEntropy(torch.autograd.Function):
             v, g, tau_s, terms = v.detach(), g.detach(), how.student_temperature, how.terms.to(exact)
             of_each = terms.sum(0).unsqueeze(-1)  # [V,1] terms of each student view
             n = student.shape[1]
-            scale = 1 / (tau_s * terms.sum() * n)
+            scale = how.weight / (tau_s * terms.sum() * n)
             shifts = (center / tau_t).to(exact).neg().view(-1, 1, 1).split(columns)
-            some: list[tuple[_Some, _Some]] = []  # prototypes of student and teacher
-            means: list[Tensor] = []  # of the teacher's logits
+            some: list[tuple[Any, ...]] = []  # what Read gives of some prototypes
             d_student, d_v, d_g = (torch.empty_like(t) for t in (student, v, g))
             loss, entropy = torch.zeros(2, dtype=exact, device=v.device).unbind()
             for at in range(0, n, how.rows):
+                first, last = at == 0, at + how.rows >= n
                 z, z_t = student[:, at : at + how.rows], teacher[:, at : at + how.rows]  # [V,r,d], [T,r,d]
-                of_s, of_t = z.shape[:2], z_t.shape[:2]
-                z_t, z_s = ((x / tau).to(dtype).flatten(0, 1) for x, tau in ((z_t, tau_t), (z, tau_s)))
-                z = z.to(dtype).flatten(0, 1)
+                z_t, z_s, z = ((x / tau).to(dtype) for x, tau in ((z_t, tau_t), (z, tau_s), (z, 1)))
                 kept, found = [], []
                 for i, shift in enumerate(shifts):
-                    if at == 0:  # not before: what the norms have read is still in the cache
+                    if first:  # not before: what is read is still in the cache
                         k = slice(i * columns, (i + 1) * columns)
-                        some.append((_Some(v[k], g[k], dtype), _Some(v_t[k], g_t[k], dtype)))
-                        means.append(some[i][1].gain.flatten() * (v_t[k] @ moving))
-                    mine, theirs = some[i]
-                    t = torch.mm(theirs.w, z_t.T).unflatten(1, of_t)  # [k,T,r]
-                    s = torch.mm(mine.w, z_s.T).unflatten(1, of_s)  # [k,V,r]
-                    e_t, e_s, *sums = how.exponentials(t, s, shift, theirs.gain, mine.gain, terms)
+                        some.append(how.read(v[k], g[k], v_t[k], g_t[k], moving, dtype))
+                    w, _, gain, w_t, gain_t, _ = some[i]
+                    e_t, e_s, *sums = how.exponentials(z_t, z_s, w_t, w, gain_t, gain, shift, terms)
                     kept.append((e_t, e_s))
+                    if first and last:  # v is read once more anyway, and w made of it anew: keeping it costs more
+                        some[i] = (None, *some[i][1:3], None, None, some[i][-1])
                     found.append(sums)
                 most_t, sum_t, with_t, with_s, most_s, sum_s = (
                     torch.stack(parts) for parts in zip(*found, strict=True)
@@ -104,85 +105,98 @@ class _CrossEntropy(torch.autograd.Function):
                 loss += (of_each * norm_s).sum() - (part_t * with_s).sum()
                 part_t, part_s = part_t * scale, part_s * of_each * scale
                 d_z = torch.zeros(z.shape, dtype=exact, device=v.device)
-                for (mine, _), exps, of_p, of_q, d_v_k, d_g_k in zip(
-                    some, kept, part_t, part_s, d_v.split(columns), d_g.split(columns), strict=True
+                for (w, norm, gain, *_), exps, of_p, of_q, v_k, d_v_k, d_g_k in zip(
+                    some, kept, part_t, part_s, *(t.split(columns) for t in (v, d_v, d_g)), strict=True
                 ):
-                    d = how.difference(*exps, of_p, of_q, terms).flatten(1)
-                    d_z += d.T @ mine.w
-                    if dtype == d_v.dtype:
-                        d_v_k.addmm_(d, z, beta=0 if at == 0 else 1)
-                    else:
-                        gradient = d @ z
-                        d_v_k.copy_(gradient if at == 0 else d_v_k + gradient)
-                    if at + how.rows >= n:
-                        how.through_the_norm(d_v_k, d_g_k, mine.v, mine.norm, mine.gain)
-                d_student[:, at : at + how.rows] = d_z.unflatten(0, of_s)
+                    how.gradients(*exps, of_p, of_q, terms, z, w, v_k, norm, gain, d_z, d_v_k, d_g_k, first, last)
+                d_student[:, at : at + how.rows] = d_z
         ctx.save_for_backward(d_student, d_v, d_g)
         loss, entropy = loss / (terms.sum() * n), entropy / (teacher.shape[0] * n)
-        mean_logits = torch.cat(means)
-        ctx.mark_non_differentiable(entropy, mean_logits)
-        return loss, entropy, mean_logits
+        mean_logits = torch.cat([parts[-1] for parts in some]).squeeze(1)
+        ctx.mark_non_differentiable(loss, entropy, mean_logits)
+        return how.weight * loss, loss, entropy, mean_logits
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad = grads[0]  # the loss's
+        grad = grads[0]
         d_student, d_v, d_g = ctx.saved_tensors  # in place: autograd refuses a second pass
-        return None, grad * d_student, d_v.mul_(grad), grad * d_g, *[None] * 6
+        # a step asks for 1; looking costs nothing on a CPU, where a number is there to be seen (no fake tensor's)
+        if type(grad) is not Tensor or grad.device.type != "cpu" or grad != 1:
+            d_student, d_v, d_g = (t.mul_(grad) for t in (d_student, d_v, d_g))
+        return None, d_student, d_v, d_g, *[None] * 6
 
 
-class _Some:
-    """Some prototypes g v / |v| of a network, never made: products are with v, and g / |v| is a gain of their rows."""
+class Read(nn.Module):
+    """One reading of some prototypes g v / |v| of both networks. They are never made: products are with v, and g / |v| is
+    a gain of their rows."""
 
-    def __init__(self, v: Tensor, g: Tensor, dtype: torch.dtype):
-        self.v, self.w = v, v.to(dtype)  # [k,d]
-        self.norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)  # [k,1]
-        self.gain = (g / self.norm).unsqueeze(-1)  # [k,1,1]
+    def forward(
+        self, v: Tensor, g: Tensor, v_t: Tensor, g_t: Tensor, moving: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        """v, v_t [k,d], g, g_t [k,1], student's and teacher's; moving [d].
+
+        Returns v in the dtype of the products, |v| and the gain [k,1]; the teacher's v and gain; its logits of moving [k,1].
+        """
+        norm, norm_t = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (v, v_t))
+        gain, gain_t = g / norm, g_t / norm_t
+        return v.to(dtype), norm, gain, v_t.to(dtype), gain_t, gain_t * (v_t * moving).sum(1, keepdim=True)
 
 
 class Exponentials(nn.Module):
-    """From products to exponentials of logits, and their sums over some prototypes."""
+    """From some prototypes to exponentials of logits, and their sums."""
 
     def forward(
-        self, t: Tensor, s: Tensor, shift: Tensor, gain_t: Tensor, gain: Tensor, terms: Tensor
-    ) -> tuple[Tensor, ...]:
-        """t [k,T,r], s [k,V,r]: products with v, over their temperatures; gain_t, gain [k,1,1] make logits of them; shift
+        self, z_t: Tensor, z_s: Tensor, w_t: Tensor, w: Tensor, gain_t: Tensor, gain: Tensor, shift: Tensor,
+        terms: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """z_t [T,r,d], z_s [V,r,d]: over their temperatures; w_t, w [k,d], gain_t, gain [k,1]: what Read gave; shift
         [k,1,1]: minus the centre, over the temperature.
 
-        Returns exp(t - most_t) and exp(s - most_s), each times the student's gain (so the gradient wants them), in the dtype
-        of the products; then [T,r] each: most_t, and the sums of exp(t - most_t), of t exp(t - most_t) and of the term's s
-        exp(t - most_t); [V,r] each: most_s, and the sum of exp(s - most_s).
+        Returns exp(t - most_t) [k,T,r] and exp(s - most_s) [k,V,r] of the logits t and s, each times the student's gain (so
+        the gradient wants them), in the dtype of the products; then [T,r] each: most_t, and the sums of exp(t - most_t), of
+        t exp(t - most_t) and of the term's s exp(t - most_t); [V,r] each: most_s, and the sum of exp(s - most_s).
         """
-        dtype = t.dtype
-        t, s = torch.addcmul(shift, t, gain_t), s * gain
+        gain = gain.unsqueeze(-1)
+        t = torch.mm(w_t, z_t.flatten(0, 1).T).unflatten(1, z_t.shape[:2])
+        s = torch.mm(w, z_s.flatten(0, 1).T).unflatten(1, z_s.shape[:2])
+        t, s = torch.addcmul(shift, t, gain_t.unsqueeze(-1)), s * gain
         most_t, most_s = t.amax(0), s.amax(0)
         e_t = (t - most_t).exp_()
         mixed = s if terms.numel() == 1 else torch.einsum("tv,kvr->ktr", terms, s)
         sums_t = e_t.sum(0), t.mul_(e_t).sum(0), torch.mul(mixed, e_t, out=t).sum(0)
         e_s = s.sub_(most_s).exp_()
         sum_s = e_s.sum(0)
-        e_t, e_s = (torch.mul(e, gain, out=torch.empty_like(e, dtype=dtype)) for e in (e_t, e_s))
+        e_t, e_s = (torch.mul(e, gain, out=torch.empty_like(e, dtype=w.dtype)) for e in (e_t, e_s))
         return e_t, e_s, most_t, *sums_t, most_s, sum_s
 
 
-class Difference(nn.Module):
-    """The gradient of the logits, sum_t terms * (q - p), times the student's gain."""
+class Gradients(nn.Module):
+    """From exponentials of logits to the gradients of the student's side."""
 
-    def forward(self, e_t: Tensor, e_s: Tensor, part_t: Tensor, part_s: Tensor, terms: Tensor) -> Tensor:
+    def forward(
+        self, e_t: Tensor, e_s: Tensor, part_t: Tensor, part_s: Tensor, terms: Tensor, z: Tensor, w: Tensor | None,
+        v: Tensor, norm: Tensor, gain: Tensor, d_z: Tensor, d_v: Tensor, d_g: Tensor, first: bool, last: bool,
+    ) -> None:  # fmt: skip
         """e_t [k,T,r], e_s [k,V,r]: what Exponentials gave; part_t [T,r], part_s [V,r]: what makes them probabilities, and
-        weighs them -> [k,V,r]."""
-        d = e_s * part_s
+        weighs them; z [V,r,d]; w (None: is made anew), v [k,d], norm, gain [k,1]: some prototypes.
+
+        Adds to d_z [V,r,d] and, unless these are the first things, to d_v [k,d]. After the last ones d_v, until then gain
+        times the gradient of the prototypes, becomes that of v, and d_g [k,1] is written: the weight norm's backward pass
+        (Salimans & Kingma 2016, eq. 3).
+        """
+        d = e_s * part_s  # the gradient of the logits, sum_t terms * (q - p), times the student's gain
         if terms.numel() == 1:  # nothing to mix: each point has one teacher
             d = d.addcmul_(e_t, part_t, value=-1)
         else:
             d -= torch.einsum("tv,ktr->kvr", terms, e_t * part_t)
-        return d.to(e_s.dtype)
-
-
-class ThroughTheNorm(nn.Module):
-    """The weight norm's backward pass (Salimans & Kingma 2016, eq. 3), in place."""
-
-    def forward(self, d: Tensor, d_g: Tensor, v: Tensor, norm: Tensor, gain: Tensor) -> None:
-        """d [k,d]: gain times the gradient of the prototypes, becomes that of v; d_g [k,1] is written. norm [k,1] of v."""
-        along = (d * v).sum(1, keepdim=True) / norm
-        d_g.copy_(along / gain.squeeze(-1))
-        d.addcmul_(v, along / norm, value=-1)
+        d = d.to(e_s.dtype).flatten(1)
+        w = v.to(d.dtype) if w is None else w
+        d_z += (d.T @ w).view_as(d_z)
+        of_v = (d @ z.flatten(0, 1)).to(d_v.dtype)
+        if not first:
+            of_v = of_v + d_v
+        if last:
+            along = (of_v * v).sum(1, keepdim=True) / norm
+            d_g.copy_(along / gain)
+            of_v = of_v.addcmul(v, along / norm, value=-1)
+        d_v.copy_(of_v)

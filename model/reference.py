@@ -90,13 +90,15 @@ def attend(image: Heads, references: list[Heads], mode: str) -> list[Tensor]:
     if mode == "all_query":
         cls = attention(q[:, :, :1], k, v)
         read = torch.cat([cls, attention(q[:, :, 1:], patch_k, patch_v)], 2) if q.shape[2] > 1 else cls
+    elif mode == "patches+self" and runs and _is_plain(q):
+        return _in_one_product(q, k, v, runs)
     else:
         read = attention(q, k, v)
     if mode == "patches+cls":
         return [read, *(attention(a[0], k_run, v_run) for a, k_run, v_run in runs)]
     if mode == "patches":
         return [read, *(attention(a[0], k_run[:, :, 1:], v_run[:, :, 1:]) for a, k_run, v_run in runs)]
-    return [read, *(_patches_and_self(*run) for run in runs)]
+    return [read, *(_patches_and_self(a[0][:, :, :0], a, k_run, v_run) for a, k_run, v_run in runs)]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -105,12 +107,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Measured beforehand, never at start-up (docs/benchmarks.md, "Attention's form"): the fused form everywhere, but on a
     CPU in bfloat16, where the plain one takes 0.4 of its time.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+    if not _is_plain(q):
         return F.scaled_dot_product_attention(q, k, v)
-    n, heads, asked, d = q.shape
-    q, k, v = (t.reshape(n * heads, t.shape[2], d) for t in (q, k, v))
-    scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=d**-0.5)
-    return torch.bmm(scores.softmax(-1), v).view(n, heads, asked, d)
+    return _weighted(_scores(q, k).softmax(-1), v)
+
+
+def _is_plain(q: Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T / sqrt(d), [n,H,a,d] x [n,H,b,d] -> [n,H,a,b]."""
+    nothing, scale = q.new_zeros(1, 1, 1), q.shape[-1] ** -0.5
+    scores = torch.baddbmm(nothing, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=scale)
+    return scores.unflatten(0, q.shape[:2])
+
+
+def _weighted(weights: Tensor, v: Tensor) -> Tensor:
+    """[n,H,a,b] x [n,H,b,d] -> [n,H,a,d]."""
+    return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, v.shape[:2])
 
 
 def _in_runs(k: Tensor, v: Tensor, references: list[Heads]) -> list[tuple[Tensor, ...]]:
@@ -132,14 +147,33 @@ def _all_to_all(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Ten
     return [torch.cat(images), *others]
 
 
-def _patches_and_self(asking: Heads, k: Tensor, v: Tensor) -> Tensor:
-    """Tokens with q, k, v [n,H,R,d] attend to the patches and to themselves: a few rows of plain attention.
+def _in_one_product(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Tensor]:
+    """attend's patches+self where attention is plain: what an image's own tokens and its reference tokens ask are rows of
+    one product, instead of two small products of their own beside it (docs/benchmarks.md, "The references' attention")."""
+    images, others, first = [], [], 0
+    for asking, k_run, v_run in runs:
+        of_image = q[first : first + len(k_run)]
+        first += len(k_run)
+        read = _patches_and_self(of_image, asking, k_run, v_run)
+        images.append(read[:, :, : q.shape[2]])
+        others.append(read[:, :, q.shape[2] :])
+    if first < len(q):
+        images.append(attention(q[first:], k[first:], v[first:]))
+    return [torch.cat(images), *others]
+
+
+def _patches_and_self(of_image: Tensor, asking: Heads, k: Tensor, v: Tensor) -> Tensor:
+    """Plain attention of a few tokens with q, k, v [n,H,R,d] to the patches and to themselves.
 
     k, v [n,H,1+N,d] are the image's whole, as its own attention takes them: in the place of [CLS], which is not seen,
-    stand a token's own key and value.
+    stand a token's own key and value. of_image [n,H,a,d], a may be 0: queries that go along and attend to all of k.
+    Returns what these and those read [n,H,a+R,d].
     """
     q, own_k, own_v = asking
-    q = q * q.shape[-1] ** -0.5
-    to_self = (q * own_k).sum(-1, keepdim=True)  # [n,H,R,1]
-    weights = torch.cat([to_self, (q @ k.transpose(-2, -1))[..., 1:]], -1).softmax(-1)  # [n,H,R,1+N]
-    return F.pad(weights[..., 1:], (1, 0)) @ v + weights[..., :1] * own_v
+    parts = [of_image.shape[2], q.shape[2]]
+    many, few = _scores(torch.cat([of_image, q], 2), k).split(parts, 2)
+    to_self = (q * own_k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5  # [n,H,R,1]
+    few = torch.cat([to_self, few[..., 1:]], -1).softmax(-1)
+    weights = torch.cat([many.softmax(-1), F.pad(few[..., 1:], (1, 0))], 2)
+    read, of_patches = _weighted(weights, v).split(parts, 2)
+    return torch.cat([read, of_patches + few[..., :1] * own_v], 2)

@@ -50,9 +50,8 @@ def test_cross_entropy_is_its_loops(rows: int, columns: int | None, unit: bool):
         gains.data.uniform_(0.5, 2.0)
     center, moving = torch.randn(k, dtype=torch.float64), torch.randn(d, dtype=torch.float64)
     terms = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1]])
-    loss, entropy, mean = CrossEntropy(terms, 0.1, rows, columns)(
-        student, layer, teacher, layer_t, center, 0.05, moving
-    )
+    cross_entropy = CrossEntropy(terms, 0.1, 0.7, rows, columns)
+    weighted, loss, entropy, mean = cross_entropy(student, layer, teacher, layer_t, center, 0.05, moving)
     w, w_t = (p.weight_g * p.weight_v / p.weight_v.norm(dim=1, keepdim=True) for p in (layer, layer_t))
     assert torch.allclose(layer(), w, rtol=1e-15)
     loops, entropies = 0.0, []
@@ -68,8 +67,12 @@ def test_cross_entropy_is_its_loops(rows: int, columns: int | None, unit: bool):
     assert torch.allclose(mean, w_t @ moving, rtol=1e-12)
     trained = [student, *(p for p in layer.parameters() if p.requires_grad)]
     assert len(trained) == (2 if unit else 3)
-    ours, theirs = (torch.autograd.grad(3 * x, trained) for x in (loss, loops))
-    assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs, strict=True))
+    assert weighted.item() == pytest.approx(0.7 * loops.item(), rel=1e-12)
+    theirs = torch.autograd.grad(0.7 * loops, trained)
+    for factor in (1, 3):  # a step asks for 1, a piece of an accumulated one for less
+        weighted = cross_entropy(student, layer, teacher, layer_t, center, 0.05, moving)[0]
+        ours = torch.autograd.grad(factor * weighted, trained)
+        assert all((a - factor * b).abs().max() < 1e-12 for a, b in zip(ours, theirs, strict=True))
 
 
 def test_cross_entropy_in_bfloat16():
@@ -81,10 +84,12 @@ def test_cross_entropy_in_bfloat16():
     both = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss, _, mean = cross_entropy(student, layer, teacher, layer, torch.zeros(50), 0.04, teacher[0].mean(0))
+            weighted, loss, _, mean = cross_entropy(
+                student, layer, teacher, layer, torch.zeros(50), 0.04, teacher[0].mean(0)
+            )
         assert loss.dtype == torch.float32
         assert torch.allclose(mean, layer() @ teacher[0].mean(0), rtol=1e-5)  # a centre is not to be rounded
-        both.append((loss.item(), torch.autograd.grad(loss, layer.weight_v)[0]))
+        both.append((loss.item(), torch.autograd.grad(weighted, layer.weight_v)[0]))
     assert both[1][0] == pytest.approx(both[0][0], rel=1e-2)
     assert (both[1][1] - both[0][1]).norm() < 3e-2 * both[0][1].norm()
 

@@ -92,6 +92,13 @@ def check_updated(ours: dict[str, Tensor], theirs: dict[str, Tensor], lr: float,
 
 
 @needs_oracle
+def divide_as_published(model: DenseDINO) -> tuple[float, float]:
+    """Published code divides a loss by the number of its terms + 1e-5: what that leaves of both, now and in the total."""
+    shares = 2 / (2 + 1e-5), 6 / (6 + 1e-5)
+    model.cls_loss.weight, model.reference_loss.weight = (0.5 * share for share in shares)
+    return shares
+
+
 @pytest.mark.parametrize("mode", CASES)
 def test_step(mode: str, oracle, oracle_json):
     """Three optimiser steps of DenseDINO: everything the published code computes, in its order."""
@@ -168,15 +175,15 @@ def test_step(mode: str, oracle, oracle_json):
 
     # three steps: losses, gradients, clipping, AdamW, teacher, centres
     optimizer = Optimizer(model.student, schedules_of(steps), case.get("clip", 3.0), split_positions=True)
+    of_ours, _ = model(batch, 0.04)
+    assert torch.isclose(of_ours["loss"], 0.5 * (of_ours["cls_loss"] + of_ours["reference_loss"]), rtol=1e-6)
+    shares = divide_as_published(model)
     for i, step in enumerate(steps):
         log, means = model(batch, 0.04)
-        # the published code divides by the number of terms + 1e-5
-        cls, reference = log["cls_loss"] * 2 / (2 + 1e-5), log["reference_loss"] * 6 / (6 + 1e-5)
-        published = 0.5 * cls + 0.5 * reference
-        assert torch.isclose(log["loss"], 0.5 * (log["cls_loss"] + log["reference_loss"]), rtol=1e-6)
-        for ours, name in ((cls, "global_loss"), (reference, "ref_loss"), (published, "loss")):
+        cls, reference = (log[name] * share for name, share in zip(("cls_loss", "reference_loss"), shares, strict=True))
+        for ours, name in ((cls, "global_loss"), (reference, "ref_loss"), (log["loss"], "loss")):
             assert name not in step or ours.item() == pytest.approx(step[name], rel=1e-5), name
-        published.backward()
+        log["loss"].backward()
         if i == 0:
             theirs = our_names({n[5:]: g for n, g in want.items() if n.startswith("grad.")})
             ours = {n: p.grad for n, p in model.student.named_parameters() if p.requires_grad}
@@ -212,12 +219,12 @@ def test_losses_in_float64(mode: str, oracle, oracle_json):
     model, batch = loaded(config, tensors).double(), batch_of(tensors)
     batch.views = [batch.views[0].double()]
     optimizer = Optimizer(model.student, schedules_of(steps), 3.0, split_positions=True)
+    shares = divide_as_published(model)
     for i, step in enumerate(steps):
         log, means = model(batch, 0.04)
-        cls, reference = log["cls_loss"] * 2 / (2 + 1e-5), log["reference_loss"] * 6 / (6 + 1e-5)
-        assert cls.item() == pytest.approx(step["global_loss"], rel=1e-9)
-        assert reference.item() == pytest.approx(step["ref_loss"], rel=1e-9)
-        (0.5 * cls + 0.5 * reference).backward()
+        assert log["cls_loss"].item() * shares[0] == pytest.approx(step["global_loss"], rel=1e-9)
+        assert log["reference_loss"].item() * shares[1] == pytest.approx(step["ref_loss"], rel=1e-9)
+        log["loss"].backward()
         optimizer.step(i)
         model.update_teacher(step["m"])
         model.update_centers(means)
