@@ -139,7 +139,7 @@ class Read(nn.Module):
         """
         norm, norm_t = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (v, v_t))
         gain, gain_t = g / norm, g_t / norm_t
-        return v.to(dtype), norm, gain, v_t.to(dtype), gain_t, gain_t * (v_t * moving).sum(1, keepdim=True)
+        return v.to(dtype), norm, gain, v_t.to(dtype), gain_t, gain_t * (v_t @ moving).unsqueeze(1)
 
 
 class Exponentials(nn.Module):
@@ -198,5 +198,5 @@ class Gradients(nn.Module):
         if last:
             along = (of_v * v).sum(1, keepdim=True) / norm
             d_g.copy_(along / gain)
-            of_v = of_v.addcmul(v, along / norm, value=-1)
+            of_v.addcmul_(v, along / norm, value=-1)
         d_v.copy_(of_v)

@@ -418,7 +418,10 @@ def spread(name: str, values: list[float]) -> dict[str, Any]:
 
 
 def finish(table: Table, rows: list[dict[str, Any]], out: Path | None) -> None:
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file has no width that a table would have to be cut for
+        console.width = 160
+    console.print(table)
     told = {"versions": versions(), "date": date.today().isoformat()}
     for row in rows if out else []:
         append_jsonl(out, row | told)  # type: ignore[arg-type]
