@@ -31,9 +31,8 @@ def literal_mask(patches: int, references: int, mode: str) -> Tensor:
 @pytest.mark.parametrize("references", [0, 1, 7])
 @pytest.mark.parametrize("form", ["fused", "plain"])
 def test_equal_to_the_mask(mode: str, references: int, form: str, monkeypatch):
-    monkeypatch.setattr(
-        "model.reference._is_plain", lambda q: form == "plain"
-    )  # bfloat16 on a CPU is too coarse to tell
+    # the plain form is bfloat16's, which is too coarse to tell
+    monkeypatch.setattr("model.reference._is_plain", lambda q: form == "plain")
     torch.manual_seed(0)
     patches = 9
     q, k, v = torch.randn(3, 4, 3, 1 + patches + references, 8, dtype=torch.float64).requires_grad_().unbind(0)
