@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from model.heads import Prototypes
 
+GROUP = 64  # prototypes whose logits stay in a CPU core's own cache from one pass over them to the next
+
 
 class CrossEntropy(nn.Module):
     """Eq. 2 or eq. 3 as a mean over its terms, without ever holding all logits.
@@ -59,8 +61,8 @@ class _CrossEntropy(torch.autograd.Function):
     """Some rows at a time: logits, both softmaxes, the loss, and at once the gradient of the student's side, which is
     (sum_t terms * q - sum_t terms * p) / tau_s. So logits live for a moment, and backward has nothing left to compute.
 
-    Within some rows, some prototypes at a time, twice: first the logits, their exponentials (against the largest of the
-    block) and the sums that loss and entropy need, then, with the sums over all K known, the gradient. So each exponential
+    Within some rows, some prototypes at a time, twice: first the logits, their exponentials (against the largest of a
+    group) and the sums that loss and entropy need, then, with the sums over all K known, the gradient. So each exponential
     is computed once, and what lies between two products is a few megabytes, and stays in a CPU's cache. Prototypes stand
     in rows, [K,r]: a CPU's product takes half as long again the other way round (docs/benchmarks.md).
     """
@@ -78,7 +80,9 @@ class _CrossEntropy(torch.autograd.Function):
             scale = how.weight / (tau_s * terms.sum() * n)
             shifts = (center / tau_t).to(exact).neg().view(-1, 1, 1).split(columns)
             some: list[tuple[Any, ...]] = []  # what Read gives of some prototypes
-            d_student, d_v, d_g = (torch.empty_like(t) for t in (student, v, g))
+            d_student, d_v = torch.empty_like(student), torch.empty_like(v)
+            d_g = torch.empty_like(g) if ctx.needs_input_grad[3] else None
+            parts_of_d_g = [None] * len(shifts) if d_g is None else d_g.split(columns)
             loss, entropy = torch.zeros(2, dtype=exact, device=v.device).unbind()
             for at in range(0, n, how.rows):
                 first, last = at == 0, at + how.rows >= n
@@ -95,19 +99,19 @@ class _CrossEntropy(torch.autograd.Function):
                     if first and last:  # v is read once more anyway, and w made of it anew: keeping it costs more
                         some[i] = (None, *some[i][1:3], None, None, some[i][-1])
                     found.append(sums)
-                most_t, sum_t, with_t, with_s, most_s, sum_s = (
-                    torch.stack(parts) for parts in zip(*found, strict=True)
-                )
-                norm_t = (most_t + sum_t.log()).logsumexp(0)  # [T,r]
+                most_t, sum_t, with_t, with_s, most_s, sum_s = (torch.cat(parts) for parts in zip(*found, strict=True))
+                norm_t = (most_t + sum_t.log()).logsumexp(0)  # [groups,T,r] -> [T,r]
                 norm_s = (most_s + sum_s.log()).logsumexp(0)  # [V,r]
                 part_t, part_s = (most_t - norm_t).exp(), (most_s - norm_s).exp()  # what makes exp(...) probabilities
                 entropy += norm_t.sum() - (part_t * with_t).sum()
                 loss += (of_each * norm_s).sum() - (part_t * with_s).sum()
                 part_t, part_s = part_t * scale, part_s * of_each * scale
                 d_z = torch.zeros(z.shape, dtype=exact, device=v.device)
+                groups = [len(e_t) for e_t, _ in kept]
                 for (w, norm, gain, *_), exps, of_p, of_q, v_k, d_v_k, d_g_k in zip(
-                    some, kept, part_t, part_s, *(t.split(columns) for t in (v, d_v, d_g)), strict=True
-                ):
+                    some, kept, part_t.split(groups), part_s.split(groups), v.split(columns), d_v.split(columns),
+                    parts_of_d_g, strict=True,
+                ):  # fmt: skip
                     how.gradients(*exps, of_p, of_q, terms, z, w, v_k, norm, gain, d_z, d_v_k, d_g_k, first, last)
                 d_student[:, at : at + how.rows] = d_z
         ctx.save_for_backward(d_student, d_v, d_g)
@@ -122,7 +126,7 @@ class _CrossEntropy(torch.autograd.Function):
         d_student, d_v, d_g = ctx.saved_tensors  # in place: autograd refuses a second pass
         # a step asks for 1; looking costs nothing on a CPU, where a number is there to be seen (no fake tensor's)
         if type(grad) is not Tensor or grad.device.type != "cpu" or grad != 1:
-            d_student, d_v, d_g = (t.mul_(grad) for t in (d_student, d_v, d_g))
+            d_student, d_v, d_g = (t if t is None else t.mul_(grad) for t in (d_student, d_v, d_g))
         return None, d_student, d_v, d_g, *[None] * 6
 
 
@@ -152,22 +156,23 @@ class Exponentials(nn.Module):
         """z_t [T,r,d], z_s [V,r,d]: over their temperatures; w_t, w [k,d], gain_t, gain [k,1]: what Read gave; shift
         [k,1,1]: minus the centre, over the temperature.
 
-        Returns exp(t - most_t) [k,T,r] and exp(s - most_s) [k,V,r] of the logits t and s, each times the student's gain (so
-        the gradient wants them), in the dtype of the products; then [T,r] each: most_t, and the sums of exp(t - most_t), of
-        t exp(t - most_t) and of the term's s exp(t - most_t); [V,r] each: most_s, and the sum of exp(s - most_s).
+        The k prototypes stand in c groups. Returns exp(t - most_t) [c,k/c,T,r] and exp(s - most_s) [c,k/c,V,r] of the logits
+        t and s, in the dtype of the products; then [c,T,r] each: most_t, the group's largest t, and the sums of
+        exp(t - most_t), of t exp(t - most_t) and of the term's s exp(t - most_t); [c,V,r] each: most_s, and the sum of
+        exp(s - most_s).
         """
-        gain = gain.unsqueeze(-1)
-        t = torch.mm(w_t, z_t.flatten(0, 1).T).unflatten(1, z_t.shape[:2])
-        s = torch.mm(w, z_s.flatten(0, 1).T).unflatten(1, z_s.shape[:2])
-        t, s = torch.addcmul(shift, t, gain_t.unsqueeze(-1)), s * gain
-        most_t, most_s = t.amax(0), s.amax(0)
-        e_t = (t - most_t).exp_()
-        mixed = s if terms.numel() == 1 else torch.einsum("tv,kvr->ktr", terms, s)
-        sums_t = e_t.sum(0), t.mul_(e_t).sum(0), torch.mul(mixed, e_t, out=t).sum(0)
-        e_s = s.sub_(most_s).exp_()
-        sum_s = e_s.sum(0)
-        e_t, e_s = (torch.mul(e, gain, out=torch.empty_like(e, dtype=w.dtype)) for e in (e_t, e_s))
-        return e_t, e_s, most_t, *sums_t, most_s, sum_s
+        apart = (-1, GROUP if len(w) % GROUP == 0 else len(w))
+        shift, gain, gain_t = (x.view(*apart, 1, 1) for x in (shift, gain, gain_t))
+        t = torch.mm(w_t, z_t.flatten(0, 1).T).view(*apart, *z_t.shape[:2])
+        s = torch.mm(w, z_s.flatten(0, 1).T).view(*apart, *z_s.shape[:2])
+        t, s = torch.addcmul(shift, t, gain_t), s * gain
+        most_t, most_s = t.amax(1), s.amax(1)
+        e_t = (t - most_t.unsqueeze(1)).exp_()
+        mixed = s if terms.numel() == 1 else torch.einsum("tv,ckvr->cktr", terms, s)
+        sums_t = e_t.sum(1), t.mul_(e_t).sum(1), torch.mul(mixed, e_t, out=t).sum(1)
+        e_s = s.sub_(most_s.unsqueeze(1)).exp_()
+        sum_s = e_s.sum(1)
+        return e_t.to(w.dtype), e_s.to(w.dtype), most_t, *sums_t, most_s, sum_s
 
 
 class Gradients(nn.Module):
@@ -175,21 +180,23 @@ class Gradients(nn.Module):
 
     def forward(
         self, e_t: Tensor, e_s: Tensor, part_t: Tensor, part_s: Tensor, terms: Tensor, z: Tensor, w: Tensor | None,
-        v: Tensor, norm: Tensor, gain: Tensor, d_z: Tensor, d_v: Tensor, d_g: Tensor, first: bool, last: bool,
+        v: Tensor, norm: Tensor, gain: Tensor, d_z: Tensor, d_v: Tensor, d_g: Tensor | None,
+        first: bool, last: bool,
     ) -> None:  # fmt: skip
-        """e_t [k,T,r], e_s [k,V,r]: what Exponentials gave; part_t [T,r], part_s [V,r]: what makes them probabilities, and
-        weighs them; z [V,r,d]; w (None: is made anew), v [k,d], norm, gain [k,1]: some prototypes.
+        """e_t [c,k/c,T,r], e_s [c,k/c,V,r]: what Exponentials gave; part_t [c,T,r], part_s [c,V,r]: what makes them
+        probabilities, and weighs them; z [V,r,d]; w (None: is made anew), v [k,d], norm, gain [k,1]: some prototypes.
 
         Adds to d_z [V,r,d] and, unless these are the first things, to d_v [k,d]. After the last ones d_v, until then gain
-        times the gradient of the prototypes, becomes that of v, and d_g [k,1] is written: the weight norm's backward pass
-        (Salimans & Kingma 2016, eq. 3).
+        times the gradient of the prototypes, becomes that of v, and d_g [k,1] (None: not wanted) is written: the weight
+        norm's backward pass (Salimans & Kingma 2016, eq. 3).
         """
-        d = e_s * part_s  # the gradient of the logits, sum_t terms * (q - p), times the student's gain
+        part_t, part_s = part_t.unsqueeze(1), part_s.unsqueeze(1)
+        d = e_s * part_s  # the gradient of the logits, sum_t terms * (q - p)
         if terms.numel() == 1:  # nothing to mix: each point has one teacher
             d = d.addcmul_(e_t, part_t, value=-1)
         else:
-            d -= torch.einsum("tv,ktr->kvr", terms, e_t * part_t)
-        d = d.to(e_s.dtype).flatten(1)
+            d -= torch.einsum("tv,cktr->ckvr", terms, e_t * part_t)
+        d = d.mul_(gain.view(*d.shape[:2], 1, 1)).to(e_s.dtype).flatten(0, 1).flatten(1)
         w = v.to(d.dtype) if w is None else w
         d_z += (d.T @ w).view_as(d_z)
         of_v = (d @ z.flatten(0, 1)).to(d_v.dtype)
@@ -197,6 +204,7 @@ class Gradients(nn.Module):
             of_v = of_v + d_v
         if last:
             along = (of_v * v).sum(1, keepdim=True) / norm
-            d_g.copy_(along / gain)
+            if d_g is not None:
+                d_g.copy_(along / gain)
             of_v.addcmul_(v, along / norm, value=-1)
         d_v.copy_(of_v)

@@ -9,7 +9,7 @@ from conftest import run_program
 
 from model.dense_dino import DenseDINO, count_cost
 from model.heads import Prototypes
-from model.losses import CrossEntropy
+from model.losses import GROUP, CrossEntropy
 from pipeline.batch import Batch, draw
 from runtime.config import Config, Head, Model, Views
 from runtime.schedule import Optimizer, clip_each, make_schedules
@@ -37,12 +37,15 @@ def made(config: Config) -> tuple[DenseDINO, Batch]:
     return model, Batch(0, ids, ids, [torch.randn(4, 3, 3, 16, 16)], **draws.tensors())
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, None), (2, 4), (256, 9)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "k"),
+    [(1, None, 9), (2, 4, 9), (256, 9, 9), (256, None, 3 * GROUP), (2, 2 * GROUP, 2 * GROUP + 5)],
+)
 @pytest.mark.parametrize("unit", [True, False])
-def test_cross_entropy_is_its_loops(rows: int, columns: int | None, unit: bool):
+def test_cross_entropy_is_its_loops(rows: int, columns: int | None, k: int, unit: bool):
     """Value and gradients, through the weight norm, beside the docstring's loops, whole or in pieces, in float64."""
     torch.manual_seed(0)
-    views, n, d, k = 4, 5, 6, 9
+    views, n, d = 4, 5, 6
     student = torch.nn.functional.normalize(torch.randn(views, n, d, dtype=torch.float64), dim=-1).requires_grad_()
     teacher = torch.nn.functional.normalize(torch.randn(2, n, d, dtype=torch.float64), dim=-1)
     layer, layer_t = Prototypes(d, k, unit).double(), Prototypes(d, k, unit).double().requires_grad_(False)
