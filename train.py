@@ -123,6 +123,8 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
         if shards.told_lost:
             screen.say(shards.told_lost)
         screen.say(f"reading through {loader.reader}: {loader.why}")
+        if processes.dtype == torch.bfloat16 and not parallel.has_bfloat16(processes.device):
+            screen.say("bfloat16 is not in this device's hardware: speed.precision=float32 is many times as fast here")
         if note:
             screen.say(note)
         if knn.skipped:

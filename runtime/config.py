@@ -125,7 +125,7 @@ class Optim:
 @dataclass
 class Speed:
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 where the device has it
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on a GPU that has it
     compile: bool = True
     accumulate: int = 1  # a step's images in this many pieces
     recompute: bool = False  # activation checkpointing: less memory, a third more work

@@ -167,8 +167,16 @@ def start(speed: Speed) -> Processes:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     wanted = speed.precision
     if wanted == "auto":
-        wanted = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        wanted = "bfloat16" if device.type == "cuda" and has_bfloat16(device) else "float32"
     return Processes(rank, world, device, getattr(torch, wanted))
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device itself multiplies in bfloat16. Where it does not (a processor without AVX-512, a GPU older than
+    Ampere) torch has a loop for it, which takes many times as long as float32 (docs/benchmarks.md)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def can_compile(device: torch.device) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, run_program
 from safetensors.torch import load_file
 
+from runtime import parallel
 from runtime.checkpoint import newest_whole
 
 
@@ -105,7 +106,10 @@ def test_bfloat16_trains(tiny_config, tmp_path):
     """Autocast: parameters, centres and losses stay float32, and the run goes as in float32."""
     words = ["optim.epochs=1", "optim.warmup=0", "model.drop_path=0"]
     run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'exact'}")
-    run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'half'}", "speed.precision=bfloat16")
+    told = run_program(
+        "train.py", tiny_config, *words, f"run.folder={tmp_path / 'half'}", "speed.precision=bfloat16"
+    ).stdout
+    assert ("not in this device's hardware" in told) != parallel.has_bfloat16(torch.device("cpu"))
     a, b = metrics(tmp_path / "exact"), metrics(tmp_path / "half")
     assert a[0]["loss"] != b[0]["loss"]
     assert b[-1]["loss"] == pytest.approx(a[-1]["loss"], rel=2e-2)

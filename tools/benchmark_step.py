@@ -259,11 +259,19 @@ def count(arch: str, method: str) -> int:
 
 
 def bench(args: argparse.Namespace) -> None:
+    import torch
+
+    from runtime import parallel
+
     combinations = [
         c
         for c in itertools.product(ARCHS, METHODS, FORMS, DTYPES)
         if all(w in (None, have) for w, have in zip((args.arch, args.method, args.form, args.dtype), c, strict=True))
     ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.dtype is None and not parallel.has_bfloat16(device):
+        print("bfloat16 is not in this device's hardware: its rows would take hours, and are left out", flush=True)
+        combinations = [c for c in combinations if c[3] != "bfloat16"]
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # what processes told of each combination and batch
     settings = {"eager": args.eager}
     if args.times and args.times.is_file():
