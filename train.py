@@ -124,7 +124,9 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
             screen.say(shards.told_lost)
         screen.say(f"reading through {loader.reader}: {loader.why}")
         if processes.dtype == torch.bfloat16 and not parallel.has_bfloat16(processes.device):
-            screen.say("bfloat16 is not in this device's hardware: speed.precision=float32 is many times as fast here")
+            screen.say(
+                "bfloat16 is not in this device's hardware, torch's stand-in is slow: use speed.precision=float32"
+            )
         if note:
             screen.say(note)
         if knn.skipped:

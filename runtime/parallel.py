@@ -173,7 +173,7 @@ def start(speed: Speed) -> Processes:
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device itself multiplies in bfloat16. Where it does not (a processor without AVX-512, a GPU older than
-    Ampere) torch has a loop for it, which takes many times as long as float32 (docs/benchmarks.md)."""
+    Ampere) torch has a stand-in; a processor's is slower than float32 many times over (docs/benchmarks.md)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
