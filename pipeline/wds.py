@@ -139,8 +139,7 @@ def read(
         webdataset.split_by_worker,  # worker w of n makes every n-th step; the loader takes them in turn
         webdataset.map(stages.batch, handler=webdataset.reraise_exception),
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(config.speed.workers, cores)  # more would only wait for each other
+    workers = config.speed.workers
     context = None
     if workers:
         # a clean server forks the workers: never a fork of this process with its threads and its CUDA

@@ -130,7 +130,7 @@ class Speed:
     accumulate: int = 1  # a step's images in this many pieces
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     reader: Literal["auto", "dali", "wds"] = "auto"
-    workers: int = 1  # reading processes for each device, at most as many as there are cores; 0: a thread
+    workers: int = 1  # reading processes for each device; 0: a thread
     prefetch: int = 2  # batches ready ahead, for each worker
     threads: int = 4  # of DALI, for each device
     hw_decoder_load: float = 0.65  # share of the photos that a GPU's JPEG engine decodes, where it has one
