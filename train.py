@@ -262,6 +262,8 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
                 f"speed.accumulate={2 * config.speed.accumulate} holds half as many images at a time, speed.recompute=true "
                 "takes less for each (--dry-run estimates both); the newest checkpoint stands"
             ) from error
+        if failed := parallel.compile_failure(error):
+            raise Failure(f"{failed}; the newest checkpoint, if there is one, stands") from error
         gone = watching.silent()
         if not gone:
             raise

@@ -66,13 +66,14 @@ def resize_grid(grid: Tensor, h: int, w: int) -> Tensor:
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v of some tokens, each [n,H,tokens,d]
 
 
-def attend(image: Heads, references: list[Heads], mode: str) -> list[Tensor]:
+def attend(image: Heads, references: list[Heads], mode: str) -> tuple[list[Tensor], list[Tensor]]:
     """Attention of n images' [CLS] and patches (q, k, v [n,H,1+N,d]) and of their reference tokens.
 
     references: q, k, v [n_i,H,R_i,d] for consecutive runs of the images, from the first on; images after the last run have
     no reference tokens.
-    Returns what the image's tokens read [n,H,1+N,d], then what each run's reference tokens read [n_i,H,R_i,d]. The image's
-    q may be [CLS]'s alone [n,H,1,d] (the last block of training, where nobody asks for the patches).
+    Returns what the images' tokens read, all together [n,H,1+N,d] or some images after the others, and what each run's
+    reference tokens read [n_i,H,R_i,d]. The image's q may be [CLS]'s alone [n,H,1,d] (the last block of training, where
+    nobody asks for the patches).
 
     patches+cls    [CLS] and patches attend to each other; reference tokens attend to them, unseen by all (the paper)
     patches        reference tokens attend to the patches only
@@ -85,7 +86,7 @@ def attend(image: Heads, references: list[Heads], mode: str) -> list[Tensor]:
     q, k, v = image
     runs = [(a, k_run, v_run) for a, k_run, v_run in zip(references, *_in_runs(k, v, references), strict=True)]
     if mode == "none":
-        return _all_to_all(q, runs) if runs else [attention(q, k, v)]
+        return _all_to_all(q, runs) if runs else ([attention(q, k, v)], [])
     patch_k, patch_v = k[:, :, 1:], v[:, :, 1:]
     if mode == "all_query":
         cls = attention(q[:, :, :1], k, v)
@@ -95,10 +96,10 @@ def attend(image: Heads, references: list[Heads], mode: str) -> list[Tensor]:
     else:
         read = attention(q, k, v)
     if mode == "patches+cls":
-        return [read, *(attention(a[0], k_run, v_run) for a, k_run, v_run in runs)]
+        return [read], [attention(a[0], k_run, v_run) for a, k_run, v_run in runs]
     if mode == "patches":
-        return [read, *(attention(a[0], k_run[:, :, 1:], v_run[:, :, 1:]) for a, k_run, v_run in runs)]
-    return [read, *(_patches_and_self(a[0][:, :, :0], a, k_run, v_run) for a, k_run, v_run in runs)]
+        return [read], [attention(a[0], k_run[:, :, 1:], v_run[:, :, 1:]) for a, k_run, v_run in runs]
+    return [read], [_patches_and_self(a[0][:, :, :0], a, k_run, v_run)[1] for a, k_run, v_run in runs]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def _in_runs(k: Tensor, v: Tensor, references: list[Heads]) -> list[tuple[Tensor
     return [t[: sum(sizes)].split(sizes) if sizes else () for t in (k, v)]
 
 
-def _all_to_all(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Tensor]:
+def _all_to_all(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     """Image and reference tokens in one attention, run by run."""
     images, others, first = [], [], 0
     for (q_ref, k_ref, v_ref), k_run, v_run in runs:
@@ -144,30 +145,31 @@ def _all_to_all(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Ten
         read = attention(torch.cat([asking, q_ref], 2), keys, values)
         images.append(read[:, :, : asking.shape[2]])
         others.append(read[:, :, asking.shape[2] :])
-    return [torch.cat(images), *others]
+    return images, others
 
 
-def _in_one_product(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Tensor]:
+def _in_one_product(
+    q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
     """attend's patches+self where attention is plain: what an image's own tokens and its reference tokens ask are rows of
     one product, instead of two small products of their own beside it (docs/benchmarks.md, "The references' attention")."""
     images, others, first = [], [], 0
     for asking, k_run, v_run in runs:
-        of_image = q[first : first + len(k_run)]
+        read, of_references = _patches_and_self(q[first : first + len(k_run)], asking, k_run, v_run)
         first += len(k_run)
-        read = _patches_and_self(of_image, asking, k_run, v_run)
-        images.append(read[:, :, : q.shape[2]])
-        others.append(read[:, :, q.shape[2] :])
+        images.append(read)
+        others.append(of_references)
     if first < len(q):
         images.append(attention(q[first:], k[first:], v[first:]))
-    return [torch.cat(images), *others]
+    return images, others
 
 
-def _patches_and_self(of_image: Tensor, asking: Heads, k: Tensor, v: Tensor) -> Tensor:
+def _patches_and_self(of_image: Tensor, asking: Heads, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Plain attention of a few tokens with q, k, v [n,H,R,d] to the patches and to themselves.
 
     k, v [n,H,1+N,d] are the image's whole, as its own attention takes them: in the place of [CLS], which is not seen,
     stand a token's own key and value. of_image [n,H,a,d], a may be 0: queries that go along and attend to all of k.
-    Returns what these and those read [n,H,a+R,d].
+    Returns what those read [n,H,a,d], and these [n,H,R,d].
     """
     q, own_k, own_v = asking
     parts = [of_image.shape[2], q.shape[2]]
@@ -176,4 +178,4 @@ def _patches_and_self(of_image: Tensor, asking: Heads, k: Tensor, v: Tensor) -> 
     few = torch.cat([to_self, few[..., 1:]], -1).softmax(-1)
     weights = torch.cat([many.softmax(-1), F.pad(few[..., 1:], (1, 0))], 2)
     read, of_patches = _weighted(weights, v).split(parts, 2)
-    return torch.cat([read, of_patches + few[..., :1] * own_v], 2)
+    return read, of_patches + few[..., :1] * own_v

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import shutil
 import warnings
@@ -196,6 +197,21 @@ def compile_parts(parts: list[nn.Module], device: torch.device) -> str:
     for part in parts:
         part.compile()
     return "compiling: the first steps take a while"
+
+
+def compile_failure(error: Exception) -> str | None:
+    """What torch.compile stumbled over and what helps, in words; None where the error is another one."""
+    from torch._dynamo.exc import BackendCompilerFailed  # has no public name
+
+    if not isinstance(error, BackendCompilerFailed):
+        return None
+    cause = error.inner_exception
+    lines = str(cause).splitlines() or [""]
+    why = f"{type(cause).__name__}: {next((line for line in lines if 'error:' in line), lines[0])}"
+    helps = "TORCH_LOGS=+dynamo tells more"
+    if cut := re.search(r"(/\S+)/\w+/\S+\.so: (file too short|cannot read file data|invalid ELF header)", why):
+        helps = f"a kill or a full disk cut this file off: remove it, or all of {cut[1]}"
+    return f"torch.compile failed ({why}); {helps}; speed.compile=false trains without it"
 
 
 def distribute(model: nn.Module, processes: Processes) -> nn.Module:

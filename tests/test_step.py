@@ -3,8 +3,10 @@
 import functools
 
 import numpy as np
+import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.exc import CppCompileError
 
 from model.dense_dino import DenseDINO
 from pipeline.batch import Batch, draw
@@ -48,3 +50,30 @@ def test_nothing_is_compiled_after_the_first_steps(monkeypatch):
     assert after[0] > 0
     assert after[2:] == [after[1]] * 7
     assert step(9, images=5) > after[-1]  # another shape is seen: the count can rise
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (
+            ImportError("/tmp/torchinductor_me/ab/abc.main.so: file too short"),
+            "a kill or a full disk cut this file off: remove it, or all of /tmp/torchinductor_me",
+        ),
+        (
+            CppCompileError(["g++", "x.cpp"], "x.cpp:1: fatal error: omp.h: No such file"),
+            "fatal error: omp.h: No such file",
+        ),
+        (ValueError(), "(ValueError: ); TORCH_LOGS=+dynamo tells more"),
+    ],
+)
+def test_what_the_compiler_stumbled_over_is_told(raised: Exception, told: str):
+    def backend(graph, inputs):
+        raise raised
+
+    with pytest.raises(RuntimeError) as failed:
+        torch.compile(torch.nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+    words = parallel.compile_failure(failed.value)
+    assert words is not None
+    assert told in words
+    assert "speed.compile=false trains without it" in words
+    assert parallel.compile_failure(RuntimeError("another")) is None
