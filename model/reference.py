@@ -63,16 +63,16 @@ def resize_grid(grid: Tensor, h: int, w: int) -> Tensor:
     return resized[0].permute(1, 2, 0)
 
 
-Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v of some tokens, each [n,H,tokens,d]
+Heads = tuple[Tensor, ...]  # q, k, v of some tokens, each [n,H,tokens,d]
 
 
-def attend(image: Heads, references: list[Heads], mode: str) -> tuple[list[Tensor], list[Tensor]]:
+def attend(image: Heads, references: list[Heads], mode: str) -> list[Tensor]:
     """Attention of n images' [CLS] and patches (q, k, v [n,H,1+N,d]) and of their reference tokens.
 
     references: q, k, v [n_i,H,R_i,d] for consecutive runs of the images, from the first on; images after the last run have
     no reference tokens.
-    Returns what the images' tokens read, all together [n,H,1+N,d] or some images after the others, and what each run's
-    reference tokens read [n_i,H,R_i,d]. The image's q may be [CLS]'s alone [n,H,1,d] (the last block of training, where
+    Returns what was read: by the images' tokens [n,H,1+N,d], in one piece or some images after the others, then by each
+    run's reference tokens [n_i,H,R_i,d]. The image's q may be [CLS]'s alone [n,H,1,d] (the last block of training, where
     nobody asks for the patches).
 
     patches+cls    [CLS] and patches attend to each other; reference tokens attend to them, unseen by all (the paper)
@@ -86,7 +86,7 @@ def attend(image: Heads, references: list[Heads], mode: str) -> tuple[list[Tenso
     q, k, v = image
     runs = [(a, k_run, v_run) for a, k_run, v_run in zip(references, *_in_runs(k, v, references), strict=True)]
     if mode == "none":
-        return _all_to_all(q, runs) if runs else ([attention(q, k, v)], [])
+        return _all_to_all(q, runs) if runs else [attention(q, k, v)]
     patch_k, patch_v = k[:, :, 1:], v[:, :, 1:]
     if mode == "all_query":
         cls = attention(q[:, :, :1], k, v)
@@ -96,10 +96,10 @@ def attend(image: Heads, references: list[Heads], mode: str) -> tuple[list[Tenso
     else:
         read = attention(q, k, v)
     if mode == "patches+cls":
-        return [read], [attention(a[0], k_run, v_run) for a, k_run, v_run in runs]
+        return [read, *(attention(a[0], k_run, v_run) for a, k_run, v_run in runs)]
     if mode == "patches":
-        return [read], [attention(a[0], k_run[:, :, 1:], v_run[:, :, 1:]) for a, k_run, v_run in runs]
-    return [read], [_patches_and_self(a[0][:, :, :0], a, k_run, v_run)[1] for a, k_run, v_run in runs]
+        return [read, *(attention(a[0], k_run[:, :, 1:], v_run[:, :, 1:]) for a, k_run, v_run in runs)]
+    return [read, *(_patches_and_self(a[0][:, :, :0], a, k_run, v_run)[1] for a, k_run, v_run in runs)]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def _in_runs(k: Tensor, v: Tensor, references: list[Heads]) -> list[tuple[Tensor
     return [t[: sum(sizes)].split(sizes) if sizes else () for t in (k, v)]
 
 
-def _all_to_all(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+def _all_to_all(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Tensor]:
     """Image and reference tokens in one attention, run by run."""
     images, others, first = [], [], 0
     for (q_ref, k_ref, v_ref), k_run, v_run in runs:
@@ -145,12 +145,10 @@ def _all_to_all(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> tuple[li
         read = attention(torch.cat([asking, q_ref], 2), keys, values)
         images.append(read[:, :, : asking.shape[2]])
         others.append(read[:, :, asking.shape[2] :])
-    return images, others
+    return images + others
 
 
-def _in_one_product(
-    q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]
-) -> tuple[list[Tensor], list[Tensor]]:
+def _in_one_product(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Tensor]:
     """attend's patches+self where attention is plain: what an image's own tokens and its reference tokens ask are rows of
     one product, instead of two small products of their own beside it (docs/benchmarks.md, "The references' attention")."""
     images, others, first = [], [], 0
@@ -161,7 +159,7 @@ def _in_one_product(
         others.append(of_references)
     if first < len(q):
         images.append(attention(q[first:], k[first:], v[first:]))
-    return images, others
+    return images + others
 
 
 def _patches_and_self(of_image: Tensor, asking: Heads, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,8 +114,8 @@ class ViT(VisionTransformer):
                 )
                 for q, kv, a, shape in zip(q_parts, kv_parts, asking, shapes, strict=True)
             )
-        of_images, of_references = attend(image, references, self.attention)  # type: ignore[arg-type]
-        flat = torch.cat([t.transpose(1, 2).reshape(-1, width) for t in of_images + of_references])
+        read = attend(image, references, self.attention)
+        flat = torch.cat([t.transpose(1, 2).reshape(-1, width) for t in read])
         x = _add(x, block.attn.proj(flat), block.drop_path1, asking)
         return _add(x, block.mlp(block.norm2(x)), block.drop_path2, asking)
 

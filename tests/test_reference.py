@@ -39,8 +39,9 @@ def test_equal_to_the_mask(mode: str, references: int, form: str, monkeypatch):
     image = tuple(t[:, :, : 1 + patches] for t in (q, k, v))
     # two runs; the last image has no reference tokens
     asking = [tuple(t[run, :, 1 + patches :] for t in (q, k, v)) for run in (slice(0, 2), slice(2, 3))]
-    of_images, read = attend(image, asking if references else [], mode)
-    seen = torch.cat(of_images)
+    asking = asking if references else []
+    every = attend(image, asking, mode)
+    seen, read = torch.cat(every[: len(every) - len(asking)]), every[len(every) - len(asking) :]
     scores = (q @ k.transpose(-2, -1) / 8**0.5).masked_fill(~literal_mask(patches, references, mode), -torch.inf)
     literal = scores.softmax(-1) @ v
     n = 3 if mode == "none" else 4  # there the last image would see the references that it has not
