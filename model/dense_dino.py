@@ -218,6 +218,12 @@ def count_cost(model: DenseDINO, config: Config) -> Cost:
             return t
 
         counter = FlopCounterMode(display=False)
+        for which in "", "_backward":  # torch 2.11 counts a GPU's fused attention, and a CPU's not
+            of_gpu, of_cpu = (
+                getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{device}{which}")
+                for device in ("", "_for_cpu")
+            )
+            counter.flop_registry.setdefault(of_cpu, counter.flop_registry[of_gpu])
         with counter:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
                 log, _ = model(batch, 0.04)

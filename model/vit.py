@@ -76,7 +76,7 @@ class ViT(VisionTransformer):
         # the token's content is its position; always read from the grid itself, whatever the view's size
         references = [point_embedding(grid, p, self.border) for p in runs]  # [n_i,R_i,D]
         # all tokens in one matrix: the image's [n,1+N], then each run's; every linear map is one product
-        x = torch.cat([torch.cat([cls, patches], 1).flatten(0, 1), *(r.flatten(0, 1) for r in references)])
+        x = _in_one([torch.cat([cls, patches], 1).flatten(0, 1), *(r.flatten(0, 1) for r in references)])
         shapes = [(n, 1 + h * w), *((len(r), r.shape[1]) for r in references)]
         of_block = partial(checkpoint, self._block, use_reentrant=False) if self.recompute else self._block
         for block in self.blocks[:-1] if not patches_too else self.blocks:
@@ -115,7 +115,7 @@ class ViT(VisionTransformer):
                 for q, kv, a, shape in zip(q_parts, kv_parts, asking, shapes, strict=True)
             )
         read = attend(image, references, self.attention)
-        flat = torch.cat([t.transpose(1, 2).reshape(-1, width) for t in read])
+        flat = _in_one([t.transpose(1, 2).reshape(-1, width) for t in read])
         x = _add(x, block.attn.proj(flat), block.drop_path1, asking)
         return _add(x, block.mlp(block.norm2(x)), block.drop_path2, asking)
 
@@ -125,10 +125,15 @@ def _parts(x: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:
     return x.split([n * tokens for n, tokens in shapes])
 
 
+def _in_one(parts: list[Tensor]) -> Tensor:
+    """Rows of all parts in one matrix. A single part is one: torch would copy it all the same."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def _without_patches(x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
     """Of all tokens, [CLS] and the reference tokens."""
     image, *references = _parts(x, shapes)
-    return torch.cat([image.view(*shapes[0], -1)[:, 0], *references])
+    return _in_one([image.view(*shapes[0], -1)[:, 0], *references])
 
 
 def _add(x: Tensor, branch: Tensor, drop_path: nn.Module, shapes: list[tuple[int, int]]) -> Tensor:

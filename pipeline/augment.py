@@ -6,7 +6,6 @@ Letters: B images, V views, H x W pixels.
 """
 
 import itertools
-from functools import cache
 
 import numpy as np
 import torch
@@ -51,79 +50,97 @@ def draw_colour(key: NDArray[np.uint64], data: Data, views: list[Views]) -> NDAr
     return np.stack(columns, axis=-1).astype(np.float32)
 
 
-@cache
-def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """ORDERS, MEAN and STD on the device, made once: a copy from the host at every step would make it wait."""
-    mean, std = (torch.tensor(c, device=device).view(1, 3, 1, 1) for c in (MEAN, STD))
-    return torch.tensor(ORDERS, device=device), mean, std
+Planes = tuple[Tensor, ...]  # red, green and blue, each [n,H,W] in [0,1]
 
 
-def _grey(x: Tensor) -> Tensor:
-    """ITU-R 601 luma of [n,3,H,W] -> [n,1,H,W]."""
-    return 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+def _grey(x: Planes) -> Tensor:
+    """ITU-R 601 luma -> [n,H,W]."""
+    return 0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]
 
 
-def _turn_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Hue of [n,3,H,W] in [0,1] turned by `turns` [n,1,1,1] (1: once round), through HSV as Pillow and torchvision do."""
-    r, g, b = x[:, 0:1], x[:, 1:2], x[:, 2:3]
-    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+def _turn_hue(x: Planes, turns: Tensor) -> Planes:
+    """Hue turned by `turns` [n,1,1] (1: once round), through HSV as Pillow and torchvision do."""
+    r, g, b = x
+    value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = value - low
-    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+    safe = torch.where(chroma > 0, chroma, 1.0)
     hue = torch.where(
         value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
     )  # in sixths of a turn
     hue = hue + 6 * turns
 
     def channel(shift: float) -> Tensor:  # one closed form for all six sectors (Smith 1978, as in CSS Color 4)
-        k = torch.remainder(shift + hue, 6)
+        k = shift + hue
+        k = k - 6 * (k / 6).floor()
         return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
-    return torch.cat([channel(5), channel(3), channel(1)], 1)
+    return channel(5), channel(3), channel(1)
 
 
-def _blend(x: Tensor, which: Tensor, draws: Tensor) -> Tensor:
-    """One of brightness (0), contrast (1), saturation (2) for each image; 3 leaves it as it is. x [n,3,H,W], which [n]."""
-    grey = _grey(x)
-    target = torch.where((which == 2).view(-1, 1, 1, 1), grey, torch.zeros_like(grey))
-    mean = grey.mean((1, 2, 3), keepdim=True)
-    target = torch.where((which == 1).view(-1, 1, 1, 1), mean, target)
+def _blend(x: Planes, which: Tensor, draws: Tensor, mean: Tensor) -> Planes:
+    """One of brightness (0), contrast (1), saturation (2) for each image; 3 leaves it as it is. which [n]; mean [n,1,1]: of
+    the grey image, that contrast blends with."""
     factors = torch.cat([draws[:, BRIGHTNESS : SATURATION + 1], torch.ones_like(draws[:, :1])], 1)
-    f = factors.gather(1, which[:, None]).view(-1, 1, 1, 1)
-    return (x * f + target * (1 - f)).clamp(0, 1)
+    f = factors.gather(1, which[:, None]).view(-1, 1, 1)
+    which = which.view(-1, 1, 1)
+    target = torch.where(which == 2, _grey(x), torch.where(which == 1, mean, 0.0)) * (1 - f)
+    return tuple((channel * f + target).clamp(0, 1) for channel in x)
+
+
+def _jitter(x: Planes, order: Tensor, draws: Tensor, stop: Tensor | int, mean: Tensor) -> Planes:
+    """The jitter in each image's order [n,4], up to place `stop` (exclusive). Hue is the one costly operation: it is done
+    once, the three blends before and after it as the order says."""
+    hue_at = (order == 3).long().argmax(1)
+    nothing = torch.full_like(hue_at, 3)
+
+    def blend(x: Planes, place: int, wanted: Tensor) -> Planes:
+        return _blend(x, torch.where(wanted & (place < stop), order[:, place], nothing), draws, mean)
+
+    for place in range(3):
+        x = blend(x, place, place < hue_at)
+    turned = _turn_hue(x, draws[:, HUE].view(-1, 1, 1))
+    reached = (hue_at < stop).view(-1, 1, 1)
+    x = tuple(torch.where(reached, new, old) for new, old in zip(turned, x, strict=True))
+    for place in range(1, 4):
+        x = blend(x, place, place > hue_at)
+    return x
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of [n,3,H,W] with sigma [n] pixels, edges extended; sigma 0: as it is."""
+    """Gaussian blur of a plane [n,H,W] with sigma [n] pixels, edges extended; sigma 0: as it is."""
     offsets = torch.arange(-RADIUS, RADIUS + 1, device=x.device, dtype=x.dtype)
     taps = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-2)[:, None]) ** 2)  # sigma 0 leaves the middle tap alone
-    taps = taps / taps.sum(1, keepdim=True)  # [n, 13]
+    of_each = (taps / taps.sum(1, keepdim=True))[..., None, None].unbind(1)  # 13 of [n,1,1]
     h, w = x.shape[-2:]
     padded = F.pad(x, (RADIUS,) * 4, mode="replicate")
-    rows = sum(padded[..., i : i + h, :] * taps[:, i].view(-1, 1, 1, 1) for i in range(2 * RADIUS + 1))
-    return sum(rows[..., i : i + w] * taps[:, i].view(-1, 1, 1, 1) for i in range(2 * RADIUS + 1))  # type: ignore
+    rows = sum(padded[:, i : i + h] * tap for i, tap in enumerate(of_each))
+    return sum(rows[..., i : i + w] * tap for i, tap in enumerate(of_each))  # type: ignore
 
 
-def apply_colour(views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def apply_colour(
+    views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float32, orders: Tensor | None = None
+) -> Tensor:
     """Views of one size as the network takes them.
 
-    views uint8 [B,V,H,W,3] and draws [B,V,8] on the device -> [V,B,3,H,W], normalised, in `dtype`.
+    views uint8 [B,V,H,W,3] and draws [B,V,8] on the device -> [V,B,3,H,W], normalised, in `dtype`. orders: ORDERS on the
+    device, so that it need not wait at every step for a copy from the host.
     """
     b, v, h, w, _ = views.shape
-    x = views.permute(1, 0, 4, 2, 3).reshape(v * b, 3, h, w).float() / 255
+    red, green, blue = views.transpose(0, 1).reshape(v * b, h, w, 3).unbind(-1)
+    x: Planes = (red / 255, green / 255, blue / 255)
     draws = draws.transpose(0, 1).reshape(v * b, -1)
-    # hue is the one costly operation: it is done once, the three blends before and after it as the order says
-    orders, mean, std = _constants(x.device)
+    orders = torch.tensor(ORDERS, device=views.device) if orders is None else orders
     order = orders[draws[:, ORDER].long()]  # [n,4]
-    hue_at = (order == 3).long().argmax(1)
-    nothing = torch.full_like(hue_at, 3)
-    for place in range(3):
-        x = _blend(x, torch.where(place < hue_at, order[:, place], nothing), draws)
-    x = _turn_hue(x, draws[:, HUE].view(-1, 1, 1, 1))
-    for place in range(1, 4):
-        x = _blend(x, torch.where(place > hue_at, order[:, place], nothing), draws)
-    grey = draws[:, GREY].view(-1, 1, 1, 1)
-    x = torch.where(grey > 0, _grey(x), x)
-    x = _blur(x, draws[:, SIGMA])
-    solarize = draws[:, SOLARIZE].view(-1, 1, 1, 1)
-    x = torch.where((solarize > 0) & (x > 127.5 / 255), 1 - x, x)  # Pillow's 128 and above, between grey levels
-    return ((x - mean) / std).to(dtype).view(v, b, 3, h, w)
+    # Contrast alone asks for the whole image, its mean grey. What comes before it is computed twice, the first time for
+    # that mean: compiled, each time is one reading of the pixels, and nothing in between is written.
+    contrast_at = (order == 1).long().argmax(1)
+    before = _jitter(x, order, draws, contrast_at, torch.zeros_like(draws[:, :1, None]))
+    x = _jitter(x, order, draws, 4, _grey(before).mean((1, 2), keepdim=True))
+    gone, turned = (draws[:, column].view(-1, 1, 1) > 0 for column in (GREY, SOLARIZE))
+    grey = _grey(x)
+    planes = []
+    for channel, mean, std in zip(x, MEAN, STD, strict=True):
+        channel = _blur(torch.where(gone, grey, channel), draws[:, SIGMA])
+        channel = torch.where(turned & (channel > 127.5 / 255), 1 - channel, channel)  # Pillow's 128 and above
+        planes.append(((channel - mean) / std).to(dtype))
+    return torch.stack(planes, 1).view(v, b, 3, h, w)

@@ -1,30 +1,118 @@
-"""The compiled step: after the first steps nothing is compiled again."""
+"""The step as a whole: on a GPU nobody waits for it, and compiled nothing is compiled again after the first steps."""
 
 import functools
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.exc import CppCompileError
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model.dense_dino import DenseDINO
-from pipeline.batch import Batch, draw
+from pipeline import augment, augment_cpu
+from pipeline.batch import Batch, draw, size_groups
+from pipeline.loader import choose_colour
 from runtime import parallel
 from runtime.config import Config, Head, Model, Views
 from runtime.schedule import Optimizer, make_schedules
 
 
-def test_nothing_is_compiled_after_the_first_steps(monkeypatch):
-    """Two sizes of views, runs of views with other numbers of points, drop path, a last layer frozen at first, a
-    non-finite step: graphs are counted, not timed. Traced as on any machine; no compiler is called."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(parallel, "can_compile", lambda device: None)
-    torch._dynamo.reset()
+class Crossings(TorchDispatchMode):
+    """Counts the operations that have tensors of the host and of the device: each waits, or makes the other wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        if len({t.device.type for t in tensors}) > 1:
+            self.seen[str(f)] += 1
+        return out
+
+
+def small_config() -> Config:
+    """Two sizes of views, runs of views with other numbers of points, drop path, a last layer frozen at first."""
     config = Config(model=Model("custom", 8, 16, 2, 2, 0.1), head=Head(24, 12, 20))
     config.data.views = [Views(2, 32, teacher=True), Views(1, 32), Views(2, 16)]
     config.reference.points = 2
     config.optim.freeze_last_layer = 0.6
+    return config
+
+
+@pytest.mark.parametrize("first_step", [0, 9])
+def test_on_a_gpu_the_host_waits_for_nothing(first_step: int, monkeypatch):
+    """Colour, both networks, losses, clipping, AdamW, moving averages, on torch's fake GPU: it knows shapes and devices and
+    has no numbers, so whatever asks for one raises. Autograd's own engine refuses it: of the backward pass there is the
+    losses' part, which is ours."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    config, images, gpu = small_config(), 4, torch.device("cuda", 0)
+    model, schedules = DenseDINO(config), make_schedules(config, 10)
+    crossings = Crossings()
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, device=gpu), p.requires_grad))
+            for name, b in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty(b.shape, device=gpu))
+        optimizer = Optimizer(model.student, schedules, 3.0, split_positions=True)
+        colour, processes = choose_colour(gpu, compile=False), parallel.Processes(0, 1, gpu, torch.bfloat16)
+        draws = torch.empty(images, len(config.views), 8, device=gpu)
+        groups = [(size, group.stop - group.start, draws[:, group]) for size, group in size_groups(config)]
+        pixels = [torch.empty(images, n, size, size, 3, dtype=torch.uint8, device=gpu) for size, n, _ in groups]
+        points, ids = torch.empty(images, 2, len(config.views), 2, 2, 2, device=gpu), torch.empty(images)
+        with crossings:
+            views = [colour(p, d, dtype=torch.bfloat16) for p, (*_, d) in zip(pixels, groups, strict=True)]
+            with processes.autocast():
+                log, means = model(Batch(0, ids, ids, views, ids, points, draws), 0.04)
+            for node, _ in log["loss"].grad_fn.next_functions:
+                node.apply(*(torch.empty((), device=gpu) for _ in range(4)))
+            for p in model.student.parameters():
+                p.grad = torch.empty_like(p) if p.requires_grad else None
+            taken, norm = optimizer.step(first_step, log["loss"].detach().isfinite())
+            model.update_teacher(0.9, taken)
+            model.update_centers(means, taken)
+        results = [taken, norm, *log.values(), *means, *views]
+        assert {(t.device, t.dtype) for t in results} == {(gpu, torch.float32), (gpu, torch.bfloat16)}
+        assert not crossings.seen
+        with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+            norm.item()  # this is how somebody who waits would be noticed
+        with crossings:
+            norm * torch.tensor(2.0)  # and this is how one who copies
+        assert crossings.seen
+
+
+def test_compiled_colour_holds_no_tensor_of_the_host(monkeypatch):
+    """A constant that the compiler finds within the function would be copied to the device at every step."""
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=look))
+    monkeypatch.setattr(augment_cpu, "available", False)
+    views, draws = torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8), torch.ones(1, 2, 8)
+    torch._dynamo.reset()
+    colour = choose_colour(torch.device("cpu"), compile=True)
+    assert torch.allclose(colour(views, draws), augment.apply_colour(views, draws))
+    (graph,) = graphs
+    made = [node for node in graph.graph.nodes if node.op == "get_attr" or node.target is torch.tensor]
+    assert not made
+
+
+def test_nothing_is_compiled_after_the_first_steps(monkeypatch):
+    """With a non-finite step, too: graphs are counted, not timed. Traced as on any machine; no compiler is called."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(parallel, "can_compile", lambda device: None)
+    torch._dynamo.reset()
+    config = small_config()
     torch.manual_seed(0)
     model, schedules = DenseDINO(config), make_schedules(config, 10)
     assert schedules.frozen[5]
