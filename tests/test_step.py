@@ -45,8 +45,8 @@ def small_config() -> Config:
     return config
 
 
-@pytest.mark.parametrize("first_step", [0, 9])
-def test_on_a_gpu_the_host_waits_for_nothing(first_step: int, monkeypatch):
+@pytest.mark.parametrize("at", [0, 9])  # last layers frozen, and not
+def test_on_a_gpu_the_host_waits_for_nothing(at: int, monkeypatch):
     """Colour, both networks, losses, clipping, AdamW, moving averages, on torch's fake GPU: it knows shapes and devices and
     has no numbers, so whatever asks for one raises. Autograd's own engine refuses it: of the backward pass there is the
     losses' part, which is ours."""
@@ -75,7 +75,7 @@ def test_on_a_gpu_the_host_waits_for_nothing(first_step: int, monkeypatch):
                 node.apply(*(torch.empty((), device=gpu) for _ in range(4)))
             for p in model.student.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
-            taken, norm = optimizer.step(first_step, log["loss"].detach().isfinite())
+            taken, norm = optimizer.step(at, log["loss"].detach().isfinite())
             model.update_teacher(0.9, taken)
             model.update_centers(means, taken)
         results = [taken, norm, *log.values(), *means, *views]
