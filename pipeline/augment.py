@@ -6,6 +6,7 @@ Letters: B images, V views, H x W pixels.
 """
 
 import itertools
+from functools import reduce
 
 import numpy as np
 import torch
@@ -106,15 +107,19 @@ def _jitter(x: Planes, order: Tensor, draws: Tensor, stop: Tensor | int, mean: T
     return x
 
 
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of a plane [n,H,W] with sigma [n] pixels, edges extended; sigma 0: as it is."""
-    offsets = torch.arange(-RADIUS, RADIUS + 1, device=x.device, dtype=x.dtype)
-    taps = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-2)[:, None]) ** 2)  # sigma 0 leaves the middle tap alone
-    of_each = (taps / taps.sum(1, keepdim=True))[..., None, None].unbind(1)  # 13 of [n,1,1]
-    h, w = x.shape[-2:]
-    padded = F.pad(x, (RADIUS,) * 4, mode="replicate")
-    rows = sum(padded[:, i : i + h] * tap for i, tap in enumerate(of_each))
-    return sum(rows[..., i : i + w] * tap for i, tap in enumerate(of_each))  # type: ignore
+def _blur(x: Planes, sigma: Tensor) -> Planes:
+    """Gaussian blur with sigma [n] pixels, edges extended; sigma 0: as it is."""
+    offsets = torch.arange(-RADIUS, RADIUS + 1, device=sigma.device, dtype=sigma.dtype)
+    weights = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-2)[:, None]) ** 2)  # sigma 0 leaves the middle tap alone
+    taps = (weights / weights.sum(1, keepdim=True))[..., None, None].unbind(1)  # 13 of [n,1,1]
+
+    def blur(plane: Tensor) -> Tensor:
+        h, w = plane.shape[-2:]
+        padded = F.pad(plane, (RADIUS,) * 4, mode="replicate")
+        rows = reduce(torch.add, (padded[:, i : i + h] * tap for i, tap in enumerate(taps)))
+        return reduce(torch.add, (rows[..., i : i + w] * tap for i, tap in enumerate(taps)))
+
+    return tuple(blur(plane) for plane in x)
 
 
 def apply_colour(
@@ -138,9 +143,9 @@ def apply_colour(
     x = _jitter(x, order, draws, 4, _grey(before).mean((1, 2), keepdim=True))
     gone, turned = (draws[:, column].view(-1, 1, 1) > 0 for column in (GREY, SOLARIZE))
     grey = _grey(x)
+    x = _blur(tuple(torch.where(gone, grey, channel) for channel in x), draws[:, SIGMA])
     planes = []
     for channel, mean, std in zip(x, MEAN, STD, strict=True):
-        channel = _blur(torch.where(gone, grey, channel), draws[:, SIGMA])
         channel = torch.where(turned & (channel > 127.5 / 255), 1 - channel, channel)  # Pillow's 128 and above
         planes.append(((channel - mean) / std).to(dtype))
     return torch.stack(planes, 1).view(v, b, 3, h, w)
