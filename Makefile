@@ -26,11 +26,11 @@ export GOMP_SPINCOUNT ?= 10000
 need = $(if $($(1)),,$(error $(1)=… is missing: $(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup scenes shards verify index pretrain eval export bench test faults check lock clean
+.PHONY: help setup scenes shards verify index pretrain eval export bench test test-slow faults check lock clean
 
 help: ## this list
 	@echo "DenseDINO: photos -> shards -> pretraining -> what it learnt"
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything into .venv (TORCH=cpu: torch for machines without a GPU)
 
@@ -83,7 +83,10 @@ bench: $(READY) $(if $(SHARDS)$(if $(GPUS),,$(filter step plan,$(WHAT))),,scenes
 	@$(PY) -m $(if $(filter step,$(WHAT)),$(if $(GPUS),tools.bench_scale $(GPUS) --config $(CONFIG) $(if $(SHARDS),--shards $(SHARDS)),tools.benchmark_step),tools.benchmark $(WHAT) $(if $(SHARDS),--shards $(SHARDS)) $(if $(filter all leak,$(WHAT)),--config $(CONFIG))) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 test: $(READY) ## all tests, on any machine
-	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+test-slow: $(READY) ## the tests that take minutes (compiled training on two processes)
+	@$(PY) -m pytest -n 2 -m slow $(ARGS)
 
 faults: $(READY) ## all 191 faults of the plan, against the real program (about 15 minutes)
 	@FAULTS=all $(PY) -m pytest tests/faults -n 2 --dist worksteal $(ARGS)

@@ -1,16 +1,21 @@
 """NVIDIA DALI: the plan -> bytes -> decode once -> cut every window -> uint8 views, on a GPU or on the CPU.
 
-Worker processes read the bytes that the plan names (external_source, so that the order is the plan's and a restart is
-exact); the decoder and one region-of-interest resize for each view run on the device; a flip is a region whose ends are
-exchanged. Views leave by DLPack, without a copy on the host.
+Worker processes read the bytes that the plan names and make the draws (external_source, so that the order is the plan's and
+a restart is exact); the decoder and one region-of-interest resize for each view run on the device; a flip is a region whose
+ends are exchanged. Views leave by DLPack, without a copy on the host.
+
+Letters: B images of this rank, V views, T teacher views, M points of a pair.
 """
 
 import multiprocessing
+import re
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import nvidia.dali
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
@@ -19,19 +24,45 @@ from pipeline import wds
 from pipeline.batch import Batch, draw_for, size_groups
 from pipeline.shards import Plan, Shards
 from runtime.config import Config
-from runtime.mistake import Mistake
+from runtime.mistake import Failure, Mistake
+
+OLDEST = "2.2"  # the first DALI whose decoder can leave EXIF's rotation alone (adjust_orientation)
+REFUSALS = 3  # batches in a row that the decoder may refuse before the pipeline is built anew
+
+# What the source adds to the photos and their regions, in this order: fields of a Batch
+ARRAYS = ("step", "ids", "rows", "windows", "view_points", "colour")
+
+# Words of an error for which the machine is to blame and no photo; the numbers are nvImageCodec's, for allocation, execution
+# and CUDA calls that failed
+MACHINE = re.compile(r"cuda|driver|alloc|memory|nvImageCodec failure: '#(5|6|15|20|21)'", re.IGNORECASE)
+
+
+def check_version() -> None:
+    """Raise Mistake where the installed DALI is older than OLDEST."""
+    installed = nvidia.dali.__version__
+    if [int(n) for n in installed.split(".")[:2]] < [int(n) for n in OLDEST.split(".")]:
+        package = f"nvidia-dali-cuda{str(nvidia.dali.__cuda_version__)[:2]}0"
+        raise Mistake(
+            f"speed.reader: dali needs DALI {OLDEST} or later, and {installed} is installed: "
+            f"pip install --upgrade '{package}>={OLDEST}'"
+        )
 
 
 class _Source:
-    """What a reading process gives DALI for iteration i: the bytes and regions of step start + i. Travels by pickling."""
+    """What a reading process gives DALI for iteration i: all of step start + i but the pixels. Travels by pickling."""
 
     def __init__(self, config: Config, shards: Shards, plan: Plan, rank: int, world: int, start: int, stop: int):
         self.config, self.shards, self.plan = config, shards, plan
         self.rank, self.world, self.start, self.stop = rank, world, start, stop
         self.serving = False
 
-    def __call__(self, iteration: int) -> tuple[list[NDArray], list[NDArray], list[NDArray]]:
-        """([bytes], [regions float32 [V,2(start,end),2(y,x)]], [row int64 [1]]) for each image of this rank."""
+    def __call__(self, iteration: int) -> tuple[list[NDArray] | NDArray, ...]:
+        """B photos' bytes, and arrays of which [i] belongs to photo i: regions float32 [B,V,2(start,end),2(y,x)], the step
+        int64 [B], and what else ARRAYS names, as in a Batch. Raises StopIteration after the last step.
+
+        Where the shards are beyond repair, rows are -1 and no photo can be decoded: raised here, a Mistake would be wrapped
+        in a traceback of this process. The trainer meets the same Mistake when it makes the batch itself (`_batches`).
+        """
         if not self.serving and multiprocessing.parent_process() is not None:  # in a reading process, once
             wds.serve_the_trainer()
             self.serving = True
@@ -45,20 +76,22 @@ class _Source:
             for i, sample in enumerate(ids):
                 rows[i], photo = self.plan.sound(self.shards, int(sample), step)
                 photos.append(np.frombuffer(photo, np.uint8))
-        except Mistake:  # told by the main process, which meets it on its own way (see `read`)
+        except Mistake:
             rows[:], photos = -1, [np.zeros(1, np.uint8)] * len(ids)
-        windows = draw_for(self.config, self.shards, self.plan, step, ids, np.maximum(rows, 0)).windows
-        regions = np.ascontiguousarray(windows[..., [1, 0, 3, 2]].reshape(*windows.shape[:2], 2, 2), np.float32)
-        return photos, list(regions), list(rows[:, None])
+        draws = draw_for(self.config, self.shards, self.plan, step, ids, np.maximum(rows, 0))
+        regions = draws.windows[..., [1, 0, 3, 2]].reshape(*draws.windows.shape[:2], 2, 2).astype(np.float32)
+        arrays = regions, np.full_like(ids, step), ids, rows, draws.windows, draws.view_points, draws.colour
+        return photos, *(np.ascontiguousarray(a) for a in arrays)  # DALI takes no strides
 
 
 @pipeline_def
 def _views(source: _Source, device: str, config: Config):
-    """The graph: bytes -> one decoded image -> for each size a stack of views [Vg,S,S,3] uint8; and the rows read."""
-    parallel: dict[str, Any] = (
-        {"parallel": True, "prefetch_queue_depth": config.speed.prefetch} if config.speed.workers else {}
-    )
-    photos, regions, rows = fn.external_source(source, num_outputs=3, batch=True, **parallel)
+    """The graph: bytes -> one decoded image -> for each size a stack of views [Vg,S,S,3] uint8; and the source's arrays."""
+    parallel: dict[str, Any] = {}
+    if config.speed.workers:
+        # A batch is one task. Each process has speed.prefetch of them to do, and DALI takes them in the order of the steps.
+        parallel = {"parallel": True, "prefetch_queue_depth": config.speed.prefetch * config.speed.workers}
+    photos, regions, *arrays = fn.external_source(source, num_outputs=2 + len(ARRAYS), batch=True, **parallel)
     hints = source.shards.manifest.get("photos", {})
     gpu = {}
     if device == "gpu":
@@ -89,7 +122,51 @@ def _views(source: _Source, device: str, config: Config):
             for v in range(group.start, group.stop)
         ]
         out.append(fn.stack(*cut))  # type: ignore[arg-type]
-    return (*out, fn.copy(rows))
+    # Uncopied, the arrays may lie in memory that a reading process writes its next batch into (DALI before 2.3)
+    return (*out, *(fn.copy(a) for a in arrays))
+
+
+class _Pipeline:
+    """The graph at work. Built when a batch is first asked of it, and again after `drop`."""
+
+    def __init__(self, build: Callable[[int], nvidia.dali.Pipeline], device_id: int | None):
+        self._build, self._device_id = build, device_id
+        self._pipe: nvidia.dali.Pipeline | None = None
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step. Raises what DALI raises: RuntimeError or MemoryError.
+
+        After an error DALI calls a pipeline "no longer valid", and yet it runs on. So a pipeline that returns another
+        step's batch is replaced by one that begins at this step.
+        """
+        batch = self._next(step)
+        if batch is None:
+            print(f"step {step}: DALI returned another step's batch; its pipeline is built anew", file=sys.stderr)
+            self.drop()
+            batch = self._next(step)
+        if batch is None:
+            raise RuntimeError(f"step {step}: a new pipeline of DALI returned another step's batch, too")
+        return batch
+
+    def drop(self) -> None:
+        """End the pipeline and its reading processes."""
+        self._pipe = None
+
+    def _next(self, step: int) -> Batch | None:
+        """The next batch, or None where it is not that of `step`."""
+        if self._pipe is None:
+            self._pipe = self._build(step)
+        stream = torch.cuda.current_stream() if self._device_id is not None else None
+        try:
+            outputs: Any = self._pipe.run(stream)
+        except StopIteration:
+            return None
+        views, arrays = outputs[: -len(ARRAYS)], outputs[-len(ARRAYS) :]
+        made = {name: torch.from_numpy(a.as_array()) for name, a in zip(ARRAYS, arrays, strict=True)}  # copies
+        if int(made.pop("step")[0]) != step:
+            return None
+        # No copies: as long as the views are held, DALI does not use their memory again (exec_dynamic)
+        return Batch(step, views=[torch.from_dlpack(v.as_tensor()) for v in views], **made)
 
 
 def read(
@@ -106,43 +183,77 @@ def read(
     """This rank's batches of the global steps start..stop-1, in order; on GPU `device_id`, or (None) on the CPU.
 
     A batch in which DALI's decoder refuses a photo is made once more by the WebDataset reader, whose decoder takes it (some
-    WebP files) or replaces that photo.
+    WebP files) or replaces that photo. Raises Mistake at once where DALI is too old; with a batch, Failure where memory,
+    CUDA, the driver or a reading process fails, and Mistake where no sound sample is left.
     """
-    source = _Source(config, shards, plan, rank, world, start, stop)
-    batch = len(plan.samples_of(start, rank, world)) if start < stop else 1
-    pipe = _views(
-        source,
-        "cpu" if device_id is None else "gpu",
-        config,
-        batch_size=batch,
-        num_threads=config.speed.threads,
-        device_id=device_id,
-        py_num_workers=max(1, config.speed.workers),
-        py_start_method="spawn",
-        prefetch_queue_depth=config.speed.prefetch,
-    )
-    pipe.build()
-    told = False
-    again = wds.Stages(config, shards, plan, rank, world)
+    check_version()
+
+    def build(step: int) -> nvidia.dali.Pipeline:
+        pipe = _views(
+            _Source(config, shards, plan, rank, world, step, stop),
+            "cpu" if device_id is None else "gpu",
+            config,
+            batch_size=len(plan.samples_of(step, rank, world)),
+            num_threads=config.speed.threads,
+            device_id=device_id,
+            py_num_workers=max(1, config.speed.workers),
+            py_start_method="spawn",
+            prefetch_queue_depth=config.speed.prefetch,
+            exec_dynamic=True,
+        )
+        pipe.build()
+        return pipe
+
+    return _batches(_Pipeline(build, device_id), wds.Stages(config, shards, plan, rank, world), start, stop)
+
+
+def _batches(pipeline: _Pipeline, again: wds.Stages, start: int, stop: int) -> Iterator[Batch]:
+    """DALI's batches, and those of `again` where DALI's decoder refuses a photo."""
+    refused, reported = 0, False  # refusals in a row; whether the first was reported
     for step in range(start, stop):
-        stream = torch.cuda.current_stream() if device_id is not None else None
         try:
-            *views, rows = (torch.from_dlpack(out.as_tensor()) for out in pipe.run(stream))
-        except RuntimeError as error:  # the decoder's word on a photo whose bytes are as they were written, or worse
+            batch = pipeline.batch(step)
+            refused = 0
+        except (RuntimeError, MemoryError) as error:
+            why = _reason(error)
+            if failure := _failure(step, why):
+                raise Failure(failure) from error
+            if "decoders.image" not in str(error):
+                raise
             item = again.batch(step)
             if isinstance(item, Mistake):
                 raise item from None
-            if torch.equal(item.ids, item.rows):
-                if "decoders.image" not in str(error):  # no photo was to blame
-                    raise error
-                if not told:
-                    why = " ".join(str(error).partition("encountered:")[2].split())
-                    print(f"step {step}: a photo that only DALI refuses ({why}); its batch, and others like it, come from "
-                          "the WebDataset reader, which is slower", file=sys.stderr)  # fmt: skip
-                told = True
-            yield item
-            continue
-        ids = plan.samples_of(step, rank, world)
-        rows = rows.cpu().flatten()
-        draws = draw_for(config, shards, plan, step, ids, rows.numpy())
-        yield Batch(step, torch.from_numpy(ids), rows.clone(), views, **draws.tensors())
+            batch, refused = item, refused + 1
+            if not reported and torch.equal(batch.ids, batch.rows):  # nothing was replaced: the other decoder takes it
+                print(f"step {step}: a photo that only DALI refuses ({why}); its batch, and others like it, come from "
+                      "the WebDataset reader, which is slower", file=sys.stderr)  # fmt: skip
+                reported = True
+            if refused == REFUSALS:  # not at every third: where a new pipeline refuses as well, it is the photos
+                print(f"step {step}: DALI refused {refused} batches in a row; a new pipeline follows", file=sys.stderr)
+                pipeline.drop()
+        yield batch
+
+
+def _reason(error: BaseException) -> str:
+    """What DALI says went wrong, in one line: less the graph's lines before it and the library's stack behind it, whose
+    paths may hold any word."""
+    text = str(error) or repr(error)
+    text = text.partition("encountered:")[2] or text
+    return " ".join(re.split("Stacktrace|Current pipeline object", text)[0].split())
+
+
+def _failure(step: int, why: str) -> str:
+    """What to say where the machine failed and no photo; empty where it did not."""
+    if MACHINE.search(why):
+        return (
+            f"step {step}: DALI failed, and not because of a photo: {why}; speed.prefetch=1 or a smaller optim.batch take "
+            "less memory, speed.reader=wds reads without DALI"
+        )
+    if "receiving interrupted" in why:
+        room = shutil.disk_usage("/dev/shm").total >> 20
+        return (
+            f"a reading process ended unasked before step {step}: killed (dmesg may say why), or /dev/shm is full, which "
+            f"holds {room:,} MB; fewer speed.workers or a smaller speed.prefetch take less, `docker run --shm-size=…` gives "
+            "more"
+        )
+    return ""

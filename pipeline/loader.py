@@ -40,7 +40,7 @@ def choose_colour(device: torch.device, compile: bool) -> Callable[..., Tensor]:
     """The form of `apply_colour` for a device: on a CPU its own loop where numba is installed, else torch's."""
     if device.type == "cpu" and augment_cpu.available:
         return augment_cpu.apply_colour
-    colour = torch.compile(augment.apply_colour) if compile else augment.apply_colour
+    colour = torch.compile(augment.apply_colour, dynamic=False) if compile else augment.apply_colour
     return partial(colour, orders=torch.tensor(augment.ORDERS, device=device))
 
 

@@ -180,6 +180,11 @@ def has_bfloat16(device: torch.device) -> bool:
     return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+# Shapes of one compiled function: multi-crop needs 12 of what the losses do with some prototypes (tests/test_step.py counts
+# them); torch's own limit of 8 would leave the rest uncompiled with a warning.
+RECOMPILE_LIMIT = 32
+
+
 def can_compile(device: torch.device) -> str | None:
     """None where torch.compile can work, else what is missing."""
     if device.type == "cpu" and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "g++", "clang++")):
@@ -194,8 +199,10 @@ def compile_parts(parts: list[nn.Module], device: torch.device) -> str:
     missing = can_compile(device)
     if missing:
         return f"running eagerly: {missing}; speed.compile: false silences this"
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for part in parts:
-        part.compile()
+        # static shapes: a run has few, and Dynamo's DDP optimizer cannot split a graph with symbolic ones
+        part.compile(dynamic=False)
     return "compiling: the first steps take a while"
 
 

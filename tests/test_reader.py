@@ -4,20 +4,17 @@ import io
 import json
 import multiprocessing
 import shutil
-import tarfile
 import threading
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_program
 from PIL import Image
 
 from pipeline import wds
 from pipeline.batch import Batch, draw
-from pipeline.loader import Loader, choose_reader
+from pipeline.loader import Loader
 from pipeline.shards import Plan, Shards
 from runtime.config import load_config
 from runtime.mistake import Mistake
@@ -26,13 +23,6 @@ from runtime.mistake import Mistake
 @pytest.fixture
 def config(tiny_config):
     return load_config(tiny_config)
-
-
-def choose(wanted: str) -> str | None:
-    try:
-        return choose_reader(wanted, torch.device("cpu"))[0]
-    except Mistake:
-        return None
 
 
 def opened(config):
@@ -214,101 +204,3 @@ def test_bad_folders(tmp_path, config, photos):
     (cut / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Mistake, match="the index holds 96 samples, the manifest 97"):
         Shards(cut, max_lost=None)
-
-
-dali_here = pytest.mark.skipif(choose("dali") is None, reason="DALI is not installed")
-
-
-def dali_batches(config, start=0, stop=7, **ranks) -> list[Batch]:
-    from pipeline import dali
-
-    shards, plan = opened(config)
-    return list(dali.read(config, shards, plan, start=start, stop=stop, **ranks))
-
-
-@dali_here
-@pytest.mark.parametrize("workers", [0, 1])
-def test_dali_reads_the_same(config, workers):
-    """Three epochs: ids, windows, points and colours bit for bit, pixels within 0.5 of 255 in the mean."""
-    stop = 15 if workers == 0 else 4
-    config.speed.workers = 0
-    ours = batches(config, stop=stop)
-    config.speed.workers = workers
-    theirs = dali_batches(config, stop=stop)
-    assert len(theirs) == stop
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.step == b.step
-        for name in ("ids", "rows", "windows", "view_points", "colour"):
-            assert torch.equal(getattr(a, name), getattr(b, name)), name
-        for x, y in zip(a.views, b.views, strict=True):
-            assert x.shape == y.shape
-            assert y.dtype == torch.uint8
-            assert (x.float() - y.float()).abs().mean() < 0.5
-    again = dali_batches(config, start=2, stop=4)
-    assert all(
-        torch.equal(a.ids, b.ids) and torch.equal(a.views[0], b.views[0])
-        for a, b in zip(again, theirs[2:4], strict=True)
-    )
-
-
-@dali_here
-def test_readers_agree_on_damage(config, tmp_path):
-    """5 % damaged photos, one whose bytes are as written but which no decoder takes, and one whose header promises another
-    size than the index: the same rows are read."""
-    shards, _ = opened(config)
-    damaged = list(range(3, 96, 20))
-    folder = Path(with_damage(shards, tmp_path / "damaged", damaged))
-    index = np.load(folder / "index.npy")
-    record = index[50]
-    path = folder / shards.shards[int(record["shard"])]["name"]
-    content = bytearray(path.read_bytes())
-    at, size = int(record["offset"]), int(record["size"])
-    content[at : at + size] = b"not a photo " * (size // 12) + b"." * (size % 12)
-    path.write_bytes(content)
-    index["crc32"][50] = zlib.crc32(bytes(content[at : at + size]))
-    index["height"][70] += 1  # its header says something else
-    np.save(folder / "index.npy", index)
-    config.data.shards = str(folder)
-    read: set[int] = set()
-    for a, b in zip(batches(config, stop=15), dali_batches(config, stop=15), strict=True):
-        assert torch.equal(a.ids, b.ids)
-        assert torch.equal(a.rows, b.rows)
-        assert torch.equal(a.windows, b.windows)
-        assert len(b.views[0]) == 16
-        read |= set(b.rows.tolist())
-    assert not read & {*damaged, 50, 70}
-
-
-@dali_here
-def test_a_photo_that_only_dali_refuses(config, photos, tmp_path, capfd):
-    """A lossless WebP with EXIF: the WebDataset reader makes its batches, and all of them are what that one makes."""
-    mixed = tmp_path / "mixed"
-    mixed.mkdir()
-    with tarfile.open(mixed / "a.tar", "w") as tar:
-        for n, path in enumerate(sorted(photos.rglob("*.jpg"))[:40]):
-            content, kind = path.read_bytes(), "jpg"
-            if n == 7:
-                exif, webp = Image.Exif(), io.BytesIO()
-                exif[0x0131] = "a camera"
-                Image.open(path).convert("RGB").save(webp, "WEBP", lossless=True, exif=exif)
-                content, kind = webp.getvalue(), "webp"
-            member = tarfile.TarInfo(f"{n:03d}.{kind}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    run_program("-m", "tools.make_shards", "index", mixed)
-    config.data.shards, config.data.holdout = str(mixed), 0.0
-    ours, theirs = batches(config, stop=4), dali_batches(config, stop=4)
-    assert any(7 in b.ids for b in theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.ids, b.rows)  # nothing was replaced
-        assert all((x.float() - y.float()).abs().mean() < 0.5 for x, y in zip(a.views, b.views, strict=True))
-        assert same(a, b) or 7 not in b.ids
-    assert capfd.readouterr().err.count("a photo that only DALI refuses") == 1
-
-
-@dali_here
-def test_the_loader_takes_dali(config):
-    config.speed.reader = "dali"
-    loader = make_loader(config, stop=3)
-    assert loader.reader == "dali"
-    assert [b.views[0].shape for b in loader] == [(2, 16, 3, 32, 32)] * 3
