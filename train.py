@@ -173,6 +173,7 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
                     log = {name: value.detach() / len(parts) + log.get(name, 0) for name, value in piece_log.items()}
                     if last:  # reduced beside the backward pass
                         reduced = processes.begin_mean([*means, log["loss"].isfinite()])
+                with parallel.unsynchronised(trained, last):  # autocast is for the forward pass alone
                     (piece_log["loss"] / len(parts)).backward()
             *means, finite = reduced()
             taken, norm = optimizer.step(step, finite == 1)

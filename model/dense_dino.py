@@ -180,10 +180,14 @@ class DenseDINO(nn.Module):
         """theta_t <- momentum theta_t + (1 - momentum) theta_s."""
         teacher: list[Tensor] = list(self.teacher.parameters())
         student: list[Tensor] = list(self.student.parameters())
-        if taken is None:
-            torch._foreach_lerp_(teacher, student, 1 - momentum)
-        else:  # student and teacher are finite: a weight of 0 leaves every bit
-            torch._foreach_lerp_(teacher, student, [(1 - momentum) * taken] * len(teacher))  # type: ignore[list-item]
+        # student and teacher are finite: a weight of 0 leaves every value
+        if taken is None or taken.device.type == "cpu":
+            weight = (1 - momentum) * (1.0 if taken is None else float(taken))
+            torch._foreach_lerp_(teacher, student, weight)
+        else:  # lerp takes no weight from the device but tensor by tensor; these are a few launches for all of them
+            moves = torch._foreach_sub(student, teacher)
+            torch._foreach_mul_(moves, (1 - momentum) * taken)
+            torch._foreach_add_(teacher, moves)
 
 
 def _mean(z: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Letters: T teacher views, V views, K prototypes, k some of them, r some things (
 that they lie on.
 """
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,14 +19,15 @@ class CrossEntropy(nn.Module):
     """Eq. 2 or eq. 3 as a mean over its terms, without ever holding all logits.
 
     terms [T,V]: 1 where (t, v) is a term of the loss, else 0. weight: what it counts in the total (eq. 4). rows: things at
-    a time; columns: prototypes at a time (default: as many as stay in a CPU's cache, all on a GPU).
+    a time (default: 256 on a CPU, 1,024 rows of student logits on a GPU); columns: prototypes at a time (default: as many as
+    stay in a CPU's cache, all on a GPU).
     """
 
     terms: Tensor
 
     def __init__(
-        self, terms: Tensor, student_temperature: float, weight: float = 1.0, rows: int = 256,
-        columns: int | None = None,
+        self, terms: Tensor, student_temperature: float, weight: float = 1.0,
+        rows: int | None = None, columns: int | None = None,
     ):  # fmt: skip
         super().__init__()
         self.register_buffer("terms", terms, persistent=False)
@@ -69,7 +71,9 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, how: CrossEntropy, student, v, g, teacher, v_t, g_t, center, tau_t, moving):
-        dtype, columns = v.dtype, how.columns or (4096 if v.device.type == "cpu" else len(v))
+        on_cpu = v.device.type == "cpu"
+        dtype, columns = v.dtype, how.columns or (4096 if on_cpu else len(v))
+        chunk = how.rows or (256 if on_cpu else max(1, 1024 // len(student)))
         if torch.is_autocast_enabled(v.device.type):
             dtype = torch.get_autocast_dtype(v.device.type)
         with torch.autocast(v.device.type, enabled=False):
@@ -84,9 +88,9 @@ class _CrossEntropy(torch.autograd.Function):
             d_g = torch.empty_like(g) if ctx.needs_input_grad[3] else None
             parts_of_d_g = [None] * len(shifts) if d_g is None else d_g.split(columns)
             loss, entropy = torch.zeros(2, dtype=exact, device=v.device).unbind()
-            for at in range(0, n, how.rows):
-                first, last = at == 0, at + how.rows >= n
-                z, z_t = student[:, at : at + how.rows], teacher[:, at : at + how.rows]  # [V,r,d], [T,r,d]
+            for at in range(0, n, chunk):
+                first, last = at == 0, at + chunk >= n
+                z, z_t = student[:, at : at + chunk], teacher[:, at : at + chunk]  # [V,r,d], [T,r,d]
                 z_t, z_s, z = ((x / tau).to(dtype) for x, tau in ((z_t, tau_t), (z, tau_s), (z, 1)))
                 kept, found = [], []
                 for i, shift in enumerate(shifts):
@@ -113,7 +117,7 @@ class _CrossEntropy(torch.autograd.Function):
                     parts_of_d_g, strict=True,
                 ):  # fmt: skip
                     how.gradients(*exps, of_p, of_q, terms, z, w, v_k, norm, gain, d_z, d_v_k, d_g_k, first, last)
-                d_student[:, at : at + how.rows] = d_z
+                d_student[:, at : at + chunk] = d_z
         ctx.save_for_backward(d_student, d_v, d_g)
         loss, entropy = loss / (terms.sum() * n), entropy / (teacher.shape[0] * n)
         mean_logits = torch.cat([parts[-1] for parts in some]).squeeze(1)
@@ -130,6 +134,13 @@ class _CrossEntropy(torch.autograd.Function):
         return None, d_student, d_v, d_g, *[None] * 6
 
 
+def weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
+    """weights [a,b], x [..., b, r] -> [..., a, r]: for a handful of views. As a product of matrices it would be a batched
+    one of tiny matrices, after a transposed copy of x; like this it is compiled into the passes around it."""
+    terms = (weights[:, b, None] * x[..., b : b + 1, :] for b in range(weights.shape[1]))
+    return reduce(torch.add, terms)
+
+
 class Read(nn.Module):
     """One reading of some prototypes g v / |v| of both networks. They are never made: products are with v, and g / |v| is
     a gain of their rows."""
@@ -143,7 +154,8 @@ class Read(nn.Module):
         """
         norm, norm_t = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (v, v_t))
         gain, gain_t = g / norm, g_t / norm_t
-        return v.to(dtype), norm, gain, v_t.to(dtype), gain_t, gain_t * (v_t @ moving).unsqueeze(1)
+        # summed, not multiplied as matrices: TF32 would round what moves a center
+        return v.to(dtype), norm, gain, v_t.to(dtype), gain_t, gain_t * (v_t * moving).sum(1, keepdim=True)
 
 
 class Exponentials(nn.Module):
@@ -168,7 +180,7 @@ class Exponentials(nn.Module):
         t, s = torch.addcmul(shift, t, gain_t), s * gain
         most_t, most_s = t.amax(1), s.amax(1)
         e_t = (t - most_t.unsqueeze(1)).exp_()
-        mixed = s if terms.numel() == 1 else torch.einsum("tv,ckvr->cktr", terms, s)
+        mixed = s if terms.numel() == 1 else weighted_sum(terms, s)
         sums_t = e_t.sum(1), t.mul_(e_t).sum(1), torch.mul(mixed, e_t, out=t).sum(1)
         e_s = s.sub_(most_s.unsqueeze(1)).exp_()
         sum_s = e_s.sum(1)
@@ -195,7 +207,7 @@ class Gradients(nn.Module):
         if terms.numel() == 1:  # nothing to mix: each point has one teacher
             d = d.addcmul_(e_t, part_t, value=-1)
         else:
-            d -= torch.einsum("tv,cktr->ckvr", terms, e_t * part_t)
+            d -= weighted_sum(terms.T, e_t * part_t)
         d = d.mul_(gain.view(*d.shape[:2], 1, 1)).to(e_s.dtype).flatten(0, 1).flatten(1)
         w = v.to(d.dtype) if w is None else w
         d_z += (d.T @ w).view_as(d_z)

@@ -48,8 +48,8 @@ def point_embedding(grid: Tensor, points: Tensor, border: str = "zeros") -> Tens
         across = _reading_weights(points[..., 0], w, border)  # [n,R,w]
         down = _reading_weights(points[..., 1], h, border)  # [n,R,h]
         weights = (down.unsqueeze(-1) * across.unsqueeze(-2)).flatten(-2)  # [n,R,h*w]
-    with torch.autocast(grid.device.type, enabled=False):  # a position is not to be rounded
-        return weights @ grid.flatten(0, 1)
+    # A position is not to be rounded: neither autocast nor TF32 touch a product in float64, forward or backward
+    return (weights.double() @ grid.flatten(0, 1).double()).to(grid.dtype)
 
 
 def resize_grid(grid: Tensor, h: int, w: int) -> Tensor:

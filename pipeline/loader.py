@@ -64,7 +64,7 @@ class Loader:
         self._ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=2)
         self._closing = threading.Event()
         self.interrupted: Callable[[], bool] = lambda: False
-        self._readers: list[multiprocessing.process.BaseProcess] = []
+        self._readers: set[multiprocessing.process.BaseProcess] = set()
         self._waited = 0.0
         self._damaged: list[tuple[int, int, int]] = []
         self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -138,17 +138,18 @@ class Loader:
         """The next item. That a reading process is gone is told as such, whatever its reader makes of it: WebDataset's
         loader raises one error or another, DALI waits for ever."""
         while True:
+            # DALI's reader may start others in the middle of a run; those that have ended stay in the set
+            self._readers.update(multiprocessing.active_children())
             error: BaseException | None = None
             with contextlib.suppress(queue.Empty):
                 item = self._ready.get(timeout=0.2)
                 if not isinstance(item, BaseException):
-                    self._readers = self._readers or multiprocessing.active_children()
                     return item
                 error = item
             if self._lost_a_reader():
                 raise Failure(
                     "a reading process ended unasked: killed, by somebody or for want of memory (dmesg tells; fewer "
-                    "speed.workers, or a smaller speed.prefetch, take less)"
+                    "speed.workers, or a smaller speed.prefetch, take less memory and less of /dev/shm)"
                 ) from error
             if error is not None or self.interrupted():
                 return error

@@ -161,6 +161,8 @@ def start(speed: Speed) -> Processes:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        # the losses sum over all prototypes: partial sums of such a product stay float32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     else:
         device = torch.device("cpu")
         reuse_memory()

@@ -1,4 +1,4 @@
-"""Training that is compiled, on several processes: parts above DDP's bucket size, static shapes, accumulation, checkpointing."""
+"""Compiled training on several processes: parts above DDP's bucket size, static shapes, accumulation, checkpointing."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,15 @@ FOUR_VIEWS = ["data.views.1.size=32"]
 )
 def test_a_large_part_compiled_on_two_processes(tiny_config, tmp_path, backend, views, speed):
     """Losses are those of the same run not compiled, and no graph has a symbolic size."""
-    words = [*LARGE, *views, *speed, "speed.precision=bfloat16", "optim.epochs=0.4", "optim.warmup=0", "model.drop_path=0"]
+    words = [
+        *LARGE,
+        *views,
+        *speed,
+        "speed.precision=bfloat16",
+        "optim.epochs=0.4",
+        "optim.warmup=0",
+        "model.drop_path=0",
+    ]
     script, graphs = compiling(tmp_path, backend)
     run = Program(tiny_config, *words, "speed.compile=true", f"run.folder={tmp_path / 'c'}", processes=2, script=script)
     code, out, err = run.end(limit=400)

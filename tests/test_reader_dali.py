@@ -264,6 +264,20 @@ def test_refusals_in_a_row_renew_the_pipeline(config, tmp_path, begun, made_agai
     assert "step 2: DALI refused 3 batches in a row; a new pipeline follows" in capfd.readouterr().err
 
 
+def test_the_loader_takes_no_renewed_pipeline_for_a_lost_process(config, tmp_path, begun):
+    refuse(config, tmp_path / "shards", [0, 1, 2])
+    config.speed.reader, config.speed.workers = "dali", 2
+    loader = make_loader(config, stop=5)
+    steps = []
+    for batch in loader:
+        steps.append(batch.step)
+        time.sleep(0.3)  # time enough to look at the processes of the pipeline before
+    assert steps == list(range(5))
+    assert begun == [0, 3]
+    assert len(loader._readers) == 4
+    loader.close()
+
+
 def test_photos_that_any_pipeline_refuses_renew_it_once(config, tmp_path, begun, made_again):
     ours = refuse(config, tmp_path / "shards", [0, 1, 2, 3, 4])
     made_again.clear()
