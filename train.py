@@ -71,7 +71,8 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
         return tell_run(config, plan, schedules, DenseDINO(config))
 
     # ----------------------------------------------------------------------------------------------------- build
-    processes = parallel.start(config.speed)
+    # whoever hangs is named by watch.Watch, before a reduction gives up
+    processes = parallel.start(config.speed, timeout=watch.FIRST_STEP * config.run.step_timeout + config.run.grace)
     start = found.step if found else 0
     if start < steps:  # remote shards come while the network is built; a cache that cannot hold them is told now
         shards.prefetch(plan, start, processes.rank, processes.world)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from eval.datasets import LabelledPhotos, VocSegmentation
 from model.vit import ViT
 from pipeline.augment import MEAN, STD
+from runtime import parallel
 from runtime.mistake import Mistake, nearest
 
 PIXELS = 32  # a side of the picture whose raw pixels are compared
@@ -89,8 +90,12 @@ def normalised(pictures: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def tokens(network: ViT, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures uint8 [n,3,S,S] -> ([CLS] [n,D], patch tokens [n,h*w,D]) after the final norm, float32."""
-    with torch.autocast(pictures.device.type, torch.bfloat16, enabled=pictures.device.type == "cuda"):
+    """Pictures uint8 [n,3,S,S] -> ([CLS] [n,D], patch tokens [n,h*w,D]) after the final norm, float32.
+
+    Computed in the run's precision (`network.precision`), or where there is no run as `speed.precision: auto` does.
+    """
+    precision = network.precision or parallel.choose_precision("auto", pictures.device)
+    with torch.autocast(pictures.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
         cls, patches, _ = network(normalised(pictures).to(network.pos_embed.dtype))
     assert patches is not None
     return cls.float(), patches.float()

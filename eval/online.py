@@ -57,7 +57,7 @@ class OnlineKnn:
     def __call__(self, backbone: ViT) -> float | None:
         """Top-1 in percent; None where all that was read is damaged. The backbone keeps its mode, and what is compiled
         of it is not compiled anew for the photos' size."""
-        training = backbone.training
+        training, backbone.precision = backbone.training, self.processes.dtype
         backbone.eval()
         ask = self.config.eval
         workers = default_workers(len(self.bank) // self.processes.world)

@@ -13,6 +13,7 @@ from model.vit import ViT
 from model.weights import TIMM, load_backbone
 from pipeline.remote import is_address
 from pipeline.shards import Plan, Shards
+from runtime import parallel
 from runtime.config import Config, Eval, load_config
 from runtime.mistake import Mistake, nearest
 from runtime.record import append_jsonl
@@ -41,6 +42,8 @@ class Subject:
         if untrained and self.run is None:
             raise Mistake(f"{self.path}: only a run knows its untrained network, this lies in no run folder")
         network = load_backbone(self.run if untrained and self.run else self.path, untrained=untrained)
+        if self.config:
+            network.precision = parallel.choose_precision(self.config.speed.precision, best_device())
         return network.to(best_device()).eval().requires_grad_(False)
 
     def photos(

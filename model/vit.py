@@ -41,6 +41,7 @@ class ViT(VisionTransformer):
         )  # fmt: skip
         self.patch, self.width, self.heads, self.image_size = patch, width, heads, image_size
         self.attention, self.border = attention, border
+        self.precision: torch.dtype | None = None  # of the products when it is evaluated; None: the device's best
         self.recompute = False  # activation checkpointing: blocks are computed again in the backward pass
         self._initialise()
 

@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -141,9 +142,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start(speed: Speed) -> Processes:
-    """Join the processes that torchrun started, or be alone. Raises Mistake where the device asked for is not there, and
-    where torchrun would not restart them well."""
+def start(speed: Speed, timeout: float = 1800) -> Processes:
+    """Join the processes that torchrun started, or be alone.
+
+    timeout: seconds that a process waits for the others in one reduction (torch's own for NCCL, 600, is less than a first
+    step may take, which compiles). Raises Mistake where the device asked for is not there, and where torchrun would not
+    restart them well.
+    """
     world, rank = world_size(), int(os.environ.get("RANK", 0))
     shared, restarts = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("USE_AGENT_STORE", "MAX_RESTARTS"))
     if shared == "True" and restarts != "0":  # seen with gloo: who starts first after a restart calls one that has died
@@ -167,11 +172,18 @@ def start(speed: Speed) -> Processes:
         device = torch.device("cpu")
         reuse_memory()
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    wanted = speed.precision
+        gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout), device_id=device if gpu else None
+        )
+    return Processes(rank, world, device, choose_precision(speed.precision, device))
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of `speed.precision` on a device. auto: bfloat16 on a GPU that multiplies in it, else float32."""
     if wanted == "auto":
         wanted = "bfloat16" if device.type == "cuda" and has_bfloat16(device) else "float32"
-    return Processes(rank, world, device, getattr(torch, wanted))
+    return getattr(torch, wanted)
 
 
 def has_bfloat16(device: torch.device) -> bool:
