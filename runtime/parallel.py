@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.config import Speed
@@ -168,6 +169,7 @@ def start(speed: Speed, timeout: float = 1800) -> Processes:
         torch.set_float32_matmul_precision("high")
         # the losses sum over all prototypes: partial sums of such a product stay float32
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        prefer_attention(torch.cuda.get_device_capability(device)[0])
     else:
         device = torch.device("cpu")
         reuse_memory()
@@ -177,6 +179,20 @@ def start(speed: Speed, timeout: float = 1800) -> Processes:
             "nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout), device_id=device if gpu else None
         )
     return Processes(rank, world, device, choose_precision(speed.precision, device))
+
+
+# Fused attention by compute capability: the first that takes the shapes is used. torch's own order, which holds everywhere
+# else, begins with FlashAttention 2, written for Ampere; cuDNN's is written for Hopper. From public measurements: no GPU has
+# been at hand (docs/lab/gpu-audit.md).
+ATTENTION = {
+    9: (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+}
+
+
+def prefer_attention(capability: int) -> None:
+    """For the rest of this process, fused attention in the order that suits GPUs of this compute capability (9: Hopper)."""
+    if order := ATTENTION.get(capability):
+        torch._C._set_sdp_priority_order([int(backend.value) for backend in order])  # what sdpa_kernel calls
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.exc import CppCompileError
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -138,6 +139,62 @@ def test_nothing_is_compiled_after_the_first_steps(monkeypatch):
     assert after[0] > 0
     assert after[2:] == [after[1]] * 7
     assert step(9, images=5) > after[-1]  # another shape is seen: the count can rise
+
+
+@pytest.mark.parametrize(
+    ("views", "rows", "pieces"),
+    [
+        ([Views(2, 32, teacher=True), Views(2, 32)], None, 1),  # as 4 x 224
+        ([Views(2, 32, teacher=True), Views(4, 16)], None, 1),  # as 2 x 224 + 4 x 96
+        ([Views(2, 32, teacher=True), Views(4, 16)], 2, 2),  # pieces, whose last rows and prototypes are fewer
+    ],
+    ids=["one-size", "multi-crop", "pieces"],
+)
+def test_no_compiled_function_has_more_shapes_than_allowed(views, rows, pieces, monkeypatch):
+    """torch gives up compiling a function above the limit, with no more than a warning; and no shape is symbolic."""
+    symbolic = []
+
+    def backend(graph, inputs):
+        sizes = [size for x in inputs if isinstance(x, torch.Tensor) for size in x.shape]
+        symbolic.append(sum(isinstance(x, torch.SymInt) for x in [*inputs, *sizes]))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(parallel, "can_compile", lambda device: None)
+    torch._dynamo.reset()
+    config = small_config()
+    config.data.views = views
+    model = DenseDINO(config)
+    for loss in (model.cls_loss, model.reference_loss):
+        loss.rows, loss.columns = rows, 16 if rows else None
+    parallel.compile_parts(model.parts(), torch.device("cpu"))
+    for images in (6, 4):  # evaluation is not compiled; a run whose batch changes starts anew
+        ids = np.arange(images)
+        draws = draw(config, 0, ids, np.full(images, 40), np.full(images, 50))
+        pixels = [torch.randn(g.stop - g.start, images, 3, size, size) for size, g in size_groups(config)]
+        batch = Batch(0, torch.from_numpy(ids), torch.from_numpy(ids), pixels, **draws.tensors())
+        for piece in batch.split(pieces):
+            model(piece, 0.04)[0]["loss"].backward()
+    shapes = {
+        type(part).__name__: len(torch._dynamo.eval_frame._debug_get_cache_entry_list(type(part).forward.__code__))
+        for part in model.parts()
+    }
+    assert all(0 < n <= parallel.RECOMPILE_LIMIT / 2 for n in shapes.values()), shapes
+    if rows:
+        assert max(shapes.values()) > 8  # torch's own limit
+    assert symbolic
+    assert not any(symbolic)
+
+
+def test_attention_by_gpu(monkeypatch):
+    before = torch._C._get_sdp_priority_order()
+    try:
+        parallel.prefer_attention(8)
+        assert torch._C._get_sdp_priority_order() == before
+        parallel.prefer_attention(9)
+        assert torch._C._get_sdp_priority_order()[0] == int(SDPBackend.CUDNN_ATTENTION.value)
+    finally:
+        torch._C._set_sdp_priority_order(before)
 
 
 @pytest.mark.parametrize(
