@@ -27,7 +27,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from model.dense_dino import DenseDINO
+from model.methods import Method, build
 from model.vit import ARCHS, ViT
 from pipeline.draws import hash64
 from runtime.checkpoint import newest_whole, open_checkpoint, read_header, read_tensors
@@ -333,15 +333,15 @@ def load_backbone(path: str | Path, untrained: bool = False) -> ViT:
     if untrained and (Path(path) / "config.yaml").is_file():
         config = load_config(Path(path) / "config.yaml")
         torch.manual_seed(weights_seed(config.seed))
-        model = DenseDINO(config)
+        model = build(config)
         if config.model.init:
             initialise(model, config.model.init)
-        return model.teacher.backbone.eval()
+        return model.backbone.eval()
     tensors, about = read_network(path)
     return _from_tensors(tensors, about, str(path)).eval()
 
 
-def initialise(model: DenseDINO, source: str) -> str:
+def initialise(model: Method, source: str) -> str:
     """Begin with weights that others made, of any dialect; returns one line: what came from there, and what did not.
 
     The backbone is taken for student and teacher (each its own, where the file holds both), and so are the heads that are
@@ -358,10 +358,11 @@ def initialise(model: DenseDINO, source: str) -> str:
         origin = {part: part for part in _PARTS if part == "backbone" or _of_part(tensors, part)}
         if "cls_head" in origin:
             origin.setdefault("reference_head", "cls_head")
-        origin = {part: came for part, came in origin.items() if getattr(network, part) is not None}
+        origin = {part: came for part, came in origin.items() if getattr(network, part, None) is not None}
         for part, came in origin.items():
             load_strictly(getattr(network, part), _of_part(tensors, came), f"{source}, {came}")
-    gain = model.student.cls_head.last_layer.weight_g
+    student: Any = model.student
+    gain = student.cls_head.last_layer.weight_g
     if not gain.requires_grad and not torch.equal(gain, torch.ones_like(gain)):
         raise Mistake(f"{source}: its prototypes have gains of their own; head.unit_prototypes=false goes on with them")
 
@@ -375,7 +376,7 @@ def initialise(model: DenseDINO, source: str) -> str:
             own.copy_(center.flatten())
     told = [part if part == came else f"{part} (a copy of its {came})" for part, came in origin.items()]
     told += ["centres"] if centers.keys() & origin.values() else []
-    new = [part for part in _PARTS if part not in origin and getattr(model.teacher, part) is not None]
+    new = [part for part in _PARTS if part not in origin and getattr(model.teacher, part, None) is not None]
     new += [] if centers.keys() & origin.values() else ["centres"]
     return f"begins with {source}: {', '.join(told)}" + (f"; new: {', '.join(new)}" if new else "")
 

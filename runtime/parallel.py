@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.config import Speed
-from runtime.mistake import Mistake
+from runtime.mistake import Failure, Mistake
 
 
 @dataclass
@@ -249,6 +249,34 @@ def compile_failure(error: Exception) -> str | None:
     if cut := re.search(r"(/\S+)/\w+/\S+\.so: (file too short|cannot read file data|invalid ELF header)", why):
         helps = f"a kill or a full disk cut this file off: remove it, or all of {cut[1]}"
     return f"torch.compile failed ({why}); {helps}; speed.compile=false trains without it"
+
+
+def explain(
+    error: RuntimeError, speed: Speed, device: torch.device, step: int, silent: Callable[[], str]
+) -> Failure | None:
+    """What a training loop's error means, as a Failure with what helps; None where nobody can say more.
+
+    silent: which processes have gone silent, in words, or "" (`watch.Watch.silent`).
+    """
+    if is_out_of_memory(error):
+        return Failure(
+            f"out of memory in step {step}, {peak_memory(device):,.0f} MiB were in use; "
+            f"speed.accumulate={2 * speed.accumulate} holds half as many images at a time, speed.recompute=true "
+            "takes less for each (--dry-run estimates both); the newest checkpoint stands"
+        )
+    if failed := compile_failure(error):
+        return Failure(f"{failed}; the newest checkpoint, if there is one, stands")
+    if gone := silent():
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        return Failure(f"{gone}; the newest checkpoint stands ({why})")
+    return None
+
+
+def slow_precision(processes: Processes) -> str:
+    """A line where the device has no arithmetic of the run's precision, else "" """
+    if processes.dtype != torch.bfloat16 or has_bfloat16(processes.device):
+        return ""
+    return "bfloat16 is not in this device's hardware, torch's stand-in is slow: use speed.precision=float32"
 
 
 def distribute(model: nn.Module, processes: Processes) -> nn.Module:

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from runtime.config import Config, dump_config
+from runtime.mistake import Mistake
 
 PACKAGES = (
     "torch",
@@ -114,6 +118,51 @@ def versions() -> dict[str, str]:
     return found
 
 
+class Damage:
+    """Damaged samples of this process, by epoch (of all processes: those of before the start), and the samples that it saw;
+    written to damaged.jsonl and samples.jsonl (process r: damaged-r.jsonl, samples-r.jsonl).
+
+    shards, plan: the pipeline's Shards and Plan. rank 0 takes the run's files up where they were after `start` steps.
+    """
+
+    def __init__(self, folder: Path, shards: Any, plan: Any, start: int, rank: int):
+        self.folder, self.shards, self.plan = folder, shards, plan
+        self._own = f"-{rank}" if rank else ""
+        self._by_epoch: Counter[int] = Counter()
+        self._seen: list[tuple[int, Any]] = []
+        for row in take_up(folder, start) if rank == 0 else ():
+            self._count(row["step"], row["planned"])
+
+    def saw(self, step: int, ids: Any) -> None:
+        """The samples of a step, int64 [B] on any device; written later."""
+        self._seen.append((step, ids))
+
+    def write(self, damaged: list[tuple[int, int, int]]) -> None:
+        """What the loader found damaged, (step, planned sample, sample read) each, and the samples seen."""
+        for step, planned, read in damaged:
+            row = {"step": step, "planned": planned, "read": read, **self.shards.describe(planned)}
+            append_jsonl(self.folder / f"damaged{self._own}.jsonl", row)
+            self._count(step, planned)
+        for step, ids in self._seen:
+            append_jsonl(self.folder / f"samples{self._own}.jsonl", {"step": step, "samples": ids.tolist()})
+        self._seen.clear()
+
+    def most(self) -> int:
+        """Damaged samples of the worst epoch."""
+        return max(self._by_epoch.values(), default=0)
+
+    def check(self, damaged: int, allowed: float) -> None:
+        """Raise Mistake where so many samples of all processes are more than this share of an epoch."""
+        if damaged > allowed * self.plan.samples:
+            raise Mistake(
+                f"{damaged} of {self.plan.samples} samples are damaged in one epoch, more than "
+                f"data.max_bad: {allowed:g}; {self.folder}/damaged.jsonl lists them"
+            )
+
+    def _count(self, step: int, planned: int) -> None:
+        self._by_epoch[self.plan.epoch(step)] += not self.shards.is_lost(planned)  # data.max_lost bears the others
+
+
 class Record:
     """Metrics of a run to metrics.jsonl, TensorBoard and the screen. Made by the first process only.
 
@@ -142,6 +191,23 @@ class Record:
         if self._screen:
             self._screen.start()
         self._begun, self._first = time.monotonic(), start
+
+    def begin(self, config: str, versions: dict[str, str]) -> None:
+        """The run's config.yaml, and a line of versions.jsonl for this start."""
+        (self.folder / "config.yaml").write_text(config)
+        append_jsonl(self.folder / "versions.jsonl", {"step": self._first, "command": program(), **versions})
+
+    def write_replay(self, done: int, in_a_row: int, plan: Any, config: Config) -> None:
+        """replay.json: the steps that were not finite, up to `done`, with their samples; and say so."""
+        lost = range(done - in_a_row, done)
+        content = {"steps": list(lost), "ids": {i: plan.samples_of(i).tolist() for i in lost}}
+        write_json(self.folder / "replay.json", content | {"config": dump_config(config)})
+        print(
+            f"error: loss or gradient was not finite for {in_a_row} steps in a row, up to step "
+            f"{done - 1} (run.max_skipped: {config.run.max_skipped}); nothing has moved since, the last "
+            f"checkpoint stands; {self.folder}/replay.json names the steps and their samples",
+            file=sys.stderr,
+        )
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """What is known after `step` steps."""

@@ -5,6 +5,7 @@ Durations given in epochs become steps here, once; `Schedules` can be printed, p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,25 @@ class Schedules:
 
     def __len__(self) -> int:
         return len(self.lr)
+
+    def at(self, step: int) -> "StepValues":
+        """The values of one step."""
+        return StepValues(
+            step, float(self.lr[step]), float(self.weight_decay[step]), float(self.teacher_momentum[step]),
+            float(self.teacher_temperature[step]), bool(self.frozen[step]),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What the schedules say of one step; the fields of `Schedules`."""
+
+    step: int = 0
+    lr: float = 0.0
+    weight_decay: float = 0.0
+    teacher_momentum: float = 0.996
+    teacher_temperature: float = 0.04
+    frozen: bool = False
 
 
 def cosine(start: float, end: float, steps: int) -> NDArray[np.float64]:
@@ -54,7 +74,7 @@ def make_schedules(config: Config, steps_per_epoch: int) -> Schedules:
     )
 
 
-def parameter_groups(model: nn.Module) -> list[dict]:
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Two groups of the trainable parameters: matrices and tokens decay, biases and norms (one axis) do not (published)."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = {n for n, p in trained if p.ndim == 1 or n.endswith(".bias")}
@@ -67,42 +87,45 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 class Optimizer:
     """AdamW with what the published step does around it: schedules, per-tensor clipping, a last layer frozen at first.
 
-    split_positions: the position embedding counts as two tensors when it is clipped, [CLS]'s and the patches', as in the
-    published DenseDINO (published DINO has one tensor, and so has timm).
+    student: what learns. groups: `Method.parameter_groups`. split_positions: the position embedding counts as two tensors
+    when it is clipped, [CLS]'s and the patches' (`Method.clip_positions_apart`).
     """
 
-    def __init__(self, student: nn.Module, schedules: Schedules, clip: float, split_positions: bool = False):
-        self.schedules, self.clip = schedules, clip
+    def __init__(
+        self, student: nn.Module, clip: float, *, groups: list[dict[str, Any]] | None = None,
+        split_positions: bool = False,
+    ):  # fmt: skip
+        self.clip = clip
         self.positions = [p for n, p in student.named_parameters() if n.endswith("pos_embed") and split_positions]
-        self.adamw = torch.optim.AdamW(parameter_groups(student), fused=True)
+        self.adamw = torch.optim.AdamW(groups or decay_groups(student), fused=True)
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.last_layers = [p for n, p in student.named_parameters() if "last_layer" in n and p.requires_grad]
 
     @torch.no_grad()
-    def step(self, step: int, finite: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clip, take step number `step`, forget the gradients.
+    def step(self, at: StepValues, finite: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip, take a step with the schedules' values, forget the gradients.
 
         finite: 0-dim, 1 where the losses of all processes are finite, else 0. Where they or a gradient are not, nothing
         moves: parameters and moments stay bit for bit. Nobody waits for the device to know.
-        Returns (1 if the step was taken, else 0; norm of all gradients before clipping), both on the device.
+        Returns (1 if the step was applied, else 0; norm of all gradients before clipping), both on the device.
         """
         for group in self.adamw.param_groups:
-            group["lr"] = float(self.schedules.lr[step])
+            group["lr"] = at.lr
             if group["decays"]:
-                group["weight_decay"] = float(self.schedules.weight_decay[step])
+                group["weight_decay"] = at.weight_decay
         norms = torch._foreach_norm(self._clipped())
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        taken = norm.isfinite().to(norm.dtype) * (1 if finite is None else finite.to(norm.dtype))
+        applied = norm.isfinite().to(norm.dtype) * (1 if finite is None else finite.to(norm.dtype))
         if self.clip:
             clip_each(self._clipped(), norms, self.clip)
-        if self.schedules.frozen[step]:  # no decay and no Adam statistics either, as published
+        if at.frozen:  # no decay and no Adam statistics either, as published
             for p in self.last_layers:
                 p.grad = None
         self.adamw.grad_scale = None  # type: ignore[attr-defined]
-        self.adamw.found_inf = (1 - taken).float()  # type: ignore[attr-defined]  # the fused kernel's own switch
+        self.adamw.found_inf = (1 - applied).float()  # type: ignore[attr-defined]  # the fused kernel's own switch
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return taken, norm
+        return applied, norm
 
     def _clipped(self) -> list[torch.Tensor]:
         """The gradients that are clipped, each by its own norm."""

@@ -53,6 +53,14 @@ def run_program(*words: object, expect: int = 0, **options) -> subprocess.Comple
     return done
 
 
+def losses_of(method, batch, temperature: float = 0.04):
+    """({"loss" and the metrics}, statistics) of a method at a teacher temperature."""
+    from runtime.schedule import StepValues
+
+    out = method(batch, StepValues(teacher_temperature=temperature))
+    return {"loss": out.loss} | out.metrics, out.statistics
+
+
 MEASURED = """import re, sys
 {program}
 print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])

@@ -14,7 +14,7 @@ LEVELS = {
     "pipeline.remote": 0,
     "model.reference": 0, "model.heads": 0, "model.losses": 0, "eval.datasets": 0, "eval.miou": 0,
     "pipeline.dali": 1, "pipeline.wds": 1, "model.vit": 1,
-    "pipeline.loader": 2, "model.dense_dino": 2, "model.weights": 2, "eval.features": 2, "eval.subject": 2,
+    "pipeline.loader": 2, "model.methods": 2, "model.cost": 2, "model.weights": 2, "eval.features": 2, "eval.subject": 2,
     "eval": 3, "train": 4, "tools": 5,
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 from conftest import run_program
 from safetensors.torch import load_file
 
-from model.dense_dino import DenseDINO
+from model.methods import Method, build
 from model.weights import initialise, load_backbone
 from runtime.checkpoint import Writer, newest_whole, save_backbone
 from runtime.config import Config, dump_config, load_config, parse_config
@@ -28,13 +28,13 @@ def small(method="densedino", attention="patches+self", prototypes=5, shared="fa
     return parse_config(SMALL.format(**locals()), "small")
 
 
-def new(config: Config | None = None) -> DenseDINO:
+def new(config: Config | None = None) -> Method:
     """A model at its first weights, the same at every call."""
     torch.manual_seed(2)
-    return DenseDINO(config or small())
+    return build(config or small())
 
 
-def trained(config: Config | None = None) -> DenseDINO:
+def trained(config: Config | None = None) -> Method:
     """A model whose student, teacher, heads and centres are all different from each other and from a new one's."""
     model = new(config)
     torch.manual_seed(3)
@@ -44,7 +44,7 @@ def trained(config: Config | None = None) -> DenseDINO:
     return model
 
 
-def published(model: DenseDINO, dialect: str, path: Path) -> str:
+def published(model: Method, dialect: str, path: Path) -> str:
     """A whole checkpoint as the published code saves it: names, roles, prefixes, centres and options of its own."""
 
     def named(state: dict) -> dict:

@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import run_program
+from conftest import losses_of, run_program
 
-from model.dense_dino import DenseDINO, count_cost
+from model.cost import count_cost
 from model.heads import Prototypes
 from model.losses import GROUP, CrossEntropy
+from model.methods import Method, build
+from model.methods.student_teacher import group_by_count
 from pipeline.batch import Batch, draw
 from runtime.config import Config, Head, Model, Views
 from runtime.schedule import Optimizer, clip_each, make_schedules
@@ -25,13 +27,14 @@ def small(**changes) -> Config:
     return config
 
 
-def made(config: Config) -> tuple[DenseDINO, Batch]:
+def made(config: Config) -> tuple[Method, Batch]:
     torch.manual_seed(0)
-    model = DenseDINO(config)
+    model = build(config)
     for p in model.teacher.parameters():  # a teacher of its own, as after some steps
         p.data += 0.02 * torch.randn_like(p)
     model.cls_center.normal_()
-    model.reference_center.normal_()
+    if config.method == "densedino":
+        model.reference_center.normal_()
     draws = draw(config, 0, np.arange(3), np.full(3, 40), np.full(3, 50))
     ids = torch.arange(3)
     return model, Batch(0, ids, ids, [torch.randn(4, 3, 3, 16, 16)], **draws.tensors())
@@ -100,14 +103,14 @@ def test_cross_entropy_in_bfloat16():
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_the_total(alpha: float):
     model, batch = made(small(loss__alpha=alpha))
-    log, _ = model(batch, 0.04)
+    log, _ = losses_of(model, batch)
     assert torch.allclose(log["loss"], alpha * log["cls_loss"] + (1 - alpha) * log["reference_loss"])
 
 
 def test_the_losses_are_those_of_the_tokens():
     """forward() beside the same computed token by token: which view is read where, with which head and centre."""
     model, batch = made(small())
-    log, means = model(batch, 0.05)
+    log, means = losses_of(model, batch, 0.05)
     s, t = model.student, model.teacher
     with torch.no_grad():
         targets, logits, point_terms, points_of_teacher = [], [], [], []
@@ -138,9 +141,9 @@ def test_the_losses_are_those_of_the_tokens():
 def test_views_of_a_loss_and_a_shared_head():
     model, batch = made(small(loss__cls_views="teacher", reference__views="teacher"))
     assert model.cls_pairs == model.reference_pairs == [(0, 1), (1, 0)]
-    assert torch.isfinite(model(batch, 0.04)[0]["loss"])
+    assert torch.isfinite(losses_of(model, batch)[0]["loss"])
     model, batch = made(small(head__shared=True))
-    log, means = model(batch, 0.04)
+    log, means = losses_of(model, batch)
     assert model.student.reference_head is None
     assert len(means) == 1
     assert torch.isfinite(log["reference_loss"])
@@ -149,13 +152,16 @@ def test_views_of_a_loss_and_a_shared_head():
 def test_no_token_without_a_use():
     """Self pairs are not computed where no centre asks for them; the teacher never sees student-only views."""
     model, _ = made(small())
-    assert model._runs(range(2), 0) == [[[(0, 1), (0, 2), (0, 3)], [(1, 0), (1, 2), (1, 3)]]]
-    assert model._runs(range(4), 1) == [[[(1, 0)], [(0, 1)]], [[(0, 2), (1, 2)], [(0, 3), (1, 3)]]]
+    assert group_by_count(model.teacher_pairs, range(2), 0) == [[[(0, 1), (0, 2), (0, 3)], [(1, 0), (1, 2), (1, 3)]]]
+    assert group_by_count(model.student_pairs, range(4), 1) == [
+        [[(1, 0)], [(0, 1)]],
+        [[(0, 2), (1, 2)], [(0, 3), (1, 3)]],
+    ]
     model, _ = made(small(reference__center="published"))
-    assert model._runs(range(2), 0)[0][0] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert group_by_count(model.teacher_pairs, range(2), 0)[0][0] == [(0, 0), (0, 1), (0, 2), (0, 3)]
     model, _ = made(small(reference__views="teacher"))
-    assert model._runs(range(4), 1) == [[[(1, 0)], [(0, 1)]]]
-    assert model._runs(range(2, 4), 1) == []
+    assert group_by_count(model.student_pairs, range(4), 1) == [[[(1, 0)], [(0, 1)]]]
+    assert group_by_count(model.student_pairs, range(2, 4), 1) == []
 
 
 def test_teacher_and_centres_move_as_written():
@@ -184,11 +190,11 @@ def test_the_last_layer_stands_still_at_first():
     model, batch = made(config)
     schedules = make_schedules(config, 2)
     assert list(schedules.frozen) == [True] * 2 + [False] * 6
-    optimizer = Optimizer(model.student, schedules, 3.0, split_positions=True)
+    optimizer = Optimizer(model.student, 3.0, split_positions=True)
     for step in range(4):
         before = {n: p.clone() for n, p in model.student.named_parameters()}
-        model(batch, 0.04)[0]["loss"].backward()
-        optimizer.step(step)
+        losses_of(model, batch)[0]["loss"].backward()
+        optimizer.step(schedules.at(step))
         still = {n for n, p in model.student.named_parameters() if p.requires_grad and torch.equal(p, before[n])}
         assert still == ({f"{h}.last_layer.weight_v" for h in ("cls_head", "reference_head")} if step < 2 else set())
 
@@ -200,7 +206,7 @@ def test_a_step_that_is_not_finite_moves_nothing(what: str):
     model, batch = made(config)
     schedules = make_schedules(config, 2)
     schedules.lr[:] = 1e-2
-    optimizer = Optimizer(model.student, schedules, 3.0)
+    optimizer = Optimizer(model.student, 3.0)
 
     def state() -> dict:
         moments = {f"{i}.{k}": t for i, s in enumerate(optimizer.adamw.state.values()) for k, t in s.items()}
@@ -208,14 +214,14 @@ def test_a_step_that_is_not_finite_moves_nothing(what: str):
 
     for step, bad in enumerate([False, True, False]):
         before = state()
-        log, means = model(batch, 0.04)
+        log, means = losses_of(model, batch)
         log["loss"].backward()
         finite = torch.tensor(1.0)
         if bad and what == "gradient":
             model.student.backbone.cls_token.grad[0, 0, 3] = float("inf")
         elif bad:
             finite, means = torch.tensor(0.0), [m * float("nan") for m in means]
-        taken, norm = optimizer.step(step, finite)
+        taken, norm = optimizer.step(schedules.at(step), finite)
         model.update_teacher(0.9, taken)
         model.update_centers(means, taken)
         now = state()
@@ -230,7 +236,7 @@ def test_a_step_that_is_not_finite_moves_nothing(what: str):
 
 def test_biases_and_norms_do_not_decay():
     model, _ = made(small())
-    optimizer = Optimizer(model.student, make_schedules(small(), 10), 3.0)
+    optimizer = Optimizer(model.student, 3.0)
     decayed, plain = ({id(p) for p in g["params"]} for g in optimizer.adamw.param_groups)
     for name, p in model.student.named_parameters():
         if not p.requires_grad:
@@ -282,13 +288,11 @@ def test_the_cost_is_that_of_the_products():
     views, teachers = 4, 2
     # a backward pass costs two products for each; none leads to the pixels. Teacher's logits' mean: one product more
     step = (teachers + 3 * views) * backbone - views * embed + (teachers + 3 * views) * logits + logits
-    model, _ = made(config)
-    assert count_cost(model, config).flops == pytest.approx(step, rel=0.02)
-    assert all(p.grad is None for p in model.parameters())
+    assert count_cost(config).flops == pytest.approx(step, rel=0.02)
 
     with_points = small(model__depth=2)
-    more = count_cost(made(with_points)[0], with_points)
+    more = count_cost(with_points)
     with_points.speed.recompute = True
-    less = count_cost(made(with_points)[0], with_points)
-    assert more.flops > count_cost(model, config).flops
+    less = count_cost(with_points)
+    assert more.flops > count_cost(config).flops
     assert less.activations < 0.7 * more.activations

@@ -8,11 +8,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ORACLE
+from conftest import ORACLE, losses_of
 from torch import Tensor
 
-from model.dense_dino import STUDENT, TEACHER, DenseDINO
 from model.losses import CrossEntropy
+from model.methods import Method, build
+from model.methods.student_teacher import STUDENT, TEACHER, group_by_count
 from model.reference import point_embedding, resize_grid
 from model.weights import load_strictly, our_names
 from pipeline.augment import MEAN, STD
@@ -56,9 +57,9 @@ def schedules_of(steps: list[dict]) -> Schedules:
     return Schedules(column("lr"), column("wd"), column("m"), np.full(len(steps), 0.04), column("epoch") == 0)
 
 
-def loaded(config: Config, tensors: dict[str, Tensor]) -> DenseDINO:
+def loaded(config: Config, tensors: dict[str, Tensor]) -> Method:
     """Our model with the oracle's student and teacher, through the product's importer of published checkpoints."""
-    model = DenseDINO(config)
+    model = build(config)
     for role, network in (("student", model.student), ("teacher", model.teacher)):
         own = {n.removeprefix(f"{role}."): t for n, t in tensors.items() if n.startswith(f"{role}.")}
         load_strictly(network, our_names(own), role)
@@ -91,7 +92,7 @@ def check_updated(ours: dict[str, Tensor], theirs: dict[str, Tensor], lr: float,
     assert off <= 1e-3 * total
 
 
-def divide_as_published(model: DenseDINO) -> tuple[float, float]:
+def divide_as_published(model: Method) -> tuple[float, float]:
     """Published code divides a loss by the number of its terms + 1e-5: what that leaves of both, now and in the total."""
     shares = 2 / (2 + 1e-5), 6 / (6 + 1e-5)
     model.cls_loss.weight, model.reference_loss.weight = (0.5 * share for share in shares)
@@ -120,7 +121,8 @@ def test_step(mode: str, oracle, oracle_json):
         points = (
             tokens[:, 1 : 1 + references].unflatten(1, (-1, m)).unflatten(0, (-1, case["B"]))
         )  # [views,B,slots,M,D]
-        runs = model._runs(range(len(points)), TEACHER if role == "teacher" else STUDENT)
+        side = TEACHER if role == "teacher" else STUDENT
+        runs = group_by_count(getattr(model, f"{role}_pairs"), range(len(points)), side)
         views = iter(range(len(points)))
         ours = [image]
         for run in runs:
@@ -136,7 +138,7 @@ def test_step(mode: str, oracle, oracle_json):
         original = network.backbone._block
         network.backbone._block = lambda b, x, *r, o=original, seen=blocks: seen.append(x) or o(b, x, *r)
         with torch.no_grad():
-            cls, tokens = model._see(network, batch, side)
+            cls, tokens = model.encode_views(network, batch, side, getattr(model, f"{role}_pairs"))
         del network.backbone._block
         assert relative(blocks[0], in_our_order(want[f"{role}.tokens_in"], role)) < 1e-5
         for i in range(1, case["depth"]):
@@ -174,12 +176,13 @@ def test_step(mode: str, oracle, oracle_json):
         assert pair_loss("reference_head", *points) == pytest.approx(float(want["pair_ce.ref"][t, v]), rel=1e-5)
 
     # three steps: losses, gradients, clipping, AdamW, teacher, centres
-    optimizer = Optimizer(model.student, schedules_of(steps), case.get("clip", 3.0), split_positions=True)
-    of_ours, _ = model(batch, 0.04)
+    schedules = schedules_of(steps)
+    optimizer = Optimizer(model.student, case.get("clip", 3.0), split_positions=True)
+    of_ours, _ = losses_of(model, batch)
     assert torch.isclose(of_ours["loss"], 0.5 * (of_ours["cls_loss"] + of_ours["reference_loss"]), rtol=1e-6)
     shares = divide_as_published(model)
     for i, step in enumerate(steps):
-        log, means = model(batch, 0.04)
+        log, means = losses_of(model, batch)
         cls, reference = (log[name] * share for name, share in zip(("cls_loss", "reference_loss"), shares, strict=True))
         for ours, name in ((cls, "global_loss"), (reference, "ref_loss"), (log["loss"], "loss")):
             assert name not in step or ours.item() == pytest.approx(step[name], rel=1e-5), name
@@ -195,7 +198,7 @@ def test_step(mode: str, oracle, oracle_json):
                 assert relative(ours[name], theirs[name]) < 1e-5, name
         norms = torch._foreach_norm(optimizer._clipped())
         assert "n_clipped" not in step or sum(float(n) > step["clip"] for n in norms) == step["n_clipped"]
-        optimizer.step(i)
+        optimizer.step(schedules.at(i))
         model.update_teacher(step["m"])
         model.update_centers(means)
         assert relative(model.cls_center, want[f"step{i}.center"][0]) < 1e-5
@@ -218,14 +221,15 @@ def test_losses_in_float64(mode: str, oracle, oracle_json):
     config = config_of(case, MODES[mode], [Views(2, 64, teacher=True, blur=[1.0]), Views(2, 64)], 64)
     model, batch = loaded(config, tensors).double(), batch_of(tensors)
     batch.views = [batch.views[0].double()]
-    optimizer = Optimizer(model.student, schedules_of(steps), 3.0, split_positions=True)
+    schedules = schedules_of(steps)
+    optimizer = Optimizer(model.student, 3.0, split_positions=True)
     shares = divide_as_published(model)
     for i, step in enumerate(steps):
-        log, means = model(batch, 0.04)
+        log, means = losses_of(model, batch)
         assert log["cls_loss"].item() * shares[0] == pytest.approx(step["global_loss"], rel=1e-9)
         assert log["reference_loss"].item() * shares[1] == pytest.approx(step["ref_loss"], rel=1e-9)
         log["loss"].backward()
-        optimizer.step(i)
+        optimizer.step(schedules.at(i))
         model.update_teacher(step["m"])
         model.update_centers(means)
 
@@ -242,7 +246,7 @@ def test_loss_variants(oracle, oracle_json):
         config.reference.views = "all" if all_ref == "True" else "teacher"
         config.loss.alpha = float(alpha)
         with torch.no_grad():
-            log, _ = loaded(config, tensors)(batch_of(tensors), 0.04)
+            log, _ = losses_of(loaded(config, tensors), batch_of(tensors))
         n_cls, n_ref = (6 if all_cls == "True" else 2), (6 if all_ref == "True" else 2)
         cls, reference = log["cls_loss"] * n_cls / (n_cls + 1e-5), log["reference_loss"] * n_ref / (n_ref + 1e-5)
         assert float(cls) == pytest.approx(want["global_loss"], rel=1e-5), name
@@ -266,13 +270,14 @@ def test_dino_multicrop(oracle, oracle_json):
     batch = Batch(0, ids, ids, [(v - mean) / std for v in views], nothing, torch.empty(3, 2, 4, 0, 2, 2), nothing)
     for role, side in (("student", STUDENT), ("teacher", TEACHER)):
         with torch.no_grad():
-            cls, _ = model._see(getattr(model, role), batch, side)
+            cls, _ = model.encode_views(getattr(model, role), batch, side)
             assert relative(cls.flatten(0, 1), want[f"{role}.cls"]) < 1e-5
             assert relative(getattr(model, role).cls_head.logits(cls).flatten(0, 1), want[f"{role}.head"]) < 1e-5
     steps = index["fp32"]
-    optimizer = Optimizer(model.student, schedules_of(steps), 3.0)
+    schedules = schedules_of(steps)
+    optimizer = Optimizer(model.student, 3.0)
     for i, step in enumerate(steps):
-        log, means = model(batch, step["teacher_temp"])
+        log, means = losses_of(model, batch, step["teacher_temp"])
         # the exact mean over DINO's 10 terms
         assert float(log["loss"].detach()) == pytest.approx(step["loss"], rel=1e-5)
         log["loss"].backward()
@@ -285,7 +290,7 @@ def test_dino_multicrop(oracle, oracle_json):
                         ours[48:96] = theirs[name][48:96]
                     assert relative(ours, theirs[name]) < 1e-5, name
         assert sum(float(n) > 3.0 for n in torch._foreach_norm(optimizer._clipped())) == step["n_clipped"]
-        optimizer.step(i)
+        optimizer.step(schedules.at(i))
         model.update_teacher(step["m"])
         model.update_centers(means)
         assert relative(model.cls_center, want[f"step{i}.center"][0]) < 1e-5

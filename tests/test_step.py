@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import losses_of
 from torch._dynamo.utils import counters
 from torch._inductor.exc import CppCompileError
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.dense_dino import DenseDINO
+from model.methods import build
 from pipeline import augment, augment_cpu
 from pipeline.batch import Batch, draw, size_groups
 from pipeline.loader import choose_colour
@@ -54,7 +55,7 @@ def test_on_a_gpu_the_host_waits_for_nothing(at: int, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     config, images, gpu = small_config(), 4, torch.device("cuda", 0)
-    model, schedules = DenseDINO(config), make_schedules(config, 10)
+    model, schedules = build(config), make_schedules(config, 10)
     crossings = Crossings()
     with FakeTensorMode():
         for module in model.modules():
@@ -62,7 +63,7 @@ def test_on_a_gpu_the_host_waits_for_nothing(at: int, monkeypatch):
                 setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, device=gpu), p.requires_grad))
             for name, b in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty(b.shape, device=gpu))
-        optimizer = Optimizer(model.student, schedules, 3.0, split_positions=True)
+        optimizer = Optimizer(model.student, 3.0, split_positions=True)
         colour, processes = choose_colour(gpu, compile=False), parallel.Processes(0, 1, gpu, torch.bfloat16)
         draws = torch.empty(images, len(config.views), 8, device=gpu)
         groups = [(size, group.stop - group.start, draws[:, group]) for size, group in size_groups(config)]
@@ -71,12 +72,12 @@ def test_on_a_gpu_the_host_waits_for_nothing(at: int, monkeypatch):
         with crossings:
             views = [colour(p, d, dtype=torch.bfloat16) for p, (*_, d) in zip(pixels, groups, strict=True)]
             with processes.autocast():
-                log, means = model(Batch(0, ids, ids, views, ids, points, draws), 0.04)
+                log, means = losses_of(model, Batch(0, ids, ids, views, ids, points, draws))
             for node, _ in log["loss"].grad_fn.next_functions:
                 node.apply(*(torch.empty((), device=gpu) for _ in range(4)))
             for p in model.student.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
-            taken, norm = optimizer.step(at, log["loss"].detach().isfinite())
+            taken, norm = optimizer.step(schedules.at(at), log["loss"].detach().isfinite())
             model.update_teacher(0.9, taken)
             model.update_centers(means, taken)
         results = [taken, norm, *log.values(), *means, *views]
@@ -115,21 +116,20 @@ def test_nothing_is_compiled_after_the_first_steps(monkeypatch):
     torch._dynamo.reset()
     config = small_config()
     torch.manual_seed(0)
-    model, schedules = DenseDINO(config), make_schedules(config, 10)
+    model, schedules = build(config), make_schedules(config, 10)
     assert schedules.frozen[5]
     assert not schedules.frozen[6]
-    parallel.compile_parts(model.parts(), torch.device("cpu"))
-    optimizer = Optimizer(model.student, schedules, 3.0, split_positions=True)
+    parallel.compile_parts(model.compile_units(), torch.device("cpu"))
+    optimizer = Optimizer(model.student, 3.0, split_positions=True)
 
     def step(i: int, images: int = 4) -> int:
         ids = np.arange(images) + i
         draws = draw(config, i, ids, np.full(images, 40), np.full(images, 50))
         views = [torch.randn(n, images, 3, size, size) for n, size in ((3, 32), (2, 16))]
-        log, means = model(
-            Batch(i, torch.from_numpy(ids), torch.from_numpy(ids), views, **draws.tensors()), 0.04 + i / 1e3
-        )
+        batch = Batch(i, torch.from_numpy(ids), torch.from_numpy(ids), views, **draws.tensors())
+        log, means = losses_of(model, batch, 0.04 + i / 1e3)
         log["loss"].backward()
-        taken, _ = optimizer.step(i, torch.tensor(float(i != 4)))
+        taken, _ = optimizer.step(schedules.at(i), torch.tensor(float(i != 4)))
         model.update_teacher(float(schedules.teacher_momentum[i]), taken)
         model.update_centers(means, taken)
         return counters["stats"]["unique_graphs"]
@@ -164,20 +164,20 @@ def test_no_compiled_function_has_more_shapes_than_allowed(views, rows, pieces, 
     torch._dynamo.reset()
     config = small_config()
     config.data.views = views
-    model = DenseDINO(config)
+    model = build(config)
     for loss in (model.cls_loss, model.reference_loss):
         loss.rows, loss.columns = rows, 16 if rows else None
-    parallel.compile_parts(model.parts(), torch.device("cpu"))
+    parallel.compile_parts(model.compile_units(), torch.device("cpu"))
     for images in (6, 4):  # evaluation is not compiled; a run whose batch changes starts anew
         ids = np.arange(images)
         draws = draw(config, 0, ids, np.full(images, 40), np.full(images, 50))
         pixels = [torch.randn(g.stop - g.start, images, 3, size, size) for size, g in size_groups(config)]
         batch = Batch(0, torch.from_numpy(ids), torch.from_numpy(ids), pixels, **draws.tensors())
         for piece in batch.split(pieces):
-            model(piece, 0.04)[0]["loss"].backward()
+            losses_of(model, piece)[0]["loss"].backward()
     shapes = {
         type(part).__name__: len(torch._dynamo.eval_frame._debug_get_cache_entry_list(type(part).forward.__code__))
-        for part in model.parts()
+        for part in model.compile_units()
     }
     assert all(0 < n <= parallel.RECOMPILE_LIMIT / 2 for n in shapes.values()), shapes
     if rows:

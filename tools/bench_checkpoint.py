@@ -17,12 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.dense_dino import DenseDINO
+from model.methods import build
 from runtime.checkpoint import Writer, state_of
 from runtime.config import dump_config, load_config
 from runtime.mistake import tell_mistakes
 from runtime.parallel import reuse_memory
-from runtime.schedule import parameter_groups
 
 
 def between_two_steps(path: Path, state: dict[str, Tensor]) -> None:
@@ -51,8 +50,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         reuse_memory()
-    model = DenseDINO(config).to(device)
-    adamw = torch.optim.AdamW(parameter_groups(model.student), lr=1e-4, fused=True)
+    model = build(config).to(device)
+    adamw = torch.optim.AdamW(model.parameter_groups(), lr=1e-4, fused=True)
     for p in model.student.parameters():
         if p.requires_grad:
             p.grad = torch.randn_like(p)

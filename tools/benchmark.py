@@ -341,21 +341,22 @@ def bench_all(path: str, folder: str, out: Path | None, steps: int = 30) -> None
     """Train `steps` steps at a time, the loader's batches and one kept batch by turns."""
     import torch
 
-    from model.dense_dino import DenseDINO
+    from model.methods import build
     from pipeline.loader import Loader
     from pipeline.shards import Plan, Shards
     from runtime import parallel, schedule
+    from train import train_step
 
     config = load_config(path, [f"data.shards={folder}", "data.val=null"])
     shards = Shards(folder)
     plan = Plan(shards, batch=config.optim.batch, seed=0, holdout=config.data.holdout)
     processes = parallel.start(config.speed)
-    model = DenseDINO(config)
-    processes.place(model)
+    method = build(config)
+    processes.place(method)
     if config.speed.compile:
-        parallel.compile_parts(model.parts(), processes.device)
+        parallel.compile_parts(method.compile_units(), processes.device)
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)
-    optimizer = schedule.Optimizer(model.student, schedules, config.optim.clip, split_positions=config.points > 0)
+    optimizer = schedule.Optimizer(method.student, config.optim.clip, split_positions=method.clip_positions_apart)
     total = (ROUNDS + 1) * steps + 1
     loader = Loader(
         config, shards, plan, device=processes.device, dtype=processes.dtype, start=0, stop=total,
@@ -366,12 +367,7 @@ def bench_all(path: str, folder: str, out: Path | None, steps: int = 30) -> None
     def train(batches: Iterator[Any]) -> float:
         begun = time.perf_counter()
         for batch in batches:
-            with processes.autocast():
-                log, means = model(batch, torch.tensor(0.04))
-                log["loss"].backward()
-            optimizer.step(0)
-            model.update_teacher(0.996)
-            model.update_centers(means)
+            train_step(batch, method, method, optimizer, schedules.at(0), processes)
         if processes.device.type == "cuda":
             torch.cuda.synchronize()
         return config.optim.batch * steps / (time.perf_counter() - begun)

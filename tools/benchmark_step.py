@@ -52,14 +52,15 @@ def prepared(config: Config, batch: int, device: Any, dtype: Any) -> tuple[Any, 
     import numpy as np
     import torch
 
-    from model.dense_dino import DenseDINO
+    from model.methods import build
     from pipeline.batch import Batch, draw
     from runtime.schedule import make_schedules
 
     torch.manual_seed(0)
-    model = DenseDINO(config).to(device)
+    model = build(config).to(device)
+    teacher: Any = model.teacher
     with torch.no_grad():
-        for p in model.teacher.parameters():
+        for p in teacher.parameters():
             p.add_(0.01 * torch.randn_like(p) * p.std() if p.numel() > 1 else 0)
     config.optim.freeze_last_layer, config.optim.warmup, config.optim.batch, config.optim.epochs = 0, 0, batch, 1
     draws = draw(config, 0, np.arange(batch), np.full(batch, 400), np.full(batch, 500))
@@ -77,6 +78,7 @@ def child(args: argparse.Namespace) -> None:
     from runtime import parallel
     from runtime.schedule import Optimizer
     from tools.literal import Literal
+    from train import train_step
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
@@ -93,18 +95,13 @@ def child(args: argparse.Namespace) -> None:
             parallel.reuse_memory()
         else:
             torch.set_float32_matmul_precision("high")  # as parallel.start does
-        optimizer = Optimizer(model.student, schedules, config.optim.clip, split_positions=config.points > 0)
+        optimizer = Optimizer(model.student, config.optim.clip, split_positions=model.clip_positions_apart)
         processes = parallel.Processes(0, 1, device, dtype)
         if compiled:
-            parallel.compile_parts(model.parts(), device)
+            parallel.compile_parts(model.compile_units(), device)
 
         def step(i: int) -> None:
-            with processes.autocast():
-                log, means = model(batch, torch.tensor(float(schedules.teacher_temperature[i])))
-            log["loss"].backward()
-            taken, _ = optimizer.step(i, log["loss"].detach().isfinite())
-            model.update_teacher(float(schedules.teacher_momentum[i]), taken)
-            model.update_centers(processes.mean(means), taken)
+            train_step(batch, model, model, optimizer, schedules.at(i), processes)
 
     def wait() -> None:
         if device.type == "cuda":
@@ -183,7 +180,7 @@ def head_child(args: argparse.Namespace) -> None:
         for network in (model.student, model.teacher):  # there is no last block that could leave the patches out
             backbone = network.backbone
             backbone.forward = functools.partial(_all_tokens, backbone.forward)
-        loss = model(batch, torch.tensor(0.04))[0]["loss"]
+        loss = model(batch, schedules.at(0)).loss
     else:
         loss = Literal(model, schedules, 3.0).losses(batch, 0.04)[0]
     loss.backward()
@@ -218,8 +215,10 @@ def check(args: argparse.Namespace) -> None:
     """Five steps of both forms from the same weights: the losses. Without drop path, which each form draws its own way."""
     import torch
 
+    from runtime.parallel import Processes
     from runtime.schedule import Optimizer
     from tools.literal import Literal
+    from train import train_step
 
     device = torch.device("cpu")
 
@@ -230,15 +229,11 @@ def check(args: argparse.Namespace) -> None:
 
     a, schedules, batch = prepared(config(), args.batch[0], device, torch.float32)
     b, _, _ = prepared(config(), args.batch[0], device, torch.float32)
-    literal, optimizer = Literal(a, schedules, 3.0), Optimizer(b.student, schedules, 3.0, split_positions=b.points > 0)
+    literal, optimizer = Literal(a, schedules, 3.0), Optimizer(b.student, 3.0, split_positions=b.clip_positions_apart)
     for i in range(5):
         theirs = literal.step(batch, i, torch.float32)
-        log, means = b(batch, torch.tensor(float(schedules.teacher_temperature[i])))
-        log["loss"].backward()
-        optimizer.step(i)
-        b.update_teacher(float(schedules.teacher_momentum[i]))
-        b.update_centers(means)
-        print(json.dumps({"step": i, "literal": theirs, "ours": log["loss"].item()}))
+        ours = train_step(batch, b, b, optimizer, schedules.at(i), Processes(0, 1, device, torch.float32))
+        print(json.dumps({"step": i, "literal": theirs, "ours": ours["loss"].item()}))
 
 
 def ask(*words: str) -> dict[str, Any]:
@@ -252,10 +247,10 @@ def ask(*words: str) -> dict[str, Any]:
 
 def count(arch: str, method: str) -> int:
     """FLOP of an image, forward and backward, as ours needs them."""
-    from model.dense_dino import DenseDINO, count_cost
+    from model.cost import count_cost
 
     config = config_of(arch, method, compile=False)
-    return count_cost(DenseDINO(config), config).flops
+    return count_cost(config).flops
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.dense_dino import DenseDINO, Network
 from model.reference import resize_grid
 from pipeline.batch import Batch
 from runtime.config import TEACHERS
-from runtime.schedule import Schedules, parameter_groups
+from runtime.schedule import Schedules
 
 
 def mask(patches: int, references: int, mode: str, device: torch.device) -> Tensor | None:
@@ -34,7 +33,7 @@ def mask(patches: int, references: int, mode: str, device: torch.device) -> Tens
     return torch.zeros(blocked.shape, device=device).masked_fill(blocked, -math.inf)
 
 
-def backbone(network: Network, images: Tensor, points: Tensor | None, mode: str) -> tuple[Tensor, Tensor | None]:
+def backbone(network: Any, images: Tensor, points: Tensor | None, mode: str) -> tuple[Tensor, Tensor | None]:
     """[CLS] [n,D] and reference tokens [n,R,D]."""
     vit = network.backbone
     side = vit.image_size // vit.patch
@@ -68,9 +67,9 @@ def backbone(network: Network, images: Tensor, points: Tensor | None, mode: str)
 class Literal:
     """A step on a DenseDINO's own weights. Plain views of one size (what is timed)."""
 
-    def __init__(self, model: DenseDINO, schedules: Schedules, clip: float):
+    def __init__(self, model: Any, schedules: Schedules, clip: float):
         self.model, self.schedules, self.clip = model, schedules, clip
-        self.optimizer = torch.optim.AdamW(parameter_groups(model.student))
+        self.optimizer = torch.optim.AdamW(model.parameter_groups())
 
     def losses(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
         """(total loss, teacher's [CLS] logits, teacher's reference logits)."""
@@ -79,13 +78,14 @@ class Literal:
         views, size = images.shape[:2]
         points = batch.view_points if m.points else None
 
-        def see(network: Network, count: int, role: int) -> tuple[Tensor, Tensor | None]:
+        def see(network: Any, count: int, role: int) -> tuple[Tensor, Tensor | None]:
             read = None
             if points is not None:
                 seen = points[..., role, :]  # [B,T,V,M,2]
                 of_view = [(seen[:, v] if role == 0 else seen[:, :, v]).flatten(1, 2) for v in range(count)]
                 read = torch.cat(of_view)  # [count*B, slots*M, 2]
-            cls, references = backbone(network, images[:count].flatten(0, 1), read, m.reference.attention)
+            mode = m.reference.attention if m.points else "none"
+            cls, references = backbone(network, images[:count].flatten(0, 1), read, mode)
             logits = network.cls_head.logits(cls).unflatten(0, (count, size))
             if references is None:
                 return logits, None

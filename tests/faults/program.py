@@ -20,16 +20,18 @@ HURT = """
 import json, os, sys, time
 sys.path.insert(0, {root!r})
 import train
-from model.dense_dino import DenseDINO
+from model.methods.densedino import DenseDINO
 
 rank, restarts = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 whole = DenseDINO.forward
 
-def forward(self, batch, temperature):
-    log, means = whole(self, batch, temperature)
-    step = batch.step
+def forward(self, batch, at):
+    out = whole(self, batch, at)
+    log, means, step = {{"loss": out.loss, **out.metrics}}, out.statistics, batch.step
     {what}
-    return log, means
+    out.loss = log.pop("loss")
+    out.metrics = log
+    return out
 
 DenseDINO.forward = forward
 {before}

@@ -1,0 +1,77 @@
+"""What a step of one image costs: matrix arithmetic and memory, counted with torch's fake tensors."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.methods import Method, build
+from pipeline.batch import Batch
+from runtime.config import TEACHERS, Config
+from runtime.schedule import StepValues
+
+
+@dataclass
+class Cost:
+    """What one image of a step costs, and what the method holds whatever the batch."""
+
+    flops: int  # of forward and backward passes, two for each multiplication and addition of a matrix product
+    activations: int  # bytes kept for the backward pass, in float32
+    parameters: int  # of the student
+    backbone: int  # of them the backbone's
+
+
+def count_cost(config: Config) -> Cost:
+    """Counted, not estimated: a step of one image with torch's fake tensors (real shapes, no numbers, no memory)."""
+    with torch.device("meta"):
+        method = build(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        method.to_empty(device="cpu")
+        batch = _one_image(config)
+        counter, kept = FlopCounterMode(display=False), _Kept(method, batch)
+        for which in "", "_backward":  # torch 2.11 counts a GPU's fused attention, and a CPU's not
+            of_gpu, of_cpu = (
+                getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{device}{which}")
+                for device in ("", "_for_cpu")
+            )
+            counter.flop_registry.setdefault(of_cpu, counter.flop_registry[of_gpu])
+        with counter:
+            with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda t: t):
+                loss = method(batch, StepValues()).loss
+            loss.backward()
+    trained = [(n, p.numel()) for n, p in method.student.named_parameters() if p.requires_grad]
+    # the gradient of the prototypes is made on the way forward: once for a whole batch, not for each image
+    once = sum(4 * n for name, n in trained if "last_layer" in name)
+    parameters = sum(p.numel() for p in method.student.parameters())
+    backbone = sum(p.numel() for p in method.backbone.parameters())
+    return Cost(counter.get_total_flops(), max(0, kept.total() - once), parameters, backbone)
+
+
+def _one_image(config: Config) -> Batch:
+    """The loader's form of a batch of one."""
+    sizes = itertools.groupby(view.size for view in config.views)
+    views = [torch.empty(len(list(group)), 1, 3, size, size) for size, group in sizes]
+    points = torch.empty(1, TEACHERS, len(config.views), max(1, config.points), 2, 2)
+    ids, nothing = torch.empty(1, dtype=torch.int64), torch.empty(0)
+    return Batch(0, ids, ids, views, nothing, points, nothing)
+
+
+class _Kept:
+    """Storages that autograd keeps, but for the method's own and the batch."""
+
+    def __init__(self, method: Method, batch: Batch):
+        own = (*method.parameters(), *method.buffers(), *batch.views, batch.view_points)
+        self._own = {t.untyped_storage()._cdata for t in own}
+        self._bytes: dict[int, int] = {}
+
+    def add(self, t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in self._own:
+            self._bytes[storage._cdata] = storage.nbytes()
+        return t
+
+    def total(self) -> int:
+        return sum(self._bytes.values())

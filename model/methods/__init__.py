@@ -1,0 +1,16 @@
+"""The methods of pretraining, by the name that a config gives them."""
+
+from importlib import import_module
+
+from model.methods.base import Method, StepOutput
+from runtime.config import Config
+
+METHODS = {"dino": "model.methods.dino:DINO", "densedino": "model.methods.densedino:DenseDINO"}
+
+__all__ = ["METHODS", "Method", "StepOutput", "build"]
+
+
+def build(config: Config) -> Method:
+    """The method that `config.method` names: one of METHODS, or module:Class for one of your own."""
+    module, _, name = METHODS.get(config.method, config.method).partition(":")
+    return getattr(import_module(module), name)(config)
