@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from runtime.config import Config, dump_config, load_config, nearest_value
 from runtime.mistake import Mistake, nearest, tell_mistakes
 
+OPTIONS = ("--dry-run", "--force", "--help")
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -36,10 +38,8 @@ def main() -> int:
     )  # fmt: skip
     args, unknown = parser.parse_known_intermixed_args()
     words = [*args.overrides, *(word for word in unknown if not word.startswith("-"))]
-    wrong = []
-    for word in (word for word in unknown if word.startswith("-")):
-        meant = nearest_value(word.lstrip("-")) or nearest(word, ("--dry-run", "--force", "--help"))
-        wrong.append(f"{word}: no such option{meant}")
+    wrong = [f"{word}: no such option{nearest_value(word.lstrip('-')) or nearest(word, OPTIONS)}"
+             for word in unknown if word.startswith("-")]  # fmt: skip
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the Makefile says; before torch starts its threads
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's word
     config = load_config(args.config, words, processes=processes, forced=args.force, wrong=wrong)
@@ -125,9 +125,7 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
     if found:
         checkpoint.restore(method, optimizer.adamw, found.tensors())
     if not processes.agree(start):
-        raise Mistake(
-            f"{folder}: the processes find different checkpoints; it must be one folder that all machines share"
-        )
+        raise Mistake(f"{folder}: the processes find different checkpoints; all machines must share this one folder")
     if found and start >= steps and (folder / "backbone.safetensors").is_file():
         print(f"{folder} is finished: {start} steps, {found.path}. RUN=another/folder starts another run.")
         return 0
@@ -140,9 +138,7 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
             "device": processes.device.type, "reader": choose_reader(config.speed.reader, processes.device)[0], **versions,
         }  # fmt: skip
         writer = checkpoint.Writer(folder / "checkpoints", config.run.keep, dump_config(config), data, made_with)
-        run_files = record.Record(
-            folder, steps, plan.steps_per_epoch, start, config.optim.batch, config.head.prototypes
-        )
+        run_files = record.Record(folder, steps, plan, start, config.head.prototypes)
         run_files.begin(dump_config(config), versions)
         notes += checkpoint.made_otherwise(found, made_with)
     compiled = parallel.compile_parts(method.compile_units(), processes.device) if config.speed.compile else ""
@@ -174,9 +170,8 @@ def train(config: Config, dry_run: bool = False, forced: list[str] | tuple[str, 
             step = batch.step
             watching.at(f"in step {step}", first=step == start)
             torch.manual_seed(int(hash64(config.seed, "drop path", step, processes.rank) >> 1))
-            sums.add(
-                train_step(batch, method, forward, optimizer, schedules.at(step), processes, config.speed.accumulate)
-            )
+            at, pieces = schedules.at(step), config.speed.accumulate
+            sums.add(train_step(batch, method, forward, optimizer, at, processes, pieces))
             if profiler:
                 profiler.step()
             if config.run.log_samples:

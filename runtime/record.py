@@ -170,13 +170,10 @@ class Record:
     alike) has collapsed, and that is told.
     """
 
-    def __init__(
-        self, folder: Path, steps: int, steps_per_epoch: int, start: int, images_per_step: int, prototypes: int
-    ):
+    def __init__(self, folder: Path, steps: int, plan: Any, start: int, prototypes: int):
         from torch.utils.tensorboard import SummaryWriter  # heavy, and only needed here
 
-        self.folder, self.steps, self.steps_per_epoch = folder, steps, steps_per_epoch
-        self._images = images_per_step
+        self.folder, self.steps, self.steps_per_epoch = folder, steps, plan.steps_per_epoch
         self._most, self._collapsed = math.log(prototypes), 0  # nats; beats in a row
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._console = Console()

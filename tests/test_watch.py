@@ -4,6 +4,7 @@ and its neighbours told."""
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_program
@@ -114,7 +115,7 @@ def test_damage_is_counted_over_a_restart(tiny_config, tmp_path):
 @pytest.mark.parametrize(("entropy", "told"), [(1e-4, True), (5.2983, True), (3.0, False)])
 def test_a_collapse_is_told_once(tmp_path, capsys, entropy, told):
     """log 200 = 5.2983."""
-    screen = record.Record(tmp_path, 100, 10, 0, 16, prototypes=200)
+    screen = record.Record(tmp_path, 100, SimpleNamespace(steps_per_epoch=10), 0, prototypes=200)
     for step in range(1, 4):
         screen.metrics(step, {"teacher_entropy": entropy})
     assert "collapsed" not in capsys.readouterr().out  # a moment is none
