@@ -71,7 +71,8 @@ def train_step(
                 metrics[name] = metrics.get(name, 0) + value / pieces
             statistics = [x / pieces + (statistics[k] if i else 0) for k, x in enumerate(out.statistics)]
             if last:  # reduced beside the backward pass
-                reduced = processes.begin_mean([*statistics, metrics["loss"].isfinite()])
+                finite = metrics["loss"].isfinite().to(metrics["loss"].dtype)
+                reduced = processes.begin_mean([*statistics, finite])
             (out.loss / pieces).backward()
     *statistics, finite = reduced()
     applied, norm = optimizer.step(at, finite == 1)

@@ -1,58 +1,35 @@
 """What the frozen network is asked about: photos with a class each, and scenes with a class for every pixel.
 
 Photos come from labelled shards, scenes from a folder in Pascal VOC's layout. Both give uint8 pictures [3,S,S] that are
-cut and sized as the published evaluations do it; normalising is left to the device (eval/features.py).
+cut and sized as the published evaluations do it; normalising is left to the device (eval/features.py). Photos and scenes
+are decoded as in training (pipeline/decode.py), EXIF rotation not applied; a mask is a label image, read as it is stored.
 
 H, W height and width of a picture in its file · S side of a prepared picture, pixels.
 """
 
 import copy
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as transform
 
-from pipeline.header import without_exif
+from pipeline.decode import DecodeError, decode, load_torchcodec
 from pipeline.remote import is_address
 from pipeline.shards import Shards
 from runtime.config import Config
 from runtime.mistake import Mistake, nearest
 
-try:
-    from torchcodec.decoders import decode_jpeg
-except (ImportError, OSError, RuntimeError):  # not installed, or installed for another torch
-    decode_jpeg = None  # type: ignore[assignment]
-
 NO_CLASS = -1  # of a photo: it has no label, or it is damaged
 IGNORE = 255  # of a pixel: it counts nowhere
 SMALL = 128  # pixels: networks trained on smaller views, and scenes smaller than that, are measured by small protocols
-PHOTOS = (".jpg", ".jpeg", ".png")
-
-
-def decode(photo: bytes) -> Tensor:
-    """RGB picture, uint8 [3,H,W] of a JPEG (the same from torchcodec and Pillow, bit by bit), PNG or WebP file.
-
-    EXIF's rotation is not applied, as in training, and as masks are drawn.
-    Raises ValueError where the bytes are no whole picture.
-    """
-    try:
-        plain = without_exif(photo) if decode_jpeg is not None and photo.startswith(b"\xff\xd8") else None
-        if plain is not None:
-            return torch.as_tensor(decode_jpeg(plain))
-        with Image.open(BytesIO(photo), formats=["JPEG", "PNG", "WEBP"]) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    except UnidentifiedImageError:  # its own words name an object in memory
-        raise ValueError("no picture: neither JPEG, PNG nor WebP") from None
-    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"no picture: {error}") from None
+PHOTOS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def shorter_side(size: int) -> int:
@@ -124,6 +101,7 @@ class LabelledPhotos(Dataset[tuple[Tensor, int]]):
             if name not in place:
                 raise Mistake(f"{shards.folder}: class '{name}' is not among the bank's{nearest(name, place)}")
         self._label = [place[name] for name in shards.classes]
+        load_torchcodec()  # once, before a loader forks its processes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,7 +113,7 @@ class LabelledPhotos(Dataset[tuple[Tensor, int]]):
             try:
                 cut = random_crop if self.augment else centre_crop
                 return cut(decode(photo), self.size), self._label[label] if label >= 0 else NO_CLASS
-            except ValueError:
+            except DecodeError:
                 pass
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), NO_CLASS
 
@@ -172,6 +150,7 @@ class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
         if not ids:
             raise Mistake(f"{lists / split}.txt: names no scene")
         masks = ["SegmentationClassAug", "SegmentationClass"] if split.endswith("aug") else ["SegmentationClass"]
+        load_torchcodec()  # once, before a loader forks its processes
         self.pictures = [self._find("JPEGImages", i, PHOTOS, "picture") for i in ids]
         self.masks = [self._find(masks, i, (".png",), "mask") for i in ids]
         names = self.folder / "classes.txt"
@@ -211,8 +190,8 @@ class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         try:
             picture = decode(self.pictures[i].read_bytes())
-        except ValueError as error:
-            raise Mistake(f"{self.pictures[i]}: {error}") from None
+        except DecodeError as error:
+            raise Mistake(f"{self.pictures[i]}: no picture: {error}") from None
         mask = _open_mask(self.masks[i])
         height, width = picture.shape[1:]
         if mask.size != (width, height):
@@ -262,6 +241,8 @@ def scene_sizes(image_size: int, size: int | None = None) -> tuple[int, int]:
 
 
 def _open_mask(path: Path) -> Image.Image:
+    """A mask's class numbers as they are stored. Not by pipeline/decode.py: a photo's palette becomes colors, and a mask's
+    numbers must not. Raises Mistake where the file is no mask."""
     try:
         mask = Image.open(path, formats=["PNG"])
         mask.load()

@@ -131,8 +131,11 @@ def _read(source: str) -> tuple[dict, dict]:
         raise Mistake(f"{path}: no such file{nearest(source, map(str, beside))}")
     elif path.name.startswith("checkpoint-") and path.suffix == ".safetensors":
         found = open_checkpoint(path)
-    if found:
-        return found.tensors(), _about_config(found.config, str(found.path))
+    if found:  # a method of somebody's own may have other heads, which are not looked at
+        ours = tuple(f"{role}.{part}." for role in _ROLES for part in _PARTS)
+        centers = {name for names in _CENTERS.values() for name in names}
+        tensors = {n: t for n, t in found.tensors().items() if n.startswith(ours) or n in centers}
+        return tensors, _about_config(found.config, str(found.path))
     if path.suffix == ".safetensors":
         metadata = read_header(path).get("__metadata__") or {}
         try:

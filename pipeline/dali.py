@@ -22,6 +22,7 @@ from nvidia.dali import fn, pipeline_def, types
 
 from pipeline import wds
 from pipeline.batch import Batch, draw_for, size_groups
+from pipeline.decode import with_adobe_marker
 from pipeline.shards import Plan, Shards
 from runtime.config import Config
 from runtime.mistake import Failure, Mistake
@@ -75,7 +76,7 @@ class _Source:
             self.shards.prefetch(self.plan, step, self.rank, self.world)
             for i, sample in enumerate(ids):
                 rows[i], photo = self.plan.sound(self.shards, int(sample), step)
-                photos.append(np.frombuffer(photo, np.uint8))
+                photos.append(np.frombuffer(with_adobe_marker(photo), np.uint8))
         except Mistake:
             rows[:], photos = -1, [np.zeros(1, np.uint8)] * len(ids)
         draws = draw_for(self.config, self.shards, self.plan, step, ids, np.maximum(rows, 0))

@@ -23,8 +23,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.decode import DecodeError, check_header, read_header
 from pipeline.draws import hash64, permute
-from pipeline.header import MAX_PIXELS, size_of
 from pipeline.remote import Remote, is_address
 from runtime.config import Speed
 from runtime.mistake import Mistake
@@ -185,13 +185,15 @@ class Shards:
             return f"only {len(photo)} of its {record['size']} bytes could be read"
         if zlib.crc32(photo) != record["crc32"]:
             return "its bytes are not those that were indexed (crc32)"
-        size, height, width = size_of(photo), int(record["height"]), int(record["width"])
+        size, height, width = read_header(photo), int(record["height"]), int(record["width"])
         if size is None:
             return "it is no JPEG, PNG or WebP"
         if size != (height, width):
             return f"its header promises {size[0]} x {size[1]} pixels, the index {height} x {width}"
-        if height * width > MAX_PIXELS:
-            return f"{height} x {width} pixels are more than a reader takes ({MAX_PIXELS:,})"
+        try:
+            check_header(photo)
+        except DecodeError as error:
+            return str(error)
         return ""
 
     def describe(self, sample: int) -> dict[str, str | int]:

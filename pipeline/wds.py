@@ -5,7 +5,6 @@ offset in the plan's order; WebDataset gives the chain of stages, its loader the
 """
 
 import faulthandler
-import io
 import multiprocessing
 import os
 import signal
@@ -17,35 +16,15 @@ import numpy as np
 import torch
 import webdataset
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from pipeline.batch import Batch, draw_for, size_groups
-from pipeline.header import without_exif
+from pipeline.decode import DecodeError, decode, load_torchcodec
 from pipeline.shards import Plan, Shards
 from runtime.config import Config
 from runtime.mistake import Mistake
 
-try:  # bit-equal to Pillow's decoder, faster, and without its copy
-    import torchcodec.decoders as torchcodec
-except (ImportError, OSError, RuntimeError):
-    torchcodec = None  # type: ignore[assignment]
-
-
-def decode(photo: bytes) -> Tensor:
-    """uint8 [3,H,W] of a JPEG's, PNG's or WebP's bytes; docs/data.md says what becomes of what.
-
-    EXIF's rotation is not applied: decoders disagree about EXIF that is not quite in order, and the index's sizes are
-    those before it. The size that the header promises is allocated: look at it before (`Shards.fault`). Raises an
-    exception of the decoder's where it refuses the bytes.
-    """
-    plain = without_exif(photo) if torchcodec is not None else None
-    if plain is not None:
-        return torchcodec.decode_image(plain, mode="RGB")
-    with Image.open(io.BytesIO(photo), formats=["JPEG", "PNG", "WEBP"]) as opened:
-        if opened.mode.startswith("I;16"):  # the high byte, as the others take it; Pillow would clip
-            return torch.from_numpy((np.asarray(opened) >> 8).astype(np.uint8)).expand(3, -1, -1)
-        return torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+load_torchcodec()  # now, so that the reading processes forked from a server with this module have it
 
 
 def cut(image: Tensor, window: NDArray[np.int32], size: int, out: Tensor | None = None) -> Tensor:
@@ -96,13 +75,10 @@ class Stages:
             attempt = 0
             while True:
                 try:
-                    image = decode(photo)
-                    record = self.shards.index[rows[i]]
-                    if image.shape[1:] == (record["height"], record["width"]):
-                        break
-                except Exception:  # whatever a decoder raises: sound bytes that it refuses count as damaged too
-                    pass
-                attempt += 1
+                    image = decode(photo)  # of the index's size: `sound` held the header against it
+                    break
+                except DecodeError:  # sound bytes that the decoder refuses count as damaged too
+                    attempt += 1
                 rows[i], photo = self.plan.sound(self.shards, int(ids[i]), step, first=attempt)
                 again = draw_for(self.config, self.shards, self.plan, step, ids[i : i + 1], rows[i : i + 1])
                 draws.windows[i], draws.view_points[i] = again.windows[0], again.view_points[0]

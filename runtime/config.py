@@ -167,7 +167,7 @@ class Eval:
 
 @dataclass
 class Config:
-    method: Literal["densedino", "dino"] = "densedino"
+    method: str = "densedino"  # one of METHODS, or module:Class for one of your own (model/methods)
     seed: int = 0
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
@@ -199,6 +199,7 @@ class Config:
         return max(g.size for g in self.data.views)
 
 
+METHODS = ("densedino", "dino")
 TEACHERS = 2  # T: the published method's two teacher views
 RESULTS = ("method", "seed", "data", "model", "reference", "head", "loss", "optim")  # sections that change results
 # of them: where the photos lie, and when to give up
@@ -488,6 +489,10 @@ def _check(c: Config) -> list[str]:
         if not right:
             wrong.append(message)
 
+    need(
+        c.method in METHODS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", c.method) is not None,
+        f"method: one of {', '.join(METHODS)}, or module:Class, this is {_kind(c.method)}{nearest(c.method, METHODS)}",
+    )
     shares = {
         "data.holdout": c.data.holdout, "data.min_overlap": c.data.min_overlap, "data.flip": c.data.flip,
         "data.grey": c.data.grey, "data.max_bad": c.data.max_bad, "data.max_lost": c.data.max_lost,
@@ -530,7 +535,7 @@ def _check(c: Config) -> list[str]:
     )
     need(c.seed < 2**63, f"seed: less than 2^63, this is {c.seed}")
     need(
-        c.method == "densedino" or c.loss.alpha > 0,
+        c.method != "dino" or c.loss.alpha > 0,
         "loss.alpha: 0 leaves no loss at all: method: dino has the class loss alone, which alpha: 1 is",
     )
     if c.speed.accumulate > 0:

@@ -10,7 +10,7 @@ ROOMS = ("pipeline", "model", "runtime", "eval", "tools")
 LEVELS = {
     "runtime": 0,
     "pipeline.draws": 0, "pipeline.shards": 0, "pipeline.geometry": 0, "pipeline.augment": 0, "pipeline.augment_cpu": 0,
-    "pipeline.batch": 0, "pipeline.header": 0,
+    "pipeline.batch": 0, "pipeline.decode": 0,
     "pipeline.remote": 0,
     "model.reference": 0, "model.heads": 0, "model.losses": 0, "eval.datasets": 0, "eval.miou": 0,
     "pipeline.dali": 1, "pipeline.wds": 1, "model.vit": 1,

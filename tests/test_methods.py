@@ -5,12 +5,17 @@ import torch
 from conftest import run_program
 
 from model.methods import METHODS, build
+from runtime import config as configs
 from runtime.config import load_config
 from runtime.schedule import StepValues
 from tests.faults.program import Program, equal, final, log, steps
 
 EVERY = [*METHODS, "tests.byol:BYOL"]
 WORDS = ["model.drop_path=0", "optim.epochs=1", "optim.warmup=0", "speed.precision=float64", "run.log_every=1"]
+
+
+def test_the_config_knows_every_method():
+    assert set(configs.METHODS) == set(METHODS)
 
 
 @pytest.fixture(params=EVERY)
@@ -82,6 +87,11 @@ def test_pieces_and_processes_agree_with_one(method, tiny_config, tmp_path):
         assert theirs.keys() == one.keys()
         for name, t in one.items():
             assert (theirs[name] - t).abs().max() <= 1e-9 * max(1.0, float(t.abs().max())), (other, name)
+
+
+def test_a_method_that_is_not_there(tiny_config):
+    said = run_program("train.py", tiny_config, "method=tests.byol:BYOl", expect=2).stderr
+    assert said == "error: method: tests.byol:BYOl is not found (module 'tests.byol' has no attribute 'BYOl')\n"
 
 
 def test_is_exported_and_evaluated(method, tiny_config, tmp_path):

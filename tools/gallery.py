@@ -26,11 +26,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
 
-from eval.datasets import IGNORE, PHOTOS, VocSegmentation, decode, open_shards
+from eval.datasets import IGNORE, PHOTOS, VocSegmentation, open_shards
 from eval.features import check_size, tokens
 from eval.subject import Subject, spread
 from model.vit import ViT
 from pipeline.augment import MEAN, STD
+from pipeline.decode import DecodeError, decode
 from runtime.mistake import Mistake, nearest
 
 # Okabe & Ito 2008, colours that the colour-blind tell apart; without black, the ink of the text
@@ -58,8 +59,8 @@ def read_photo(path: Path, mask: Path | None = None) -> Photo:
         raise Mistake(f"{path}: no such image{nearest(str(path), map(str, beside))}")
     try:
         return Photo(shortened(path.name), decode(path.read_bytes()), mask)
-    except ValueError as error:
-        raise Mistake(f"{path}: {error}") from None
+    except DecodeError as error:
+        raise Mistake(f"{path}: no picture: {error}") from None
 
 
 def shortened(name: str) -> str:
@@ -96,7 +97,7 @@ def choose_photos(named: list[Path], subject: Subject, count: int) -> list[Photo
         if shards.is_sound(sample, photo):
             try:
                 photos.append(Photo(f"sample {sample}", decode(photo)))
-            except ValueError:
+            except DecodeError:
                 continue
     if not photos:
         raise Mistake(f"{folder}: no sound photo among those looked at; `make verify DST={folder}`")

@@ -33,8 +33,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.decode import MAX_PIXELS
 from pipeline.draws import hash64, permute
-from pipeline.header import MAX_PIXELS
 from pipeline.shards import Shards
 from runtime.mistake import Mistake, tell_mistakes
 from tools.sharding.existing import index, verify
@@ -91,14 +91,13 @@ def make_shard(job: Job) -> Done:
     with draft.open("wb", buffering=1 << 20) as file, closing(Source(job.src)) as source:
         shard = ShardFile(file)
         for number, photo in enumerate(job.photos, job.first):
-            data = b""
             try:
                 data = source.read(photo, at_most=4 * settings.max_pixels)
                 ready = prepare(data, settings.resize_short, settings.quality)
             except MemoryError:
                 raise Mistake("out of memory; fewer --processes or a lower --max-pixels need less") from None
             except Exception as error:  # a hostile photo can make Pillow raise anything
-                record.rejected.append({"source": shown(photo.name), "reason": why_bad(error, data)})
+                record.rejected.append({"source": shown(photo.name), "reason": why_bad(error)})
                 record.unread += isinstance(error, Unread)
                 continue
             (record.kept if ready.kept else record.converted)[ready.kind] += 1

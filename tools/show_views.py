@@ -28,8 +28,9 @@ from eval.datasets import open_shards
 from eval.subject import spread
 from pipeline.augment import MEAN, STD, apply_colour
 from pipeline.batch import Draws, draw, size_groups
+from pipeline.decode import DecodeError, decode
 from pipeline.shards import Shards
-from pipeline.wds import cut, decode
+from pipeline.wds import cut
 from runtime.config import TEACHERS, Config, load_config
 from runtime.mistake import Mistake, tell_mistakes
 from tools.gallery import COLOURS, DARK, place, save
@@ -52,7 +53,7 @@ def sound_samples(shards: Shards, wanted: list[int] | None, count: int) -> list[
         if shards.is_sound(sample, photo):
             try:
                 found.append((sample, decode(photo)))
-            except Exception:  # whatever a decoder raises: the trainer passes such a photo over too
+            except DecodeError:  # the trainer passes such a photo over too
                 continue
     if not found:
         raise Mistake(f"{shards.folder}: none of these samples is sound; `make verify DST={shards.folder}`")

@@ -19,6 +19,7 @@ from conftest import run_program
 from pictures import encoded, pixels, tar_of, tree
 from PIL import Image
 
+from pipeline import decode as decoding
 from pipeline import wds
 from pipeline.shards import Plan, Shards
 from runtime.config import load_config
@@ -148,7 +149,7 @@ def test_a_format(name, folders, monkeypatch):
         assert Shards(folder / "adopted").manifest["kept"][wanted.kind] >= 1
         check(adopted[name], wanted.adopted)
         with monkeypatch.context() as patch, warnings.catch_warnings():  # Pillow stands in where torchcodec is missing
-            patch.setattr(wds, "torchcodec", None)
+            patch.setattr(decoding, "load_torchcodec", lambda: None)
             check(adopted[name], wanted.adopted)
 
 

@@ -160,14 +160,13 @@ def index_tar(job: tuple[Path, int]) -> Record:
         if size == 0:
             raise Mistake(f"{path}: empty (0 bytes)")
         for photo, cls in _samples(members(tar, 0, size, str(path)), skipped):
-            data = b""
             try:
                 if not 0 < photo.size <= 4 * max_pixels:
                     raise ValueError("empty" if photo.size == 0 else f"{photo.size} bytes")
                 data = os.pread(tar.fileno(), photo.size, photo.offset)
                 image, kind = adopt(data)
             except Exception as error:  # as in make_shard
-                rejected.append({"source": f"{path.name}/{shown(photo.name)}", "reason": why_bad(error, data)})
+                rejected.append({"source": f"{path.name}/{shown(photo.name)}", "reason": why_bad(error)})
                 continue
             label = os.pread(tar.fileno(), min(cls.size, 16), cls.offset).strip() if cls else b""
             is_label = label.isdigit() and int(label) < CLASSES_AT_MOST

@@ -1,15 +1,12 @@
 """What becomes of one photo: looked at, decoded whole, kept as it is or made a plain JPEG.
 
-Its bytes are kept where they are a JPEG of 8 bits, grey or colour, that stands upright. All else is made such a JPEG, with
-full colour resolution (4:4:4):
-  EXIF rotation                  applied to the pixels, so that no reader has to
-  PNG, WebP, TIFF, BMP, GIF      their first frame
-  grey of 16 bits                v / 257, rounded (colour of 16 bits: its high byte, which is what Pillow reads)
+Its bytes are kept where they are a JPEG of 8 bits, gray or color, that stands upright. All else is made such a JPEG, with
+full color resolution (4:4:4). The pixels are those of the readers' own decoder (pipeline/decode.py), but that two things are
+done to them that no reader does:
+  EXIF rotation                  applied to the pixels
   transparency                   over white
-  CMYK                           to RGB by Pillow's formula; colour profiles are never applied
-  32 bits per value, LAB         refused: where white lies is not defined
+TIFF, BMP and GIF are converted too, of all formats the first frame. Pixels that `decode.to_8_bits` refuses are refused.
 A photo that others put into a tar stays as it is, or is refused: see `adopt`. docs/data.md has both as one table.
-Pillow decodes: torchcodec is 8 % faster (1.04 and 0.96 ms for 110 kB, one core), but costs every process 500 MB.
 """
 
 import io
@@ -17,13 +14,12 @@ import re
 import warnings
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline.header import MAX_PIXELS, size_of
+from pipeline import decode
 
-READ = ("JPEG", "MPO", "PNG", "WEBP")  # what the readers decode; MPO is a JPEG with more behind it
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+READ = (*decode.FORMATS, "MPO")  # what the readers decode; MPO is a JPEG with more behind it
+FORMATS = (*decode.FORMATS, "TIFF", "BMP", "GIF")
 LONGEST_SIDE = 65500  # pixels that libjpeg takes
 
 
@@ -46,7 +42,7 @@ def bound_pixels(at_most: int) -> None:
 
 def look(data: bytes) -> tuple[Image.Image, str]:
     """The photo with only its header read, and its kind: "JPEG RGB", "PNG I;16", "JPEG RGB rotated"..."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image = decode.open_image(data, FORMATS)
     if max(image.size) > LONGEST_SIDE:
         raise ValueError(f"{image.width} x {image.height} pixels: a JPEG has at most {LONGEST_SIDE} on a side")
     kind = f"{'JPEG' if image.format == 'MPO' else image.format} {image.mode}"
@@ -63,7 +59,7 @@ def prepare(data: bytes, resize_short: int | None = None, quality: int = 95) -> 
         return Ready(_readable(data, image), image.height, image.width, kind, True)
     if kind.endswith("rotated"):
         image = ImageOps.exif_transpose(image)
-    image = _eight_bits(image)
+    image = decode.to_8_bits(_over_white(image))
     if resize_short is not None and resized:
         scale = resize_short / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
@@ -88,10 +84,10 @@ def adopt(data: bytes) -> tuple[Image.Image, str]:
 
 def _readable(data: bytes, image: Image.Image) -> bytes:
     """The same bytes. Raises ValueError where a reader would refuse them (pipeline/shards.py, `fault`)."""
-    if size_of(data) != (image.height, image.width):
+    if decode.read_header(data) != (image.height, image.width):
         raise ValueError(f"its header tells no size, or another one than the {image.height} x {image.width} decoded")
-    if image.height * image.width > MAX_PIXELS:
-        told = f"{image.height} x {image.width} pixels, more than a reader takes ({MAX_PIXELS:,})"
+    if image.height * image.width > decode.MAX_PIXELS:
+        told = f"{image.height} x {image.width} pixels, more than a reader takes ({decode.MAX_PIXELS:,})"
         raise ValueError(f"{told}; --resize-short makes it smaller")
     return data
 
@@ -103,23 +99,17 @@ def _is_rotated(image: Image.Image) -> bool:
         return False
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """The photo as L or RGB."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-    if image.mode in ("I", "F", "LAB"):
-        raise ValueError(f"mode {image.mode}: where white lies is not defined")
-    grey = image.mode in ("1", "L", "LA")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if grey else "RGB")
+def _over_white(image: Image.Image) -> Image.Image:
+    """The photo without transparency."""
+    if not image.has_transparency_data or image.mode.startswith("I;16"):  # Pillow composites 8 bits only
+        return image
+    gray, image = image.mode in ("1", "L", "LA"), image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if gray else "RGB")
 
 
-def why_bad(error: Exception, data: bytes) -> str:
+def why_bad(error: Exception) -> str:
     """The reason for rejected.jsonl: one line, the same in every run."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return f"no {', '.join(FORMATS)}: it begins with {data[:16]!r}"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         pixels = re.search(r"\d+", str(error))
         return f"{pixels[0] if pixels else 'too many'} pixels by its header, more than --max-pixels"
