@@ -29,7 +29,7 @@ need = $(if $($(1)),,$(error $(1)=… is missing: $(2)))
 .PHONY: help setup scenes shards verify index pretrain eval export bench test test-slow faults check lock clean
 
 help: ## this list
-	@echo "DenseDINO: photos -> shards -> pretraining -> what it learnt"
+	@echo "DenseDINO: photos -> shards -> pretraining -> what it learned"
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything into .venv (TORCH=cpu: torch for machines without a GPU)
@@ -67,20 +67,20 @@ scenes: $(READY) # the embedded default: painted scenes and their shards
 pretrain: $(READY) $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(CONFIG)),scenes)) ## [CONFIG=… SHARDS=… VAL=… GPUS=n|all RESTARTS=n RUN=… METHOD=dino ARGS='a.b=c …']
 	@$(if $(filter-out 1,$(GPUS)),$(if $(filter-out all,$(GPUS)),WORLD_SIZE=$(GPUS)) $(PY) train.py $(CONFIG) $(words) --dry-run >/dev/null)
 	@$(launch) train.py $(CONFIG) $(words)
-	@$(PY) -m eval.report $(RUN) --if-missing
-	@$(PY) -m tools.show_run $(RUN) --if-missing
-	@$(PY) -m eval.page $(RUN)
+	@$(PY) -m eval.report $(RUN) --skip-existing
+	@$(PY) -m tools.show.run $(RUN) --skip-existing
+	@$(PY) -m eval.html $(RUN)
 
 eval: $(READY) ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained
 	@$(PY) -m eval.report $(RUN)
-	@$(PY) -m eval.page $(RUN)
+	@$(PY) -m eval.html $(RUN)
 
 export: $(READY) ## RUN=runs/… DST=folder [ARGS=--onnx]: the backbone for timm, and ONNX
 	$(call need,DST,the folder to write)
 	@$(PY) -m tools.export $(RUN) "$(DST)" $(ARGS)
 
 bench: $(READY) $(if $(SHARDS)$(if $(GPUS),,$(filter step plan,$(WHAT))),,scenes) ## WHAT=data|all|step|leak|plan|shards [GPUS=n with step, SHARDS=… OUT=rows.jsonl]: images per second
-	@$(PY) -m $(if $(filter step,$(WHAT)),$(if $(GPUS),tools.bench_scale $(GPUS) --config $(CONFIG) $(if $(SHARDS),--shards $(SHARDS)),tools.benchmark_step),tools.benchmark $(WHAT) $(if $(SHARDS),--shards $(SHARDS)) $(if $(filter all leak,$(WHAT)),--config $(CONFIG))) $(if $(OUT),--out $(OUT)) $(ARGS)
+	@$(PY) -m $(if $(filter step,$(WHAT)),$(if $(GPUS),tools.bench.scale $(GPUS) --config $(CONFIG) $(if $(SHARDS),--shards $(SHARDS)),tools.bench.step),tools.bench.data $(WHAT) $(if $(SHARDS),--shards $(SHARDS)) $(if $(filter all leak,$(WHAT)),--config $(CONFIG))) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 test: $(READY) ## all tests, on any machine
 	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)

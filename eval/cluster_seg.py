@@ -4,7 +4,7 @@
         [--classes N] [--size N] [--untrained]
 
 Overclustering as in Leopart (Ziegler & Asano 2022, section 4 and sup_overcluster.py): patch tokens of all scenes,
-standardised, their first 50 principal components, k-means; clusters upsampled to 100 x 100 by the nearest and held
+standardized, their first 50 principal components, k-means; clusters upsampled to 100 x 100 by the nearest and held
 against the masks. As many clusters as classes: one for each, the assignment of the greatest sum of IoU (Hungarian).
 More clusters than classes: each is taken for the class that most of its pixels have. The mean over 5 seeds.
 
@@ -33,12 +33,12 @@ from torch import Tensor
 from eval.datasets import VocSegmentation, scene_sizes
 from eval.features import check_size, default_workers, resized_masks, scene_tokens, shown
 from eval.miou import Score, confusion, scored
-from eval.subject import Subject
+from eval.target import EvalTarget
 from model.vit import ViT
-from runtime.mistake import Mistake, ask_positive, tell_mistakes
+from runtime.errors import UserError, require_positive, run_cli
 
 COMPONENTS = 50
-POINTS = 256  # of each cluster, at most, that k-means looks at; all are assigned afterwards
+POINTS = 256  # of each cluster, at most, that k-means looks at; all are assigned afterward
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def matched(counts: Tensor, of_cluster: NDArray[np.int64]) -> Tensor:
 
 
 def principal(points: Tensor, components: int = COMPONENTS) -> Tensor:
-    """Points [N,D], every dimension standardised (in place) -> their first principal components [N,components]."""
+    """Points [N,D], every dimension standardized (in place) -> their first principal components [N,components]."""
     mean = points.mean(0, dtype=torch.float64)
     spread = torch.stack([(some - mean).square().sum(0) for some in points.split(65_536)]).sum(0) / len(points)
     spread = spread.sqrt()
@@ -96,36 +96,36 @@ def kmeans(points: Tensor, clusters: int, seed: int, *, iterations: int = 100, t
     """Lloyd's k-means of points [N,d]: the cluster of each, int64 [N].
 
     Settings of faiss, as published: begins with points drawn at random, looks at no more than POINTS of them for each
-    cluster, ends after `iterations` or where nothing moves; of `tries` beginnings, the centres with the least sum of squared
-    distances. A cluster that falls empty begins anew at the point farthest from its centre (faiss halves the largest).
+    cluster, ends after `iterations` or where nothing moves; of `tries` beginnings, the centers with the least sum of squared
+    distances. A cluster that falls empty begins anew at the point farthest from its center (faiss halves the largest).
     """
     draws = torch.Generator().manual_seed(seed)
     few = torch.randperm(len(points), generator=draws)[: POINTS * clusters].to(points.device)
     seen = points[few]
     least, best = torch.inf, seen[:clusters]
     for _ in range(tries):
-        centres = seen[torch.randperm(len(seen), generator=draws)[:clusters].to(points.device)]
+        centers = seen[torch.randperm(len(seen), generator=draws)[:clusters].to(points.device)]
         before = None
         for _ in range(iterations):
-            nearest, distances = assign(seen, centres)
+            nearest, distances = assign(seen, centers)
             if before is not None and torch.equal(nearest, before):
                 break
             before = nearest
             sizes = torch.bincount(nearest, minlength=clusters)
-            sums = torch.zeros_like(centres).index_add_(0, nearest, seen)
-            centres = sums / sizes.clamp(min=1)[:, None]
+            sums = torch.zeros_like(centers).index_add_(0, nearest, seen)
+            centers = sums / sizes.clamp(min=1)[:, None]
             empty = (sizes == 0).nonzero()[:, 0]
-            centres[empty] = seen[distances.topk(len(empty)).indices]
-        _, distances = assign(seen, centres)
+            centers[empty] = seen[distances.topk(len(empty)).indices]
+        _, distances = assign(seen, centers)
         if (inertia := float(distances.sum())) < least:
-            least, best = inertia, centres
+            least, best = inertia, centers
     return assign(points, best)[0]
 
 
-def assign(points: Tensor, centres: Tensor, rows: int = 4096) -> tuple[Tensor, Tensor]:
-    """(the nearest centre of each point [N], squared distance to it [N]) of points [N,d] and centres [K,d]."""
-    squared = centres.square().sum(1)
-    found = [torch.addmm(squared, some, centres.T, alpha=-2).min(dim=1) for some in points.split(rows)]
+def assign(points: Tensor, centers: Tensor, rows: int = 4096) -> tuple[Tensor, Tensor]:
+    """(the nearest center of each point [N], squared distance to it [N]) of points [N,d] and centers [K,d]."""
+    squared = centers.square().sum(1)
+    found = [torch.addmm(squared, some, centers.T, alpha=-2).min(dim=1) for some in points.split(rows)]
     nearest = torch.cat([one.indices for one in found])
     return nearest, torch.cat([one.values for one in found]) + points.square().sum(1)
 
@@ -143,13 +143,13 @@ def measure(
 ) -> list[Figures]:
     """The figures of each number of clusters; maps are compared at `map_size` pixels a side.
 
-    Raises Mistake where there are fewer tokens than clusters.
+    Raises UserError where there are fewer tokens than clusters.
     """
     device = next(network.parameters()).device
     made = scene_tokens(network, scenes, batch=batch, workers=workers, show="scenes" if show else None)
     n, width, h, w = made.tokens.shape
     if n * h * w < max(clusters):
-        raise Mistake(f"{max(clusters)} clusters of {n * h * w} patch tokens: not more clusters than tokens")
+        raise UserError(f"{max(clusters)} clusters of {n * h * w} patch tokens: not more clusters than tokens")
     masks = resized_masks(made.masks, map_size)
     points = principal(made.tokens.permute(0, 2, 3, 1).reshape(-1, width), min(COMPONENTS, width)).to(device)
     work = [(k, seed) for k in clusters for seed in range(seeds)]
@@ -186,8 +186,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     began = time.perf_counter()
-    ask_positive(args, "classes", "seeds", "size")
-    subject = Subject(args.network)
+    require_positive(args, "classes", "seeds", "size")
+    subject = EvalTarget(args.network)
     data = subject.scenes_folder(args.data)
     network = subject.network(args.untrained)
     size, map_size = scene_sizes(network.image_size, args.size)
@@ -216,15 +216,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_clusters(words: str) -> list[int]:
-    """Numbers of clusters as they are typed. Raises Mistake."""
+    """Numbers of clusters as they are typed. Raises UserError."""
     try:
         clusters = [int(word) for word in words.split(",")]
     except ValueError:
-        raise Mistake(f"--clusters {words}: whole numbers with commas between, as in 500,21") from None
+        raise UserError(f"--clusters {words}: whole numbers with commas between, as in 500,21") from None
     if min(clusters) < 2:
-        raise Mistake(f"--clusters {words}: at least 2")
+        raise UserError(f"--clusters {words}: at least 2")
     return clusters
 
 
 if __name__ == "__main__":
-    tell_mistakes(main)
+    run_cli(main)

@@ -1,7 +1,7 @@
 """What the frozen network is asked about: photos with a class each, and scenes with a class for every pixel.
 
-Photos come from labelled shards, scenes from a folder in Pascal VOC's layout. Both give uint8 pictures [3,S,S] that are
-cut and sized as the published evaluations do it; normalising is left to the device (eval/features.py). Photos and scenes
+Photos come from labeled shards, scenes from a folder in Pascal VOC's layout. Both give uint8 pictures [3,S,S] that are
+cut and sized as the published evaluations do it; normalizing is left to the device (eval/features.py). Photos and scenes
 are decoded as in training (pipeline/decode.py), EXIF rotation not applied; a mask is a label image, read as it is stored.
 
 H, W height and width of a picture in its file · S side of a prepared picture, pixels.
@@ -21,10 +21,10 @@ from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as transform
 
 from pipeline.decode import DecodeError, decode, load_torchcodec
-from pipeline.remote import is_address
+from pipeline.remote.cache import is_address
 from pipeline.shards import Shards
 from runtime.config import Config
-from runtime.mistake import Mistake, nearest
+from runtime.errors import UserError, suggest
 
 NO_CLASS = -1  # of a photo: it has no label, or it is damaged
 IGNORE = 255  # of a pixel: it counts nowhere
@@ -33,14 +33,14 @@ PHOTOS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def shorter_side(size: int) -> int:
-    """Of a photo before its centre of `size` pixels is cut: 256 for 224, and the same share of every other size."""
+    """Of a photo before its center of `size` pixels is cut: 256 for 224, and the same share of every other size."""
     return round(size * 256 / 224)
 
 
-def centre_crop(picture: Tensor, size: int) -> Tensor:
+def center_crop(picture: Tensor, size: int) -> Tensor:
     """The middle of a picture for a class: uint8 [3,H,W] -> [3,size,size].
 
-    Shorter side to 256/224 of `size`, bicubic with antialiasing, then the centre square: 256 and 224 in DINO's k-NN
+    Shorter side to 256/224 of `size`, bicubic with antialiasing, then the center square: 256 and 224 in DINO's k-NN
     (Caron et al. 2021, eval_knn.py), the same share of every other size.
     """
     picture = transform.resize(picture, [shorter_side(size)], InterpolationMode.BICUBIC, antialias=True)
@@ -61,27 +61,27 @@ def random_crop(picture: Tensor, size: int) -> Tensor:
 
 def open_shards(folder: str | Path, config: Config | None = None) -> Shards:
     """The shards of a folder or an address, with the cache and the losses that a run's config allows; a folder of photos
-    is told how to become one. Raises Mistake."""
-    allowed = (config.speed, config.data.max_lost) if config else ()
+    is told how to become one. Raises UserError."""
+    allowed = (config.speed, config.data.max_missing) if config else ()
     if is_address(folder):
         return Shards(folder, *allowed)
     folder = Path(folder)
     if folder.is_dir() and not (folder / "manifest.json").is_file() and not any(folder.glob("*.tar")):
         inside = [folder, *(d for d in sorted(folder.iterdir())[:20] if d.is_dir())]
         if any(file.suffix.lower() in PHOTOS for place in inside for file in place.iterdir()):
-            raise Mistake(
+            raise UserError(
                 f"{folder}: photos, not shards; `make shards SRC={folder} DST={folder}-shards` makes shards of them"
             )
     return Shards(folder, *allowed)
 
 
-class LabelledPhotos(Dataset[tuple[Tensor, int]]):
+class LabeledPhotos(Dataset[tuple[Tensor, int]]):
     """Photos of shards, prepared: (uint8 [3,size,size], label).
 
     rows: sample ids, all where None. classes: names in the order that labels count in (the bank's, for queries from
-    other shards); by default the shards' own. augment: a `random_crop` instead of the `centre_crop`. A damaged photo is
+    other shards); by default the shards' own. augment: a `random_crop` instead of the `center_crop`. A damaged photo is
     black and of NO_CLASS: it is left out, not guessed.
-    Raises Mistake where the shards have a class that `classes` lacks.
+    Raises UserError where the shards have a class that `classes` lacks.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class LabelledPhotos(Dataset[tuple[Tensor, int]]):
         place = {name: label for label, name in enumerate(self.classes)}
         for name in shards.classes:
             if name not in place:
-                raise Mistake(f"{shards.folder}: class '{name}' is not among the bank's{nearest(name, place)}")
+                raise UserError(f"{shards.folder}: class '{name}' is not among the bank's{suggest(name, place)}")
         self._label = [place[name] for name in shards.classes]
         load_torchcodec()  # once, before a loader forks its processes
 
@@ -109,17 +109,17 @@ class LabelledPhotos(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         row = int(self.rows[i])
         photo, label = self.shards.read(row), int(self.shards.index["label"][row])
-        if self.shards.is_sound(row, photo):
+        if self.shards.is_valid(row, photo):
             try:
-                cut = random_crop if self.augment else centre_crop
+                cut = random_crop if self.augment else center_crop
                 return cut(decode(photo), self.size), self._label[label] if label >= 0 else NO_CLASS
             except DecodeError:
                 pass
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), NO_CLASS
 
-    def share(self, rank: int, world: int) -> "LabelledPhotos":
+    def share(self, rank: int, world: int) -> "LabeledPhotos":
         """Every world-th of these photos, for one of `world` processes."""
-        return LabelledPhotos(self.shards, self.size, self.rows[rank::world], self.classes, augment=self.augment)
+        return LabeledPhotos(self.shards, self.size, self.rows[rank::world], self.classes, augment=self.augment)
 
 
 class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
@@ -129,26 +129,26 @@ class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
         folder/SegmentationClassAug/<id>.png    where there is one, the masks of `trainaug` (VOC's own for what it lacks)
         folder/classes.txt                      where there is one, the names of the classes, one a line
 
-    A mask is a palette or grey PNG of class numbers, 255: ignore. As published (DenseDINO, eval_segment.py, after
+    A mask is a palette or gray PNG of class numbers, 255: ignore. As published (DenseDINO, eval_segment.py, after
     Leopart): the whole scene is squeezed to the square, aspect ratio not kept, bilinear, its mask by the nearest pixel.
     augment: instead a random window of .8 to 1 of the area, sides 3:4 to 4:3, and a flip in one of two cases, drawn
     with torch's own generator.
 
     classes: how many; by default those of classes.txt, else the highest number in this split's masks + 1.
-    Raises Mistake for a missing folder, split, picture or mask, and for a mask that is none.
+    Raises UserError for a missing folder, split, picture or mask, and for a mask that is none.
     """
 
     def __init__(self, folder: str | Path, split: str, size: int, *, augment: bool = False, classes: int | None = None):
         self.folder, self.split, self.size, self.augment = Path(folder), split, size, augment
         lists = self.folder / "ImageSets" / "Segmentation"
         if not lists.is_dir():
-            raise Mistake(f"{self.folder}: not in Pascal VOC's layout (no ImageSets/Segmentation/)")
+            raise UserError(f"{self.folder}: not in Pascal VOC's layout (no ImageSets/Segmentation/)")
         if not (lists / f"{split}.txt").is_file():
             known = sorted(path.stem for path in lists.glob("*.txt"))
-            raise Mistake(f"{lists}: no split '{split}'{nearest(split, known)} (there are: {', '.join(known)})")
+            raise UserError(f"{lists}: no split '{split}'{suggest(split, known)} (there are: {', '.join(known)})")
         ids = (lists / f"{split}.txt").read_text().split()
         if not ids:
-            raise Mistake(f"{lists / split}.txt: names no scene")
+            raise UserError(f"{lists / split}.txt: names no scene")
         masks = ["SegmentationClassAug", "SegmentationClass"] if split.endswith("aug") else ["SegmentationClass"]
         load_torchcodec()  # once, before a loader forks its processes
         self.pictures = [self._find("JPEGImages", i, PHOTOS, "picture") for i in ids]
@@ -165,7 +165,7 @@ class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
                 path = self.folder / room / (scene + suffix)
                 if path.is_file():
                     return path
-        raise Mistake(
+        raise UserError(
             f"{self.folder / rooms[-1] / scene}{suffixes[0]}: no such {what}, and split '{self.split}' names it"
         )
 
@@ -191,11 +191,11 @@ class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
         try:
             picture = decode(self.pictures[i].read_bytes())
         except DecodeError as error:
-            raise Mistake(f"{self.pictures[i]}: no picture: {error}") from None
+            raise UserError(f"{self.pictures[i]}: no picture: {error}") from None
         mask = _open_mask(self.masks[i])
         height, width = picture.shape[1:]
         if mask.size != (width, height):
-            raise Mistake(f"{self.masks[i]}: {mask.size} pixels, but the picture has {(width, height)}")
+            raise UserError(f"{self.masks[i]}: {mask.size} pixels, but the picture has {(width, height)}")
         square = [self.size, self.size]
         if self.augment:
             top, left, height, width = RandomResizedCrop.get_params(picture, scale=[0.8, 1.0], ratio=[3 / 4, 4 / 3])
@@ -207,7 +207,7 @@ class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
             picture, numbers = picture.flip(-1), numbers.flip(-1)
         highest = int(numbers.where(numbers != IGNORE, 0).max())
         if highest >= self.classes:
-            raise Mistake(
+            raise UserError(
                 f"{self.masks[i]}: class {highest}, but there are {self.classes} classes (0 to {self.classes - 1})"
             )
         return picture, numbers
@@ -242,12 +242,12 @@ def scene_sizes(image_size: int, size: int | None = None) -> tuple[int, int]:
 
 def _open_mask(path: Path) -> Image.Image:
     """A mask's class numbers as they are stored. Not by pipeline/decode.py: a photo's palette becomes colors, and a mask's
-    numbers must not. Raises Mistake where the file is no mask."""
+    numbers must not. Raises UserError where the file is no mask."""
     try:
         mask = Image.open(path, formats=["PNG"])
         mask.load()
     except OSError as error:
-        raise Mistake(f"{path}: no mask ({error})") from None
+        raise UserError(f"{path}: no mask ({error})") from None
     if mask.mode not in ("P", "L"):
-        raise Mistake(f"{path}: a mask is a palette or grey PNG of class numbers, this one is {mask.mode}")
+        raise UserError(f"{path}: a mask is a palette or gray PNG of class numbers, this one is {mask.mode}")
     return mask

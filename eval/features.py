@@ -14,26 +14,26 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from eval.datasets import LabelledPhotos, VocSegmentation
+from eval.datasets import LabeledPhotos, VocSegmentation
 from model.vit import ViT
-from pipeline.augment import MEAN, STD
-from runtime import parallel
-from runtime.mistake import Mistake, nearest
+from pipeline.augment.recipe import MEAN, STD
+from runtime import distributed
+from runtime.errors import UserError, suggest
 
 PIXELS = 32  # a side of the picture whose raw pixels are compared
 KINDS = ("cls", "patches", "pixels")
 
 
 def check_size(network: ViT, size: int) -> None:
-    """Raises Mistake where pictures of `size` pixels a side do not fall into whole patches."""
+    """Raises UserError where pictures of `size` pixels a side do not fall into whole patches."""
     if size < network.patch or size % network.patch:
         near = max(1, round(size / network.patch)) * network.patch
-        raise Mistake(f"size {size}: not a multiple of the patch size {network.patch}; the nearest is {near}")
+        raise UserError(f"size {size}: not a multiple of the patch size {network.patch}; the nearest is {near}")
 
 
 def check_kind(kind: str) -> str:
     if kind not in KINDS:
-        raise Mistake(f"features '{kind}': one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+        raise UserError(f"features '{kind}': one of {', '.join(KINDS)}{suggest(kind, KINDS)}")
     return kind
 
 
@@ -56,14 +56,14 @@ def batches(
         pin_memory=device.type == "cuda",
     )
     for made in loader:
-        if isinstance(made, Mistake):
+        if isinstance(made, UserError):
             raise made
         pictures, answers = made
         yield pictures.to(device, non_blocking=True), answers.to(device, non_blocking=True)
 
 
 class _Told(Dataset):
-    """The same data; a Mistake comes as a value: raised in a worker it would be told with the worker's traceback."""
+    """The same data; a UserError comes as a value: raised in a worker it would be told with the worker's traceback."""
 
     def __init__(self, data: Dataset):
         self.data = data
@@ -71,18 +71,18 @@ class _Told(Dataset):
     def __len__(self) -> int:
         return len(self.data)  # type: ignore[arg-type]
 
-    def __getitem__(self, i: int) -> tuple | Mistake:
+    def __getitem__(self, i: int) -> tuple | UserError:
         try:
             return self.data[i]
-        except Mistake as mistake:
+        except UserError as mistake:
             return mistake
 
 
-def _collate(samples: list) -> list[Tensor] | Mistake:
-    return next((sample for sample in samples if isinstance(sample, Mistake)), None) or default_collate(samples)
+def _collate(samples: list) -> list[Tensor] | UserError:
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or default_collate(samples)
 
 
-def normalised(pictures: Tensor) -> Tensor:
+def normalized(pictures: Tensor) -> Tensor:
     """Pictures uint8 [n,3,S,S] -> float32, each channel less ImageNet's mean, by its deviation."""
     mean, std = (torch.tensor(c, device=pictures.device).view(1, 3, 1, 1) for c in (MEAN, STD))
     return (pictures / 255 - mean) / std
@@ -94,9 +94,9 @@ def tokens(network: ViT, pictures: Tensor) -> tuple[Tensor, Tensor]:
 
     Computed in the run's precision (`network.precision`), or where there is no run as `speed.precision: auto` does.
     """
-    precision = network.precision or parallel.choose_precision("auto", pictures.device)
+    precision = network.precision or distributed.choose_precision("auto", pictures.device)
     with torch.autocast(pictures.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-        cls, patches, _ = network(normalised(pictures).to(network.pos_embed.dtype))
+        cls, patches, _ = network(normalized(pictures).to(network.pos_embed.dtype))
     assert patches is not None
     return cls.float(), patches.float()
 
@@ -121,7 +121,7 @@ def width_of(kind: str, network: ViT | None, size: int) -> int:
 
 def photo_batches(
     network: ViT | None,
-    photos: LabelledPhotos,
+    photos: LabeledPhotos,
     kinds: Sequence[str] = ("cls",),
     *,
     batch: int = 256,
@@ -151,7 +151,7 @@ def photo_batches(
 
 
 def photo_features(
-    network: ViT | None, photos: LabelledPhotos, kinds: Sequence[str] = ("cls",), **how: Any
+    network: ViT | None, photos: LabeledPhotos, kinds: Sequence[str] = ("cls",), **how: Any
 ) -> tuple[dict[str, Tensor], Tensor]:
     """All of `photo_batches` at once, on the CPU: ({kind: float32 [n,D]}, labels int64 [n]); n*D*4 bytes of each kind."""
     features: dict[str, Tensor] = {}
@@ -199,7 +199,7 @@ def scene_batches(
     side = scenes.size // network.patch
     for pictures, masks in batches(scenes, batch, device, workers=workers, shuffle=shuffle):
         if pixels:
-            yield SceneTokens(F.pixel_unshuffle(normalised(pictures), network.patch), masks)
+            yield SceneTokens(F.pixel_unshuffle(normalized(pictures), network.patch), masks)
             continue
         _, patches = tokens(network, pictures)
         # cloned, for a tensor born in inference mode can enter no gradient

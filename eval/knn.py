@@ -10,7 +10,7 @@ discrimination", section 3.4): the k photos of the bank most like a query vote f
 The bank passes by and is never held: memory is the queries' and that of one block, however many photos vote. Several
 processes share the photos of both sets.
 
-m photos of the bank · n queries · D width of a feature · C classes · k neighbours.
+m photos of the bank · n queries · D width of a feature · C classes · k neighbors.
 """
 
 import argparse
@@ -26,19 +26,19 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from eval.datasets import LabelledPhotos
+from eval.datasets import LabeledPhotos
 from eval.features import KINDS, check_kind, check_size, default_workers, photo_batches, photo_features, width_of
-from eval.subject import Subject
+from eval.target import EvalTarget
 from model.vit import ViT
-from runtime import parallel
+from runtime import distributed
 from runtime.config import Speed
-from runtime.mistake import Mistake, ask_positive, tell_mistakes
-from runtime.parallel import Processes
+from runtime.distributed import DistributedContext
+from runtime.errors import UserError, require_positive, run_cli
 
 BANK_ROWS = 16384  # of the bank at a time
 
 
-class Neighbours:
+class NearestNeighbors:
     """The k photos of a bank most like each query, found while the bank passes by in blocks.
 
     queries [n,D], of any length; memory: bytes of one block of similarities, on top of the queries and the answers.
@@ -73,7 +73,7 @@ class Neighbours:
         self.similarities[rows], kept = both.topk(self.similarities.shape[1], dim=1)
         self.labels[rows] = torch.cat([self.labels[rows], labels], 1).gather(1, kept)
 
-    def join(self, processes: Processes) -> None:
+    def join(self, processes: DistributedContext) -> None:
         """The best k of all processes' banks, in all of them; each has met another part with the same queries."""
         if processes.world == 1:
             return
@@ -88,7 +88,7 @@ class Neighbours:
 
 @contextlib.contextmanager
 def float32_in_full() -> Iterator[None]:
-    """Products of float32 in float32, whatever was chosen for training: neighbours differ by less than TF32 tells."""
+    """Products of float32 in float32, whatever was chosen for training: neighbors differ by less than TF32 tells."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -101,19 +101,19 @@ def nearest_labels(
     bank: Tensor, labels: Tensor, queries: Tensor, k: int, *, memory: int = 1 << 26, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k most similar photos of a bank that is there: (cosine similarities float32 [n,k], most similar first; their
-    labels [n,k]). bank [m,D], labels int64 [m], queries [n,D]; k is cut to m. See `Neighbours`."""
-    neighbours = Neighbours(queries.to(device or bank.device), min(k, len(bank)), memory=memory)
-    neighbours.meet(bank, labels)
-    return neighbours.similarities, neighbours.labels
+    labels [n,k]). bank [m,D], labels int64 [m], queries [n,D]; k is cut to m. See `NearestNeighbors`."""
+    neighbors = NearestNeighbors(queries.to(device or bank.device), min(k, len(bank)), memory=memory)
+    neighbors.meet(bank, labels)
+    return neighbors.similarities, neighbors.labels
 
 
 def class_scores(similarities: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
-    """Each neighbour [n,k] votes for its class with weight exp(similarity / temperature): float32 [n,C].
+    """Each neighbor [n,k] votes for its class with weight exp(similarity / temperature): float32 [n,C].
 
-    Raises Mistake for a temperature so low that a vote leaves float32.
+    Raises UserError for a temperature so low that a vote leaves float32.
     """
     if temperature < 1 / 80:
-        raise Mistake(f"temperature {temperature}: at least 0.0125, or a vote of exp(1 / temperature) leaves float32")
+        raise UserError(f"temperature {temperature}: at least 0.0125, or a vote of exp(1 / temperature) leaves float32")
     scores = torch.zeros(len(labels), classes, device=labels.device)
     return scores.scatter_add_(1, labels, (similarities / temperature).exp())
 
@@ -137,7 +137,7 @@ def knn_scores(
 def top_accuracy(scores: Tensor, answers: Tensor, k: int) -> tuple[float, float]:
     """Top-1 and top-5 in percent, of scores [n,C] and right classes [n].
 
-    As published, top-5 looks at no more classes than there are neighbours, and among equal scores (classes without
+    As published, top-5 looks at no more classes than there are neighbors, and among equal scores (classes without
     any vote) the lower number goes first.
     """
     hits = [0, 0]
@@ -150,8 +150,8 @@ def top_accuracy(scores: Tensor, answers: Tensor, k: int) -> tuple[float, float]
 
 def photo_knn(
     network: ViT | None,
-    bank: LabelledPhotos,
-    val: LabelledPhotos,
+    bank: LabeledPhotos,
+    val: LabeledPhotos,
     kinds: tuple[str, ...] = ("cls",),
     *,
     k: int = 20,
@@ -159,34 +159,34 @@ def photo_knn(
     batch: int = 256,
     workers: int = 0,
     show: bool = False,
-    processes: Processes | None = None,
+    processes: DistributedContext | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Top-1 and top-5 in percent for each kind of features, bank and queries read once for all of them.
 
     processes: all call this together, each reads its share of both sets, and all get the same figures.
-    Raises Mistake where no photo of the bank, or none that is asked about, has a class.
+    Raises UserError where no photo of the bank, or none that is asked about, has a class.
     """
     device = next(network.parameters()).device if network else torch.device("cpu")
-    processes = processes or Processes(0, 1, device, torch.float32)
+    processes = processes or DistributedContext(0, 1, device, torch.float32)
     bank_here, val_here = (photos.share(processes.rank, processes.world) for photos in (bank, val))
     how: dict[str, Any] = dict(batch=batch, workers=workers)
     asked, answers = photo_features(network, val_here, kinds, **how, show="queries" if show else None)
     answers = processes.gather(answers.to(processes.device))
     if not len(answers):
-        raise Mistake(f"{val.shards.folder}: no sound photo of a known class among {len(val)}")
-    neighbours = {}
+        raise UserError(f"{val.shards.folder}: no sound photo of a known class among {len(val)}")
+    neighbors = {}
     for kind in kinds:
         nothing = torch.empty(0, width_of(kind, network, val.size))  # a share may hold no sound photo
-        neighbours[kind] = Neighbours(processes.gather(asked.pop(kind, nothing).to(processes.device)), k)
+        neighbors[kind] = NearestNeighbors(processes.gather(asked.pop(kind, nothing).to(processes.device)), k)
     met = torch.zeros(1, dtype=torch.int64, device=processes.device)
     for features, labels in in_blocks(photo_batches(network, bank_here, kinds, **how, show="bank" if show else None)):
         for kind in kinds:
-            neighbours[kind].meet(features[kind], labels)
+            neighbors[kind].meet(features[kind], labels)
         met += len(labels)
     if not processes.gather(met).sum():
-        raise Mistake(f"{bank.shards.folder}: no sound photo of a known class among {len(bank)}")
+        raise UserError(f"{bank.shards.folder}: no sound photo of a known class among {len(bank)}")
     figures = {}
-    for kind, found in neighbours.items():
+    for kind, found in neighbors.items():
         found.join(processes)
         scores = class_scores(found.similarities, found.labels, temperature, len(bank.classes))
         figures[kind] = top_accuracy(scores, answers, k)
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bank", help="shards that vote (default: the run's training shards, less what it held out)")
     parser.add_argument("--val", help="shards asked about (default: the run's data.val, else what it held out)")
     parser.add_argument("--features", default="cls", help=f"{', '.join(KINDS)} (default: cls)")
-    parser.add_argument("--k", type=int, help="neighbours (default: the run's eval.k, 20)")
+    parser.add_argument("--k", type=int, help="neighbors (default: the run's eval.k, 20)")
     parser.add_argument("--temperature", type=float, help="of the votes (default: the run's eval.temperature, .07)")
     parser.add_argument("--size", type=int, help="side of a photo in pixels (default: the training view's)")
     parser.add_argument("--untrained", action="store_true", help="the run's network before training")
@@ -230,9 +230,9 @@ def main(argv: list[str] | None = None) -> int:
 
     began = time.perf_counter()
     kind = check_kind(args.features)
-    ask_positive(args, "k", "temperature", "size", "limit", "batch")
-    processes = parallel.start(Speed())
-    subject = Subject(args.network)
+    require_positive(args, "k", "temperature", "size", "limit", "batch")
+    processes = distributed.start(Speed())
+    subject = EvalTarget(args.network)
     k = args.k or subject.settings.k
     temperature = args.temperature or subject.settings.temperature
     network = subject.network(args.untrained).to(processes.device)
@@ -267,4 +267,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    tell_mistakes(main)
+    run_cli(main)

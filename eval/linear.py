@@ -9,7 +9,7 @@ the mean of the patch tokens) one map, all on the same batches; SGD with momentu
 best map is that of the highest top-1 on the photos asked about, as published: it is picked by them. Otherwise than there,
 tokens are the last block's only (not the last four blocks'), and three higher rates stand beside the 13 published ones.
 
-The small protocol, for networks trained on views of less than 128 pixels: the centre of each photo, so that features are
+The small protocol, for networks trained on views of less than 128 pixels: the center of each photo, so that features are
 computed once, and 100 epochs over them.
 
 n photos · D width of a feature · C classes · L linear maps.
@@ -28,12 +28,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from eval.datasets import SMALL, LabelledPhotos
+from eval.datasets import SMALL, LabeledPhotos
 from eval.features import check_size, default_workers, photo_batches, photo_features, shown
 from eval.knn import top_accuracy
-from eval.subject import Subject
+from eval.target import EvalTarget
 from model.vit import ViT
-from runtime.mistake import Mistake, ask_positive, tell_mistakes
+from runtime.errors import UserError, require_positive, run_cli
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0)
 INPUTS = {"cls": ("cls",), "cls+patches": ("cls", "patches")}  # of a map: features side by side
@@ -95,8 +95,8 @@ class Maps(nn.Module):
 @torch.random.fork_rng(devices=())  # what is drawn here is drawn from the protocol's seed and leaves no trace
 def fit(
     network: ViT,
-    bank: LabelledPhotos,
-    val: LabelledPhotos,
+    bank: LabeledPhotos,
+    val: LabeledPhotos,
     protocol: Protocol,
     *,
     batch: int = 256,
@@ -106,7 +106,7 @@ def fit(
     """Train the maps on `bank`; what each of them scores on `val`. A function of the seed (and of `workers`, which draw
     the augmentation). batch: photos at a time where nothing is trained on them.
 
-    Raises Mistake where no photo of the bank, or none that is asked about, has a class.
+    Raises UserError where no photo of the bank, or none that is asked about, has a class.
     """
     device = next(network.parameters()).device
     kinds = INPUTS["cls+patches"]
@@ -118,10 +118,10 @@ def fit(
         kept, known = photo_features(network, bank, kinds, **how, show="photos" if show else None)
     for photos, found in ((val, answers), (bank, known)):
         if not len(found) and not (photos is bank and protocol.augment):
-            raise Mistake(f"{photos.shards.folder}: no sound photo of a known class among {len(photos)}")
+            raise UserError(f"{photos.shards.folder}: no sound photo of a known class among {len(photos)}")
     torch.manual_seed(protocol.seed)
     draws = torch.Generator().manual_seed(protocol.seed)
-    moved = LabelledPhotos(bank.shards, bank.size, bank.rows, bank.classes, augment=True)
+    moved = LabeledPhotos(bank.shards, bank.size, bank.rows, bank.classes, augment=True)
 
     def epoch_of_batches() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         if protocol.augment:
@@ -131,19 +131,19 @@ def fit(
             yield {kind: kept[kind][rows].to(device) for kind in kinds}, known[rows].to(device)
 
     maps = Maps(network.width, len(bank.classes), protocol.rates).to(device)
-    # without weight decay a map's rate may as well stand before its loss: one optimiser for all
+    # without weight decay a map's rate may as well stand before its loss: one optimizer for all
     rates = protocol.batch / 256 * torch.tensor([rate for _, rate in maps.names], device=device)
-    optimiser = torch.optim.SGD(maps.parameters(), 1.0, momentum=0.9)
+    optimizer = torch.optim.SGD(maps.parameters(), 1.0, momentum=0.9)
     steps = protocol.epochs * -(-len(known if kept else bank) // protocol.batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in shown(range(protocol.epochs), protocol.epochs, "linear maps" if show else None):
         for made, labels in epoch_of_batches():
             # cloned, for a tensor born in inference mode can enter no gradient
             logits = maps({kind: features.clone() for kind, features in made.items()})  # [L,n,C]
             losses = F.cross_entropy(logits.transpose(1, 2), labels.expand(len(rates), -1), reduction="none").mean(1)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (rates * losses).sum().backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
     return judge(maps, asked, answers)
 
@@ -185,8 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     began = time.perf_counter()
-    ask_positive(args, "epochs", "batch", "size", "limit")
-    subject = Subject(args.network)
+    require_positive(args, "epochs", "batch", "size", "limit")
+    subject = EvalTarget(args.network)
     network = subject.network(args.untrained)
     size = args.size or network.image_size
     check_size(network, size)
@@ -223,15 +223,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_rates(words: str) -> tuple[float, ...]:
-    """Learning rates as they are typed. Raises Mistake."""
+    """Learning rates as they are typed. Raises UserError."""
     try:
         rates = tuple(float(word) for word in words.split(","))
     except ValueError:
-        raise Mistake(f"--rates {words}: numbers with commas between, as in .001,.01,.1") from None
+        raise UserError(f"--rates {words}: numbers with commas between, as in .001,.01,.1") from None
     if min(rates) <= 0 or len(set(rates)) < len(rates):
-        raise Mistake(f"--rates {words}: each more than 0, and none twice")
+        raise UserError(f"--rates {words}: each more than 0, and none twice")
     return rates
 
 
 if __name__ == "__main__":
-    tell_mistakes(main)
+    run_cli(main)

@@ -51,9 +51,9 @@ from eval.features import (
     upsampled,
 )
 from eval.miou import Score, confusion, score_rows, scored
-from eval.subject import Subject
+from eval.target import EvalTarget
 from model.vit import ViT
-from runtime.mistake import Mistake, ask_positive, nearest, tell_mistakes
+from runtime.errors import UserError, require_positive, run_cli, suggest
 
 PROTOCOLS = ("densedino", "leopart")
 
@@ -77,7 +77,7 @@ class Protocol:
     def for_views(image_size: int, size: int | None = None, name: str = "densedino") -> "Protocol":
         """The protocol for a network trained on views of `image_size`, perhaps with scenes of another size."""
         if name not in PROTOCOLS:
-            raise Mistake(f"protocol '{name}': one of {', '.join(PROTOCOLS)}{nearest(name, PROTOCOLS)}")
+            raise UserError(f"protocol '{name}': one of {', '.join(PROTOCOLS)}{suggest(name, PROTOCOLS)}")
         size, train_size = scene_sizes(image_size, size)
         protocol = Protocol(size, train_size, augment=size >= SMALL)
         if name == "leopart":  # batches of 60 on each of 2 GPUs; .005 for each 60 of 120 scenes is .01
@@ -110,7 +110,7 @@ def fit(
     """Train the linear map on `train`; its figures on `val` after each epoch. A function of the seed (and of `workers`,
     which draw the augmentation).
 
-    Raises Mistake where the size is no multiple of the network's patch.
+    Raises UserError where the size is no multiple of the network's patch.
     """
     check_size(network, protocol.size)
     device = next(network.parameters()).device
@@ -134,8 +134,8 @@ def fit(
         nn.init.zeros_(head.bias)
     head = head.to(device)
     rate = protocol.lr * protocol.batch / 60
-    optimiser = torch.optim.SGD(head.parameters(), rate, momentum=0.9, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.StepLR(optimiser, step_size=20, gamma=0.1)
+    optimizer = torch.optim.SGD(head.parameters(), rate, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=20, gamma=0.1)
 
     history = []
     for epoch in shown(range(1, protocol.epochs + 1), protocol.epochs, "linear map" if show else None):
@@ -145,9 +145,9 @@ def fit(
             logits = upsampled(head(tokens), protocol.train_size)
             answers = resized_masks(masks, protocol.train_size).long()
             loss = F.cross_entropy(logits, answers, ignore_index=IGNORE)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
         schedule.step()
         score = scored(judge(head, judged))
         picked_by = score.miou
@@ -206,8 +206,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     began = time.perf_counter()
-    ask_positive(args, "classes", "size", "train_size", "epochs", "lr", "batch")
-    subject = Subject(args.network)
+    require_positive(args, "classes", "size", "train_size", "epochs", "lr", "batch")
+    subject = EvalTarget(args.network)
     data = subject.scenes_folder(args.data)
     network = subject.network(args.untrained)
     protocol = Protocol.for_views(network.image_size, args.size, args.protocol)
@@ -241,4 +241,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    tell_mistakes(main)
+    run_cli(main)

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.datasets import LabelledPhotos, open_shards
+from eval.datasets import LabeledPhotos, open_shards
 from eval.features import default_workers
 from eval.knn import photo_knn
-from eval.subject import same_folder, spread
+from eval.target import same_folder, spread
 from model.vit import ViT
 from pipeline.shards import Plan, Shards
 from runtime.config import Config
-from runtime.mistake import Mistake
-from runtime.parallel import Processes
+from runtime.distributed import DistributedContext
+from runtime.errors import UserError
 
 
 class OnlineKnn:
@@ -27,7 +27,7 @@ class OnlineKnn:
     skipped: why nothing is asked where `eval.every` asks for it, else None. every: steps between two answers, 0: never.
     """
 
-    def __init__(self, config: Config, shards: Shards, plan: Plan, processes: Processes):
+    def __init__(self, config: Config, shards: Shards, plan: Plan, processes: DistributedContext):
         self.config, self.processes = config, processes
         self.every = 0
         self.skipped: str | None = None
@@ -47,8 +47,8 @@ class OnlineKnn:
         limit, size = config.eval.limit, config.image_size
         voting = min(limit, len(shards))
         rows = np.setdiff1d(np.arange(voting) * len(shards) // voting, held_out)  # never a list of all photos
-        self.bank = LabelledPhotos(shards, size, rows)
-        self.val = LabelledPhotos(val, size, spread(asked, limit), classes=shards.classes)
+        self.bank = LabeledPhotos(shards, size, rows)
+        self.val = LabeledPhotos(val, size, spread(asked, limit), classes=shards.classes)
 
     def due(self, done: int) -> bool:
         """Whether the teacher is asked after `done` steps."""
@@ -65,7 +65,7 @@ class OnlineKnn:
         try:
             with torch.compiler.set_stance("force_eager"):
                 top1, _ = photo_knn(backbone, self.bank, self.val, **how, processes=self.processes)["cls"]
-        except Mistake:  # nothing but damage: the run has its own limit for that
+        except UserError:  # nothing but damage: the run has its own limit for that
             return None
         finally:
             backbone.train(training)

@@ -1,6 +1,6 @@
 """All figures of a run side by side: the trained teacher, the same network untrained, and no network at all.
 
-    python -m eval.report RUN [--voc FOLDER] [--limit N] [--workers N] [--if-missing]
+    python -m eval.report RUN [--data FOLDER] [--limit N] [--workers N] [--skip-existing]
 
 k-NN (eval/knn.py) on [CLS], on the mean of the patch tokens and on raw pixels; linear segmentation (eval/linear_seg.py)
 of a folder in Pascal VOC's layout. Prints one table and writes RUN/results.json.
@@ -21,13 +21,15 @@ from rich.table import Table
 from eval.features import check_size, default_workers
 from eval.knn import photo_knn
 from eval.linear_seg import Protocol, fit, scenes_of
-from eval.subject import Subject
-from runtime.mistake import Mistake, ask_positive, tell_mistakes
+from eval.target import EvalTarget
+from runtime.errors import UserError, require_positive, run_cli
 
 MOST_PIXELS = 100_000  # photos of a bank whose raw pixels are still compared: 12 kB each
 
 
-def report(subject: Subject, voc: str | None, limit: int | None = None, workers: int | None = None) -> dict[str, Any]:
+def report(
+    subject: EvalTarget, voc: str | None, limit: int | None = None, workers: int | None = None
+) -> dict[str, Any]:
     """The figures in percent as results.json keeps them; None for what was skipped. Says what it skips, and why."""
     settings = subject.settings
     networks = {"trained": subject.network(), "untrained": subject.network(untrained=True)}
@@ -57,7 +59,7 @@ def report(subject: Subject, voc: str | None, limit: int | None = None, workers:
         told["knn"] = sets | dict(classes=len(bank.classes), size=bank.size) | vote
 
     if voc is None:
-        print("mIoU skipped: no scenes to segment (--voc FOLDER, or eval.voc in the config)")
+        print("mIoU skipped: no scenes to segment (--data FOLDER, or eval.voc in the config)")
     else:
         protocol = replace(Protocol.for_views(image_size), epochs=settings.seg_epochs, lr=settings.seg_lr)
         check_size(networks["trained"], protocol.size)
@@ -104,25 +106,27 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m eval.report", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", help="a run folder")
-    parser.add_argument("--voc", help="scenes in Pascal VOC's layout (default: the run's eval.voc)")
+    parser.add_argument("--data", help="scenes in Pascal VOC's layout (default: the run's eval.voc)")
     parser.add_argument("--limit", type=int, help="at most so many photos of each set in k-NN, evenly spread")
     parser.add_argument("--workers", type=int, help="reading processes (default: by the number of photos)")
     parser.add_argument(
-        "--if-missing", action="store_true", help="measure only what was not, since the last checkpoint"
+        "--skip-existing", action="store_true", help="measure only what was not, since the last checkpoint"
     )
     args = parser.parse_args(argv)
 
     began = time.perf_counter()
-    ask_positive(args, "limit")
-    subject = Subject(args.run)
+    require_positive(args, "limit")
+    subject = EvalTarget(args.run)
     if subject.run is None:
-        raise Mistake(f"{args.run}: no run folder (no config.yaml); eval.knn and eval.linear_seg take a backbone file")
+        raise UserError(
+            f"{args.run}: no run folder (no config.yaml); eval.knn and eval.linear_seg take a backbone file"
+        )
     file = subject.run / "results.json"
-    if args.if_missing and is_fresh(file, subject.run / "checkpoints"):
+    if args.skip_existing and is_fresh(file, subject.run / "checkpoints"):
         Console().print(table_of(json.loads(file.read_text()), str(subject.path)))
         print(f"from {file}")
         return 0
-    results = report(subject, args.voc or subject.settings.voc, args.limit, args.workers)
+    results = report(subject, args.data or subject.settings.voc, args.limit, args.workers)
     results |= {
         "network": str(subject.path),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -135,4 +139,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    tell_mistakes(main)
+    run_cli(main)

@@ -4,7 +4,7 @@
         [--pixels] [--scenes N] [--k 30] [--temperature .02] [--bank 1024000] [--classes N] [--size N] [--seed 0]
         [--untrained]
 
-In-context scene understanding (Balazevic et al. 2023, "Towards in-context scene understanding", section 3): a bank of
+In-context scene understanding (Balazevic et al. 2023, "Toward in-context scene understanding", section 3): a bank of
 patch tokens of the train scenes, each with the shares of the classes in its patch; a patch of a validation scene takes
 the shares of its k nearest, weighted by the softmax of their cosines over a temperature; shares are upsampled to the
 scene's size and the greatest is the prediction.
@@ -28,11 +28,11 @@ from torch import Tensor
 
 from eval.datasets import VocSegmentation, scene_sizes, voc_splits
 from eval.features import check_size, default_workers, scene_batches, shown, upsampled
-from eval.knn import Neighbours
+from eval.knn import NearestNeighbors
 from eval.miou import Score, confusion, score_rows, scored
-from eval.subject import Subject
+from eval.target import EvalTarget
 from model.vit import ViT
-from runtime.mistake import Mistake, ask_positive, tell_mistakes
+from runtime.errors import UserError, require_positive, run_cli
 
 BANK = 1_024_000  # tokens: 1.6 GB of ViT-S
 
@@ -65,7 +65,7 @@ def remember(
     """The bank: (tokens float32 [m,D], class shares float32 [m,C]), m at most `most`, on the network's device.
 
     pixels: those of a patch instead of its token: what is found without any network.
-    Raises Mistake where no patch has a class.
+    Raises UserError where no patch has a class.
     """
     draws = torch.Generator().manual_seed(seed)
     each = max(1, most // len(scenes))  # tokens of a scene
@@ -82,17 +82,17 @@ def remember(
         shares.append(known[of_any])
     tokens, known = torch.cat(bank)[:most], torch.cat(shares)[:most]
     if not len(tokens):
-        raise Mistake(f"{scenes.folder}: no pixel of a class in the split '{scenes.split}'")
+        raise UserError(f"{scenes.folder}: no pixel of a class in the split '{scenes.split}'")
     return tokens, known
 
 
 @torch.inference_mode()
 def retrieved(queries: Tensor, bank: Tensor, shares: Tensor, k: int = 30, temperature: float = 0.02) -> Tensor:
     """Class shares [q,C] of queries [q,D]: those of the k nearest of the bank [m,D], weighted by softmax(cosine / T)."""
-    neighbours = Neighbours(queries, min(k, len(bank)))
-    neighbours.meet(bank, torch.arange(len(bank), device=bank.device))
-    weights = (neighbours.similarities / temperature).softmax(dim=1)  # [q,k]
-    return torch.einsum("qk,qkc->qc", weights, shares[neighbours.labels])
+    neighbors = NearestNeighbors(queries, min(k, len(bank)))
+    neighbors.meet(bank, torch.arange(len(bank), device=bank.device))
+    weights = (neighbors.similarities / temperature).softmax(dim=1)  # [q,k]
+    return torch.einsum("qk,qkc->qc", weights, shares[neighbors.labels])
 
 
 def measure(
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, help="how many (default: see classes.txt or the train masks)")
     parser.add_argument("--pixels", action="store_true", help="raw pixels of the patches instead of tokens")
     parser.add_argument("--scenes", type=int, help="train scenes whose labels are known, evenly spread (default: all)")
-    parser.add_argument("--k", type=int, default=30, help="neighbours (default: 30)")
+    parser.add_argument("--k", type=int, default=30, help="neighbors (default: 30)")
     parser.add_argument("--temperature", type=float, default=0.02, help="of their weights (default: .02)")
     parser.add_argument("--bank", type=int, default=BANK, help=f"at most so many tokens (default: {BANK})")
     parser.add_argument("--seed", type=int, default=0, help="of the choice among more tokens (default: 0)")
@@ -143,8 +143,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     began = time.perf_counter()
-    ask_positive(args, "classes", "scenes", "k", "temperature", "bank", "size")
-    subject = Subject(args.network)
+    require_positive(args, "classes", "scenes", "k", "temperature", "bank", "size")
+    subject = EvalTarget(args.network)
     data = subject.scenes_folder(args.data)
     network = subject.network(args.untrained)
     size, _ = scene_sizes(network.image_size, args.size)
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     table = Table(title=escape(title), title_justify="left")
     table.add_column("IoU %")
-    table.add_column(f"{args.k} neighbours", justify="right")
+    table.add_column(f"{args.k} neighbors", justify="right")
     for row in score_rows([train.name(label) for label in range(train.classes)], (score,)):
         table.add_row(*map(escape, row), end_section=row[0] == train.name(train.classes - 1))
     Console().print(table)
@@ -172,4 +172,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    tell_mistakes(main)
+    run_cli(main)

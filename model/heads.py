@@ -13,7 +13,7 @@ class ProjectionHead(nn.Module):
     """[..., D] -> three-layer MLP -> unit sphere [..., bottleneck]; `logits` goes on to cosines with K prototypes [..., K].
 
     norm "batch": BatchNorm after both hidden layers, over all tokens given (an option of published DINO); its statistics
-    are always the batch's own. unit_prototypes: the weight norm's gain stays 1 (DINO's norm_last_layer).
+    are always the batch's own. norm_last_layer: the weight norm's gain stays 1 (DINO's norm_last_layer).
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class ProjectionHead(nn.Module):
         bottleneck: int,
         prototypes: int,
         norm: str = "none",
-        unit_prototypes: bool = True,
+        norm_last_layer: bool = True,
     ):
         super().__init__()
         layers: list[nn.Module] = []
@@ -35,7 +35,7 @@ class ProjectionHead(nn.Module):
             layers.append(nn.GELU())
         layers.append(nn.Linear(hidden, bottleneck))
         self.mlp = nn.Sequential(*layers)
-        self.last_layer = Prototypes(bottleneck, prototypes, unit_prototypes)
+        self.last_layer = Prototypes(bottleneck, prototypes, norm_last_layer)
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)

@@ -23,7 +23,7 @@ def _cubic(t: Tensor) -> Tensor:
 def _reading_weights(position: Tensor, cells: int, border: str) -> Tensor:
     """What each of `cells` cells counts for readings at relative positions [...] -> [..., cells].
 
-    A cell's centre is at (i + 1/2) / cells: positions are edge to edge. zeros: outside the grid there is nothing, so within
+    A cell's center is at (i + 1/2) / cells: positions are edge to edge. zeros: outside the grid there is nothing, so within
     half a cell of the edge the weights sum to less than 1 (published). border: outside lies the outermost cell again.
     """
     at = position.unsqueeze(-1) * cells - 0.5
@@ -86,13 +86,13 @@ def attend(image: Heads, references: list[Heads], mode: str) -> list[Tensor]:
     q, k, v = image
     runs = [(a, k_run, v_run) for a, k_run, v_run in zip(references, *_in_runs(k, v, references), strict=True)]
     if mode == "none":
-        return _all_to_all(q, runs) if runs else [attention(q, k, v)]
+        return full_attention(q, runs) if runs else [attention(q, k, v)]
     patch_k, patch_v = k[:, :, 1:], v[:, :, 1:]
     if mode == "all_query":
         cls = attention(q[:, :, :1], k, v)
         read = torch.cat([cls, attention(q[:, :, 1:], patch_k, patch_v)], 2) if q.shape[2] > 1 else cls
     elif mode == "patches+self" and runs and _is_plain(q):
-        return _in_one_product(q, k, v, runs)
+        return fused_reference_attention(q, k, v, runs)
     else:
         read = attention(q, k, v)
     if mode == "patches+cls":
@@ -110,7 +110,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if not _is_plain(q):
         return F.scaled_dot_product_attention(q, k, v)
-    return _weighted(_scores(q, k).softmax(-1), v)
+    return apply_weights(_scores(q, k).softmax(-1), v)
 
 
 def _is_plain(q: Tensor) -> bool:
@@ -124,7 +124,7 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return scores.unflatten(0, q.shape[:2])
 
 
-def _weighted(weights: Tensor, v: Tensor) -> Tensor:
+def apply_weights(weights: Tensor, v: Tensor) -> Tensor:
     """[n,H,a,b] x [n,H,b,d] -> [n,H,a,d]."""
     return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, v.shape[:2])
 
@@ -135,7 +135,7 @@ def _in_runs(k: Tensor, v: Tensor, references: list[Heads]) -> list[tuple[Tensor
     return [t[: sum(sizes)].split(sizes) if sizes else () for t in (k, v)]
 
 
-def _all_to_all(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Tensor]:
+def full_attention(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Tensor]:
     """Image and reference tokens in one attention, run by run."""
     images, others, first = [], [], 0
     for (q_ref, k_ref, v_ref), k_run, v_run in runs:
@@ -148,7 +148,9 @@ def _all_to_all(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Ten
     return images + others
 
 
-def _in_one_product(q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Tensor]:
+def fused_reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]
+) -> list[Tensor]:
     """attend's patches+self where attention is plain: what an image's own tokens and its reference tokens ask are rows of
     one product, instead of two small products of their own beside it (docs/benchmarks.md, "The references' attention")."""
     images, others, first = [], [], 0
@@ -175,5 +177,5 @@ def _patches_and_self(of_image: Tensor, asking: Heads, k: Tensor, v: Tensor) -> 
     to_self = (q * own_k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5  # [n,H,R,1]
     few = torch.cat([to_self, few[..., 1:]], -1).softmax(-1)
     weights = torch.cat([many.softmax(-1), F.pad(few[..., 1:], (1, 0))], 2)
-    read, of_patches = _weighted(weights, v).split(parts, 2)
+    read, of_patches = apply_weights(weights, v).split(parts, 2)
     return read, of_patches + few[..., :1] * own_v

@@ -43,10 +43,10 @@ class ViT(VisionTransformer):
         self.attention, self.border = attention, border
         self.precision: torch.dtype | None = None  # of the products when it is evaluated; None: the device's best
         self.recompute = False  # activation checkpointing: blocks are computed again in the backward pass
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
-        """Published initialisation: normal(0.02) for tokens, positions and matrices; torch's own for the patch filter."""
+    def _initialize(self) -> None:
+        """Published initialization: normal(0.02) for tokens, positions and matrices; torch's own for the patch filter."""
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -58,7 +58,7 @@ class ViT(VisionTransformer):
     def forward(  # type: ignore[override]
         self, images: Tensor, points: Tensor | list[Tensor] | None = None, patches_too: bool = True
     ) -> tuple[Tensor, Tensor | None, Any]:
-        """images [n,3,h,w] normalised, h and w multiples of the patch; points [n,R,2], (x, y) in each view's [0,1] frame,
+        """images [n,3,h,w] normalized, h and w multiples of the patch; points [n,R,2], (x, y) in each view's [0,1] frame,
         or a list of them for consecutive runs of the images from the first on, [n_i,R_i,2] each.
 
         Returns, after the final norm: [CLS] [n,D], patches [n,N,D], reference tokens [n,R,D] (None without points; a list
@@ -77,7 +77,7 @@ class ViT(VisionTransformer):
         # the token's content is its position; always read from the grid itself, whatever the view's size
         references = [point_embedding(grid, p, self.border) for p in runs]  # [n_i,R_i,D]
         # all tokens in one matrix: the image's [n,1+N], then each run's; every linear map is one product
-        x = _in_one([torch.cat([cls, patches], 1).flatten(0, 1), *(r.flatten(0, 1) for r in references)])
+        x = concat([torch.cat([cls, patches], 1).flatten(0, 1), *(r.flatten(0, 1) for r in references)])
         shapes = [(n, 1 + h * w), *((len(r), r.shape[1]) for r in references)]
         of_block = partial(checkpoint, self._block, use_reentrant=False) if self.recompute else self._block
         for block in self.blocks[:-1] if not patches_too else self.blocks:
@@ -86,7 +86,7 @@ class ViT(VisionTransformer):
             asking = [(n, 1), *shapes[1:]]
             x, shapes = of_block(self.blocks[-1], x, shapes, asking), asking
         x = self.norm(x)
-        image, *seen = (t.view(*shape, width) for t, shape in zip(_parts(x, shapes), shapes, strict=True))
+        image, *seen = (t.view(*shape, width) for t, shape in zip(split(x, shapes), shapes, strict=True))
         of_points = seen if isinstance(points, list) else seen[0] if seen else None
         return image[:, 0], image[:, 1:] if patches_too else None, of_points
 
@@ -98,7 +98,7 @@ class ViT(VisionTransformer):
         width, heads = x.shape[-1], block.attn.num_heads
         normed, qkv = block.norm1(x), block.attn.qkv
         if asking == shapes:
-            keyed = _parts(qkv(normed), shapes)
+            keyed = split(qkv(normed), shapes)
             image, *references = (
                 t.view(*shape, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind()
                 for t, shape in zip(keyed, shapes, strict=True)
@@ -106,8 +106,8 @@ class ViT(VisionTransformer):
         else:  # q for those who ask, k and v for all
             x, asked = _without_patches(x, shapes), _without_patches(normed, shapes)
             weight, bias = qkv.weight, qkv.bias
-            q_parts = _parts(F.linear(asked, weight[:width], bias[:width]), asking)
-            kv_parts = _parts(F.linear(normed, weight[width:], bias[width:]), shapes)
+            q_parts = split(F.linear(asked, weight[:width], bias[:width]), asking)
+            kv_parts = split(F.linear(normed, weight[width:], bias[width:]), shapes)
             image, *references = (
                 (
                     q.view(*a, heads, -1).transpose(1, 2),
@@ -116,25 +116,25 @@ class ViT(VisionTransformer):
                 for q, kv, a, shape in zip(q_parts, kv_parts, asking, shapes, strict=True)
             )
         read = attend(image, references, self.attention)
-        flat = _in_one([t.transpose(1, 2).reshape(-1, width) for t in read])
+        flat = concat([t.transpose(1, 2).reshape(-1, width) for t in read])
         x = _add(x, block.attn.proj(flat), block.drop_path1, asking)
         return _add(x, block.mlp(block.norm2(x)), block.drop_path2, asking)
 
 
-def _parts(x: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+def split(x: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:
     """Rows of x, part by part."""
     return x.split([n * tokens for n, tokens in shapes])
 
 
-def _in_one(parts: list[Tensor]) -> Tensor:
+def concat(parts: list[Tensor]) -> Tensor:
     """Rows of all parts in one matrix. A single part is one: torch would copy it all the same."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _without_patches(x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
     """Of all tokens, [CLS] and the reference tokens."""
-    image, *references = _parts(x, shapes)
-    return _in_one([image.view(*shapes[0], -1)[:, 0], *references])
+    image, *references = split(x, shapes)
+    return concat([image.view(*shapes[0], -1)[:, 0], *references])
 
 
 def _add(x: Tensor, branch: Tensor, drop_path: nn.Module, shapes: list[tuple[int, int]]) -> Tensor:

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from model.methods import Method, build
 from model.vit import ARCHS, ViT
-from pipeline.draws import hash64
-from runtime.checkpoint import newest_whole, open_checkpoint, read_header, read_tensors
+from pipeline.random import hash64
+from runtime.checkpoint import latest_valid, open_checkpoint, read_header, read_tensors
 from runtime.config import Reference, load_config, parse_config
-from runtime.mistake import Mistake, nearest
+from runtime.errors import UserError, suggest
 
 TIMM = "timm:"
 _LOCAL = "local-dir:"
@@ -42,7 +42,7 @@ _BACKBONE = re.compile(
     r"|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
 )
 _HEAD = re.compile(r"mlp\.\d+\.(weight|bias)|last_layer\.(weight_g|weight_v)")
-_LEFT_OUT = re.compile(
+IGNORED_KEYS = re.compile(
     r"(head|fc_norm)\.(weight|bias)"  # a classifier
     r"|head\.\d+\.(weight|bias|running_mean|running_var|num_batches_tracked)"  # MoCo-v3's projection
     r"|projection_head\.\d+\.(weight|bias)|prototypes\.weight"  # Leopart's
@@ -59,8 +59,8 @@ _CENTERS = {
 }  # ours, published
 
 
-def our_names(tensors: Mapping[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:
-    """One network's tensors in any dialect -> ours. Raises Mistake for a key that no dialect knows."""
+def remap_keys(tensors: Mapping[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:
+    """One network's tensors in any dialect -> ours. Raises UserError for a key that no dialect knows."""
     ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         key = name.removeprefix("module.")
@@ -73,18 +73,18 @@ def our_names(tensors: Mapping[str, Tensor], source: str = "state dict") -> dict
             ours[f"backbone.{key}"] = tensor
         elif where in _HEADS and _HEAD.fullmatch(rest):
             ours[f"{_HEADS[where]}.{rest}"] = tensor
-        elif not _LEFT_OUT.fullmatch(key):
-            raise Mistake(f"{source}: '{name}' is no name of a ViT or of its projection heads")
+        elif not IGNORED_KEYS.fullmatch(key):
+            raise UserError(f"{source}: '{name}' is no name of a ViT or of its projection heads")
     cls, patches = (ours.pop(f"backbone.{part}_pos_embed", None) for part in ("cls", "patch"))
     if (cls is None) != (patches is None):
-        raise Mistake(f"{source}: cls_pos_embed and patch_pos_embed stand together, one is missing")
+        raise UserError(f"{source}: cls_pos_embed and patch_pos_embed stand together, one is missing")
     if cls is not None and patches is not None:
         ours["backbone.pos_embed"] = torch.cat([cls, patches], 1)
     return ours
 
 
 def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str = "state dict") -> None:
-    """Copy tensors into a module's parameters and buffers. Raises Mistake that names what is missing, over or misshapen.
+    """Copy tensors into a module's parameters and buffers. Raises UserError that names what is missing, over or misshapen.
 
     A module on the meta device comes to the CPU for them, after everything is found to fit.
     """
@@ -92,10 +92,10 @@ def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source
     for what, names in (("is missing", own.keys() - tensors.keys()), ("is unknown", tensors.keys() - own.keys())):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise Mistake(f"{source}: '{min(names)}' {what}{more}")
+            raise UserError(f"{source}: '{min(names)}' {what}{more}")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
-            raise Mistake(f"{source}: '{name}' has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+            raise UserError(f"{source}: '{name}' has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
     if any(t.is_meta for t in own.values()):
         module.to_empty(device="cpu")
     module.load_state_dict(dict(tensors))
@@ -105,7 +105,7 @@ def read_network(path: str | Path, role: str = "teacher") -> tuple[dict[str, Ten
     """(one network's tensors under our names, what the file tells of itself) of a run, a checkpoint, a file of any
     dialect, or `timm:NAME`.
 
-    Raises Mistake where it is none. Nothing is unpickled but tensors and the options published checkpoints carry, and
+    Raises UserError where it is none. Nothing is unpickled but tensors and the options published checkpoints carry, and
     nothing takes more memory than the file has bytes.
     """
     contents, about = _read(str(path))
@@ -122,13 +122,13 @@ def _read(source: str) -> tuple[dict, dict]:
     found = None
     if path.is_dir():
         is_run = (path / "config.yaml").is_file()
-        found = newest_whole(path / "checkpoints" if is_run else path)
+        found = latest_valid(path / "checkpoints" if is_run else path)
         if found is None:
             told = "a run without a checkpoint yet" if is_run else "neither a run nor a folder of checkpoints"
-            raise Mistake(f"{path}: {told}")
+            raise UserError(f"{path}: {told}")
     elif not path.is_file():
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        raise Mistake(f"{path}: no such file{nearest(source, map(str, beside))}")
+        raise UserError(f"{path}: no such file{suggest(source, map(str, beside))}")
     elif path.name.startswith("checkpoint-") and path.suffix == ".safetensors":
         found = open_checkpoint(path)
     if found:  # a method of somebody's own may have other heads, which are not looked at
@@ -141,11 +141,11 @@ def _read(source: str) -> tuple[dict, dict]:
         try:
             about = dict(json.loads(metadata.get("densedino", "{}")))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise Mistake(f"{path}: what it tells of itself is no JSON object ({error})") from None
+            raise UserError(f"{path}: what it tells of itself is no JSON object ({error})") from None
         return read_tensors(path), about
     contents = _read_torch(path)
     if not isinstance(contents, dict):
-        raise Mistake(f"{path}: holds no state dict of a ViT")
+        raise UserError(f"{path}: holds no state dict of a ViT")
     return contents, {}
 
 
@@ -168,19 +168,19 @@ def _network(contents: dict, role: str, source: str) -> tuple[dict[str, Tensor],
     if isinstance(tensors.get(role), dict):
         tensors = tensors[role]
     if not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise Mistake(f"{source}: holds no state dict of a {role} or of a ViT")
+        raise UserError(f"{source}: holds no state dict of a {role} or of a ViT")
     odd = [n for n, t in tensors.items() if not isinstance(n, str) or not _is_plain(t)]
     if odd:
-        raise Mistake(f"{source}: '{odd[0]}' is no plain tensor")
+        raise UserError(f"{source}: '{odd[0]}' is no plain tensor")
     told = sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in tensors.values()}.values())
     size = Path(source).stat().st_size if Path(source).is_file() else told
     if told > size:  # a pickle may claim any shape for a storage of four bytes
-        raise Mistake(f"{source}: its tensors would take {told:,} bytes, the file has {size:,}")
+        raise UserError(f"{source}: its tensors would take {told:,} bytes, the file has {size:,}")
     encoder = {n.removeprefix("module."): t for n, t in tensors.items()}
     encoder = {n.removeprefix(_MOCO): t for n, t in encoder.items() if n.startswith(_MOCO)}
     if encoder:
-        return our_names(encoder, source), {"heads": 12}  # as published, at every width
-    return our_names(_of_part(tensors, role) or tensors, source), {}
+        return remap_keys(encoder, source), {"heads": 12}  # as published, at every width
+    return remap_keys(_of_part(tensors, role) or tensors, source), {}
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -188,7 +188,7 @@ def _is_plain(t: Tensor) -> bool:
 
 
 def _read_torch(path: Path) -> object:
-    """What torch.save wrote, if it is harmless. Raises Mistake otherwise."""
+    """What torch.save wrote, if it is harmless. Raises UserError otherwise."""
     try:
         with open(path, "rb") as file:
             packed = (
@@ -204,7 +204,7 @@ def _read_torch(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch finds in a hostile or broken file
         told = next((line for line in str(error).splitlines() if " " in line), "no file of torch's or of safetensors")
-        raise Mistake(f"{path}: not weights that can be read safely ({told})") from None
+        raise UserError(f"{path}: not weights that can be read safely ({told})") from None
 
 
 def _of_part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -221,23 +221,23 @@ def _from_tensors(tensors: dict[str, Tensor], about: dict, source: str) -> ViT:
     backbone = _of_part(tensors, "backbone")
     for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4}.items():
         if name not in backbone:
-            raise Mistake(f"{source}: '{name}' is missing")
+            raise UserError(f"{source}: '{name}' is missing")
         if backbone[name].ndim != axes or not backbone[name].numel():
-            raise Mistake(f"{source}: '{name}' has shape {tuple(backbone[name].shape)}, expected {axes} axes")
+            raise UserError(f"{source}: '{name}' has shape {tuple(backbone[name].shape)}, expected {axes} axes")
     width, patch = backbone["pos_embed"].shape[-1], backbone["patch_embed.proj.weight"].shape[-1]
     positions = backbone["pos_embed"].shape[1]
     side = math.isqrt(max(1, positions - 1))
     if 1 + side * side != positions:
-        raise Mistake(f"{source}: {positions} positions are not one of [CLS] and a square of patches")
+        raise UserError(f"{source}: {positions} positions are not one of [CLS] and a square of patches")
     heads = about.get("heads", max(1, width // 64))
     if not isinstance(heads, int) or not 1 <= heads <= width or width % heads:
-        raise Mistake(f"{source}: {heads!r} heads do not share a width of {width}")
+        raise UserError(f"{source}: {heads!r} heads do not share a width of {width}")
     chosen = {}
     for what, default in {"attention": "patches+self", "border": "zeros"}.items():
         known = get_args(get_type_hints(Reference)[what])
         chosen[what] = about.get(what, default)
         if chosen[what] not in known:
-            raise Mistake(f"{source}: {what}: one of {', '.join(known)}{nearest(chosen[what], known)}")
+            raise UserError(f"{source}: {what}: one of {', '.join(known)}{suggest(chosen[what], known)}")
     with torch.device("meta"):  # nothing is allocated before every shape is known to fit
         vit = ViT(
             width=width,
@@ -252,35 +252,35 @@ def _from_tensors(tensors: dict[str, Tensor], about: dict, source: str) -> ViT:
 
 
 def _read_timm(name: str) -> tuple[dict, dict]:
-    """timm's pretrained ViT, from timm's cache, the network or a folder (local-dir:PATH); it takes pictures normalised as
+    """timm's pretrained ViT, from timm's cache, the network or a folder (local-dir:PATH); it takes pictures normalized as
     ours are.
 
-    Raises Mistake where timm knows no such model, it is no plain pre-norm ViT with [CLS], or its weights are out of reach.
+    Raises UserError where timm knows no such model, it is no plain pre-norm ViT with [CLS], or its weights are out of reach.
     """
     known = timm.list_models("vit_*", pretrained=True)
     local = name.startswith(_LOCAL)
     if local and not (Path(name.removeprefix(_LOCAL)) / "config.json").is_file():
-        raise Mistake(f"timm:{name}: no folder of timm's hub format (no config.json)")
+        raise UserError(f"timm:{name}: no folder of timm's hub format (no config.json)")
     if not local and not timm.is_model(name):
-        raise Mistake(f"timm:{name}: timm has no such model{nearest(name, known)}")
+        raise UserError(f"timm:{name}: timm has no such model{suggest(name, known)}")
     if not local and not timm.models.is_model_pretrained(name):
-        raise Mistake(f"timm:{name}: timm has no weights for it{nearest(name, known)}")
+        raise UserError(f"timm:{name}: timm has no weights for it{suggest(name, known)}")
     try:
         with torch.device("meta"):
             plan: Any = timm.create_model(name, num_classes=0)
     except Exception as error:  # whatever a folder's config.json asks for
-        raise Mistake(f"timm:{name}: timm cannot make it ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"timm:{name}: timm cannot make it ({' '.join(str(error).split())[:200]})") from None
     if why := _other_than_plain(plan):
-        raise Mistake(f"timm:{name}: no plain pre-norm ViT with [CLS]: {why}")
+        raise UserError(f"timm:{name}: no plain pre-norm ViT with [CLS]: {why}")
     try:
         theirs: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # whatever the hub's client raises without a network
         told = " ".join(str(error).split())[:200]
-        raise Mistake(
+        raise UserError(
             f"timm:{name}: its weights are not here and cannot be fetched ({told}); a file of them does as well"
         ) from None
     tensors = {f"backbone.{n}": t for n, t in theirs.state_dict().items()}
-    # their colours, (p - mean) / std, from ours: a map of each channel, which the patch filter takes in
+    # their colors, (p - mean) / std, from ours: a map of each channel, which the patch filter takes in
     about = theirs.pretrained_cfg
     mean, std = (torch.tensor(about[key], dtype=torch.float64) for key in ("mean", "std"))
     ours_mean, ours_std = (torch.tensor(c, dtype=torch.float64) for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
@@ -331,25 +331,25 @@ def load_backbone(path: str | Path, untrained: bool = False) -> ViT:
     """The backbone (a teacher's, where there are two) in eval mode, of
 
     a run folder (its newest checkpoint; untrained: the same network before training), a checkpoint of ours, a backbone
-    file, weights of timm, DINO, DenseDINO, Leopart or MoCo-v3, or timm:NAME. Raises Mistake where there is none.
+    file, weights of timm, DINO, DenseDINO, Leopart or MoCo-v3, or timm:NAME. Raises UserError where there is none.
     """
     if untrained and (Path(path) / "config.yaml").is_file():
         config = load_config(Path(path) / "config.yaml")
         torch.manual_seed(weights_seed(config.seed))
         model = build(config)
         if config.model.init:
-            initialise(model, config.model.init)
+            load_pretrained(model, config.model.init)
         return model.backbone.eval()
     tensors, about = read_network(path)
     return _from_tensors(tensors, about, str(path)).eval()
 
 
-def initialise(model: Method, source: str) -> str:
+def load_pretrained(model: Method, source: str) -> str:
     """Begin with weights that others made, of any dialect; returns one line: what came from there, and what did not.
 
     The backbone is taken for student and teacher (each its own, where the file holds both), and so are the heads that are
-    there, with their centres. A head of [CLS] serves points too where the file has none for them, as the published
-    --finetune does it. What the file lacks stays new. Raises Mistake, with the difference, where it is another network's.
+    there, with their centers. A head of [CLS] serves points too where the file has none for them, as the published
+    --finetune does it. What the file lacks stays new. Raises UserError, with the difference, where it is another network's.
     """
     contents, about = _read(source)
     roles = [role for role in _ROLES if _holds(contents, role)] or ["teacher"]
@@ -357,7 +357,7 @@ def initialise(model: Method, source: str) -> str:
     for role in _ROLES:
         network: Any = getattr(model, role)
         tensors, more = _network(contents, role if role in roles else roles[0], source)
-        _refuse_another(network, tensors, about | more, source)
+        check_compatible(network, tensors, about | more, source)
         origin = {part: part for part in _PARTS if part == "backbone" or _of_part(tensors, part)}
         if "cls_head" in origin:
             origin.setdefault("reference_head", "cls_head")
@@ -367,7 +367,9 @@ def initialise(model: Method, source: str) -> str:
     student: Any = model.student
     gain = student.cls_head.last_layer.weight_g
     if not gain.requires_grad and not torch.equal(gain, torch.ones_like(gain)):
-        raise Mistake(f"{source}: its prototypes have gains of their own; head.unit_prototypes=false goes on with them")
+        raise UserError(
+            f"{source}: its prototypes have gains of their own; head.norm_last_layer=false goes on with them"
+        )
 
     loss = contents["dino_loss"] if isinstance(contents.get("dino_loss"), dict) else contents  # published, or ours
     centers = {part: loss[name] for part, names in _CENTERS.items() for name in names if name in loss}
@@ -375,24 +377,24 @@ def initialise(model: Method, source: str) -> str:
         if came in centers:
             own, center = getattr(model, _CENTERS[part][0]), centers[came]
             if not isinstance(center, Tensor) or not _is_plain(center) or center.numel() != own.numel():
-                raise Mistake(f"{source}: its centre of {came} is no tensor of {own.numel()} prototypes")
+                raise UserError(f"{source}: its center of {came} is no tensor of {own.numel()} prototypes")
             own.copy_(center.flatten())
     told = [part if part == came else f"{part} (a copy of its {came})" for part, came in origin.items()]
-    told += ["centres"] if centers.keys() & origin.values() else []
+    told += ["centers"] if centers.keys() & origin.values() else []
     new = [part for part in _PARTS if part not in origin and getattr(model.teacher, part, None) is not None]
-    new += [] if centers.keys() & origin.values() else ["centres"]
+    new += [] if centers.keys() & origin.values() else ["centers"]
     return f"begins with {source}: {', '.join(told)}" + (f"; new: {', '.join(new)}" if new else "")
 
 
-def _refuse_another(network: Any, tensors: Mapping[str, Tensor], about: dict, source: str) -> None:
-    """Raises Mistake where tensors are those of a network of other dimensions."""
+def check_compatible(network: Any, tensors: Mapping[str, Tensor], about: dict, source: str) -> None:
+    """Raises UserError where tensors are those of a network of other dimensions."""
     own = {"model.heads": network.backbone.heads, **_dimensions(network.state_dict())}
     theirs = {"model.heads": about.get("heads", own["model.heads"]), **_dimensions(tensors)}
     wrong = [f"{what}: {n} there, {own[what]} here" for what, n in theirs.items() if n != own.get(what, n)]
     if (about.get("attention") == "all_query") != (network.backbone.attention == "all_query") and "attention" in about:
         wrong.append(f"reference.attention: {about['attention']} there, {network.backbone.attention} here")
     if wrong:
-        raise Mistake(f"{source} does not fit this model ({'; '.join(wrong)})")
+        raise UserError(f"{source} does not fit this model ({'; '.join(wrong)})")
 
 
 def _dimensions(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.augment import draw_colour
-from pipeline.draws import hash64
+from pipeline.augment.recipe import draw_color
 from pipeline.geometry import draw_points, draw_windows
+from pipeline.random import hash64
 from pipeline.shards import Plan, Shards
 from runtime.config import TEACHERS, Config
 
@@ -23,7 +23,7 @@ from runtime.config import TEACHERS, Config
 class Batch:
     """One rank's images of a step.
 
-    From a reader `views` are uint8 [B,Vg,H,W,3]; from the loader, colours applied, [Vg,B,3,H,W] normalised in the
+    From a reader `views` are uint8 [B,Vg,H,W,3]; from the loader, colors applied, [Vg,B,3,H,W] normalized in the
     network's dtype, on the device.
     """
 
@@ -33,7 +33,7 @@ class Batch:
     views: list[Tensor]  # for each size
     windows: Tensor  # int32 [B,V,4] signed, source pixels
     view_points: Tensor  # float32 [B,T,V,M,2(teacher,student),2(x,y)]
-    colour: Tensor  # float32 [B,V,8], see augment.draw_colour
+    color: Tensor  # float32 [B,V,8], see augment.draw_color
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with f applied to every tensor."""
@@ -48,7 +48,7 @@ class Batch:
         return [
             Batch(
                 self.step, self.ids[c], self.rows[c], [v[:, c] for v in self.views],
-                self.windows[c], self.view_points[c], self.colour[c],
+                self.windows[c], self.view_points[c], self.color[c],
             )
             for c in cuts
         ]  # fmt: skip
@@ -60,7 +60,7 @@ class Draws:
 
     windows: NDArray[np.int32]
     view_points: NDArray[np.float32]
-    colour: NDArray[np.float32]
+    color: NDArray[np.float32]
 
     def tensors(self) -> dict[str, Tensor]:
         return {x.name: torch.from_numpy(getattr(self, x.name)) for x in fields(self)}
@@ -80,7 +80,7 @@ def draw(config: Config, epoch: int, ids: NDArray, height: NDArray, width: NDArr
         min_overlap=config.data.min_overlap,
         flip=config.data.flip,
     )
-    return Draws(windows, draw_points(key, windows, config.points, TEACHERS), draw_colour(key, config.data, views))
+    return Draws(windows, draw_points(key, windows, config.points, TEACHERS), draw_color(key, config.data, views))
 
 
 def draw_for(config: Config, shards: Shards, plan: Plan, step: int, ids: NDArray, rows: NDArray) -> Draws:

@@ -8,7 +8,7 @@ flipped. So one formula, the paper's (p - start) / (end - start), gives a point'
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.draws import hash64, uniform
+from pipeline.random import hash64, uniform
 
 _TRIES = 10  # shapes tried for one window before the whole image is taken, as torchvision's RandomResizedCrop does
 
@@ -33,7 +33,7 @@ def random_windows(
     x = np.floor(u[:, -2] * (width - wide + 1))
     y = np.floor(u[:, -1] * (height - high + 1))
 
-    none = ~fits.any(axis=1)  # then the largest centred window of an allowed aspect
+    none = ~fits.any(axis=1)  # then the largest centered window of an allowed aspect
     if none.any():
         hh, ww = height[none].astype(np.float64), width[none].astype(np.float64)
         wide[none] = np.maximum(1, np.minimum(ww, np.rint(hh * aspect[1])))

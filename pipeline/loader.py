@@ -1,4 +1,4 @@
-"""Picks the reader, keeps batches ready, copies and colours them on the device, counts the time that the step waited."""
+"""Picks the reader, keeps batches ready, copies and colors them on the device, counts the time that the step waited."""
 
 import contextlib
 import importlib.util
@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pipeline import augment, augment_cpu
+from pipeline.augment import numba_kernel, recipe
 from pipeline.batch import Batch, size_groups
 from pipeline.shards import Plan, Shards
 from runtime.config import Config
-from runtime.mistake import Failure, Mistake
+from runtime.errors import RunError, UserError
 
 # a batch, when its copies are done, and (planned ids, rows read)
 _Item = tuple[Batch, torch.cuda.Event | None, tuple[list[int], list[int]]]
@@ -25,10 +25,12 @@ PATIENCE = 5  # seconds for reading processes to finish the batches that they ar
 
 
 def choose_reader(wanted: str, device: torch.device) -> tuple[str, str]:
-    """("dali" or "wds", why). Raises Mistake where dali is asked for and not installed."""
+    """("dali" or "wds", why). Raises UserError where dali is asked for and not installed."""
     has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if wanted == "dali" and not has_dali:
-        raise Mistake("speed.reader: dali, but it is not installed: pip install -e '.[dali13]' (or dali12 for CUDA 12)")
+        raise UserError(
+            "speed.reader: dali, but it is not installed: pip install -e '.[dali13]' (or dali12 for CUDA 12)"
+        )
     if wanted != "auto":
         return wanted, "as speed.reader says"
     if device.type != "cuda":
@@ -36,12 +38,12 @@ def choose_reader(wanted: str, device: torch.device) -> tuple[str, str]:
     return ("dali", "decoding on the GPU") if has_dali else ("wds", "DALI is not installed: pip install -e '.[dali13]'")
 
 
-def choose_colour(device: torch.device, compile: bool) -> Callable[..., Tensor]:
-    """The form of `apply_colour` for a device: on a CPU its own loop where numba is installed, else torch's."""
-    if device.type == "cpu" and augment_cpu.available:
-        return augment_cpu.apply_colour
-    colour = torch.compile(augment.apply_colour, dynamic=False) if compile else augment.apply_colour
-    return partial(colour, orders=torch.tensor(augment.ORDERS, device=device))
+def select_augment(device: torch.device, compile: bool) -> Callable[..., Tensor]:
+    """The form of `apply_color` for a device: on a CPU its own loop where numba is installed, else torch's."""
+    if device.type == "cpu" and numba_kernel.available:
+        return numba_kernel.apply_color
+    color = torch.compile(recipe.apply_color, dynamic=False) if compile else recipe.apply_color
+    return partial(color, orders=torch.tensor(recipe.ORDERS, device=device))
 
 
 class Loader:
@@ -50,7 +52,7 @@ class Loader:
     `interrupted`: a wait for a batch asks it now and then, and ends the iteration where it says so.
 
     A thread takes batches from the reader's workers and, for a GPU, copies them from pinned memory on a stream of its own;
-    colours are applied on the compute stream. `waited`: seconds of data wait since it was last asked; `damaged`: planned
+    colors are applied on the compute stream. `waited`: seconds of data wait since it was last asked; `damaged`: planned
     samples that another one stood in for, with it, since last asked.
     """
 
@@ -59,7 +61,7 @@ class Loader:
         start: int, stop: int, rank: int = 0, world: int = 1, compile: bool = False,
     ):  # fmt: skip
         self.config, self.device = config, device
-        self._colour = partial(choose_colour(device, compile), dtype=dtype)
+        self._color = partial(select_augment(device, compile), dtype=dtype)
         self._groups = [group for _, group in size_groups(config)]
         self._ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=2)
         self._closing = threading.Event()
@@ -72,15 +74,15 @@ class Loader:
         self.reader, self.why = choose_reader(config.speed.reader, device)
         self._batches: Iterator[Batch]
         if self.reader == "dali":
-            from pipeline import dali  # heavy, and not on every machine
+            from pipeline.readers import dali  # heavy, and not on every machine
 
             self._batches = dali.read(
                 config, shards, plan, start=start, stop=stop, rank=rank, world=world, device_id=device.index
             )
         else:
-            from pipeline import wds
+            from pipeline.readers import webdataset
 
-            self._batches = wds.read(config, shards, plan, start=start, stop=stop, rank=rank, world=world)
+            self._batches = webdataset.read(config, shards, plan, start=start, stop=stop, rank=rank, world=world)
         self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
         self._thread.start()
 
@@ -105,7 +107,7 @@ class Loader:
                 self._damaged.append((batch.step, planned, read))
         if copied is not None and begun is not None:
             self._take_over(batch, copied, begun)
-        batch.views = [self._colour(v, batch.colour[:, g]) for v, g in zip(batch.views, self._groups, strict=True)]
+        batch.views = [self._color(v, batch.color[:, g]) for v, g in zip(batch.views, self._groups, strict=True)]
         return batch
 
     def waited(self) -> float:
@@ -147,7 +149,7 @@ class Loader:
                     return item
                 error = item
             if self._lost_a_reader():
-                raise Failure(
+                raise RunError(
                     "a reading process ended unasked: killed, by somebody or for want of memory (dmesg tells; fewer "
                     "speed.workers, or a smaller speed.prefetch, take less memory and less of /dev/shm)"
                 ) from error

@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.decode import DecodeError, check_header, read_header
-from pipeline.draws import hash64, permute
-from pipeline.remote import Remote, is_address
+from pipeline.random import hash64, permute
+from pipeline.remote.cache import Remote, is_address
 from runtime.config import Speed
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
 FORMAT = 1
 INDEX = np.dtype(
@@ -49,13 +49,13 @@ class Shards:
     """Manifest, index and bytes of one folder, or of one address (s3://, https://: see remote.py; `speed` says where its
     cache lies).
 
-    Raises Mistake where the folder is no shard folder, or where a share of the samples above `max_lost` lay in shards that
-    are gone or cut (0: where any shard has another size than the manifest says). `told_lost` is a line on what is borne,
-    empty if there is nothing. max_lost=None does not look: for worker processes, and tools that look for themselves; an
+    Raises UserError where the folder is no shard folder, or where a share of the samples above `max_missing` lay in shards that
+    are gone or cut (0: where any shard has another size than the manifest says). `missing_summary` is a line on what is borne,
+    empty if there is nothing. max_missing=None does not look: for worker processes, and tools that look for themselves; an
     address is not looked at either, its shards are checked as they come.
     """
 
-    def __init__(self, folder: str | Path | Remote, speed: Speed | None = None, max_lost: float | None = 0.0):
+    def __init__(self, folder: str | Path | Remote, speed: Speed | None = None, max_missing: float | None = 0.0):
         if isinstance(folder, str) and is_address(folder):
             folder = Remote(folder, speed)
         self._remote = folder if isinstance(folder, Remote) else None
@@ -70,12 +70,12 @@ class Shards:
                 hint = f"; `make shards SRC=photos/ DST={here}` makes shards of a folder of photos"
             elif re.search(r"[*?\[{]|\.tar$", str(here)):
                 hint = f"; give the folder that they lie in{'' if here.parent == Path() else f': {here.parent}'}"
-            raise Mistake(f"{self.folder}: no shards here (no manifest.json){hint}")
+            raise UserError(f"{self.folder}: no shards here (no manifest.json){hint}")
         try:
             self.manifest = json.loads(manifest.read_text())
             if self.manifest["format"] != FORMAT:
                 told = f"format {self.manifest['format']}, this program reads format {FORMAT}"
-                raise Mistake(f"{self.folder}/manifest.json: {told}; make the shards again")
+                raise UserError(f"{self.folder}/manifest.json: {told}; make the shards again")
             self.shards: list[dict] = self.manifest["shards"]
             self.classes: list[str] = self.manifest["classes"]
             self.counts = np.array([s["samples"] for s in self.shards], np.int64)  # [S]
@@ -83,22 +83,24 @@ class Shards:
             if odd or any(s["bytes"] < 0 or s["samples"] < 0 for s in self.shards):
                 raise ValueError(f"'{odd[0]}' is no name of a shard" if odd else "numbers below 0")
         except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
-            raise Mistake(f"{self.folder}/manifest.json: not a manifest of shards ({error!r})") from None
+            raise UserError(f"{self.folder}/manifest.json: not a manifest of shards ({error!r})") from None
         try:
             # a plain ndarray over the map: the same pages, without memmap's cost at every look-up
             mapped = np.load(here / "index.npy", mmap_mode="r", allow_pickle=False)
             self.index, self._map = np.asarray(mapped), getattr(mapped, "_mmap", None)
         except (OSError, ValueError) as error:
-            raise Mistake(f"{self.folder}/index.npy: {error}; `make index DST={self.folder}` writes it again") from None
+            raise UserError(
+                f"{self.folder}/index.npy: {error}; `make index DST={self.folder}` writes it again"
+            ) from None
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])  # [S+1] first sample id of each shard
         if self.index.dtype != INDEX or len(self.index) != self.starts[-1]:
-            raise Mistake(
+            raise UserError(
                 f"{self.folder}: the index holds {len(self.index)} samples, the manifest {self.starts[-1]}; "
                 f"`make index DST={self.folder}` writes both again"
             )
         self._there: dict[int, int] = {}  # bytes of each shard that is gone or of another size than the manifest says
-        look = max_lost is not None and self._remote is None  # what comes from far is checked as it comes
-        self.told_lost = self._look_for_loss(here, max_lost or 0.0) if look else ""
+        look = max_missing is not None and self._remote is None  # what comes from far is checked as it comes
+        self.missing_summary = self._look_for_loss(here, max_missing or 0.0) if look else ""
         self._files: dict[int, BinaryIO] = {}
         self._lock = threading.Lock()
         self._looks = 0
@@ -109,8 +111,8 @@ class Shards:
     def __reduce__(self):  # a worker process opens the folder anew
         return Shards, (self._remote or self.folder, None, None)
 
-    def _look_for_loss(self, folder: Path, max_lost: float) -> str:
-        """A line on shards that are gone or of another size than the manifest says. Raises Mistake beyond `max_lost`."""
+    def _look_for_loss(self, folder: Path, max_missing: float) -> str:
+        """A line on shards that are gone or of another size than the manifest says. Raises UserError beyond `max_missing`."""
         told, lost = [], 0
         for i, shard in enumerate(self.shards):
             path = folder / shard["name"]
@@ -135,11 +137,11 @@ class Shards:
             return ""
         several = f"; and {len(told) - 3} more shards" if len(told) > 3 else ""
         line = f"{'; '.join(told[:3])}{several}; in all {lost} of {len(self)} samples are lost"
-        if lost > max_lost * len(self) or max_lost == 0:
+        if lost > max_missing * len(self) or max_missing == 0:
             share = math.ceil(1000 * max(lost, 1) / len(self)) / 1000
-            raise Mistake(
+            raise UserError(
                 f"{line}; copy or make these shards again (`make verify DST={self.folder}` looks at every byte), or train "
-                f"without what is lost: data.max_lost={share:g}"
+                f"without what is lost: data.max_missing={share:g}"
             )
         return line
 
@@ -163,7 +165,7 @@ class Shards:
             return b""
 
     def prefetch(self, plan: "Plan", step: int, rank: int = 0, world: int = 1) -> None:
-        """Let the shards of this rank's next steps come, where they come from far. Raises Mistake where the cache is too
+        """Let the shards of this rank's next steps come, where they come from far. Raises UserError where the cache is too
         small for them."""
         if self._remote is not None:
             self._remote.prefetch(self.shards, *plan.shards_ahead(step, rank, world), math.gcd(plan.lanes, world))
@@ -174,7 +176,7 @@ class Shards:
         if self._map is not None and hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
-    def is_sound(self, sample: int, photo: bytes) -> bool:
+    def is_valid(self, sample: int, photo: bytes) -> bool:
         """Whether these are the bytes that the index was written for, and a photo of the size that it says (see `fault`)."""
         return not self.fault(sample, photo)
 
@@ -239,9 +241,9 @@ class Plan:
         self.samples = int(self._trained.sum())
         self.steps_per_epoch = self.samples // batch
         if self.steps_per_epoch == 0:
-            raise Mistake(
+            raise UserError(
                 f"{shards.folder}: {self.samples} samples to train on (of {len(shards)}) are fewer than one "
-                f"global batch of {batch}; take a smaller optim.batch or more photos"
+                f"global batch of {batch}; take a smaller optim.global_batch_size or more photos"
             )
         self._sums = np.cumsum(self._trained)  # [S]
         self._run = max(1, mix * self.samples // max(1, int((self._trained > 0).sum())))
@@ -298,15 +300,15 @@ class Plan:
     def sound(self, shards: Shards, sample: int, step: int, first: int = 0) -> tuple[int, bytes]:
         """(sample read, its bytes): the planned sample, or the first undamaged of its replacements.
 
-        first: the attempt to begin with (0: the sample itself). Raises Mistake after ATTEMPTS of them.
+        first: the attempt to begin with (0: the sample itself). Raises UserError after ATTEMPTS of them.
         """
         row = sample
         for attempt in range(first, ATTEMPTS):
             row = self.replacement(sample, step, attempt) if attempt else sample
             photo = shards.read(row)
-            if shards.is_sound(row, photo):
+            if shards.is_valid(row, photo):
                 return row, photo
-        raise Mistake(
+        raise UserError(
             f"{shards.folder}: {ATTEMPTS} samples in a row are damaged, the last in {{shard}} at byte {{byte}}: {{why}}; "
             "`make verify DST={folder}` looks at all".format(folder=shards.folder, **shards.describe(row))
         )

@@ -1,6 +1,6 @@
 """The whole run to disk and back, behind the step's back, without pickle.
 
-A checkpoint is one safetensors file, `checkpoint-<step>.safetensors`: student, teacher, centres and AdamW's moments by
+A checkpoint is one safetensors file, `checkpoint-<step>.safetensors`: student, teacher, centers and AdamW's moments by
 parameter name; in its header the step, the resolved config, the data set's fingerprint, what the run was made with
 (processes, arithmetic, versions) and the sha256 of the file itself, computed with zeros where the digest stands. Nothing
 else is state: plan, draws and drop path follow from (seed, step).
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from runtime.config import Config, differences, load_config, parse_config
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn, optim
@@ -44,7 +44,7 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str
     """Write a safetensors file of CPU tensors so that at every moment the path holds a whole file or none.
 
     Written here and not by safetensors: its temporary file has a name of its own making, which a kill would leave behind.
-    Raises Mistake where there is no room or no right to write; then nothing is left of it.
+    Raises UserError where there is no room or no right to write; then nothing is left of it.
     """
     import torch
 
@@ -80,7 +80,9 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str
         with contextlib.suppress(OSError):
             temporary.unlink()
         limit = " (ulimit -f)" if error.errno == errno.EFBIG else ""
-        raise Mistake(f"{path}: not written: {error.strerror}{limit}; {needed:,} bytes needed, {free:,} free") from None
+        raise UserError(
+            f"{path}: not written: {error.strerror}{limit}; {needed:,} bytes needed, {free:,} free"
+        ) from None
 
 
 def _write(file: BinaryIO, block: memoryview) -> None:
@@ -100,13 +102,13 @@ def _sync_folder(folder: Path) -> None:
 def read_header(path: Path) -> dict[str, Any]:
     """{tensor's name: {dtype, shape, data_offsets}, "__metadata__": {...}} of a safetensors file of any origin.
 
-    Raises Mistake where it is none, before memory is taken for what it promises.
+    Raises UserError where it is none, before memory is taken for what it promises.
     """
     try:
         with open(path, "rb") as file:
             return json.loads(_header_bytes(file)[8:])
     except (OSError, ValueError, RecursionError) as error:
-        raise Mistake(f"{path}: no safetensors file ({error})") from None
+        raise UserError(f"{path}: no safetensors file ({error})") from None
 
 
 def _header_bytes(file: BinaryIO) -> bytes:
@@ -122,7 +124,7 @@ def _header_bytes(file: BinaryIO) -> bytes:
 
 
 def read_tensors(path: Path) -> "dict[str, Tensor]":
-    """The tensors of a safetensors file of any origin. Raises Mistake where it is none, or where its header promises
+    """The tensors of a safetensors file of any origin. Raises UserError where it is none, or where its header promises
     other bytes than stand in it."""
     from safetensors import SafetensorError, safe_open
 
@@ -131,13 +133,13 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise Mistake(f"{path}: no safetensors file ({error})") from None
+        raise UserError(f"{path}: no safetensors file ({error})") from None
 
 
 # ------------------------------------------------------------------------------------------------ reading checkpoints
 
 
-class Damaged(Mistake):
+class CorruptCheckpoint(UserError):
     """A checkpoint file that is not what was written."""
 
 
@@ -149,24 +151,24 @@ class Checkpoint:
     step: int  # steps done
     config: str  # resolved, as yaml
     data: dict[str, Any]  # `fingerprint` of the data set
-    made_with: dict[str, str]  # processes, arithmetic, versions
+    environment: dict[str, str]  # processes, arithmetic, versions
 
     def tensors(self) -> "dict[str, Tensor]":
         return read_tensors(self.path)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint whose bytes are those that were written. Raises Damaged where they are not, Mistake where it is of
+    """A checkpoint whose bytes are those that were written. Raises CorruptCheckpoint where they are not, UserError where it is of
     another format."""
     try:
         header = read_header(path)["__metadata__"]
         step, config, told = int(header["step"]), str(header["config"]), int(header["format"])
-    except Mistake as mistake:
-        raise Damaged(str(mistake)) from None
+    except UserError as mistake:
+        raise CorruptCheckpoint(str(mistake)) from None
     except (KeyError, TypeError, ValueError):
-        raise Damaged(f"{path}: no checkpoint (its header tells no step, config and format)") from None
+        raise CorruptCheckpoint(f"{path}: no checkpoint (its header tells no step, config and format)") from None
     if told != FORMAT:
-        raise Mistake(
+        raise UserError(
             f"{path}: a checkpoint of format {told}, this program goes on from format {FORMAT}; "
             "finish that run with the program that began it, or start another (RUN=another/folder)"
         )
@@ -178,24 +180,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
             found = hashlib.file_digest(file, lambda: digest).hexdigest()  # type: ignore[arg-type, return-value]
         if found != header["sha256"]:
             raise ValueError("sha256 differs")
-        return Checkpoint(path, step, config, json.loads(header["data"]), json.loads(header["made_with"]))
+        return Checkpoint(path, step, config, json.loads(header["data"]), json.loads(header["environment"]))
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise Damaged(f"{path}: its content is not what was written ({error})") from None
+        raise CorruptCheckpoint(f"{path}: its content is not what was written ({error})") from None
 
 
-def newest_whole(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint of a folder that is whole; None where there is none at all. Damaged ones are told of and passed
-    over. Raises Mistake where all of them are damaged: a run that begins again unasked would lose days."""
+def latest_valid(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a folder that is whole; None where there is none at all. CorruptCheckpoint ones are told of and passed
+    over. Raises UserError where all of them are damaged: a run that begins again unasked would lose days."""
     paths = _newest_first(folder)
     for path in paths:
         try:
             return open_checkpoint(path)
-        except Damaged as damage:
+        except CorruptCheckpoint as damage:
             last = damage
             if path != paths[-1]:
                 print(f"passed over: {damage}")
     if paths:
-        raise Mistake(f"{last}; no checkpoint of {folder} is whole: remove them to begin the run again")
+        raise UserError(f"{last}; no checkpoint of {folder} is whole: remove them to begin the run again")
     return None
 
 
@@ -214,15 +216,15 @@ def fingerprint(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"samples": samples, "shards": len(shards), "sha256": hashlib.sha256(rows.encode()).hexdigest()}
 
 
-def go_on_from(
+def find_resume(
     folder: Path, config: Config, data: dict[str, Any], forced: list[str] | tuple[str, ...] = ()
 ) -> tuple[Checkpoint | None, list[str]]:
     """(the checkpoint that a run folder goes on from, or None; a line to tell for each difference that was forced).
 
     data: `fingerprint` of the photos to train on. forced: names of values that may differ ("loss.alpha", "data.shards").
-    Raises Mistake with every other difference between that run and this one, in words.
+    Raises UserError with every other difference between that run and this one, in words.
     """
-    found = newest_whole(folder / "checkpoints")
+    found = latest_valid(folder / "checkpoints")
     if found:
         before = parse_config(found.config, str(found.path))
     elif (folder / "config.yaml").is_file():
@@ -236,23 +238,23 @@ def go_on_from(
         different["data.shards"] = f"data.shards: {what}"
     refused = [words for name, words in different.items() if name not in forced]
     if refused:
-        raise Mistake(
+        raise UserError(
             f"{folder} holds another run ({'; '.join(refused)}); RUN=another/folder starts a new one, "
-            "--force NAME goes on in this one although NAME differs"
+            "--allow-change NAME goes on in this one although NAME differs"
         )
     return found, [f"forced: {words}" for words in different.values()]
 
 
-def made_otherwise(found: Checkpoint | None, made_with: dict[str, str]) -> list[str]:
+def environment_changes(found: Checkpoint | None, environment: dict[str, str]) -> list[str]:
     """A line to tell: what a run is made with that is not what the checkpoint it goes on from was made with, if anything.
 
-    None of it is refused. Processes, device and arithmetic are what a run moves between machines with, and none changes
-    which samples, windows, points and colours a step sees; but they change how its sums are rounded, so it is told.
+    None of it is refused. DistributedContext, device and arithmetic are what a run moves between machines with, and none changes
+    which samples, windows, points and colors a step sees; but they change how its sums are rounded, so it is told.
     """
     if found is None:
         return []
-    names = [n for n in found.made_with | made_with if found.made_with.get(n) != made_with.get(n)]
-    told = [f"{n} {found.made_with.get(n, 'none')} there, {made_with.get(n, 'none')} now" for n in names]
+    names = [n for n in found.environment | environment if found.environment.get(n) != environment.get(n)]
+    told = [f"{n} {found.environment.get(n, 'none')} there, {environment.get(n, 'none')} now" for n in names]
     return [f"rounded otherwise than before step {found.step}: {'; '.join(told)}"] if told else []
 
 
@@ -269,7 +271,7 @@ def state_of(model: "nn.Module", adamw: "optim.Optimizer") -> "dict[str, Tensor]
 
 
 def restore(model: "nn.Module", adamw: "optim.Optimizer", tensors: "Mapping[str, Tensor]") -> None:
-    """Put a checkpoint's tensors back. Raises Mistake where they are another model's."""
+    """Put a checkpoint's tensors back. Raises UserError where they are another model's."""
     own = {n: t for n, t in tensors.items() if not n.startswith("adamw.")}
     wanted = model.state_dict()
     wrong = [f"'{n}' is missing" for n in sorted(wanted.keys() - own.keys())]
@@ -281,7 +283,7 @@ def restore(model: "nn.Module", adamw: "optim.Optimizer", tensors: "Mapping[str,
     ]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise Mistake(f"the checkpoint is another model's, which nothing can force: {', '.join(wrong[:3])}{more}")
+        raise UserError(f"the checkpoint is another model's, which nothing can force: {', '.join(wrong[:3])}{more}")
     model.load_state_dict(own)
     parameters = dict(model.named_parameters())
     for name, t in tensors.items():
@@ -298,15 +300,15 @@ class Writer:
     """Writes a run's checkpoints while the run goes on. Made and called by the first process only.
 
     `save` copies the state off the device, all that a step waits for, and leaves the rest to a thread; one write at a time,
-    the next `save` waits for the last. Whatever goes wrong with a write is raised by the next call: a Mistake that names
+    the next `save` waits for the last. Whatever goes wrong with a write is raised by the next call: a UserError that names
     the file, the bytes it needs and those that are free, while the older checkpoints stand.
 
-    folder: the checkpoints'. keep: how many whole ones stay. config, data, made_with: see `Checkpoint`.
+    folder: the checkpoints'. keep: how many whole ones stay. config, data, environment: see `Checkpoint`.
     """
 
-    def __init__(self, folder: Path, keep: int, config: str, data: dict[str, Any], made_with: dict[str, str]):
+    def __init__(self, folder: Path, keep: int, config: str, data: dict[str, Any], environment: dict[str, str]):
         self.folder, self.keep = folder, keep
-        self._header = {"config": config, "data": json.dumps(data), "made_with": json.dumps(made_with)}
+        self._header = {"config": config, "data": json.dumps(data), "environment": json.dumps(environment)}
         self._copies: dict[str, Tensor] = {}
         self._whole: set[Path] = set()  # written here, or read and found whole
         self._thread: threading.Thread | None = None
@@ -319,9 +321,9 @@ class Writer:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise Mistake(f"{folder}: no checkpoint can be written there ({error.strerror})") from None
+            raise UserError(f"{folder}: no checkpoint can be written there ({error.strerror})") from None
         if len(_newest_first(folder)) > keep:  # killed before they could go
-            self._forget()
+            self._prune()
 
     def save(self, step: int, model: "nn.Module", adamw: "optim.Optimizer") -> None:
         """Take the state after `step` steps, and write it behind the next ones."""
@@ -360,21 +362,21 @@ class Writer:
         try:
             for name, t in state.items():
                 if t.is_floating_point() and not np.isfinite(t.numpy()).all():
-                    raise Mistake(
+                    raise UserError(
                         f"'{name}' is not finite at step {step}: nothing is saved, the last checkpoint stands"
                     )
             try:
                 save_tensors(path, state, {"format": str(FORMAT), "step": str(step)} | self._header)
-            except Mistake as mistake:
+            except UserError as mistake:
                 standing = next(iter(_newest_first(self.folder)), None)
                 stands = f"{standing.name} stands" if standing else "there is none yet"
-                raise Mistake(f"{mistake}; {stands}") from None
+                raise UserError(f"{mistake}; {stands}") from None
             self._whole.add(path)
-            self._forget()
+            self._prune()
         except BaseException as error:  # told by the thread that trains
             self._wrong = error
 
-    def _forget(self) -> None:
+    def _prune(self) -> None:
         """Remove what is older than the newest `keep` whole checkpoints: a damaged one pushes no good one out."""
         whole = 0
         for path in _newest_first(self.folder):
@@ -388,7 +390,7 @@ class Writer:
 def _is_whole(path: Path) -> bool:
     try:
         open_checkpoint(path)
-    except Mistake:
+    except UserError:
         return False
     return True
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from runtime.mistake import Mistake, nearest
+from runtime.errors import UserError, suggest
 
 # ---------------------------------------------------------------------------------------------- what changes results
 
@@ -59,9 +59,9 @@ class Data:
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     jitter: Jitter = field(default_factory=Jitter)
-    grey: float = 0.2
-    max_bad: float = 0.001  # the run stops when more of an epoch's samples than this share are damaged
-    max_lost: float = 0.0  # a run starts although shards that are gone or cut held this share of the samples
+    grayscale: float = 0.2
+    max_corrupt: float = 0.001  # the run stops when more of an epoch's samples than this share are damaged
+    max_missing: float = 0.0  # a run starts although shards that are gone or cut held this share of the samples
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Model:
     depth: int | None = None
     heads: int | None = None
     drop_path: float = 0.1
-    init: str | None = None  # weights to begin with: a file, a run or timm:NAME (model/weights.py: `initialise`)
+    init: str | None = None  # weights to begin with: a file, a run or timm:NAME (model/weights.py: `load_pretrained`)
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Reference:
     attention: Literal["none", "patches+cls", "patches", "patches+self", "all_query"] = "patches+self"
     border: Literal["zeros", "border"] = "zeros"  # what the bicubic reading finds outside the position grid
     views: Literal["all", "teacher"] = "all"  # x' of eq. 3
-    center: Literal["loss", "published"] = "loss"  # which tokens move the reference centre
+    center: Literal["loss", "published"] = "loss"  # which tokens move the reference center
 
 
 @dataclass
@@ -92,8 +92,8 @@ class Head:
     bottleneck: int = 256
     prototypes: int = 65536  # K
     norm: Literal["none", "batch"] = "none"
-    unit_prototypes: bool = True  # the weight norm's gain stays 1 (DINO's norm_last_layer)
-    shared: bool = False  # one head and one centre for [CLS] and reference tokens
+    norm_last_layer: bool = True  # the weight norm's gain stays 1 (DINO's norm_last_layer)
+    shared: bool = False  # one head and one center for [CLS] and reference tokens
 
 
 @dataclass
@@ -108,14 +108,14 @@ class Loss:
 
 @dataclass
 class Optim:
-    batch: int = 256  # images of a step, all devices together
+    global_batch_size: int = 256  # images of a step, all devices together
     epochs: float = 100
     lr: float = 5e-4  # per 256 of batch
     min_lr: float = 1e-6
-    warmup: float = 10  # epochs
+    warmup_epochs: float = 10  # epochs
     weight_decay: tuple[float, float] = (0.04, 0.4)
-    clip: float = 3.0  # largest norm of each gradient tensor; 0: no clipping
-    freeze_last_layer: float = 1  # epochs
+    clip_grad: float = 3.0  # largest norm of each gradient tensor; 0: no clipping
+    freeze_last_layer_epochs: float = 1  # epochs
     teacher_momentum: float = 0.996
 
 
@@ -127,16 +127,16 @@ class Speed:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on a GPU that has it
     compile: bool = True
-    accumulate: int = 1  # a step's images in this many pieces
-    recompute: bool = False  # activation checkpointing: less memory, a third more work
+    grad_accum_steps: int = 1  # a step's images in this many pieces
+    activation_checkpointing: bool = False  # activation checkpointing: less memory, a third more work
     reader: Literal["auto", "dali", "wds"] = "auto"
     workers: int = 1  # reading processes for each device; 0: a thread
     prefetch: int = 2  # batches ready ahead, for each worker
-    threads: int = 4  # of DALI, for each device
+    dali_threads: int = 4  # of DALI, for each device
     hw_decoder_load: float = 0.65  # share of the photos that a GPU's JPEG engine decodes, where it has one
     cache: str | None = None  # folder for shards that come from s3:// or https://; default: ~/.cache/densedino
     cache_gb: float = 100  # its bound; all processes of a machine share it
-    stall_seconds: float = 30  # a server that sends no byte for so long is asked again
+    read_timeout: float = 30  # a server that sends no byte for so long is asked again
 
 
 @dataclass
@@ -144,13 +144,13 @@ class Run:
     folder: str | None = None  # default: runs/<name of the config file>
     log_every: int = 10  # steps between two rows of metrics.jsonl; all that reads the device is on this beat
     checkpoint_every: int = 1000  # steps
-    keep: int = 2  # checkpoints
+    keep_checkpoints: int = 2  # checkpoints
     step_timeout: float = (
         600  # seconds; a step, or a wait for a batch, that takes longer ends the run (the first: 10 times)
     )
     grace: float = 25  # seconds after a stop signal; what is unsaved then ends unsaved (torchrun kills after 30)
     log_samples: bool = False  # samples.jsonl: which samples each step saw (of process r: samples-r.jsonl)
-    max_skipped: int = 10  # the run stops after so many steps in a row whose loss or gradient is not finite
+    max_nonfinite_steps: int = 10  # the run stops after so many steps in a row whose loss or gradient is not finite
     profile: bool = False  # steps 10 to 12 of this start into profile/: a trace, and a table of what takes the time
 
 
@@ -203,7 +203,7 @@ METHODS = ("densedino", "dino")
 TEACHERS = 2  # T: the published method's two teacher views
 RESULTS = ("method", "seed", "data", "model", "reference", "head", "loss", "optim")  # sections that change results
 # of them: where the photos lie, and when to give up
-NOT_RESULTS = ("data.shards", "data.val", "data.max_bad", "data.max_lost")
+NOT_RESULTS = ("data.shards", "data.val", "data.max_corrupt", "data.max_missing")
 LARGEST = 100_000  # bytes of a config; ours have 4,000 at most, and a parser of Python's speed reads these in a second
 
 
@@ -250,16 +250,16 @@ _Yaml.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node
 
 
 def _parse(text: str, name: str, wrong: list[str]) -> Any:
-    """The tree of a yaml text; keys that stand there twice go into `wrong`. Raises Mistake where it is no yaml."""
+    """The tree of a yaml text; keys that stand there twice go into `wrong`. Raises UserError where it is no yaml."""
     if len(text) > LARGEST:
-        raise Mistake(f"{name}: {len(text):,} characters are no config (at most {LARGEST:,})")
+        raise UserError(f"{name}: {len(text):,} characters are no config (at most {LARGEST:,})")
     try:
         loader = _Yaml(text)  # a SafeLoader with fewer powers
         tree = loader.get_single_data()
     except RecursionError:
-        raise Mistake(f"{name}: brackets inside brackets, too deep for a config") from None
+        raise UserError(f"{name}: brackets inside brackets, too deep for a config") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise Mistake(f"{name}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name}: {' '.join(str(error).split())}") from None
     wrong += [f"{name}, {line}" for line in loader.twice]
     return tree
 
@@ -268,22 +268,22 @@ def _read(path: Path, wrong: list[str], seen: tuple[Path, ...] = ()) -> dict:
     """The file's mapping over that of its `base`."""
     if not path.is_file():
         known = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
-        raise Mistake(f"{path}: no such config{nearest(str(path), known)}")
+        raise UserError(f"{path}: no such config{suggest(str(path), known)}")
     if path.stat().st_size > LARGEST:
-        raise Mistake(f"{path}: {path.stat().st_size:,} bytes are no config (at most {LARGEST:,})")
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes are no config (at most {LARGEST:,})")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise Mistake(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     tree = _parse(text, str(path), wrong)
     if not isinstance(tree, dict):
-        raise Mistake(f"{path}: a config is a mapping 'key: value', this file is {_kind(tree)}")
+        raise UserError(f"{path}: a config is a mapping 'key: value', this file is {_kind(tree)}")
     base = tree.pop("base", None)
     if base is None:
         return tree
     under = (path.parent / str(base)).resolve()
     if under in seen:
-        raise Mistake(f"{path}: base {base} leads in a circle")
+        raise UserError(f"{path}: base {base} leads in a circle")
     return _over(_read(under, wrong, (*seen, path.resolve())), tree)
 
 
@@ -299,7 +299,7 @@ def _set(tree: Any, dotted: str, value: Any, defaults: Any) -> None:
     for i, key in enumerate(path):
         if isinstance(tree, list):
             if not key.isdigit() or int(key) >= len(tree):
-                raise Mistake(f"{dotted}: '{'.'.join(path[:i])}' has places 0 to {len(tree) - 1}, not '{key}'")
+                raise UserError(f"{dotted}: '{'.'.join(path[:i])}' has places 0 to {len(tree) - 1}, not '{key}'")
             tree = tree[int(key)]
         elif isinstance(tree, dict):
             default = getattr(defaults, key, None)
@@ -311,7 +311,7 @@ def _set(tree: Any, dotted: str, value: Any, defaults: Any) -> None:
     elif isinstance(tree, dict):
         tree[last] = value
     else:
-        raise Mistake(f"{dotted}: '{'.'.join(path)}' is {_kind(tree)}, it has no '{last}'")
+        raise UserError(f"{dotted}: '{'.'.join(path)}' is {_kind(tree)}, it has no '{last}'")
 
 
 def _kind(value: Any) -> str:
@@ -321,7 +321,7 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), str(value).lower() if isinstance(value, bool) else f"{value}")
 
 
-class _Mistakes(list[str]):
+class ConfigErrors(list[str]):
     """What is wrong so far, and the names whose value is in doubt because of it."""
 
     def __init__(self, found: Iterable[str] = ()):
@@ -333,7 +333,7 @@ class _Mistakes(list[str]):
         self.doubtful.add(re.split(r"\.\d", doubtful or at)[0])  # a view in doubt: all views are
 
 
-def _typed(hint: Any, value: Any, at: str, wrong: _Mistakes) -> Any:
+def _typed(hint: Any, value: Any, at: str, wrong: ConfigErrors) -> Any:
     """`value` as `hint`; what does not fit goes into `wrong`."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -347,7 +347,7 @@ def _typed(hint: Any, value: Any, at: str, wrong: _Mistakes) -> Any:
         return _section(typing.cast(type, hint), value, at, wrong)
     if origin is Literal:
         if value not in inner:
-            wrong.add(at, f"one of {', '.join(inner)}, this is {_kind(value)}{nearest(value, inner)}")
+            wrong.add(at, f"one of {', '.join(inner)}, this is {_kind(value)}{suggest(value, inner)}")
         return value
     if origin in (list, tuple):
         values = value if isinstance(value, list) else [value]
@@ -366,14 +366,14 @@ def _typed(hint: Any, value: Any, at: str, wrong: _Mistakes) -> Any:
         meant = ""
         if hint is bool:
             switch = {"no": "false", "off": "false", "yes": "true", "on": "true"}
-            meant = nearest(switch.get(str(value).lower(), str(value).lower()), ("true", "false"))
+            meant = suggest(switch.get(str(value).lower(), str(value).lower()), ("true", "false"))
         elif hint in (int, float) and isinstance(value, str) and re.fullmatch(_NUMBER, value):
             meant = " (without quotes it is a number)"
         wrong.add(at, f"expected {names[hint]}, this is {_kind(value)}{meant}")
     return value
 
 
-def _section(kind: type, tree: dict, at: str, wrong: _Mistakes) -> Any:
+def _section(kind: type, tree: dict, at: str, wrong: ConfigErrors) -> Any:
     """The section that `tree` describes. A value that is wrong by itself stays at its default."""
     hints = typing.get_type_hints(kind)
     made = kind()
@@ -385,7 +385,7 @@ def _section(kind: type, tree: dict, at: str, wrong: _Mistakes) -> Any:
             if len(wrong) == before or dataclasses.is_dataclass(hints[key]):
                 setattr(made, key, typed)
         else:
-            meant = nearest(key, hints) or ("" if at else nearest_value(str(key)))
+            meant = suggest(key, hints) or ("" if at else suggest_key(str(key)))
             near = re.search(r"'(.*)'", meant)
             doubtful = near and (f"{at}.{near[1]}" if at else near[1])
             wrong.add(name, f"no such key{meant}", doubtful or name)
@@ -396,46 +396,48 @@ def load_config(
     path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, processes: int | None = None,
     forced: list[str] | tuple[str, ...] = (), wrong: Iterable[str] = (),
 ) -> Config:  # fmt: skip
-    """The config of a yaml file with `a.b=c` words laid over it. Raises one Mistake that lists all that is wrong.
+    """The config of a yaml file with `a.b=c` words laid over it. Raises one UserError that lists all that is wrong.
 
     processes: how many are going to train by it together; None: it is only read. forced: names of values that may differ
     from a checkpoint's. wrong: mistakes that the caller has found.
     """
-    path, mistakes = Path(path), _Mistakes(wrong)
+    path, mistakes = Path(path), ConfigErrors(wrong)
     tree = _read(path, mistakes)
     for word in overrides:
         key, equals, text = word.partition("=")
         try:
             if not equals or not key:
-                raise Mistake(f"'{word}': an override is written a.b=c")
+                raise UserError(f"'{word}': an override is written a.b=c")
             _set(tree, key, _parse(text, key, mistakes), Config())
-        except Mistake as mistake:
+        except UserError as mistake:
             mistakes.append(str(mistake))
             mistakes.doubtful.add(key)
     config = _section(Config, tree, "", mistakes)
     if config.run.folder is None:
         config.run.folder = str(Path("runs") / path.stem)
     known = leaves(config)
-    mistakes += [f"--force {name}: no such key{nearest(name, known)}" for name in forced if name not in known]
+    mistakes += [f"--allow-change {name}: no such key{suggest(name, known)}" for name in forced if name not in known]
     found = _check(config) + ([] if processes is None else _check_training(config, processes))
     return _right(config, found, mistakes, str(path))
 
 
 def parse_config(text: str, name: str) -> Config:
     """The config of a resolved copy, as checkpoints carry it."""
-    mistakes = _Mistakes()
+    mistakes = ConfigErrors()
     tree = _parse(text, name, mistakes)
     if not isinstance(tree, dict):
-        raise Mistake(f"{name}: its config is {_kind(tree)}")
+        raise UserError(f"{name}: its config is {_kind(tree)}")
     config = _section(Config, tree, "", mistakes)
     return _right(config, _check(config), mistakes, name)
 
 
-def _right(config: Config, found: list[str], mistakes: _Mistakes, name: str) -> Config:
-    """The config, or one Mistake: what is wrong by itself, and what the rest of it means together."""
+def _right(config: Config, found: list[str], mistakes: ConfigErrors, name: str) -> Config:
+    """The config, or one UserError: what is wrong by itself, and what the rest of it means together."""
     wrong = [*mistakes, *(m for m in found if not any(n in m for n in mistakes.doubtful))]
     if wrong:
-        raise Mistake(f"{name}: " + (wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} mistakes", *wrong])))
+        raise UserError(
+            f"{name}: " + (wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} mistakes", *wrong]))
+        )
     return config
 
 
@@ -450,7 +452,7 @@ def leaves(config: Any, at: str = "") -> dict[str, Any]:
     return {n: v for name, value in inside for n, v in leaves(value, f"{at}.{name}".lstrip(".")).items()}
 
 
-def nearest_value(word: str) -> str:
+def suggest_key(word: str) -> str:
     """The end of a message, as `nearest`: the full name of the value whose last word is closest to `word`."""
     by_last_word = {name.rpartition(".")[2]: name for name in leaves(Config())}
     close = difflib.get_close_matches(word, by_last_word, n=1, cutoff=0.8)
@@ -491,11 +493,11 @@ def _check(c: Config) -> list[str]:
 
     need(
         c.method in METHODS or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", c.method) is not None,
-        f"method: one of {', '.join(METHODS)}, or module:Class, this is {_kind(c.method)}{nearest(c.method, METHODS)}",
+        f"method: one of {', '.join(METHODS)}, or module:Class, this is {_kind(c.method)}{suggest(c.method, METHODS)}",
     )
     shares = {
         "data.holdout": c.data.holdout, "data.min_overlap": c.data.min_overlap, "data.flip": c.data.flip,
-        "data.grey": c.data.grey, "data.max_bad": c.data.max_bad, "data.max_lost": c.data.max_lost,
+        "data.grayscale": c.data.grayscale, "data.max_corrupt": c.data.max_corrupt, "data.max_missing": c.data.max_missing,
         "data.jitter.probability": c.data.jitter.probability, "loss.alpha": c.loss.alpha,
         "loss.center_momentum": c.loss.center_momentum, "optim.teacher_momentum": c.optim.teacher_momentum,
         "model.drop_path": c.model.drop_path, "speed.hw_decoder_load": c.speed.hw_decoder_load,
@@ -505,12 +507,12 @@ def _check(c: Config) -> list[str]:
     for name, value in {"data.holdout": c.data.holdout, "model.drop_path": c.model.drop_path}.items():
         need(value < 1, f"{name}: less than 1, this is {value}")
     positive = {
-        "optim.batch": c.optim.batch, "optim.epochs": c.optim.epochs, "optim.lr": c.optim.lr,
-        "loss.student_temperature": c.loss.student_temperature, "speed.accumulate": c.speed.accumulate,
-        "speed.prefetch": c.speed.prefetch, "speed.threads": c.speed.threads,
-        "run.log_every": c.run.log_every, "run.keep": c.run.keep, "run.max_skipped": c.run.max_skipped,
+        "optim.global_batch_size": c.optim.global_batch_size, "optim.epochs": c.optim.epochs, "optim.lr": c.optim.lr,
+        "loss.student_temperature": c.loss.student_temperature, "speed.grad_accum_steps": c.speed.grad_accum_steps,
+        "speed.prefetch": c.speed.prefetch, "speed.dali_threads": c.speed.dali_threads,
+        "run.log_every": c.run.log_every, "run.keep_checkpoints": c.run.keep_checkpoints, "run.max_nonfinite_steps": c.run.max_nonfinite_steps,
         "run.step_timeout": c.run.step_timeout,
-        "speed.cache_gb": c.speed.cache_gb, "speed.stall_seconds": c.speed.stall_seconds,
+        "speed.cache_gb": c.speed.cache_gb, "speed.read_timeout": c.speed.read_timeout,
         "run.checkpoint_every": c.run.checkpoint_every, "model.patch": c.model.patch, "head.hidden": c.head.hidden,
         "head.bottleneck": c.head.bottleneck, "eval.k": c.eval.k, "eval.temperature": c.eval.temperature,
         "eval.seg_epochs": c.eval.seg_epochs, "eval.seg_lr": c.eval.seg_lr,
@@ -519,8 +521,8 @@ def _check(c: Config) -> list[str]:
     for name, value in positive.items():
         need(value > 0, f"{name}: more than 0, this is {value}")
     for name, value in {
-        "optim.min_lr": c.optim.min_lr, "optim.warmup": c.optim.warmup, "optim.clip": c.optim.clip,
-        "optim.freeze_last_layer": c.optim.freeze_last_layer, "speed.workers": c.speed.workers, "seed": c.seed,
+        "optim.min_lr": c.optim.min_lr, "optim.warmup_epochs": c.optim.warmup_epochs, "optim.clip_grad": c.optim.clip_grad,
+        "optim.freeze_last_layer_epochs": c.optim.freeze_last_layer_epochs, "speed.workers": c.speed.workers, "seed": c.seed,
         "loss.teacher_temperature_warmup": c.loss.teacher_temperature_warmup,
         "optim.weight_decay": min(c.optim.weight_decay), "eval.every": c.eval.every, "run.grace": c.run.grace,
     }.items():  # fmt: skip
@@ -530,18 +532,18 @@ def _check(c: Config) -> list[str]:
         c.head.prototypes >= 2, f"head.prototypes: at least 2, with {c.head.prototypes} there is nothing to tell apart"
     )
     need(
-        c.optim.warmup < c.optim.epochs,
-        f"optim.warmup: {c.optim.warmup:g} epochs of warm-up do not fit into optim.epochs: {c.optim.epochs:g}",
+        c.optim.warmup_epochs < c.optim.epochs,
+        f"optim.warmup_epochs: {c.optim.warmup_epochs:g} epochs of warm-up do not fit into optim.epochs: {c.optim.epochs:g}",
     )
     need(c.seed < 2**63, f"seed: less than 2^63, this is {c.seed}")
     need(
         c.method != "dino" or c.loss.alpha > 0,
         "loss.alpha: 0 leaves no loss at all: method: dino has the class loss alone, which alpha: 1 is",
     )
-    if c.speed.accumulate > 0:
+    if c.speed.grad_accum_steps > 0:
         need(
-            c.optim.batch % c.speed.accumulate == 0,
-            f"optim.batch: {c.optim.batch} does not fall into speed.accumulate: {c.speed.accumulate} equal pieces",
+            c.optim.global_batch_size % c.speed.grad_accum_steps == 0,
+            f"optim.global_batch_size: {c.optim.global_batch_size} does not fall into speed.grad_accum_steps: {c.speed.grad_accum_steps} equal pieces",
         )
 
     dims = (c.model.width, c.model.depth, c.model.heads)
@@ -613,7 +615,7 @@ def _check(c: Config) -> list[str]:
         if c.head.shared:
             need(
                 c.reference.center == "loss",
-                "reference.center: published: has a centre of its own, head.shared: true has not",
+                "reference.center: published: has a center of its own, head.shared: true has not",
             )
     return wrong
 
@@ -625,12 +627,12 @@ def _check_training(c: Config, processes: int) -> list[str]:
         wrong.append(
             "data.shards: which shards? `make pretrain SHARDS=folder`, made by `make shards SRC=photos/ DST=folder`"
         )
-    pieces = processes * c.speed.accumulate
-    if pieces > 0 and processes > 1 and c.optim.batch % pieces:
-        nearest_batch = max(1, round(c.optim.batch / pieces)) * pieces
+    pieces = processes * c.speed.grad_accum_steps
+    if pieces > 0 and processes > 1 and c.optim.global_batch_size % pieces:
+        nearest_batch = max(1, round(c.optim.global_batch_size / pieces)) * pieces
         wrong.append(
-            f"optim.batch: {c.optim.batch} images do not fall into {processes} processes x "
-            f"speed.accumulate: {c.speed.accumulate} equal pieces (nearest: {nearest_batch})"
+            f"optim.global_batch_size: {c.optim.global_batch_size} images do not fall into {processes} processes x "
+            f"speed.grad_accum_steps: {c.speed.grad_accum_steps} equal pieces (nearest: {nearest_batch})"
         )
     run = Path(c.run.folder or "run").resolve()
     for name, place in {"data.shards": c.data.shards, "data.val": c.data.val, "eval.voc": c.eval.voc}.items():

@@ -1,4 +1,4 @@
-"""The optimiser, its parameter groups, and every schedule as an array over steps (DINO's, section "Implementation").
+"""The optimizer, its parameter groups, and every schedule as an array over steps (DINO's, section "Implementation").
 
 Durations given in epochs become steps here, once; `Schedules` can be printed, plotted and tested.
 """
@@ -49,7 +49,7 @@ class StepValues:
 
 
 def cosine(start: float, end: float, steps: int) -> NDArray[np.float64]:
-    """Half a cosine from `start` towards `end`, which the step after the last would reach."""
+    """Half a cosine from `start` toward `end`, which the step after the last would reach."""
     return end + 0.5 * (start - end) * (1 + np.cos(np.pi * np.arange(steps) / max(1, steps)))
 
 
@@ -57,8 +57,8 @@ def make_schedules(config: Config, steps_per_epoch: int) -> Schedules:
     """The schedules of a run of optim.epochs epochs of `steps_per_epoch` steps each."""
     o, loss = config.optim, config.loss
     steps = max(1, round(o.epochs * steps_per_epoch))
-    peak = o.lr * o.batch / 256
-    warmup = min(round(o.warmup * steps_per_epoch), steps)
+    peak = o.lr * o.global_batch_size / 256
+    warmup = min(round(o.warmup_epochs * steps_per_epoch), steps)
     lr = np.concatenate([np.linspace(0, peak, warmup), cosine(peak, o.min_lr, steps - warmup)])
     # indexed by the epoch, as published: it moves at epochs' ends, and the last warm-up epoch has the final value
     start, final = loss.teacher_temperature
@@ -70,7 +70,7 @@ def make_schedules(config: Config, steps_per_epoch: int) -> Schedules:
         weight_decay=cosine(*o.weight_decay, steps),
         teacher_momentum=cosine(o.teacher_momentum, 1.0, steps),
         teacher_temperature=warm[np.minimum(epoch, warm_epochs)],
-        frozen=np.arange(steps) < round(o.freeze_last_layer * steps_per_epoch),
+        frozen=np.arange(steps) < round(o.freeze_last_layer_epochs * steps_per_epoch),
     )
 
 

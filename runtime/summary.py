@@ -11,14 +11,14 @@ def describe(config: Config, plan: Any, world: int, device: str, dtype: str) -> 
     points = f", {config.points} points a pair" if config.points else ""
     return (
         f"{config.method}: {config.model.arch}/{config.model.patch}, views {groups}{points}; {plan.samples} samples, "
-        f"{plan.steps_per_epoch} steps an epoch of {config.optim.batch} images; {world} x {device}, "
+        f"{plan.steps_per_epoch} steps an epoch of {config.optim.global_batch_size} images; {world} x {device}, "
         f"{dtype.removeprefix('torch.')}"
     )
 
 
 def print_summary(config: Config, plan: Any, steps: int, cost: Any, world: int) -> None:
     """--dry-run. cost: `model.cost.Cost`; world: processes."""
-    views, images = len(config.views), config.optim.batch // (world * config.speed.accumulate)
+    views, images = len(config.views), config.optim.global_batch_size // (world * config.speed.grad_accum_steps)
     state = 4 * (2 + 3) * cost.parameters  # student, teacher; gradient and AdamW's two moments
     print(describe(config, plan, 1, "device", "dtype"))
     print(f"steps        {steps} ({plan.steps_per_epoch} an epoch)")
@@ -27,7 +27,7 @@ def print_summary(config: Config, plan: Any, steps: int, cost: Any, world: int) 
     print(
         f"memory       {(state + images * cost.activations) / 2**30:.1f} GiB on each device in float32: {state / 2**30:.1f} "
         f"of weights and optimizer, {images} images of {cost.activations / 2**20:.0f} MiB (about half of that in "
-        f"bfloat16); speed.accumulate or speed.recompute: true need less"
+        f"bfloat16); speed.grad_accum_steps or speed.activation_checkpointing: true need less"
     )
     for group in config.data.views:
         patches = (group.size // config.model.patch) ** 2

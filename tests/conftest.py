@@ -79,7 +79,7 @@ def run_measured(program: str, *words: object, expect: int = 0, **options) -> tu
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """96 small photos of three classes, of several sizes and colours; folder/<class>/<n>.jpg."""
+    """96 small photos of three classes, of several sizes and colors; folder/<class>/<n>.jpg."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for n in range(96):
@@ -113,7 +113,7 @@ data:
 model: {{arch: custom, patch: 8, width: 24, depth: 2, heads: 2}}
 reference: {{points: 2}}
 head: {{hidden: 32, bottleneck: 16, prototypes: 40}}
-optim: {{batch: 16, epochs: 4, warmup: 1}}
+optim: {{global_batch_size: 16, epochs: 4, warmup_epochs: 1}}
 speed: {{compile: false, workers: 0, device: cpu}}
 run: {{folder: {run}, log_every: 2, checkpoint_every: 7}}
 """

@@ -10,19 +10,19 @@ from itertools import repeat
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-Behaviour = Callable[
+Behavior = Callable[
     ["_Handler", bytes, int, bool], None
 ]  # (handler, the whole file, first byte asked for, asked a part)
 
 
 class FaultyServer:
-    """Serves `folder` at `address`. `behave(name, *behaviours)`: the next requests for a file go wrong in these ways, one
-    each, and later ones go well; `always(name, behaviour)`: all of them. `asked`: (file, first byte) of every request;
+    """Serves `folder` at `address`. `behave(name, *behaviors)`: the next requests for a file go wrong in these ways, one
+    each, and later ones go well; `always(name, behavior)`: all of them. `asked`: (file, first byte) of every request;
     `sent`: bytes of bodies, by file."""
 
     def __init__(self, folder: Path):
         self.folder, self.asked, self.sent = folder, list[tuple[str, int]](), Counter[str]()
-        self._behaviour: dict[str, Iterator[Behaviour]] = defaultdict(lambda: iter(()))
+        self._behavior: dict[str, Iterator[Behavior]] = defaultdict(lambda: iter(()))
         self.closing = threading.Event()
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"site": self})
@@ -31,15 +31,15 @@ class FaultyServer:
         self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
-    def behave(self, name: str, *behaviours: Behaviour) -> None:
-        self._behaviour[name] = iter(behaviours)
+    def behave(self, name: str, *behaviors: Behavior) -> None:
+        self._behavior[name] = iter(behaviors)
 
-    def always(self, name: str, behaviour: Behaviour) -> None:
-        self._behaviour[name] = repeat(behaviour)
+    def always(self, name: str, behavior: Behavior) -> None:
+        self._behavior[name] = repeat(behavior)
 
-    def next_behaviour(self, name: str) -> Behaviour:
+    def next_behavior(self, name: str) -> Behavior:
         with self.lock:
-            return next(self._behaviour[name], good)
+            return next(self._behavior[name], good)
 
     def starts(self, name: str) -> list[int]:
         """First bytes asked for, request by request."""
@@ -69,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.site.asked.append((self.name, at))
         if not path.is_file():
             return status(404)(self, b"", 0, False)
-        return self.site.next_behaviour(self.name)(self, path.read_bytes(), at, bool(part))
+        return self.site.next_behavior(self.name)(self, path.read_bytes(), at, bool(part))
 
     def head(self, code: int, **headers: object) -> None:
         self.send_response(code)
@@ -103,14 +103,14 @@ def good(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
     handler.body([whole[at:]])
 
 
-def status(code: int) -> Behaviour:
+def status(code: int) -> Behavior:
     def answer(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
         handler.head(code, Content_Length=0)
 
     return answer
 
 
-def cut(after: int) -> Behaviour:
+def cut(after: int) -> Behavior:
     """The connection breaks after so many bytes of the body."""
 
     def answer(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
@@ -121,7 +121,7 @@ def cut(after: int) -> Behaviour:
     return answer
 
 
-def no_length(after: int | None = None) -> Behaviour:
+def no_length(after: int | None = None) -> Behavior:
     """Nothing says how long the body is: it ends with the connection, after so many bytes or when it is whole."""
 
     def answer(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
@@ -133,7 +133,7 @@ def no_length(after: int | None = None) -> Behaviour:
     return answer
 
 
-def stall(after: int | None) -> Behaviour:
+def stall(after: int | None) -> Behavior:
     """Not one byte more after so many of the body (None: not even a head), with the connection open."""
 
     def answer(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
@@ -146,7 +146,7 @@ def stall(after: int | None) -> Behaviour:
     return answer
 
 
-def slow(piece: int, pause: float) -> Behaviour:
+def slow(piece: int, pause: float) -> Behavior:
     """A trickle."""
 
     def pieces(whole: bytes) -> Iterator[bytes]:

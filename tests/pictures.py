@@ -13,7 +13,7 @@ from pipeline.shards import Shards
 
 
 def pixels(seed: int, height: int = 30, width: int = 40) -> np.ndarray:
-    """Smooth colours that survive a JPEG: [height, width, 3]."""
+    """Smooth colors that survive a JPEG: [height, width, 3]."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -60,7 +60,7 @@ def packed_zeros(block: int, times: int) -> bytes:
 
 
 def png_bomb(width: int, height: int) -> bytes:
-    """A grey PNG of width x height black pixels, a thousandth of that in bytes: what DALI took 12 GB for."""
+    """A gray PNG of width x height black pixels, a thousandth of that in bytes: what DALI took 12 GB for."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -105,7 +105,7 @@ def tiff_bomb(side: int = 30000) -> bytes:
 def overwrite(folder: Path, sample: int, data: bytes, *, indexed: bool = False) -> bytes:
     """Other bytes in a sample's place, as long as those before: padded with zeros. `indexed`: as if they had been there
     when the index was written. Returns what was there."""
-    shards = Shards(folder, max_lost=None)
+    shards = Shards(folder, max_missing=None)
     row = shards.index[sample]
     size = int(row["size"])
     assert len(data) <= size

@@ -11,21 +11,21 @@ from torch import nn
 from runtime import checkpoint
 from runtime.checkpoint import (
     Writer,
+    environment_changes,
     fingerprint,
-    made_otherwise,
-    newest_whole,
+    latest_valid,
     open_checkpoint,
     restore,
     save_tensors,
 )
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
-PAPERS = ("seed: 0\n", {"samples": 3}, {"world size": "1", "precision": "float32"})  # config, data, made_with
+PAPERS = ("seed: 0\n", {"samples": 3}, {"world size": "1", "precision": "float32"})  # config, data, environment
 
 
 @pytest.fixture
 def trained():
-    """A model of two layers after one step, and its optimiser."""
+    """A model of two layers after one step, and its optimizer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     adamw = torch.optim.AdamW(model.parameters(), fused=True)
@@ -55,8 +55,8 @@ def damage(path):
 def test_there_and_back(trained, tmp_path):
     model, adamw = trained
     save(tmp_path, trained, 5)
-    found = newest_whole(tmp_path)
-    assert (found.step, found.config, found.data, found.made_with) == (5, *PAPERS)
+    found = latest_valid(tmp_path)
+    assert (found.step, found.config, found.data, found.environment) == (5, *PAPERS)
     again = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     adamw_again = torch.optim.AdamW(again.parameters(), fused=True)
     restore(again, adamw_again, found.tensors())
@@ -94,14 +94,14 @@ def test_the_step_waits_for_the_copy_only(trained, tmp_path, monkeypatch):
     second.join()
     writer.finish()
     assert torch.equal(open_checkpoint(tmp_path / "checkpoint-00000001.safetensors").tensors()["0.weight"], before)
-    assert torch.equal(newest_whole(tmp_path).tensors()["0.weight"], before + 1)
+    assert torch.equal(latest_valid(tmp_path).tensors()["0.weight"], before + 1)
 
 
 def test_damaged_ones_are_passed_over_and_push_nothing_out(trained, tmp_path, capsys):
     save(tmp_path, trained, 1, 2, 3, keep=2)
     assert names(tmp_path) == [2, 3]
     damage(tmp_path / "checkpoint-00000003.safetensors")
-    assert newest_whole(tmp_path).step == 2
+    assert latest_valid(tmp_path).step == 2
     assert "passed over: " in capsys.readouterr().out
     (tmp_path / "checkpoint-00000009.safetensors").write_bytes(b"")  # the newest by name, of another process
     save(tmp_path, trained, 4, keep=2)
@@ -110,9 +110,9 @@ def test_damaged_ones_are_passed_over_and_push_nothing_out(trained, tmp_path, ca
     assert names(tmp_path) == [4, 5, 9]
     for step in (4, 5):
         damage(tmp_path / f"checkpoint-{step:08d}.safetensors")
-    with pytest.raises(Mistake, match=r"sha256 differs.*no checkpoint of .* is whole: remove them to begin"):
-        newest_whole(tmp_path)
-    assert newest_whole(tmp_path / "nothing") is None
+    with pytest.raises(UserError, match=r"sha256 differs.*no checkpoint of .* is whole: remove them to begin"):
+        latest_valid(tmp_path)
+    assert latest_valid(tmp_path / "nothing") is None
 
 
 def test_damage_is_found_wherever_it_is(trained, tmp_path):
@@ -121,14 +121,14 @@ def test_damage_is_found_wherever_it_is(trained, tmp_path):
     whole = path.read_bytes()
     for at in np.random.default_rng(0).integers(0, len(whole), 200):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-        with pytest.raises(Mistake):
+        with pytest.raises(UserError):
             open_checkpoint(path)
     for cut in (0, 7, 8, 100, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(Mistake):
+        with pytest.raises(UserError):
             open_checkpoint(path)
     path.write_bytes(whole + b"\0")
-    with pytest.raises(Mistake):
+    with pytest.raises(UserError):
         open_checkpoint(path)
     path.write_bytes(whole)
     assert open_checkpoint(path).step == 1
@@ -138,7 +138,7 @@ def test_leftovers_go_and_are_never_chosen(trained, tmp_path):
     save(tmp_path, trained, 1)
     leftover = tmp_path / ".checkpoint-00000002.safetensors.tmp"
     leftover.write_bytes((tmp_path / "checkpoint-00000001.safetensors").read_bytes())
-    assert newest_whole(tmp_path).step == 1
+    assert latest_valid(tmp_path).step == 1
     Writer(tmp_path, 2, *PAPERS)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001.safetensors"]
 
@@ -156,7 +156,7 @@ def test_what_is_not_finite_is_not_saved(trained, tmp_path):
     with torch.no_grad():
         trained[0][1].bias[2] = float("nan")
     writer.save(2, *trained)
-    with pytest.raises(Mistake, match=r"'1\.bias' is not finite at step 2: nothing is saved"):
+    with pytest.raises(UserError, match=r"'1\.bias' is not finite at step 2: nothing is saved"):
         writer.finish()
     writer.finish()  # told once
     assert names(tmp_path) == [1]
@@ -175,18 +175,18 @@ def test_a_file_of_every_dtype_is_one_of_the_library(tmp_path):
 
 def test_what_no_longer_fits_is_named(trained, tmp_path):
     save(tmp_path, trained, 1)
-    tensors = newest_whole(tmp_path).tensors()
+    tensors = latest_valid(tmp_path).tensors()
     other = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 4), nn.Linear(4, 1))
-    with pytest.raises(Mistake, match=r"'2\.bias' is missing, .* \(and 1 more\)"):
+    with pytest.raises(UserError, match=r"'2\.bias' is missing, .* \(and 1 more\)"):
         restore(other, torch.optim.AdamW(other.parameters()), tensors)
 
 
 def test_what_a_run_is_made_with(trained, tmp_path):
     save(tmp_path, trained, 4)
-    found = newest_whole(tmp_path)
-    assert made_otherwise(found, PAPERS[2]) == []
-    assert made_otherwise(None, PAPERS[2]) == []
-    (line,) = made_otherwise(found, {"world size": "2", "precision": "float32"})
+    found = latest_valid(tmp_path)
+    assert environment_changes(found, PAPERS[2]) == []
+    assert environment_changes(None, PAPERS[2]) == []
+    (line,) = environment_changes(found, {"world size": "2", "precision": "float32"})
     assert line == "rounded otherwise than before step 4: world size 1 there, 2 now"
 
 

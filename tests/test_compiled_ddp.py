@@ -31,7 +31,7 @@ def main():
     return train.main()
 
 if __name__ == "__main__":  # reading processes import this file
-    train.tell_mistakes(main)
+    train.run_cli(main)
 """
 
 
@@ -55,9 +55,9 @@ FOUR_VIEWS = ["data.views.1.size=32"]
     [
         ("aot_eager", FOUR_VIEWS, []),
         ("aot_eager", MULTI_CROP, []),
-        ("aot_eager", FOUR_VIEWS, ["speed.accumulate=2", "speed.recompute=true"]),
-        ("aot_eager", MULTI_CROP, ["speed.accumulate=2", "speed.recompute=true"]),
-        ("inductor", MULTI_CROP, ["speed.accumulate=2"]),
+        ("aot_eager", FOUR_VIEWS, ["speed.grad_accum_steps=2", "speed.activation_checkpointing=true"]),
+        ("aot_eager", MULTI_CROP, ["speed.grad_accum_steps=2", "speed.activation_checkpointing=true"]),
+        ("inductor", MULTI_CROP, ["speed.grad_accum_steps=2"]),
     ],
     ids=["4-views", "multi-crop", "4-views-in-pieces", "multi-crop-in-pieces", "inductor"],
 )
@@ -69,7 +69,7 @@ def test_a_large_part_compiled_on_two_processes(tiny_config, tmp_path, backend, 
         *speed,
         "speed.precision=bfloat16",
         "optim.epochs=0.4",
-        "optim.warmup=0",
+        "optim.warmup_epochs=0",
         "model.drop_path=0",
     ]
     script, graphs = compiling(tmp_path, backend)

@@ -23,9 +23,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transform
 
-from eval.datasets import LabelledPhotos, VocSegmentation, centre_crop
+from eval.datasets import LabeledPhotos, VocSegmentation, center_crop
 from pipeline import decode as decoding
-from pipeline import wds
 from pipeline.decode import (
     MAX_PIXELS,
     DecodeError,
@@ -35,11 +34,12 @@ from pipeline.decode import (
     read_header,
     with_adobe_marker,
 )
+from pipeline.readers import webdataset
 from pipeline.shards import Plan, Shards
 from runtime.config import load_config
-from runtime.mistake import Mistake
-from tools.gallery import read_photo
-from tools.show_views import sound_samples
+from runtime.errors import UserError
+from tools.show.figures import read_photo
+from tools.show.views import sound_samples
 
 HEIGHT, WIDTH = 60, 80
 RGB = pixels(1, HEIGHT, WIDTH)
@@ -256,11 +256,11 @@ def programs(tmp_path_factory) -> Programs:
     config.write_text(
         f"data: {{shards: {indexed.folder}, views: [{{count: 2, size: {SIZE}, scale: [0.4, 1.0], teacher: true}}]}}\n"
         "model: {arch: custom, patch: 8, width: 24, depth: 2, heads: 2}\nmethod: dino\n"
-        "optim: {batch: 1}\nspeed: {compile: false, workers: 0, threads: 1}\n"
+        "optim: {global_batch_size: 1}\nspeed: {compile: false, workers: 0, dali_threads: 1}\n"
     )
-    readers = {"webdataset": wds.read}
+    readers = {"webdataset": webdataset.read}
     if importlib.util.find_spec("nvidia.dali"):
-        from pipeline import dali
+        from pipeline.readers import dali
 
         readers["dali"] = dali.read
     views: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -291,7 +291,7 @@ def test_the_readers(name, programs):
     for reader, found in programs.views.items():
         windows, views = found[name]
         for window, view in zip(windows.numpy(), views, strict=True):
-            wanted = wds.cut(tensor(FILES[name].seen), window, SIZE)
+            wanted = webdataset.cut(tensor(FILES[name].seen), window, SIZE)
             if reader == "webdataset":
                 assert torch.equal(view, wanted)
             else:
@@ -311,9 +311,9 @@ def test_make_shards(name, programs):
 @every_format
 def test_evaluation(name, programs, tmp_path):
     i, wanted = list(FILES).index(name), tensor(FILES[name].seen)
-    picture, label = LabelledPhotos(programs.indexed, SIZE)[i]
+    picture, label = LabeledPhotos(programs.indexed, SIZE)[i]
     assert label == i
-    assert torch.equal(picture, centre_crop(wanted, SIZE))
+    assert torch.equal(picture, center_crop(wanted, SIZE))
 
     ending = name[:4].strip(", ").replace("jpeg", "jpg")
     mask = encoded(np.zeros(wanted.shape[1:], np.uint8), "PNG")
@@ -372,7 +372,7 @@ def test_bad_bytes_have_one_error(name, either_decoder, tmp_path):
         assert not {"\n", "/", "0x"} & {*str(error.value)}
     path = tmp_path / "photo.jpg"
     path.write_bytes(data)
-    with pytest.raises(Mistake, match=f"^{path}: no picture: {reason}"):
+    with pytest.raises(UserError, match=f"^{path}: no picture: {reason}"):
         read_photo(path)
 
 

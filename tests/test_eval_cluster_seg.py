@@ -1,4 +1,4 @@
-"""Clusters of patch tokens: matched as published, standardised, reduced and grouped as defined."""
+"""Clusters of patch tokens: matched as published, standardized, reduced and grouped as defined."""
 
 import json
 
@@ -10,7 +10,7 @@ from scipy.cluster.vq import kmeans2
 from eval.cluster_seg import assign, hungarian, kmeans, main, majority, matched, measure, principal, read_clusters
 from eval.datasets import VocSegmentation
 from eval.miou import confusion, scored
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 from tests.test_eval_linear_seg import network, painted, run, voc  # noqa: F401 - fixtures
 
 
@@ -43,7 +43,7 @@ def test_matching_by_hand():
     assert merged.tolist() == [[8, 0], [7, 6]]
 
 
-def test_components_are_those_of_the_standardised_points():
+def test_components_are_those_of_the_standardized_points():
     torch.manual_seed(0)
     points = torch.randn(300, 6) @ torch.randn(6, 6) + 3
     points[:, 4] = 7  # a dimension that tells nothing
@@ -72,12 +72,12 @@ def test_kmeans_ends_where_scipys_does():
     torch.manual_seed(1)
     points = torch.randn(400, 3)
     found = kmeans(points, 8, seed=3, iterations=1000)
-    centres = torch.stack([points[found == c].mean(0) for c in range(8)])
-    theirs, labels = kmeans2(points.double().numpy(), centres.double().numpy(), iter=20, minit="matrix")
+    centers = torch.stack([points[found == c].mean(0) for c in range(8)])
+    theirs, labels = kmeans2(points.double().numpy(), centers.double().numpy(), iter=20, minit="matrix")
     assert np.array_equal(labels, found.numpy())
-    np.testing.assert_allclose(theirs, centres.numpy(), atol=1e-5)
-    nearest, squared = assign(points, centres, rows=7)
-    wanted = torch.cdist(points, centres)
+    np.testing.assert_allclose(theirs, centers.numpy(), atol=1e-5)
+    nearest, squared = assign(points, centers, rows=7)
+    wanted = torch.cdist(points, centers)
     assert torch.equal(nearest, wanted.argmin(1))
     torch.testing.assert_close(squared, wanted.amin(1).square(), rtol=1e-3, atol=1e-4)
 
@@ -98,11 +98,11 @@ def test_few_points_of_each_cluster_are_enough(monkeypatch):
     assert len({(int(a), int(b)) for a, b in zip(truth, kmeans(points, 4, seed=0), strict=True)}) == 4
 
 
-def test_colours_fall_into_their_clusters(voc, network):  # noqa: F811
+def test_colors_fall_into_their_clusters(voc, network):  # noqa: F811
     scenes = VocSegmentation(voc, "val", 48)
     many, few = measure(network, scenes, 24, [40, 3], seeds=2)
     assert (many.clusters, many.matching, few.clusters, few.matching) == (40, "majority", 3, "hungarian")
-    assert min(many.miou, few.miou) > 60  # colours alone tell the classes; 8-pixel patches blur their borders
+    assert min(many.miou, few.miou) > 60  # colors alone tell the classes; 8-pixel patches blur their borders
     for figures in (many, few):
         assert figures.spread[0] <= figures.miou <= figures.spread[1]
         assert figures.miou == pytest.approx(np.mean([score.miou for score in figures.scores]))
@@ -135,6 +135,6 @@ def test_the_program_tells_and_records(run, voc, capsys):  # noqa: F811
     ],
 )
 def test_a_wrong_word_is_told(run, voc, words, told):  # noqa: F811
-    with pytest.raises(Mistake, match=told):
+    with pytest.raises(UserError, match=told):
         main([str(run), *(str(voc) if word == "VOC" else word for word in words)])
     assert read_clusters("500,21") == [500, 21]

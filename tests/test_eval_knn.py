@@ -12,20 +12,29 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import eval.subject
+import eval.target
 from eval import knn
-from eval.datasets import NO_CLASS, LabelledPhotos, decode, open_shards
+from eval.datasets import NO_CLASS, LabeledPhotos, decode, open_shards
 from eval.features import PIXELS, photo_features, raw_pixels
-from eval.knn import Neighbours, class_scores, in_blocks, knn_scores, main, nearest_labels, photo_knn, top_accuracy
-from eval.subject import Subject, spread
+from eval.knn import (
+    NearestNeighbors,
+    class_scores,
+    in_blocks,
+    knn_scores,
+    main,
+    nearest_labels,
+    photo_knn,
+    top_accuracy,
+)
+from eval.target import EvalTarget, spread
 from model.vit import ViT
 from pipeline.shards import Shards
 from runtime.checkpoint import save_backbone
 from runtime.config import load_config
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
 HOME = Path(__file__).parents[1]
-COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
+COLORS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 
 
 def naive_scores(bank, labels, queries, k, temperature, classes):
@@ -54,12 +63,12 @@ def test_a_bank_may_pass_by_in_pieces_and_in_half_precision():
     bank, queries = torch.randn(60, 8, generator=draw).half(), torch.randn(5, 8, generator=draw)
     labels = torch.randint(0, 6, (60,), generator=draw)
     whole = nearest_labels(bank, labels, queries, 9)
-    found = Neighbours(queries, 9, memory=1)
+    found = NearestNeighbors(queries, 9, memory=1)
     for piece, named in zip(bank.split(7), labels.split(7), strict=True):
         found.meet(piece, named)
     torch.testing.assert_close(found.similarities, whole[0])
     assert torch.equal(found.labels, whole[1])
-    few = Neighbours(queries, 9)
+    few = NearestNeighbors(queries, 9)
     few.meet(bank[:4], labels[:4])
     assert few.similarities[:, 4:].isneginf().all()  # no more than have come, and nobody votes for them
     torch.testing.assert_close(
@@ -75,15 +84,15 @@ def test_batches_are_put_together_and_none_is_lost():
     assert all(torch.equal(features["cls"][:, 0], labels.float()) for features, labels in made)
 
 
-def test_a_near_neighbour_outvotes_two_far_ones_only_at_a_low_temperature():
+def test_a_near_neighbor_outvotes_two_far_ones_only_at_a_low_temperature():
     bank = torch.tensor([[1.0, 0.1], [1.0, 1.0], [1.0, 1.1]])
     labels, query = torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0]])
     assert knn_scores(bank, labels, query, 3, 0.07, 2).argmax() == 0
     assert knn_scores(bank, labels, query, 3, 10.0, 2).argmax() == 1
-    assert knn_scores(bank, labels, query, 99, 10.0, 2).argmax() == 1  # no more neighbours than there are photos
+    assert knn_scores(bank, labels, query, 99, 10.0, 2).argmax() == 1  # no more neighbors than there are photos
 
 
-def test_top_five_looks_at_no_more_classes_than_there_are_neighbours():
+def test_top_five_looks_at_no_more_classes_than_there_are_neighbors():
     scores = torch.tensor([[0.0, 3.0, 2.0, 1.0, 0.5, 0.0, 4.0]] * 3)
     answers = torch.tensor([6, 2, 5])  # places 1, 3 and 7
     assert top_accuracy(scores, answers, k=20) == pytest.approx((100 / 3, 200 / 3))
@@ -107,13 +116,13 @@ def test_the_published_code_gives_the_same_scores_order_and_accuracy(oracle, ora
 
 
 def paint(folder: Path, count: int, seed: int) -> None:
-    """Photos of 40 x 30 pixels, a colour for each class."""
+    """Photos of 40 x 30 pixels, a color for each class."""
     draw = np.random.default_rng(seed)
-    for name, colour in COLOURS.items():
+    for name, color in COLORS.items():
         (folder / name).mkdir(parents=True)
         for i in range(count):
             noise = draw.normal(0, 12, (30, 40, 3))
-            photo = Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
+            photo = Image.fromarray((np.array(color) + noise).clip(0, 255).astype(np.uint8))
             photo.save(folder / name / f"{seed}-{i}.jpg", quality=95)
 
 
@@ -139,37 +148,37 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def run(home, tmp_path, monkeypatch):
-    """A run folder whose network is a small untrained ViT: colours survive it."""
+    """A run folder whose network is a small untrained ViT: colors survive it."""
 
     def load(path, untrained=False):
         torch.manual_seed(1 if untrained else 0)
         return ViT(width=24, depth=1, heads=2, patch=8, image_size=24)
 
-    monkeypatch.setattr(eval.subject, "load_backbone", load)
+    monkeypatch.setattr(eval.target, "load_backbone", load)
     (tmp_path / "config.yaml").write_text(
         f"data: {{shards: {home / 'shards'}, holdout: 0.2, views: [{{count: 2, size: 24, teacher: true}}]}}\n"
-        "model: {arch: custom, width: 24, depth: 1, heads: 2, patch: 8}\noptim: {batch: 8}\n"
+        "model: {arch: custom, width: 24, depth: 1, heads: 2, patch: 8}\noptim: {global_batch_size: 8}\n"
     )
     return tmp_path
 
 
-def test_photos_are_cut_as_published_and_labelled(home):
-    photos = LabelledPhotos(Shards(home / "shards"), 24)
+def test_photos_are_cut_as_published_and_labeled(home):
+    photos = LabeledPhotos(Shards(home / "shards"), 24)
     picture, label = photos[0]
     assert picture.shape == (3, 24, 24)
     assert picture.dtype == torch.uint8
-    assert tuple(picture.float().mean((1, 2)).round()) == pytest.approx(COLOURS[photos.classes[label]], abs=8)
-    # shorter side 30 -> round(24 * 256 / 224) = 27, then the middle 24: against Pillow, to a level of grey
+    assert tuple(picture.float().mean((1, 2)).round()) == pytest.approx(COLORS[photos.classes[label]], abs=8)
+    # shorter side 30 -> round(24 * 256 / 224) = 27, then the middle 24: against Pillow, to a level of gray
     row = Image.fromarray(decode(photos.shards.read(0)).permute(1, 2, 0).numpy())
     pillow = row.resize((36, 27), Image.Resampling.BICUBIC).crop((6, 2, 30, 26))
     assert (picture.permute(1, 2, 0).int() - torch.from_numpy(np.array(pillow)).int()).abs().max() <= 1
 
 
 def test_labels_follow_the_banks_names(home):
-    photos = LabelledPhotos(Shards(home / "val"), 24, classes=["green", "red", "blue"])
+    photos = LabeledPhotos(Shards(home / "val"), 24, classes=["green", "red", "blue"])
     assert {photos[i][1] for i in range(len(photos))} == {1, 2}
-    with pytest.raises(Mistake, match=r"class 'red'.*did you mean 'reds'"):
-        LabelledPhotos(Shards(home / "val"), 24, classes=["blue", "reds"])
+    with pytest.raises(UserError, match=r"class 'red'.*did you mean 'reds'"):
+        LabeledPhotos(Shards(home / "val"), 24, classes=["blue", "reds"])
 
 
 def test_a_damaged_photo_is_left_out_and_not_guessed(home, tmp_path):
@@ -180,7 +189,7 @@ def test_a_damaged_photo_is_left_out_and_not_guessed(home, tmp_path):
     with open(shards.folder / shards.shards[record["shard"]]["name"], "r+b") as tar:
         tar.seek(int(record["offset"]) + 300)
         tar.write(b"\0\0\0\0")
-    photos = LabelledPhotos(Shards(tmp_path / "val"), 24)
+    photos = LabeledPhotos(Shards(tmp_path / "val"), 24)
     assert photos[3][1] == NO_CLASS
     features, labels = photo_features(None, photos, ("pixels",), batch=4)
     assert len(labels) == len(features["pixels"]) == len(photos) - 1
@@ -201,7 +210,7 @@ def test_raw_pixels_do_not_see_brightness_and_contrast():
 def test_workers_and_batches_do_not_change_a_figure(home):
     torch.manual_seed(0)
     network = ViT(width=24, depth=1, heads=2, patch=8, image_size=24).eval()
-    photos = LabelledPhotos(Shards(home / "shards"), 24)
+    photos = LabeledPhotos(Shards(home / "shards"), 24)
     features, labels = photo_features(network, photos, ("cls", "patches"), batch=90)
     assert not torch.equal(features["cls"], features["patches"])
     again, labels_again = photo_features(network, photos, ("patches", "cls"), batch=7, workers=2)
@@ -216,8 +225,8 @@ def test_a_run_is_judged_on_what_it_held_out(run, capsys):
     line = json.loads((run / "evaluations.jsonl").read_text())
     assert (line["photos"], line["queries"]) == (72, 18)  # 90 photos, a fifth held out
     assert (line["what"], line["k"], line["temperature"], line["size"]) == ("knn", 5, 0.07, 24)
-    assert line["top1"] > 90  # three colours: a third by guessing
-    bank, val = Subject(run).photos(24)
+    assert line["top1"] > 90  # three colors: a third by guessing
+    bank, val = EvalTarget(run).photos(24)
     assert not set(bank.rows) & set(val.rows)
 
 
@@ -233,7 +242,7 @@ def test_other_shards_and_a_limit(run, home):
 def test_a_run_with_shards_to_test_on_held_nothing_out(run, home):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("holdout: 0.2", f"holdout: 0.2, val: {home / 'val'}"))
-    bank, val = Subject(run).photos(24)
+    bank, val = EvalTarget(run).photos(24)
     assert (len(bank), len(val), val.shards.folder) == (90, 10, home / "val")
 
 
@@ -256,33 +265,33 @@ def test_shards_without_classes_are_said_and_nothing_is_written(run, home, capsy
     ],
 )
 def test_a_wrong_word_is_told(run, words, told):
-    with pytest.raises(Mistake, match=told):
+    with pytest.raises(UserError, match=told):
         main([str(run), *words])
 
 
 def test_a_folder_of_photos_is_told_how_to_become_shards(home):
-    with pytest.raises(Mistake, match=f"make shards SRC={home / 'photos'} DST="):
+    with pytest.raises(UserError, match=f"make shards SRC={home / 'photos'} DST="):
         open_shards(home / "photos")
 
 
 def test_what_a_run_bears_its_evaluation_bears(tiny_shards, tiny_config, tmp_path):
-    """data.max_lost: the shards that a run trained on without one of them are evaluated on, too."""
+    """data.max_missing: the shards that a run trained on without one of them are evaluated on, too."""
     folder = tmp_path / "cut"
     shutil.copytree(tiny_shards, folder)
     next(folder.glob("*.tar")).unlink()
-    with pytest.raises(Mistake, match="is missing, the manifest says"):
+    with pytest.raises(UserError, match="is missing, the manifest says"):
         open_shards(folder)
-    shards = open_shards(folder, load_config(tiny_config, ["data.max_lost=0.9"]))
-    labels = [label for _, label in LabelledPhotos(shards, 32)]
+    shards = open_shards(folder, load_config(tiny_config, ["data.max_missing=0.9"]))
+    labels = [label for _, label in LabeledPhotos(shards, 32)]
     assert 0 < labels.count(NO_CLASS) < len(labels)
 
 
 def test_all_photos_voting_leaves_none_to_ask_about(run, home):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("holdout: 0.2", "holdout: 0"))
-    with pytest.raises(Mistake, match=r"nothing is left to ask about.*--val"):
+    with pytest.raises(UserError, match=r"nothing is left to ask about.*--val"):
         main([str(run)])
-    with pytest.raises(Mistake, match="nothing is left to ask about"):  # a photo must not vote for itself
+    with pytest.raises(UserError, match="nothing is left to ask about"):  # a photo must not vote for itself
         main([str(run), "--bank", str(home / "val"), "--val", str(home / "val")])
 
 
@@ -313,9 +322,9 @@ def test_a_missing_run_ends_the_program_with_one_line_and_code_2(tmp_path):
 
 
 def test_a_bank_of_nothing_but_damage_is_told(home, monkeypatch):
-    monkeypatch.setattr(Shards, "is_sound", lambda *_: False)
-    photos = LabelledPhotos(Shards(home / "val"), 24)
-    with pytest.raises(Mistake, match="no sound photo of a known class among 10"):
+    monkeypatch.setattr(Shards, "is_valid", lambda *_: False)
+    photos = LabeledPhotos(Shards(home / "val"), 24)
+    with pytest.raises(UserError, match="no sound photo of a known class among 10"):
         photo_knn(None, photos, photos, ("pixels",))
 
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eval.datasets import LabelledPhotos
+from eval.datasets import LabeledPhotos
 from eval.features import photo_features
 from eval.linear import INPUTS, RATES, Figures, Protocol, best_of, fit, main, read_rates
 from model.vit import ViT
 from pipeline.shards import Shards
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 from tests.test_eval_knn import home, run  # noqa: F401 - fixtures
 
 SMALL = Protocol(augment=False, epochs=20, batch=32, rates=(0.001, 0.1, 1.0))
@@ -26,8 +26,8 @@ def network():
 
 @pytest.fixture
 def photos(home):  # noqa: F811
-    bank = LabelledPhotos(Shards(home / "shards"), 24)
-    return bank, LabelledPhotos(Shards(home / "val"), 24, classes=bank.classes)
+    bank = LabeledPhotos(Shards(home / "shards"), 24)
+    return bank, LabeledPhotos(Shards(home / "val"), 24, classes=bank.classes)
 
 
 def test_the_protocol_is_the_published_one_for_published_views():
@@ -37,7 +37,7 @@ def test_the_protocol_is_the_published_one_for_published_views():
 
 
 def test_maps_trained_together_are_maps_trained_one_by_one(network, photos):
-    """Against torch's own SGD, a map and an optimiser of its own for each rate."""
+    """Against torch's own SGD, a map and an optimizer of its own for each rate."""
     bank, val = photos
     together = fit(network, bank, val, SMALL)
     assert [(one.features, one.rate) for one in together] == [(f, r) for f in INPUTS for r in SMALL.rates]
@@ -64,7 +64,7 @@ def test_maps_trained_together_are_maps_trained_one_by_one(network, photos):
         assert one.top1 == pytest.approx(100 * float((logits.argmax(1) == answers).float().mean())), one
 
 
-def test_colours_are_linear(network, photos):
+def test_colors_are_linear(network, photos):
     before = torch.get_rng_state()
     figures = fit(network, *photos, SMALL)
     assert best_of(figures).top1 > 90
@@ -75,7 +75,7 @@ def test_colours_are_linear(network, photos):
 
 def test_windows_are_drawn_anew_and_teach_as_well(network, photos):
     bank, val = photos
-    moved = LabelledPhotos(bank.shards, 24, bank.rows[:2], augment=True)
+    moved = LabeledPhotos(bank.shards, 24, bank.rows[:2], augment=True)
     torch.manual_seed(0)
     pictures = [moved[0][0] for _ in range(8)]
     assert len({tuple(picture.flatten().tolist()) for picture in pictures}) == 8
@@ -114,12 +114,12 @@ def test_shards_without_classes_are_said(run, home, capsys):  # noqa: F811
     ],
 )
 def test_a_wrong_word_is_told(run, words, told):  # noqa: F811
-    with pytest.raises(Mistake, match=told):
+    with pytest.raises(UserError, match=told):
         main([str(run), *words])
     assert read_rates(".1,2") == (0.1, 2.0)
 
 
 def test_nothing_but_damage_is_told(network, photos, monkeypatch):
-    monkeypatch.setattr(Shards, "is_sound", lambda *_: False)
-    with pytest.raises(Mistake, match="no sound photo of a known class among 10"):
+    monkeypatch.setattr(Shards, "is_valid", lambda *_: False)
+    with pytest.raises(UserError, match="no sound photo of a known class among 10"):
         fit(network, *photos, SMALL)

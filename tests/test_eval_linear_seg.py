@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import eval.subject
+import eval.target
 from eval import report
 from eval.datasets import IGNORE, VocSegmentation
 from eval.features import scene_batches, scene_tokens, upsampled
 from eval.linear_seg import Figures, Protocol, best_of, fit, main, scenes_of
 from eval.miou import confusion, intersection_over_union, scored
 from model.vit import ViT
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
-COLOURS = np.array([(40, 40, 40), (220, 60, 40), (40, 90, 230)], np.uint8)  # of classes 0, 1, 2
+COLORS = np.array([(40, 40, 40), (220, 60, 40), (40, 90, 230)], np.uint8)  # of classes 0, 1, 2
 SMALL = Protocol(size=48, train_size=24, augment=False, epochs=6, batch=8, lr=0.5)
 
 
@@ -71,7 +71,7 @@ def test_leoparts_protocol_is_the_published_one():
     assert (leopart.size, leopart.train_size, leopart.augment, leopart.epochs) == (448, 100, True, 25)
     assert leopart.lr * leopart.batch / 60 == pytest.approx(0.01)
     assert (leopart.batch, leopart.drop_last, leopart.first_weights, leopart.picked_by) == (120, True, "torch", 480)
-    with pytest.raises(Mistake, match="did you mean 'leopart'"):
+    with pytest.raises(UserError, match="did you mean 'leopart'"):
         Protocol.for_views(224, name="leopard")
 
 
@@ -85,7 +85,7 @@ def test_the_best_epoch_is_the_one_that_the_protocol_picks():
 
 
 def paint(folder: Path, counts: dict[str, int], size: tuple[int, int] = (60, 48)) -> None:
-    """Scenes in Pascal VOC's layout: a box of class 1 or 2 on ground, a colour for each class, a frame of 255."""
+    """Scenes in Pascal VOC's layout: a box of class 1 or 2 on ground, a color for each class, a frame of 255."""
     draw = np.random.default_rng(0)
     for room in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / room).mkdir(parents=True)
@@ -96,11 +96,11 @@ def paint(folder: Path, counts: dict[str, int], size: tuple[int, int] = (60, 48)
             mask = np.zeros((height, width), np.uint8)
             x, y = draw.integers(0, width // 2), draw.integers(0, height // 2)
             mask[y : y + 20, x : x + 24] = draw.integers(1, 3)
-            picture = COLOURS[mask] + draw.integers(0, 20, (height, width, 3), dtype=np.uint8)
+            picture = COLORS[mask] + draw.integers(0, 20, (height, width, 3), dtype=np.uint8)
             mask[:2] = IGNORE
             Image.fromarray(picture).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
             indexed = Image.fromarray(mask).convert("P")
-            indexed.putpalette([7 * i % 256 for i in range(768)])  # the numbers count, not the palette's colours
+            indexed.putpalette([7 * i % 256 for i in range(768)])  # the numbers count, not the palette's colors
             indexed.save(folder / "SegmentationClass" / f"{name}.png")
         (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
 
@@ -135,7 +135,7 @@ def test_a_picture_and_its_mask_stay_together(voc, augment):
         assert picture.shape == (3, 48, 48)
         assert mask.shape == (48, 48)
         assert mask.dtype == torch.uint8
-        away = (picture[:, None].float() - torch.from_numpy(COLOURS.T.copy()).float()[:, :, None, None]).square().sum(0)
+        away = (picture[:, None].float() - torch.from_numpy(COLORS.T.copy()).float()[:, :, None, None]).square().sum(0)
         known = mask != IGNORE
         agreeing.append((away.argmin(0)[known] == mask[known]).float().mean())
     assert min(agreeing) > 0.9
@@ -176,7 +176,7 @@ def test_classes_have_names_where_the_folder_tells_them(voc):
 def test_what_is_wrong_with_a_folder_of_scenes_is_told(voc, tmp_path):
     def told(message: str, **given):
         settings = {"folder": voc, "split": "val", "size": 48, "classes": 3} | given
-        with pytest.raises(Mistake, match=message):
+        with pytest.raises(UserError, match=message):
             VocSegmentation(**settings)[0]
 
     told("not in Pascal VOC's layout", folder=tmp_path / "nowhere")
@@ -187,7 +187,7 @@ def test_what_is_wrong_with_a_folder_of_scenes_is_told(voc, tmp_path):
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(voc / "JPEGImages" / "val0.jpg")
     told(r"val0.png: \(60, 48\) pixels, but the picture has \(9, 9\)")
     Image.fromarray(np.zeros((48, 60, 3), np.uint8)).save(voc / "SegmentationClass" / "val0.png")
-    told("a mask is a palette or grey PNG")
+    told("a mask is a palette or gray PNG")
     (voc / "SegmentationClass" / "val0.png").unlink()
     told("val0.png: no such mask, and split 'val' names it")
     (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
@@ -214,7 +214,7 @@ def test_the_map_learns_what_is_linear(voc, network):
     train, val = scenes_of(voc, SMALL, None, "val")
     history = fit(network, train, val, SMALL)
     assert [figures.epoch for figures in history] == [1, 2, 3, 4, 5, 6]
-    assert history[-1].miou > 70  # colours alone tell the classes; 8-pixel patches blur their borders
+    assert history[-1].miou > 70  # colors alone tell the classes; 8-pixel patches blur their borders
     assert history[-1].miou > history[0].miou + 20
     torch.manual_seed(7)
     assert fit(network, train, val, SMALL)[-1] == history[-1]  # the protocol's seed decides all of it
@@ -247,7 +247,7 @@ def test_the_map_learns_with_augmentation_and_workers(voc, network):
 def test_a_mistake_in_a_worker_is_one_line(voc, network):
     (voc / "JPEGImages" / "train3.jpg").write_bytes(b"")
     train, val = scenes_of(voc, SMALL, None, "val")
-    with pytest.raises(Mistake) as mistake:
+    with pytest.raises(UserError) as mistake:
         fit(network, train, val, SMALL, workers=1)
     assert str(mistake.value).startswith(f"{voc / 'JPEGImages' / 'train3.jpg'}: no picture")
     assert "\n" not in str(mistake.value)
@@ -270,11 +270,11 @@ def run(tmp_path, monkeypatch):
         torch.manual_seed(1 if untrained else 0)
         return ViT(width=24, depth=1, heads=2, patch=8, image_size=48)
 
-    monkeypatch.setattr(eval.subject, "load_backbone", load)
+    monkeypatch.setattr(eval.target, "load_backbone", load)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(
         "data: {shards: nowhere, views: [{count: 2, size: 48, teacher: true}]}\n"
-        "model: {arch: custom, width: 24, depth: 1, heads: 2, patch: 8}\noptim: {batch: 8}\n"
+        "model: {arch: custom, width: 24, depth: 1, heads: 2, patch: 8}\noptim: {global_batch_size: 8}\n"
     )
     return tmp_path / "run"
 
@@ -309,7 +309,7 @@ def test_the_program_tells_and_records(run, voc, capsys):
     ],
 )
 def test_a_wrong_word_is_told(run, voc, words, told):
-    with pytest.raises(Mistake, match=told):
+    with pytest.raises(UserError, match=told):
         main([str(run), *(str(voc) if word == "VOC" else word for word in words)])
 
 
@@ -337,13 +337,13 @@ def test_the_report_holds_trained_untrained_and_pixels_side_by_side(run, voc, tm
     screen = capsys.readouterr().out
     assert all(word in screen for word in ("trained", "untrained", "raw pixels", f"{results['miou']:.2f}"))
 
-    assert report.main([str(run), "--if-missing"]) == 0  # told again, not measured again
+    assert report.main([str(run), "--skip-existing"]) == 0  # told again, not measured again
     assert f"{results['miou']:.2f}" in capsys.readouterr().out
     assert json.loads((run / "results.json").read_text()) == results
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "checkpoint-00000009.safetensors").touch()
     os.utime(run / "results.json", (0, 0))  # trained on since
-    assert report.main([str(run), "--if-missing"]) == 0
+    assert report.main([str(run), "--skip-existing"]) == 0
     assert "written to" in capsys.readouterr().out
 
 

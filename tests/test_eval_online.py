@@ -8,11 +8,11 @@ from eval.online import OnlineKnn
 from model.vit import ViT
 from pipeline.shards import Plan, Shards
 from runtime.config import load_config
-from runtime.mistake import Mistake
-from runtime.parallel import Processes
+from runtime.distributed import DistributedContext
+from runtime.errors import UserError
 from tests.test_eval_knn import home  # noqa: F401 - a fixture
 
-ALONE = Processes(0, 1, torch.device("cpu"), torch.float32)
+ALONE = DistributedContext(0, 1, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -23,13 +23,13 @@ def network():
 
 @pytest.fixture
 def online(home, tmp_path):  # noqa: F811
-    """Makes an OnlineKnn of photos of three colours, a fifth held out; takes changes of the config."""
+    """Makes an OnlineKnn of photos of three colors, a fifth held out; takes changes of the config."""
 
     def make(*changes: str, shards: str = "shards") -> OnlineKnn:
-        path = tmp_path / "colours.yaml"
+        path = tmp_path / "colors.yaml"
         path.write_text(
             f"data: {{shards: {home / shards}, holdout: 0.2, views: [{{count: 2, size: 24, teacher: true}}]}}\n"
-            "model: {arch: custom, width: 24, depth: 1, heads: 2, patch: 8}\noptim: {batch: 8}\n"
+            "model: {arch: custom, width: 24, depth: 1, heads: 2, patch: 8}\noptim: {global_batch_size: 8}\n"
             "eval: {every: 0.5, k: 5}\n"
         )
         config = load_config(path, changes)
@@ -45,7 +45,7 @@ def test_the_figure_is_the_programs_on_what_no_step_sees(online, network):
     assert (ask.skipped, len(ask.bank), len(ask.val)) == (None, 72, 18)
     assert not set(ask.bank.rows) & set(ask.val.rows)
     assert ask(network) == photo_knn(network.eval(), ask.bank, ask.val, k=5)["cls"][0]
-    assert ask(network) > 90  # three colours: a third by guessing
+    assert ask(network) > 90  # three colors: a third by guessing
 
 
 def test_it_asks_every_so_many_epochs(online):
@@ -86,12 +86,12 @@ def test_what_is_skipped_is_said(online, changes, shards, why):
 
 
 def test_nothing_but_damage_stops_no_run(online, network, monkeypatch):
-    monkeypatch.setattr(Shards, "is_sound", lambda *_: False)
+    monkeypatch.setattr(Shards, "is_valid", lambda *_: False)
     assert online()(network) is None
 
 
 def test_what_cannot_be_is_told_before_anything_starts(online):
-    with pytest.raises(Mistake, match=r"eval\.every: not below 0, this is -1"):
+    with pytest.raises(UserError, match=r"eval\.every: not below 0, this is -1"):
         online("eval.every=-1")
-    with pytest.raises(Mistake, match=r"eval\.limit: more than 0, this is 0"):
+    with pytest.raises(UserError, match=r"eval\.limit: more than 0, this is 0"):
         online("eval.limit=0")

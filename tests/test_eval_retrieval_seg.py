@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from eval.datasets import IGNORE, voc_splits
-from eval.features import normalised, scene_batches
+from eval.features import normalized, scene_batches
 from eval.retrieval_seg import class_shares, main, measure, remember, retrieved
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 from tests.test_eval_linear_seg import network, painted, run, voc  # noqa: F401 - fixtures
 
 
@@ -48,10 +48,10 @@ def test_a_bank_stays_in_bounds_and_is_a_function_of_its_seed(voc, network):  # 
     assert len(remember(network, train, 3)[0]) <= 3
 
 
-def test_colours_are_found_again(voc, network):  # noqa: F811
+def test_colors_are_found_again(voc, network):  # noqa: F811
     train, val = voc_splits(voc, 48)
     score = measure(network, train, val)
-    assert score.miou > 60  # colours alone tell the classes; 8-pixel patches blur their borders
+    assert score.miou > 60  # colors alone tell the classes; 8-pixel patches blur their borders
     assert measure(network, train, val, batch=3).miou == pytest.approx(score.miou, abs=0.1)
     assert measure(network, train, val, bank=80).miou < score.miou
     assert measure(network, train, val, pixels=True).miou > 60
@@ -60,7 +60,7 @@ def test_colours_are_found_again(voc, network):  # noqa: F811
 def test_raw_pixels_lie_on_their_grid(voc, network):  # noqa: F811
     train, _ = voc_splits(voc, 48)
     made = next(scene_batches(network, train, batch=2, pixels=True)).tokens
-    picture = normalised(train[1][0][None])[0]
+    picture = normalized(train[1][0][None])[0]
     assert made.shape == (2, 192, 6, 6)
     torch.testing.assert_close(made[1, :, 2, 5].sort().values, picture[:, 16:24, 40:48].flatten().sort().values)
 
@@ -71,7 +71,7 @@ def test_masks_without_a_class_are_told(voc, network):  # noqa: F811
     for mask in (voc / "SegmentationClass").glob("train*.png"):
         Image.new("L", (60, 48), IGNORE).save(mask)
     train, _ = voc_splits(voc, 48, classes=3)
-    with pytest.raises(Mistake, match="no pixel of a class in the split 'train'"):
+    with pytest.raises(UserError, match="no pixel of a class in the split 'train'"):
         remember(network, train)
 
 
@@ -112,5 +112,5 @@ def test_few_scenes_are_spread_over_the_list(voc):  # noqa: F811
     ],
 )
 def test_a_wrong_word_is_told(run, voc, words, told):  # noqa: F811
-    with pytest.raises(Mistake, match=told):
+    with pytest.raises(UserError, match=told):
         main([str(run), *(str(voc) if word == "VOC" else word for word in words)])

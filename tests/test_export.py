@@ -12,13 +12,13 @@ import torch
 from conftest import run_program
 from PIL import Image
 
-from eval.datasets import centre_crop
-from eval.features import normalised
+from eval.datasets import center_crop
+from eval.features import normalized
 from model.reference import resize_grid
 from model.vit import ARCHS, ViT
 from model.weights import load_backbone
 from runtime.checkpoint import save_backbone
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 from tools.export import export, hub_config, timm_form
 
 # Evaluates each expression on the same images; torch and timm are all that it imports.
@@ -108,8 +108,8 @@ def test_timms_transform_cuts_photos_as_evaluation_does(size):
     theirs = create_transform(**{word: told[word] for word in words})
     coarse = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
     photo = Image.fromarray(coarse).resize((390, 270), Image.Resampling.BICUBIC)
-    ours = normalised(centre_crop(torch.from_numpy(np.array(photo)).permute(2, 0, 1), size)[None])[0]
-    assert (theirs(photo) - ours).abs().max() < 2.01 / 255 / 0.224  # two levels of grey
+    ours = normalized(center_crop(torch.from_numpy(np.array(photo)).permute(2, 0, 1), size)[None])[0]
+    assert (theirs(photo) - ours).abs().max() < 2.01 / 255 / 0.224  # two levels of gray
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "vit_base"])
@@ -132,16 +132,16 @@ def test_at_another_size_the_rules_differ(tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(Mistake, match=r"reference\.attention: all_query, its patches never attend to \[CLS\]"):
+    with pytest.raises(UserError, match=r"reference\.attention: all_query, its patches never attend to \[CLS\]"):
         export(a_vit(attention="all_query"), tmp_path / "out", onnx=False)
     assert not (tmp_path / "out").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    with pytest.raises(Mistake, match="mine is not empty and holds no export"):
+    with pytest.raises(UserError, match="mine is not empty and holds no export"):
         export(a_vit(), tmp_path / "mine", onnx=False)
     assert (tmp_path / "mine" / "config.json").read_text() == "{}"
     (tmp_path / "file").write_text("")
-    with pytest.raises(Mistake, match="file is not empty and holds no export"):
+    with pytest.raises(UserError, match="file is not empty and holds no export"):
         export(a_vit(), tmp_path / "file", onnx=False)
     error = run_program("-m", "tools.export", tmp_path / "nothing", tmp_path / "out", expect=2).stderr
     assert error.startswith("error: ")

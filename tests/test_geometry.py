@@ -5,8 +5,8 @@ import zlib
 import numpy as np
 import pytest
 
-from pipeline.draws import hash64
 from pipeline.geometry import draw_points, draw_windows, overlap, points_in_views
+from pipeline.random import hash64
 
 ALL = [(0.25, 1.0)] * 4
 MULTICROP = [(0.4, 1.0)] * 2 + [(0.05, 0.4)] * 4
@@ -118,7 +118,7 @@ def ks(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("case", ["s025_V4", "s025_V6", "s04_V4", "s04_V6", "dino_default_V10"])
 def test_published_distributions(case, oracle, request):
-    """Area, aspect, centres and overlaps of 2,000 images beside the published sampler's."""
+    """Area, aspect, centers and overlaps of 2,000 images beside the published sampler's."""
     raw = oracle("d_geometry_raw")
     wh = raw["image_sizes_wh"].numpy().astype(np.int64)
     theirs = raw[f"{case}.boxes_xyxy"].numpy().astype(np.int64)

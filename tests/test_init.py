@@ -10,10 +10,10 @@ from conftest import run_program
 from safetensors.torch import load_file
 
 from model.methods import Method, build
-from model.weights import initialise, load_backbone
-from runtime.checkpoint import Writer, newest_whole, save_backbone
+from model.weights import load_backbone, load_pretrained
+from runtime.checkpoint import Writer, latest_valid, save_backbone
 from runtime.config import Config, dump_config, load_config, parse_config
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
 SMALL = """
 method: {method}
@@ -35,7 +35,7 @@ def new(config: Config | None = None) -> Method:
 
 
 def trained(config: Config | None = None) -> Method:
-    """A model whose student, teacher, heads and centres are all different from each other and from a new one's."""
+    """A model whose student, teacher, heads and centers are all different from each other and from a new one's."""
     model = new(config)
     torch.manual_seed(3)
     for name, t in model.state_dict().items():
@@ -45,7 +45,7 @@ def trained(config: Config | None = None) -> Method:
 
 
 def published(model: Method, dialect: str, path: Path) -> str:
-    """A whole checkpoint as the published code saves it: names, roles, prefixes, centres and options of its own."""
+    """A whole checkpoint as the published code saves it: names, roles, prefixes, centers and options of its own."""
 
     def named(state: dict) -> dict:
         state = {n.replace("cls_head.", "head.").replace("reference_head.", "ref_head."): t for n, t in state.items()}
@@ -74,15 +74,15 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 def test_published_densedino(tmp_path):
     theirs, ours = trained(), new()
     source = published(theirs, "densedino", tmp_path / "dense.pth")
-    assert initialise(ours, source) == f"begins with {source}: backbone, cls_head, reference_head, centres"
+    assert load_pretrained(ours, source) == f"begins with {source}: backbone, cls_head, reference_head, centers"
     assert same(ours, theirs)
 
 
 def test_published_dino(tmp_path):
-    """DINO has one head and one centre: points begin with the same, as the published --finetune does it."""
+    """DINO has one head and one center: points begin with the same, as the published --finetune does it."""
     theirs, ours = trained(small("dino")), new()
-    told = initialise(ours, published(theirs, "dino", tmp_path / "dino.pth"))
-    assert told.endswith("dino.pth: backbone, cls_head, reference_head (a copy of its cls_head), centres")
+    told = load_pretrained(ours, published(theirs, "dino", tmp_path / "dino.pth"))
+    assert told.endswith("dino.pth: backbone, cls_head, reference_head (a copy of its cls_head), centers")
     for mine, given in ((ours.student, theirs.student), (ours.teacher, theirs.teacher)):
         assert same(mine.backbone, given.backbone)
         assert same(mine.cls_head, given.cls_head)
@@ -94,8 +94,8 @@ def test_published_dino(tmp_path):
 @pytest.mark.parametrize("config", [small("dino"), small(shared="true")], ids=["dino", "one head for both"])
 def test_a_head_that_has_no_place_here(tmp_path, config):
     ours = new(config)
-    told = initialise(ours, published(trained(), "densedino", tmp_path / "dense.pth"))
-    assert told.endswith("dense.pth: backbone, cls_head, centres")
+    told = load_pretrained(ours, published(trained(), "densedino", tmp_path / "dense.pth"))
+    assert told.endswith("dense.pth: backbone, cls_head, centers")
     assert same(ours.teacher.cls_head, trained().teacher.cls_head)
 
 
@@ -103,20 +103,20 @@ def test_our_own(tmp_path):
     """A checkpoint, its folder, its run: the whole model; a backbone file: the backbone."""
     theirs = trained()
     run = tmp_path / "run"
-    optimiser = torch.optim.AdamW(theirs.student.parameters())
+    optimizer = torch.optim.AdamW(theirs.student.parameters())
     writer = Writer(run / "checkpoints", 1, dump_config(small()), {}, {})
-    writer.save(7, theirs, optimiser)
+    writer.save(7, theirs, optimizer)
     writer.finish()
     (file,) = (run / "checkpoints").glob("checkpoint-*.safetensors")
     (run / "config.yaml").write_text(dump_config(small()))
     for source in (file, file.parent, run):
         ours = new()
-        assert initialise(ours, str(source)).endswith(": backbone, cls_head, reference_head, centres")
+        assert load_pretrained(ours, str(source)).endswith(": backbone, cls_head, reference_head, centers")
         assert same(ours, theirs)
     save_backbone(tmp_path / "backbone.safetensors", theirs.teacher.backbone, {"heads": 1})
     ours = new()
-    told = initialise(ours, str(tmp_path / "backbone.safetensors"))
-    assert told.endswith("backbone.safetensors: backbone; new: cls_head, reference_head, centres")
+    told = load_pretrained(ours, str(tmp_path / "backbone.safetensors"))
+    assert told.endswith("backbone.safetensors: backbone; new: cls_head, reference_head, centers")
     assert same(ours.student.backbone, theirs.teacher.backbone)
     assert same(ours.teacher.backbone, theirs.teacher.backbone)
     assert same(ours.teacher.reference_head, new().teacher.reference_head)
@@ -129,8 +129,8 @@ def test_leopart(tmp_path):
     state = {f"{role}.{n}": t for role, backbone in backbones.items() for n, t in backbone.state_dict().items()}
     state |= {"teacher.projection_head.0.weight": torch.ones(3, 3), "student.prototypes.weight": torch.ones(3, 3)}
     torch.save({"state_dict": state}, tmp_path / "leopart.ckpt")
-    told = initialise(ours, str(tmp_path / "leopart.ckpt"))
-    assert told.endswith("leopart.ckpt: backbone; new: cls_head, reference_head, centres")
+    told = load_pretrained(ours, str(tmp_path / "leopart.ckpt"))
+    assert told.endswith("leopart.ckpt: backbone; new: cls_head, reference_head, centers")
     assert same(ours.student.backbone, theirs.student.backbone)
     assert same(ours.teacher.backbone, theirs.teacher.backbone)
 
@@ -146,15 +146,17 @@ def test_timm(tmp_path):
     torch.save(backbone.state_dict() | classifier, tmp_path / "timm.pth")
     for source in (f"timm:local-dir:{tmp_path}/hub", str(tmp_path / "timm.pth")):
         ours = new()
-        assert initialise(ours, source) == f"begins with {source}: backbone; new: cls_head, reference_head, centres"
+        assert (
+            load_pretrained(ours, source) == f"begins with {source}: backbone; new: cls_head, reference_head, centers"
+        )
         assert same(ours.student.backbone, backbone)
     assert load_backbone(f"timm:local-dir:{tmp_path}/hub").heads == 1
 
 
 def test_another_network_is_refused_with_the_difference(tmp_path):
     def refused(config: Config, source: object) -> str:
-        with pytest.raises(Mistake) as told:
-            initialise(new(config), str(source))
+        with pytest.raises(UserError) as told:
+            load_pretrained(new(config), str(source))
         assert "\n" not in str(told.value)
         return str(told.value)
 
@@ -177,7 +179,7 @@ def test_another_network_is_refused_with_the_difference(tmp_path):
     assert "heads.pth, backbone: 'blocks.0.attn.proj.bias' is missing (and" in refused(small(), tmp_path / "heads.pth")
     state["cls_head.last_layer.weight_g"] = 2 * state["cls_head.last_layer.weight_g"]
     torch.save(state, tmp_path / "gains.pth")
-    assert "gains of their own; head.unit_prototypes=false" in refused(small(), tmp_path / "gains.pth")
+    assert "gains of their own; head.norm_last_layer=false" in refused(small(), tmp_path / "gains.pth")
     assert "no such file, did you mean" in refused(small(), tmp_path / "dens.pth")
     assert "did you mean 'vit_tiny_patch16_224" in refused(small(), "timm:vit_tinny_patch16_224")
     assert "timm:resnet18d.none" in refused(small(), "timm:resnet18d.none")
@@ -191,10 +193,10 @@ def test_a_run_begins_with_another_and_resume_wins(tiny_config, tmp_path):
     assert "backbone.safetensorsx: no such file, did you mean" in nowhere
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]  # nothing stands in the way of the right word
 
-    words = ["optim.epochs=1", "optim.warmup=0", f"model.init={source}", "optim.lr=1e-12", "optim.min_lr=0"]
+    words = ["optim.epochs=1", "optim.warmup_epochs=0", f"model.init={source}", "optim.lr=1e-12", "optim.min_lr=0"]
     told = run_program("train.py", tiny_config, *words).stdout
-    assert f"begins with {source}: backbone; new: cls_head, reference_head, centres" in told
-    given, found = load_file(source), newest_whole(tmp_path / "run" / "checkpoints")
+    assert f"begins with {source}: backbone; new: cls_head, reference_head, centers" in told
+    given, found = load_file(source), latest_valid(tmp_path / "run" / "checkpoints")
     assert found
     assert all((found.tensors()[f"student.backbone.{n}"] - t).abs().max() < 1e-9 for n, t in given.items())
     untrained = load_backbone(tmp_path / "run", untrained=True).state_dict()

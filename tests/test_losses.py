@@ -1,4 +1,4 @@
-"""The losses beside their specification in plain loops; the total, centres and teacher beside their formulas."""
+"""The losses beside their specification in plain loops; the total, centers and teacher beside their formulas."""
 
 import json
 
@@ -9,7 +9,7 @@ from conftest import losses_of, run_program
 
 from model.cost import count_cost
 from model.heads import Prototypes
-from model.losses import GROUP, CrossEntropy
+from model.losses.cross_entropy import GROUP, CrossEntropy
 from model.methods import Method, build
 from model.methods.student_teacher import group_by_count
 from pipeline.batch import Batch, draw
@@ -94,7 +94,7 @@ def test_cross_entropy_in_bfloat16():
                 student, layer, teacher, layer, torch.zeros(50), 0.04, teacher[0].mean(0)
             )
         assert loss.dtype == torch.float32
-        assert torch.allclose(mean, layer() @ teacher[0].mean(0), rtol=1e-5)  # a centre is not to be rounded
+        assert torch.allclose(mean, layer() @ teacher[0].mean(0), rtol=1e-5)  # a center is not to be rounded
         both.append((loss.item(), torch.autograd.grad(weighted, layer.weight_v)[0]))
     assert both[1][0] == pytest.approx(both[0][0], rel=1e-2)
     assert (both[1][1] - both[0][1]).norm() < 3e-2 * both[0][1].norm()
@@ -108,7 +108,7 @@ def test_the_total(alpha: float):
 
 
 def test_the_losses_are_those_of_the_tokens():
-    """forward() beside the same computed token by token: which view is read where, with which head and centre."""
+    """forward() beside the same computed token by token: which view is read where, with which head and center."""
     model, batch = made(small())
     log, means = losses_of(model, batch, 0.05)
     s, t = model.student, model.teacher
@@ -150,7 +150,7 @@ def test_views_of_a_loss_and_a_shared_head():
 
 
 def test_no_token_without_a_use():
-    """Self pairs are not computed where no centre asks for them; the teacher never sees student-only views."""
+    """Self pairs are not computed where no center asks for them; the teacher never sees student-only views."""
     model, _ = made(small())
     assert group_by_count(model.teacher_pairs, range(2), 0) == [[[(0, 1), (0, 2), (0, 3)], [(1, 0), (1, 2), (1, 3)]]]
     assert group_by_count(model.student_pairs, range(4), 1) == [
@@ -164,7 +164,7 @@ def test_no_token_without_a_use():
     assert group_by_count(model.student_pairs, range(2, 4), 1) == []
 
 
-def test_teacher_and_centres_move_as_written():
+def test_teacher_and_centers_move_as_written():
     model, _ = made(small())
     before = {n: t.clone() for n, t in model.state_dict().items()}
     model.update_teacher(0.9)
@@ -186,7 +186,7 @@ def test_clipping_is_for_each_tensor():
 
 def test_the_last_layer_stands_still_at_first():
     config = small()
-    config.optim.batch, config.optim.epochs, config.optim.warmup, config.optim.lr = 256, 4, 0, 1e-2
+    config.optim.global_batch_size, config.optim.epochs, config.optim.warmup_epochs, config.optim.lr = 256, 4, 0, 1e-2
     model, batch = made(config)
     schedules = make_schedules(config, 2)
     assert list(schedules.frozen) == [True] * 2 + [False] * 6
@@ -201,7 +201,7 @@ def test_the_last_layer_stands_still_at_first():
 
 @pytest.mark.parametrize("what", ["gradient", "loss"])
 def test_a_step_that_is_not_finite_moves_nothing(what: str):
-    """Parameters, moments, teacher and centres stay bit for bit, Adam's own step count too; the next step goes on."""
+    """Parameters, moments, teacher and centers stay bit for bit, Adam's own step count too; the next step goes on."""
     config = small(reference__points=1)
     model, batch = made(config)
     schedules = make_schedules(config, 2)
@@ -247,8 +247,8 @@ def test_biases_and_norms_do_not_decay():
 
 
 def test_the_literal_form_agrees():
-    """The step as the paper's text says (tools/literal.py, what the benchmark compares with): five steps' losses."""
-    rows = [json.loads(line) for line in run_program("-m", "tools.benchmark_step", "--check").stdout.splitlines()]
+    """The step as the paper's text says (tools/bench/naive.py, what the benchmark compares with): five steps' losses."""
+    rows = [json.loads(line) for line in run_program("-m", "tools.bench.step", "--check").stdout.splitlines()]
     assert len(rows) == 5
     for row in rows:
         assert row["ours"] == pytest.approx(row["literal"], rel=1e-5)
@@ -257,7 +257,7 @@ def test_the_literal_form_agrees():
 def test_the_rows_of_the_step(tmp_path):
     """A row for each combination, its faster batch; what is counted and what is asked of the device beside it."""
     out, few = tmp_path / "rows.jsonl", "--arch=vit_tiny --method=dino --dtype=float32 --rounds=1 --steps=1 --warmup=0"
-    run_program("-m", "tools.benchmark_step", *few.split(), "--eager", "--batch", "1", "2", f"--out={out}")
+    run_program("-m", "tools.bench.step", *few.split(), "--eager", "--batch", "1", "2", f"--out={out}")
     rows = {row["form"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert set(rows) == {"literal", "ours"}
     for row in rows.values():
@@ -292,7 +292,7 @@ def test_the_cost_is_that_of_the_products():
 
     with_points = small(model__depth=2)
     more = count_cost(with_points)
-    with_points.speed.recompute = True
+    with_points.speed.activation_checkpointing = True
     less = count_cost(with_points)
     assert more.flops > count_cost(config).flops
     assert less.activations < 0.7 * more.activations

@@ -90,10 +90,10 @@ def test_splits_share_no_picture(scenes):
 
 
 def test_raw_pixels_do_badly(scenes):
-    """k-NN, k 20, on the cosine of whole pictures, every pixel standardised over the bank.
+    """k-NN, k 20, on the cosine of whole pictures, every pixel standardized over the bank.
 
-    No bound on every way to compare pixels: the correlation of centre crops (eval/features.py) finds the hue pairs and
-    gets about twice as much, so what a network has learnt is measured against that (eval/report.py).
+    No bound on every way to compare pixels: the correlation of center crops (eval/features.py) finds the hue pairs and
+    gets about twice as much, so what a network has learned is measured against that (eval/report.py).
     """
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -169,6 +169,6 @@ def test_wrong_inputs(tmp_path, words, message):
 
 
 def test_wrong_words(tmp_path):
-    for words in (("--tra", 5), ("--size", "big"), ("--colour",)):
+    for words in (("--tra", 5), ("--size", "big"), ("--color",)):
         assert "Traceback" not in paint(tmp_path / "new", *words, expect=2).stderr
     assert not (tmp_path / "new").exists()

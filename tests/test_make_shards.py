@@ -19,7 +19,7 @@ from pictures import encoded, lying_jpeg, photo, pixels, png_bomb, tar_of, tree
 from PIL import Image
 
 from pipeline.shards import Shards
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
 REPO = Path(__file__).parent.parent
 
@@ -49,7 +49,7 @@ def samples(folder: Path) -> list[tuple[bytes, int]]:
     """(photo, label) of every sample, read as the trainer does; all must be sound."""
     shards = Shards(folder)
     photos = [shards.read(i) for i in range(len(shards))]
-    assert all(shards.is_sound(i, p) for i, p in enumerate(photos))
+    assert all(shards.is_valid(i, p) for i, p in enumerate(photos))
     return [(p, int(label)) for p, label in zip(photos, shards.index["label"], strict=True)]
 
 
@@ -149,7 +149,7 @@ def test_rarer_kinds_of_photo(tmp_path: Path) -> None:
     """The common ones: tests/faults/test_f07_formats.py."""
     rgb = pixels(1)
     image = Image.fromarray(rgb)
-    grey = np.asarray(image.convert("L"))
+    gray = np.asarray(image.convert("L"))
     half = Image.fromarray(np.dstack([rgb, np.where(np.arange(40) < 20, 255, 0)[None].repeat(30, 0).astype(np.uint8)]))
     on_white = np.where(np.arange(40)[None, :, None] < 20, rgb, 255)
     exif = Image.Exif()
@@ -158,14 +158,14 @@ def test_rarer_kinds_of_photo(tmp_path: Path) -> None:
     upright[0x0112] = 1
     kept = {"upright": (encoded(rgb, exif=upright), rgb)}
     converted = {
-        "PNG L": (encoded(grey, "PNG"), grey),
-        "PNG LA": (encoded(half.convert("LA"), "PNG"), np.where(np.arange(40) < 20, grey, 255)),
+        "PNG L": (encoded(gray, "PNG"), gray),
+        "PNG LA": (encoded(half.convert("LA"), "PNG"), np.where(np.arange(40) < 20, gray, 255)),
         "WEBP RGBA": (encoded(half, "WEBP", lossless=True, exact=True), on_white),
-        "TIFF I;16": (encoded(grey.astype(np.uint16) * 257, "TIFF"), grey),
-        "PNG 1": (encoded(image.convert("1", dither=Image.Dither.NONE), "PNG"), (grey > 127) * 255),
+        "TIFF I;16": (encoded(gray.astype(np.uint16) * 257, "TIFF"), gray),
+        "PNG 1": (encoded(image.convert("1", dither=Image.Dither.NONE), "PNG"), (gray > 127) * 255),
         "TIFF RGB rotated": (encoded(rgb, "TIFF", exif=exif), np.rot90(rgb, -1)),
     }
-    bad = {"TIFF F": encoded(Image.fromarray(grey.astype(np.float32)), "TIFF")}
+    bad = {"TIFF F": encoded(Image.fromarray(gray.astype(np.float32)), "TIFF")}
     every = {f"{i}.jpg": data for i, (data, _) in enumerate((kept | converted).values())}  # names can lie
     src = tree(tmp_path / "src", every | {"bad.tif": bad["TIFF F"]})
     dst = tmp_path / "dst"
@@ -347,7 +347,7 @@ def test_verify_names_what_is_damaged(tmp_path: Path) -> None:
     assert "index.npy: wrong about 1 samples" in after("index.npy", flip(-1))
     (dst / last).unlink()
     assert "samples are lost" in tool("verify", dst, ok=False)
-    with pytest.raises(Mistake, match="is missing"):
+    with pytest.raises(UserError, match="is missing"):
         Shards(dst)
 
 

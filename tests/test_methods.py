@@ -11,7 +11,7 @@ from runtime.schedule import StepValues
 from tests.faults.program import Program, equal, final, log, steps
 
 EVERY = [*METHODS, "tests.byol:BYOL"]
-WORDS = ["model.drop_path=0", "optim.epochs=1", "optim.warmup=0", "speed.precision=float64", "run.log_every=1"]
+WORDS = ["model.drop_path=0", "optim.epochs=1", "optim.warmup_epochs=0", "speed.precision=float64", "run.log_every=1"]
 
 
 def test_the_config_knows_every_method():
@@ -76,7 +76,7 @@ def test_resumes_bit_for_bit(method, tiny_config, tmp_path):
 
 def test_pieces_and_processes_agree_with_one(method, tiny_config, tmp_path):
     """The same batches in two pieces, and on two processes: the same weights to 1e-9."""
-    runs = {"one": ([], 1), "pieces": (["speed.accumulate=2"], 1), "two": ([], 2)}
+    runs = {"one": ([], 1), "pieces": (["speed.grad_accum_steps=2"], 1), "two": ([], 2)}
     for name, (words, processes) in runs.items():
         words = [method, *WORDS, *words, f"run.folder={tmp_path / name}"]
         code, out, err = Program(tiny_config, *words, processes=processes).end()
@@ -95,6 +95,6 @@ def test_a_method_that_is_not_there(tiny_config):
 
 
 def test_is_exported_and_evaluated(method, tiny_config, tmp_path):
-    run_program("train.py", tiny_config, method, "optim.epochs=1", "optim.warmup=0")
+    run_program("train.py", tiny_config, method, "optim.epochs=1", "optim.warmup_epochs=0")
     assert "top-1" in run_program("-m", "eval.knn", tmp_path / "run").stdout
     assert "top-1" in run_program("-m", "eval.knn", tmp_path / "run", "--untrained").stdout

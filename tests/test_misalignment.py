@@ -8,7 +8,7 @@ from conftest import run_program
 from PIL import Image
 
 from eval.datasets import VocSegmentation
-from tools.show_misalignment import GLOBAL, TABLE_2, Count, Recipe, by_size, count, objects_of, pixels_inside
+from tools.show.misalignment import GLOBAL, TABLE_2, Count, Recipe, by_size, count, objects_of, pixels_inside
 
 WHOLE = (1.0, 1.0)
 
@@ -113,7 +113,7 @@ def test_table_2_on_painted_scenes(tmp_path):
     assert [len(r.scale) for r in TABLE_2] == [2, 6, 6, 6] * 2
     folder, out = tmp_path / "scenes", tmp_path / "m.png"
     run_program("-m", "tools.make_scenes", folder, "--train", 60, "--val", 1, "--size", 48)
-    told = run_program("-m", "tools.show_misalignment", folder, "--out", out, "--config", "configs/demo.yaml").stdout
+    told = run_program("-m", "tools.show.misalignment", folder, "--out", out, "--config", "configs/demo.yaml").stdout
     rows = [line.split("│")[1:-1] for line in told.splitlines() if line.startswith("│")]
     figures = {row[0].strip(): [float(cell.split("±")[0]) for cell in row[1:3]] for row in rows}
     assert list(figures) == [*(recipe.name for recipe in TABLE_2), "demo"]
@@ -129,7 +129,7 @@ def test_table_2_on_painted_scenes(tmp_path):
 def test_a_split_without_objects(tmp_path):
     voc(tmp_path / "empty", [np.zeros((20, 20), np.uint8)])
     error = run_program(
-        "-m", "tools.show_misalignment", tmp_path / "empty", "--out", tmp_path / "m.png", expect=2
+        "-m", "tools.show.misalignment", tmp_path / "empty", "--out", tmp_path / "m.png", expect=2
     ).stderr
     assert error == f"error: {tmp_path}/empty: no scene of split 'train' holds an object\n"
 

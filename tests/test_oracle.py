@@ -11,12 +11,12 @@ import torch
 from conftest import ORACLE, losses_of
 from torch import Tensor
 
-from model.losses import CrossEntropy
+from model.losses.cross_entropy import CrossEntropy
 from model.methods import Method, build
 from model.methods.student_teacher import STUDENT, TEACHER, group_by_count
 from model.reference import point_embedding, resize_grid
-from model.weights import load_strictly, our_names
-from pipeline.augment import MEAN, STD
+from model.weights import load_strictly, remap_keys
+from pipeline.augment.recipe import MEAN, STD
 from pipeline.batch import Batch
 from pipeline.geometry import points_in_views
 from runtime.config import Config, Head, Model, Views
@@ -62,7 +62,7 @@ def loaded(config: Config, tensors: dict[str, Tensor]) -> Method:
     model = build(config)
     for role, network in (("student", model.student), ("teacher", model.teacher)):
         own = {n.removeprefix(f"{role}."): t for n, t in tensors.items() if n.startswith(f"{role}.")}
-        load_strictly(network, our_names(own), role)
+        load_strictly(network, remap_keys(own), role)
     return model
 
 
@@ -102,7 +102,7 @@ def divide_as_published(model: Method) -> tuple[float, float]:
 @needs_oracle
 @pytest.mark.parametrize("mode", CASES)
 def test_step(mode: str, oracle, oracle_json):
-    """Three optimiser steps of DenseDINO: everything the published code computes, in its order."""
+    """Three optimizer steps of DenseDINO: everything the published code computes, in its order."""
     tensors = oracle("a_small_common")
     want = oracle(f"a_small_{mode}")
     index = oracle_json("a_small_index")
@@ -175,7 +175,7 @@ def test_step(mode: str, oracle, oracle_json):
         points = [spheres[role, t, v].flatten(0, 1) for role in ("student", "teacher")]
         assert pair_loss("reference_head", *points) == pytest.approx(float(want["pair_ce.ref"][t, v]), rel=1e-5)
 
-    # three steps: losses, gradients, clipping, AdamW, teacher, centres
+    # three steps: losses, gradients, clipping, AdamW, teacher, centers
     schedules = schedules_of(steps)
     optimizer = Optimizer(model.student, case.get("clip", 3.0), split_positions=True)
     of_ours, _ = losses_of(model, batch)
@@ -188,7 +188,7 @@ def test_step(mode: str, oracle, oracle_json):
             assert name not in step or ours.item() == pytest.approx(step[name], rel=1e-5), name
         log["loss"].backward()
         if i == 0:
-            theirs = our_names({n[5:]: g for n, g in want.items() if n.startswith("grad.")})
+            theirs = remap_keys({n[5:]: g for n, g in want.items() if n.startswith("grad.")})
             ours = {n: p.grad for n, p in model.student.named_parameters() if p.requires_grad}
             assert ours.keys() == theirs.keys()
             for name in theirs:
@@ -206,7 +206,7 @@ def test_step(mode: str, oracle, oracle_json):
         if i == 0:
             for role, momentum in (("student", None), ("teacher", step["m"])):
                 own = {n.removeprefix(f"step0.{role}."): t for n, t in want.items() if n.startswith(f"step0.{role}.")}
-                check_updated(dict(getattr(model, role).state_dict()), our_names(own), step["lr"], momentum)
+                check_updated(dict(getattr(model, role).state_dict()), remap_keys(own), step["lr"], momentum)
 
 
 @needs_oracle
@@ -282,7 +282,7 @@ def test_dino_multicrop(oracle, oracle_json):
         assert float(log["loss"].detach()) == pytest.approx(step["loss"], rel=1e-5)
         log["loss"].backward()
         if i == 0:
-            theirs = our_names({n[5:]: g for n, g in want.items() if n.startswith("grad.")})
+            theirs = remap_keys({n[5:]: g for n, g in want.items() if n.startswith("grad.")})
             for name, p in model.student.named_parameters():
                 if p.requires_grad:
                     ours = p.grad.clone()
@@ -297,7 +297,7 @@ def test_dino_multicrop(oracle, oracle_json):
         if i == 0:
             for role, momentum in (("student", None), ("teacher", step["m"])):
                 own = {n.removeprefix(f"step0.{role}."): t for n, t in want.items() if n.startswith(f"step0.{role}.")}
-                check_updated(dict(getattr(model, role).state_dict()), our_names(own), step["lr"], momentum)
+                check_updated(dict(getattr(model, role).state_dict()), remap_keys(own), step["lr"], momentum)
 
 
 @pytest.mark.parametrize("grid", ["g14", "g4"])
@@ -357,9 +357,9 @@ def test_schedules(oracle_json):
     config = Config()
     config.optim.epochs = 100
     for batch in (256, 512):
-        config.optim.batch = batch
+        config.optim.global_batch_size = batch
         check(make_schedules(config, 7).lr, f"lr_base0.0005_bs{batch}")
-    config.optim.batch, config.optim.warmup = 256, 0
+    config.optim.global_batch_size, config.optim.warmup_epochs = 256, 0
     schedules = make_schedules(config, 7)
     check(schedules.lr, "lr_nowarmup")
     check(schedules.weight_decay, "wd")

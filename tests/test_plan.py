@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pipeline.draws import hash64, permute, uniform
+from pipeline.random import hash64, permute, uniform
 from pipeline.shards import ATTEMPTS, NEAR, Plan
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
 
 class Folder:
@@ -74,7 +74,7 @@ def test_a_rank_reads_few_shards_at_a_time():
 
 
 def test_batches_are_mixed():
-    """Neighbours in a shard do not stay neighbours."""
+    """NearestNeighbors in a shard do not stay neighbors."""
     seen = epoch_of(Plan(Folder([4000]), batch=32, seed=0), 0)
     assert abs(np.corrcoef(seen[:-1], seen[1:])[0, 1]) < 0.05
     assert np.std(seen.reshape(-1, 32).mean(1)) < 3 * 4000 / np.sqrt(12 * 32)
@@ -95,7 +95,7 @@ def test_replacements_come_from_the_same_shard_and_then_from_any():
 
 
 def test_too_few_samples():
-    with pytest.raises(Mistake, match="fewer than one global batch of 64"):
+    with pytest.raises(UserError, match="fewer than one global batch of 64"):
         Plan(Folder([10, 20]), batch=64, seed=0)
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import wds
 from pipeline.batch import Batch, draw
 from pipeline.loader import Loader
+from pipeline.readers import webdataset
 from pipeline.shards import Plan, Shards
 from runtime.config import load_config
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
 
 @pytest.fixture
@@ -27,12 +27,12 @@ def config(tiny_config):
 
 def opened(config):
     shards = Shards(config.data.shards)
-    return shards, Plan(shards, batch=config.optim.batch, seed=config.seed, holdout=config.data.holdout)
+    return shards, Plan(shards, batch=config.optim.global_batch_size, seed=config.seed, holdout=config.data.holdout)
 
 
 def batches(config, start=0, stop=7, **ranks) -> list[Batch]:
     shards, plan = opened(config)
-    return list(wds.read(config, shards, plan, start=start, stop=stop, **ranks))
+    return list(webdataset.read(config, shards, plan, start=start, stop=stop, **ranks))
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -41,7 +41,7 @@ def same(a: Batch, b: Batch) -> bool:
         (a.rows, b.rows),
         (a.windows, b.windows),
         (a.view_points, b.view_points),
-        (a.colour, b.colour),
+        (a.color, b.color),
     ]
     return a.step == b.step and all(torch.equal(x, y) for x, y in [*pairs, *zip(a.views, b.views, strict=True)])
 
@@ -107,7 +107,7 @@ def test_a_damaged_photo_costs_nothing_but_itself(config, tmp_path):
     for a, b in zip(sound, again, strict=True):
         hit = [i for i, sample in enumerate(a.ids.tolist()) if sample in damaged]
         assert torch.equal(a.ids, b.ids)
-        assert torch.equal(a.colour, b.colour)  # draws stay keyed by the planned id
+        assert torch.equal(a.color, b.color)  # draws stay keyed by the planned id
         for i in range(16):
             if i in hit:
                 want = plan.replacement(int(a.ids[i]), a.step, 1)
@@ -131,7 +131,7 @@ def test_a_shard_that_goes_while_it_is_read(config, tmp_path):
     (tmp_path / "shards" / shards.shards[0]["name"]).unlink()
     gone = set(range(shards.starts[1]))
     seen: set[int] = set()
-    for batch in wds.read(config, shards, plan, start=0, stop=5):
+    for batch in webdataset.read(config, shards, plan, start=0, stop=5):
         seen |= gone & set(batch.ids.tolist())
         assert not gone & set(batch.rows.tolist())
         assert (batch.rows == batch.ids)[[int(i) not in gone for i in batch.ids]].all()
@@ -142,8 +142,8 @@ def test_a_shard_that_goes_while_it_is_read(config, tmp_path):
     }  # fmt: skip
     for shard in shards.shards[1:]:
         (tmp_path / "shards" / shard["name"]).unlink()
-    with pytest.raises(Mistake, match="100 samples in a row are damaged, the last in shard-"):
-        list(wds.read(config, Shards(config.data.shards, max_lost=None), plan, start=5, stop=6))
+    with pytest.raises(UserError, match="100 samples in a row are damaged, the last in shard-"):
+        list(webdataset.read(config, Shards(config.data.shards, max_missing=None), plan, start=5, stop=6))
 
 
 def make_loader(config, stop: int, start: int = 0) -> Loader:
@@ -180,27 +180,27 @@ def test_closing_leaves_nothing_behind(config, workers):
 
 
 def test_bad_folders(tmp_path, config, photos):
-    with pytest.raises(Mistake, match="make shards SRC=photos/"):
+    with pytest.raises(UserError, match="make shards SRC=photos/"):
         Shards(photos)
-    with pytest.raises(Mistake, match="no shards here"):
+    with pytest.raises(UserError, match="no shards here"):
         Shards(tmp_path / "nowhere")
     cut = tmp_path / "cut"
     shutil.copytree(config.data.shards, cut)
     shard = sorted(cut.glob("*.tar"))[0]
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(Mistake, match=f"{shard.name}: has .* bytes, the manifest says"):
+    with pytest.raises(UserError, match=f"{shard.name}: has .* bytes, the manifest says"):
         Shards(cut)
     shard.unlink()
-    with pytest.raises(Mistake, match=f"{shard.name}: is missing"):
+    with pytest.raises(UserError, match=f"{shard.name}: is missing"):
         Shards(cut)
-    assert f"{shard}: is missing" in Shards(cut, max_lost=0.9).told_lost
+    assert f"{shard}: is missing" in Shards(cut, max_missing=0.9).missing_summary
     manifest = json.loads((cut / "manifest.json").read_text())
     for change in ({"name": "../outside.tar"}, {"samples": -1}, {"bytes": "many"}, {"samples": None}):
         told = manifest | {"shards": [manifest["shards"][0] | change, *manifest["shards"][1:]]}
         (cut / "manifest.json").write_text(json.dumps(told))
-        with pytest.raises(Mistake, match="not a manifest of shards"):
-            Shards(cut, max_lost=None)
+        with pytest.raises(UserError, match="not a manifest of shards"):
+            Shards(cut, max_missing=None)
     manifest["shards"][0]["samples"] += 1
     (cut / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(Mistake, match="the index holds 96 samples, the manifest 97"):
-        Shards(cut, max_lost=None)
+    with pytest.raises(UserError, match="the index holds 96 samples, the manifest 97"):
+        Shards(cut, max_missing=None)

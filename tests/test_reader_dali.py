@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import wds
 from pipeline.batch import Batch
+from pipeline.readers import webdataset
 from pipeline.shards import Shards
 from runtime.config import load_config
-from runtime.mistake import Failure, Mistake
+from runtime.errors import RunError, UserError
 from tests.test_reader import batches, make_loader, opened, same, with_damage
 
-dali = pytest.importorskip("pipeline.dali")
+dali = pytest.importorskip("pipeline.readers.dali")
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def begun(monkeypatch) -> list[int]:
 def made_again(monkeypatch) -> list[int]:
     """The steps whose batch the WebDataset reader makes, as they come."""
     steps: list[int] = []
-    batch = wds.Stages.batch
-    monkeypatch.setattr(wds.Stages, "batch", lambda self, step: steps.append(step) or batch(self, step))
+    batch = webdataset.BatchBuilder.batch
+    monkeypatch.setattr(webdataset.BatchBuilder, "batch", lambda self, step: steps.append(step) or batch(self, step))
     return steps
 
 
@@ -64,7 +64,7 @@ def made_again(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_dali_reads_the_same(config, workers):
-    """Three epochs: ids, windows, points and colours bit for bit, pixels within 0.5 of 255 in the mean. All batches are held
+    """Three epochs: ids, windows, points and colors bit for bit, pixels within 0.5 of 255 in the mean. All batches are held
     until the end: DALI writes over none of them."""
     ours = batches(config, stop=15)
     config.speed.workers = workers
@@ -72,7 +72,7 @@ def test_dali_reads_the_same(config, workers):
     assert len(theirs) == 15
     for a, b in zip(ours, theirs, strict=True):
         assert a.step == b.step
-        for name in ("ids", "rows", "windows", "view_points", "colour"):
+        for name in ("ids", "rows", "windows", "view_points", "color"):
             assert torch.equal(getattr(a, name), getattr(b, name)), name
             assert getattr(a, name).dtype == getattr(b, name).dtype
         for x, y in zip(a.views, b.views, strict=True):
@@ -86,7 +86,7 @@ def test_ranks_make_up_the_step(config):
     [whole] = dali_batches(config, stop=1)
     for rank in range(2):
         [part] = dali_batches(config, stop=1, rank=rank, world=2)
-        for name in ("ids", "rows", "windows", "view_points", "colour"):
+        for name in ("ids", "rows", "windows", "view_points", "color"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[rank::2]), name
 
 
@@ -173,7 +173,7 @@ def test_a_reading_process_that_ends(config, monkeypatch):
     monkeypatch.setattr(dali, "_Source", Dying)
     config.speed.workers = config.speed.prefetch = 1
     with pytest.raises(
-        Failure, match=r"a reading process ended unasked before step \d: .*/dev/shm is full, which holds [\d,]+ MB"
+        RunError, match=r"a reading process ended unasked before step \d: .*/dev/shm is full, which holds [\d,]+ MB"
     ):
         dali_batches(config)
 
@@ -287,15 +287,15 @@ def test_photos_that_any_pipeline_refuses_renew_it_once(config, tmp_path, begun,
 
 
 def test_no_sound_photo_left(config, tmp_path):
-    """The same Mistake as the WebDataset reader's, from a reading process too."""
+    """The same UserError as the WebDataset reader's, from a reading process too."""
     shards, _ = opened(config)
     folder = shutil.copytree(shards.folder, tmp_path / "shards")
     for shard in shards.shards:
         (folder / shard["name"]).unlink()
     plan = opened(config)[1]
     for config.speed.workers in (0, 1):
-        with pytest.raises(Mistake, match="100 samples in a row are damaged, the last in shard-"):
-            list(dali.read(config, Shards(folder, max_lost=None), plan, start=0, stop=2))
+        with pytest.raises(UserError, match="100 samples in a row are damaged, the last in shard-"):
+            list(dali.read(config, Shards(folder, max_missing=None), plan, start=0, stop=2))
 
 
 # ------------------------------------------------------------------------------------------------- another step's batch
@@ -380,7 +380,7 @@ def test_the_machine_is_to_blame(config, monkeypatch, made_again, operator, why,
     shards, plan = opened(config)
     reading = dali.read(config, shards, plan, start=0, stop=5)
     assert next(reading).step == 0
-    with pytest.raises(Failure) as failure:
+    with pytest.raises(RunError) as failure:
         next(reading)
     assert f"step 1: DALI failed, and not because of a photo: {' '.join(why.split())}; speed" in str(failure.value)
     assert made_again == []
@@ -388,7 +388,7 @@ def test_the_machine_is_to_blame(config, monkeypatch, made_again, operator, why,
 
 def test_memory_is_short_outside_an_operator(config, monkeypatch):
     fail_at(monkeypatch, 1, MemoryError("std::bad_alloc"))
-    with pytest.raises(Failure, match="step 1: DALI failed, and not because of a photo: std::bad_alloc; "):
+    with pytest.raises(RunError, match="step 1: DALI failed, and not because of a photo: std::bad_alloc; "):
         dali_batches(config)
 
 
@@ -418,7 +418,7 @@ def test_a_dali_that_is_too_old(config, monkeypatch, installed, cuda, package):
     monkeypatch.setattr(dali.nvidia.dali, "__version__", installed)
     monkeypatch.setattr(dali.nvidia.dali, "__cuda_version__", cuda)
     shards, plan = opened(config)
-    with pytest.raises(Mistake) as mistake:  # at once, before a batch is asked for
+    with pytest.raises(UserError) as mistake:  # at once, before a batch is asked for
         dali.read(config, shards, plan, start=0, stop=1)
     assert str(mistake.value) == (
         f"speed.reader: dali needs DALI 2.2 or later, and {installed} is installed: pip install --upgrade '{package}>=2.2'"

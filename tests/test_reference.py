@@ -125,7 +125,7 @@ def test_reference_tokens_do_not_see_each_other(mode: str):
     assert (together - apart).abs().max() < 1e-5
 
 
-def test_a_token_at_a_patch_centre_is_that_patchs_position():
+def test_a_token_at_a_patch_center_is_that_patchs_position():
     grid = torch.randn(4, 6, 5)
     x, y = torch.meshgrid((torch.arange(6) + 0.5) / 6, (torch.arange(4) + 0.5) / 4, indexing="xy")
     points = torch.stack([x, y], -1).flatten(0, 1)[None]

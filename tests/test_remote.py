@@ -17,13 +17,14 @@ import pytest
 import torch
 from conftest import ROOT, run_program
 
-from eval.datasets import LabelledPhotos, open_shards
+from eval.datasets import LabeledPhotos, open_shards
 from eval.features import batches
-from eval.subject import same_folder
-from pipeline import remote, wds
+from eval.target import same_folder
+from pipeline.readers import webdataset
+from pipeline.remote import cache
 from pipeline.shards import Plan, Shards
 from runtime.config import Config, Speed, load_config
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 from tests import faulty_server as faulty
 from tests.faulty_server import FaultyServer
 
@@ -41,7 +42,7 @@ def server(tiny_shards):
 
 
 def speed(tmp_path: Path, **words) -> Speed:
-    return Speed(**{"cache": str(tmp_path / "cache"), "stall_seconds": 5.0, "workers": 0} | words)
+    return Speed(**{"cache": str(tmp_path / "cache"), "read_timeout": 5.0, "workers": 0} | words)
 
 
 def tars(tmp_path: Path) -> list[Path]:
@@ -74,7 +75,9 @@ def test_batches_are_those_of_the_folder_in_reading_processes_too(server, tiny_c
     far = Shards(server.address, config.speed)
     plans = [Plan(s, batch=16, seed=1) for s in (near, far)]
     for a, b in zip(
-        wds.read(config, near, plans[0], start=2, stop=6), wds.read(config, far, plans[1], start=2, stop=6), strict=True
+        webdataset.read(config, near, plans[0], start=2, stop=6),
+        webdataset.read(config, far, plans[1], start=2, stop=6),
+        strict=True,
     ):
         assert torch.equal(a.ids, b.ids)
         assert torch.equal(a.rows, b.rows)
@@ -97,7 +100,7 @@ def test_a_machine_fetches_a_shard_once(server, tiny_shards, tmp_path):
     near = Shards(tiny_shards)
     for s in near.shards:
         server.always(s["name"], faulty.slow(s["bytes"] // 8, 0.01))
-    then = "input()\nprint(sum(shards.is_sound(i, shards.read(i)) for i in range(len(shards))))"
+    then = "input()\nprint(sum(shards.is_valid(i, shards.read(i)) for i in range(len(shards))))"
     command = [sys.executable, "-c", program(server.address, speed(tmp_path), then)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     readers = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(3)]
@@ -112,7 +115,7 @@ def test_a_machine_fetches_a_shard_once(server, tiny_shards, tmp_path):
 
 
 def test_a_failure_is_told_to_those_who_waited_for_it(server, tiny_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.005)
+    monkeypatch.setattr(cache, "FIRST_WAIT", 0.005)
     name = Shards(tiny_shards).shards[0]["name"]
     server.always(name, faulty.status(503))
     shards = Shards(server.address, speed(tmp_path))
@@ -121,7 +124,7 @@ def test_a_failure_is_told_to_those_who_waited_for_it(server, tiny_shards, tmp_p
     def read(own: Shards) -> None:
         try:
             own.read(0)
-        except Mistake as mistake:
+        except UserError as mistake:
             told.append(str(mistake))
 
     # opened one after the other: Python 3.11's parser, which numpy reads a header with, is not for several threads
@@ -132,7 +135,7 @@ def test_a_failure_is_told_to_those_who_waited_for_it(server, tiny_shards, tmp_p
         reader.join()
     assert len(told) == 3
     assert len(set(told)) == 1
-    assert len(server.starts(name)) == remote.TRIES  # not three times as many
+    assert len(server.starts(name)) == cache.TRIES  # not three times as many
     server.behave(name)
     assert Shards(shards._remote).read(0) == Shards(tiny_shards).read(0)  # who comes later tries again
 
@@ -140,7 +143,7 @@ def test_a_failure_is_told_to_those_who_waited_for_it(server, tiny_shards, tmp_p
 def test_the_cache_keeps_its_bound_and_the_least_recently_used_goes(server, tiny_shards, tmp_path):
     near = Shards(tiny_shards)
     largest = max(s["bytes"] for s in near.shards)
-    metadata = sum((tiny_shards / name).stat().st_size for name in remote.METADATA)
+    metadata = sum((tiny_shards / name).stat().st_size for name in cache.METADATA)
     bound = metadata + 3 * largest
     far = Shards(server.address, speed(tmp_path, cache_gb=bound / 1e9))
     first = [int(i) for i in near.starts[:-1]]
@@ -185,11 +188,11 @@ def test_a_shard_that_gives_way_is_read_to_its_end(server, tiny_shards, tmp_path
 
 
 def test_a_bound_that_cannot_work_is_refused(server, tiny_shards, tmp_path):
-    with pytest.raises(Mistake, match=r"speed.cache_gb: 1e-06 GB do not hold one shard of http.*\(\S+ GB\)"):
+    with pytest.raises(UserError, match=r"speed.cache_gb: 1e-06 GB do not hold one shard of http.*\(\S+ GB\)"):
         Shards(server.address, speed(tmp_path, cache_gb=1e-6))
     largest = max(s["bytes"] for s in Shards(tiny_shards).shards)
     far = Shards(server.address, speed(tmp_path, cache_gb=2 * largest / 1e9))
-    with pytest.raises(Mistake, match=r"do not hold the shards that are read at a time, .*speed.cache_gb=\S+ does"):
+    with pytest.raises(UserError, match=r"do not hold the shards that are read at a time, .*speed.cache_gb=\S+ does"):
         far.prefetch(Plan(far, batch=16, seed=0), 0)
 
 
@@ -228,7 +231,7 @@ def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(server, tiny_s
     near = Shards(tiny_shards)
     name, size = near.shards[0]["name"], near.shards[0]["bytes"]
     server.behave(name, faulty.stall(size - 100))
-    words = speed(tmp_path, stall_seconds=60.0)
+    words = speed(tmp_path, read_timeout=60.0)
     code = program(server.address, words, "shards.read(0)")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
         wait_for(lambda: server.sent[name] == size - 100)
@@ -263,7 +266,7 @@ def test_an_index_that_was_changed_on_the_way_is_refused(tiny_shards, tmp_path):
     ).stdout  # fmt: skip
     with FaultyServer(site) as server:
         with pytest.raises(
-            Mistake, match=r"index.npy: came whole 3 times and has another sha256 than the manifest says"
+            UserError, match=r"index.npy: came whole 3 times and has another sha256 than the manifest says"
         ):
             Shards(server.address, speed(tmp_path))
         manifest = json.loads((site / "manifest.json").read_text())
@@ -284,8 +287,8 @@ def test_other_shards_at_the_same_address_are_not_mixed_up(tiny_shards, tmp_path
         assert after.classes == ["a", "b", "c"]
         assert Shards(before._remote).classes == before.classes  # as reading processes open it
         shutil.rmtree(before._remote.folder)
-        with pytest.raises(Mistake, match=r"manifest.json is another one now than at the start"):
-            remote.Remote(*before._remote.__reduce__()[1])
+        with pytest.raises(UserError, match=r"manifest.json is another one now than at the start"):
+            cache.Remote(*before._remote.__reduce__()[1])
 
 
 @pytest.mark.parametrize("name", ["../canary.tar", "/tmp/canary.tar", ".hidden", "a/b.tar"])
@@ -295,28 +298,28 @@ def test_a_manifest_names_no_place_outside(tiny_shards, tmp_path, name):
     manifest = json.loads((site / "manifest.json").read_text())
     manifest["shards"][0]["name"] = name
     (site / "manifest.json").write_text(json.dumps(manifest))
-    with FaultyServer(site) as server, pytest.raises(Mistake, match=r"is no name of a shard"):
+    with FaultyServer(site) as server, pytest.raises(UserError, match=r"is no name of a shard"):
         Shards(server.address, speed(tmp_path)).read(0)
     assert not any("canary" in name for name, _ in server.asked)
 
 
 def test_wrong_addresses(tmp_path, tiny_shards, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
-    with pytest.raises(Mistake, match=r"ftp://host/path: shards are a folder, s3://bucket/path or https://host/path"):
+    monkeypatch.setattr(cache, "FIRST_WAIT", 0.01)
+    with pytest.raises(UserError, match=r"ftp://host/path: shards are a folder, s3://bucket/path or https://host/path"):
         Shards("ftp://host/path", speed(tmp_path))
     for wrong in ("http://", "s3:///path", "http://host:99999/path", "http://[::1"):
-        with pytest.raises(Mistake, match=rf"{re.escape(wrong)}: shards are a folder, s3://bucket/path or https"):
+        with pytest.raises(UserError, match=rf"{re.escape(wrong)}: shards are a folder, s3://bucket/path or https"):
             Shards(wrong, speed(tmp_path))
-    with pytest.raises(Mistake, match=r"http://a..b/path/manifest.json: .*label empty"):
+    with pytest.raises(UserError, match=r"http://a..b/path/manifest.json: .*label empty"):
         Shards("http://a..b/path", speed(tmp_path))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nowhere")
-    with pytest.raises(Mistake, match=r"s3://b/path: Invalid endpoint: nowhere; see AWS_ENDPOINT_URL"):
+    with pytest.raises(UserError, match=r"s3://b/path: Invalid endpoint: nowhere; see AWS_ENDPOINT_URL"):
         Shards("s3://b/path", speed(tmp_path))
     with FaultyServer(tiny_shards) as server:
-        with pytest.raises(Mistake, match=r"/nowhere: no shards here \(no manifest.json: 404 Not Found\)"):
+        with pytest.raises(UserError, match=r"/nowhere: no shards here \(no manifest.json: 404 Not Found\)"):
             Shards(server.address + "/nowhere", speed(tmp_path))
         gone = server.address
-    with pytest.raises(Mistake, match=r"did not come in 4 tries and .*Connect call failed.*\(4 x\)"):
+    with pytest.raises(UserError, match=r"did not come in 4 tries and .*Connect call failed.*\(4 x\)"):
         Shards(gone, speed(tmp_path))
     assert not list((tmp_path / "cache").glob("*/*"))
 
@@ -324,14 +327,14 @@ def test_wrong_addresses(tmp_path, tiny_shards, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_told_as_the_disks(server, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(
-        Mistake, match=r"cache: Not a directory.*speed.cache=another/folder|cache: File exists.*another/folder"
+        UserError, match=r"cache: Not a directory.*speed.cache=another/folder|cache: File exists.*another/folder"
     ):
         Shards(server.address, speed(tmp_path))
 
 
 @pytest.mark.parametrize(("package", "address"), [("s3fs", "s3://bucket/path"), ("aiohttp", "https://host/path")])
 def test_a_missing_package_is_named(tmp_path, package, address):
-    missing = f"import sys\nsys.modules[{package!r}] = None\nfrom runtime.mistake import tell_mistakes\ndef main():\n"
+    missing = f"import sys\nsys.modules[{package!r}] = None\nfrom runtime.errors import run_cli\ndef main():\n"
     code = missing + textwrap.indent(program(address, speed(tmp_path), ""), "  ") + "\ntell_mistakes(main)"
     done = run_program("-c", code, expect=2)
     assert re.match(
@@ -356,7 +359,7 @@ def test_evaluation_opens_addresses_too(server, tiny_shards, tmp_path):
     assert not same_folder(server.address + "/other", shards.folder)
     shards.read(0)
     cpu = torch.device("cpu")
-    near, far = (list(batches(LabelledPhotos(s, 24), 16, cpu, workers=2)) for s in (Shards(tiny_shards), shards))
+    near, far = (list(batches(LabeledPhotos(s, 24), 16, cpu, workers=2)) for s in (Shards(tiny_shards), shards))
     for (pictures, labels), (from_afar, their_labels) in zip(near, far, strict=True):
         assert torch.equal(pictures, from_afar)
         assert torch.equal(labels, their_labels)

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from model.reference import MODES
 from model.vit import ViT
 from model.weights import load_backbone
-from tools.gallery import COLOURS, LONGEST, Photo, points_of, shortened
-from tools.show_attention import attention
-from tools.show_pca import principal_components
-from tools.show_segmentation import patch_shares
+from tools.show.attention import attention
+from tools.show.figures import COLORS, LONGEST, Photo, points_of, shortened
+from tools.show.pca import principal_components
+from tools.show.segmentation import patch_shares
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ data:
 model: {{arch: custom, patch: 8, width: 24, depth: 2, heads: 2}}
 reference: {{points: 2}}
 head: {{hidden: 32, bottleneck: 16, prototypes: 40}}
-optim: {{batch: 16, epochs: 1, warmup: 0}}
+optim: {{global_batch_size: 16, epochs: 1, warmup_epochs: 0}}
 speed: {{compile: false, workers: 0, device: cpu}}
 run: {{folder: {folder}}}
 """
@@ -74,8 +74,8 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
-def share(picture: np.ndarray, colour: str) -> float:
-    return float((np.abs(picture - ImageColor.getrgb(colour)).max(-1) <= 2).mean())
+def share(picture: np.ndarray, color: str) -> float:
+    return float((np.abs(picture - ImageColor.getrgb(color)).max(-1) <= 2).mean())
 
 
 def test_views(run, tiny_shards, tmp_path):
@@ -112,7 +112,7 @@ def test_attention(run, photos, tmp_path):
         ("attention", run, "--images", 2),
         ("attention", backbone, image, "--out", tmp_path / "trained.png"),
         ("attention", tmp_path / "blind.safetensors", image, "--out", tmp_path / "blind.png"),
-        ("attention", backbone, image, "--beside", run, "--out", tmp_path / "both.png"),
+        ("attention", backbone, image, "--compare", run, "--out", tmp_path / "both.png"),
     )
     assert told[0] == f"attention written to {run / 'pictures' / 'attention.png'}\n"
     assert (run / "pictures" / "attention.png").is_file()
@@ -139,7 +139,7 @@ def test_a_picture_that_is_there_is_left_alone(run):
     folder.mkdir(exist_ok=True)
     (folder / "attention.png").write_bytes(b"mine")
     (folder / "views.png").unlink(missing_ok=True)
-    told = show(("attention", run, "--if-missing"), ("views", run, "--if-missing"))
+    told = show(("attention", run, "--skip-existing"), ("views", run, "--skip-existing"))
     assert told == [f"{folder}/attention.png: already there\n", f"views written to {folder}/views.png\n"]
     assert (folder / "attention.png").read_bytes() == b"mine"
     Image.open(folder / "views.png").verify()
@@ -171,8 +171,8 @@ def test_all_pictures_of_a_run(run, scenes):
     told = show(
         ("run", without),
         ("run", with_scenes),
-        ("run", with_scenes, "--if-missing"),
-        ("points", run, scenes, "--beside", run, "--block", 1, "--out", run / "two.png"),
+        ("run", with_scenes, "--skip-existing"),
+        ("points", run, scenes, "--compare", run, "--block", 1, "--out", run / "two.png"),
         ("similarity", run, scenes, "--images", 2, "--points", ".5,.25", "--out", run / "two_photos.png"),
     )
     names = ["views", "attention", "pca", "similarity", "points", "segmentation"]
@@ -185,8 +185,8 @@ def test_all_pictures_of_a_run(run, scenes):
     assert pixels(run / "two_photos.png").shape[0] < pixels(folder / "similarity.png").shape[0]
     drawn = pixels(folder / "segmentation.png")
     truth = {int(k) for mask in (scenes / "SegmentationClass").glob("val_*.png") for k in np.unique(Image.open(mask))}
-    for kind in range(1, 8):  # the truth's classes are there in their colours
-        assert (share(drawn, COLOURS[kind - 1]) > 1e-3) or kind not in truth
+    for kind in range(1, 8):  # the truth's classes are there in their colors
+        assert (share(drawn, COLORS[kind - 1]) > 1e-3) or kind not in truth
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.methods import build
-from pipeline import augment, augment_cpu
+from pipeline.augment import numba_kernel, recipe
 from pipeline.batch import Batch, draw, size_groups
-from pipeline.loader import choose_colour
-from runtime import parallel
+from pipeline.loader import select_augment
+from runtime import distributed
 from runtime.config import Config, Head, Model, Views
 from runtime.schedule import Optimizer, make_schedules
 
@@ -43,13 +43,13 @@ def small_config() -> Config:
     config = Config(model=Model("custom", 8, 16, 2, 2, 0.1), head=Head(24, 12, 20))
     config.data.views = [Views(2, 32, teacher=True), Views(1, 32), Views(2, 16)]
     config.reference.points = 2
-    config.optim.freeze_last_layer = 0.6
+    config.optim.freeze_last_layer_epochs = 0.6
     return config
 
 
 @pytest.mark.parametrize("at", [0, 9])  # last layers frozen, and not
 def test_on_a_gpu_the_host_waits_for_nothing(at: int, monkeypatch):
-    """Colour, both networks, losses, clipping, AdamW, moving averages, on torch's fake GPU: it knows shapes and devices and
+    """Color, both networks, losses, clipping, AdamW, moving averages, on torch's fake GPU: it knows shapes and devices and
     has no numbers, so whatever asks for one raises. Autograd's own engine refuses it: of the backward pass there is the
     losses' part, which is ours."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
@@ -64,13 +64,13 @@ def test_on_a_gpu_the_host_waits_for_nothing(at: int, monkeypatch):
             for name, b in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty(b.shape, device=gpu))
         optimizer = Optimizer(model.student, 3.0, split_positions=True)
-        colour, processes = choose_colour(gpu, compile=False), parallel.Processes(0, 1, gpu, torch.bfloat16)
+        color, processes = select_augment(gpu, compile=False), distributed.DistributedContext(0, 1, gpu, torch.bfloat16)
         draws = torch.empty(images, len(config.views), 8, device=gpu)
         groups = [(size, group.stop - group.start, draws[:, group]) for size, group in size_groups(config)]
         pixels = [torch.empty(images, n, size, size, 3, dtype=torch.uint8, device=gpu) for size, n, _ in groups]
         points, ids = torch.empty(images, 2, len(config.views), 2, 2, 2, device=gpu), torch.empty(images)
         with crossings:
-            views = [colour(p, d, dtype=torch.bfloat16) for p, (*_, d) in zip(pixels, groups, strict=True)]
+            views = [color(p, d, dtype=torch.bfloat16) for p, (*_, d) in zip(pixels, groups, strict=True)]
             with processes.autocast():
                 log, means = losses_of(model, Batch(0, ids, ids, views, ids, points, draws))
             for node, _ in log["loss"].grad_fn.next_functions:
@@ -90,7 +90,7 @@ def test_on_a_gpu_the_host_waits_for_nothing(at: int, monkeypatch):
         assert crossings.seen
 
 
-def test_compiled_colour_holds_no_tensor_of_the_host(monkeypatch):
+def test_compiled_color_holds_no_tensor_of_the_host(monkeypatch):
     """A constant that the compiler finds within the function would be copied to the device at every step."""
     graphs = []
 
@@ -99,11 +99,11 @@ def test_compiled_colour_holds_no_tensor_of_the_host(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=look))
-    monkeypatch.setattr(augment_cpu, "available", False)
+    monkeypatch.setattr(numba_kernel, "available", False)
     views, draws = torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8), torch.ones(1, 2, 8)
     torch._dynamo.reset()
-    colour = choose_colour(torch.device("cpu"), compile=True)
-    assert torch.allclose(colour(views, draws), augment.apply_colour(views, draws))
+    color = select_augment(torch.device("cpu"), compile=True)
+    assert torch.allclose(color(views, draws), recipe.apply_color(views, draws))
     (graph,) = graphs
     made = [node for node in graph.graph.nodes if node.op == "get_attr" or node.target is torch.tensor]
     assert not made
@@ -112,14 +112,14 @@ def test_compiled_colour_holds_no_tensor_of_the_host(monkeypatch):
 def test_nothing_is_compiled_after_the_first_steps(monkeypatch):
     """With a non-finite step, too: graphs are counted, not timed. Traced as on any machine; no compiler is called."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(parallel, "can_compile", lambda device: None)
+    monkeypatch.setattr(distributed, "can_compile", lambda device: None)
     torch._dynamo.reset()
     config = small_config()
     torch.manual_seed(0)
     model, schedules = build(config), make_schedules(config, 10)
     assert schedules.frozen[5]
     assert not schedules.frozen[6]
-    parallel.compile_parts(model.compile_units(), torch.device("cpu"))
+    distributed.compile_parts(model.compile_units(), torch.device("cpu"))
     optimizer = Optimizer(model.student, 3.0, split_positions=True)
 
     def step(i: int, images: int = 4) -> int:
@@ -160,14 +160,14 @@ def test_no_compiled_function_has_more_shapes_than_allowed(views, rows, pieces, 
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr(parallel, "can_compile", lambda device: None)
+    monkeypatch.setattr(distributed, "can_compile", lambda device: None)
     torch._dynamo.reset()
     config = small_config()
     config.data.views = views
     model = build(config)
     for loss in (model.cls_loss, model.reference_loss):
         loss.rows, loss.columns = rows, 16 if rows else None
-    parallel.compile_parts(model.compile_units(), torch.device("cpu"))
+    distributed.compile_parts(model.compile_units(), torch.device("cpu"))
     for images in (6, 4):  # evaluation is not compiled; a run whose batch changes starts anew
         ids = np.arange(images)
         draws = draw(config, 0, ids, np.full(images, 40), np.full(images, 50))
@@ -179,7 +179,7 @@ def test_no_compiled_function_has_more_shapes_than_allowed(views, rows, pieces, 
         type(part).__name__: len(torch._dynamo.eval_frame._debug_get_cache_entry_list(type(part).forward.__code__))
         for part in model.compile_units()
     }
-    assert all(0 < n <= parallel.RECOMPILE_LIMIT / 2 for n in shapes.values()), shapes
+    assert all(0 < n <= distributed.RECOMPILE_LIMIT / 2 for n in shapes.values()), shapes
     if rows:
         assert max(shapes.values()) > 8  # torch's own limit
     assert symbolic
@@ -189,9 +189,9 @@ def test_no_compiled_function_has_more_shapes_than_allowed(views, rows, pieces, 
 def test_attention_by_gpu(monkeypatch):
     before = torch._C._get_sdp_priority_order()
     try:
-        parallel.prefer_attention(8)
+        distributed.prefer_attention(8)
         assert torch._C._get_sdp_priority_order() == before
-        parallel.prefer_attention(9)
+        distributed.prefer_attention(9)
         assert torch._C._get_sdp_priority_order()[0] == int(SDPBackend.CUDNN_ATTENTION.value)
     finally:
         torch._C._set_sdp_priority_order(before)
@@ -217,8 +217,8 @@ def test_what_the_compiler_stumbled_over_is_told(raised: Exception, told: str):
 
     with pytest.raises(RuntimeError) as failed:
         torch.compile(torch.nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
-    words = parallel.compile_failure(failed.value)
+    words = distributed.compile_failure(failed.value)
     assert words is not None
     assert told in words
     assert "speed.compile=false trains without it" in words
-    assert parallel.compile_failure(RuntimeError("another")) is None
+    assert distributed.compile_failure(RuntimeError("another")) is None

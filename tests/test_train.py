@@ -13,12 +13,12 @@ import torch
 from conftest import ROOT, run_program
 from safetensors.torch import load_file
 
-from runtime import parallel
-from runtime.checkpoint import newest_whole
+from runtime import distributed
+from runtime.checkpoint import latest_valid
 
 
 def final(folder: Path) -> dict:
-    found = newest_whole(folder / "checkpoints")
+    found = latest_valid(folder / "checkpoints")
     assert found
     return found.tensors()
 
@@ -83,13 +83,19 @@ def test_stopped_and_resumed_is_equal_to_undisturbed(tiny_config, tmp_path):
 def test_two_processes_and_accumulation_agree_with_one(tiny_config, tmp_path, precision, near):
     """Five steps, drop path off, last layers frozen for two: the same batches give the same weights, but for the order of
     additions."""
-    words = ["model.drop_path=0", "optim.epochs=1", "optim.warmup=0", "run.log_every=1", f"speed.precision={precision}"]
-    words += ["optim.freeze_last_layer=0.4"]
+    words = [
+        "model.drop_path=0",
+        "optim.epochs=1",
+        "optim.warmup_epochs=0",
+        "run.log_every=1",
+        f"speed.precision={precision}",
+    ]
+    words += ["optim.freeze_last_layer_epochs=0.4"]
     run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'one'}")
-    run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'pieces'}", "speed.accumulate=2")
+    run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'pieces'}", "speed.grad_accum_steps=2")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     run_program(*launcher, "train.py", tiny_config, *words, f"run.folder={tmp_path / 'two'}")
-    both = (f"run.folder={tmp_path / 'two-pieces'}", "speed.accumulate=2")
+    both = (f"run.folder={tmp_path / 'two-pieces'}", "speed.grad_accum_steps=2")
     run_program(*launcher, "train.py", tiny_config, *words, *both)
     one, of_one = metrics(tmp_path / "one"), final(tmp_path / "one")
     assert len(one) == 5
@@ -103,13 +109,13 @@ def test_two_processes_and_accumulation_agree_with_one(tiny_config, tmp_path, pr
 
 
 def test_bfloat16_trains(tiny_config, tmp_path):
-    """Autocast: parameters, centres and losses stay float32, and the run goes as in float32."""
-    words = ["optim.epochs=1", "optim.warmup=0", "model.drop_path=0"]
+    """Autocast: parameters, centers and losses stay float32, and the run goes as in float32."""
+    words = ["optim.epochs=1", "optim.warmup_epochs=0", "model.drop_path=0"]
     run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'exact'}")
     told = run_program(
         "train.py", tiny_config, *words, f"run.folder={tmp_path / 'half'}", "speed.precision=bfloat16"
     ).stdout
-    assert ("not in this device's hardware" in told) != parallel.has_bfloat16(torch.device("cpu"))
+    assert ("not in this device's hardware" in told) != distributed.has_bfloat16(torch.device("cpu"))
     a, b = metrics(tmp_path / "exact"), metrics(tmp_path / "half")
     assert a[0]["loss"] != b[0]["loss"]
     assert b[-1]["loss"] == pytest.approx(a[-1]["loss"], rel=2e-2)
@@ -117,14 +123,16 @@ def test_bfloat16_trains(tiny_config, tmp_path):
 
 
 def test_a_profile_and_recomputed_activations(tiny_config, tmp_path):
-    """run.profile leaves a trace and a table; speed.recompute changes nothing but memory."""
+    """run.profile leaves a trace and a table; speed.activation_checkpointing changes nothing but memory."""
     words = ["optim.epochs=3", "run.checkpoint_every=100", "model.drop_path=0.3"]
     run_program("train.py", tiny_config, *words, "run.profile=true")
     table = (tmp_path / "run" / "profile" / "table.txt").read_text()
     assert "Self CPU" in table
     assert "aten::" in table  # which of them are among the 15, the machine decides
     assert json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())["traceEvents"]
-    run_program("train.py", tiny_config, *words, "speed.recompute=true", f"run.folder={tmp_path / 'again'}")
+    run_program(
+        "train.py", tiny_config, *words, "speed.activation_checkpointing=true", f"run.folder={tmp_path / 'again'}"
+    )
     a, b = final(tmp_path / "run"), final(tmp_path / "again")
     assert all((a[n] == b[n]).all() for n in a)
 
@@ -137,7 +145,7 @@ def test_arithmetic_is_told_of_a_longer_run(tiny_config, tmp_path):
 
 
 def test_dino_is_the_same_trainer_without_points(tiny_config, tmp_path):
-    run_program("train.py", tiny_config, "method=dino", "data.min_overlap=0", "optim.epochs=1", "optim.warmup=0")
+    run_program("train.py", tiny_config, "method=dino", "data.min_overlap=0", "optim.epochs=1", "optim.warmup_epochs=0")
     rows = metrics(tmp_path / "run")
     assert "reference_loss" not in rows[0]
     assert rows[0]["loss"] == rows[0]["cls_loss"]
@@ -149,7 +157,7 @@ def test_dino_is_the_same_trainer_without_points(tiny_config, tmp_path):
     [
         (["data.shards=null"], "data.shards: which shards?"),
         (["data.shards=/nowhere"], "/nowhere: no shards here"),
-        (["optim.batch=1024"], "fewer than one global batch of 1024"),
+        (["optim.global_batch_size=1024"], "fewer than one global batch of 1024"),
         (["speed.device=cuda"], "torch finds no CUDA device"),
     ],
 )
@@ -183,13 +191,13 @@ def test_damage_is_listed_and_bounded(tiny_config, tiny_shards, tmp_path):
             content[place] ^= 0x10
         shard.write_bytes(content)
     told = run_program("train.py", tiny_config, f"data.shards={folder}", expect=2).stderr
-    assert "samples are damaged in one epoch, more than data.max_bad: 0.001" in told
+    assert "samples are damaged in one epoch, more than data.max_corrupt: 0.001" in told
     words = [
         f"data.shards={folder}",
-        "data.max_bad=0.1",
+        "data.max_corrupt=0.1",
         f"run.folder={tmp_path / 'b'}",
         "optim.epochs=1",
-        "optim.warmup=0",
+        "optim.warmup_epochs=0",
     ]
     assert "finished: 5 steps" in run_program("train.py", tiny_config, *words).stdout
     rows = [json.loads(line) for line in (tmp_path / "b" / "damaged.jsonl").read_text().splitlines()]

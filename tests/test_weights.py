@@ -9,9 +9,9 @@ import timm
 import torch
 
 from model.vit import ViT
-from model.weights import load_backbone, our_names, read_network
+from model.weights import load_backbone, read_network, remap_keys
 from runtime.checkpoint import save_backbone
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
 
 @pytest.fixture
@@ -97,11 +97,11 @@ def test_moco_v3_as_published(tmp_path):
     assert loaded.heads == 12
     assert torch.equal(features(loaded), features(vit))
     torch.save({"state_dict": base | {"module.base_encoder.patch_embed.proj.9.weight": torch.ones(1)}}, path)
-    with pytest.raises(Mistake, match=r"'patch_embed\.proj\.9\.weight' is no name"):
+    with pytest.raises(UserError, match=r"'patch_embed\.proj\.9\.weight' is no name"):
         load_backbone(path)
 
 
-def test_a_timm_name_gives_timms_features_whatever_its_colours(monkeypatch):
+def test_a_timm_name_gives_timms_features_whatever_its_colors(monkeypatch):
     """augreg's ViTs see pictures of mean .5 and deviation .5; ours are given ImageNet's."""
     real = timm.create_model
 
@@ -136,13 +136,13 @@ def test_a_timm_name_gives_timms_features_whatever_its_colours(monkeypatch):
     ],
 )
 def test_a_timm_name_that_will_not_do_is_told(name, told):
-    with pytest.raises(Mistake, match=f"timm:{name}: .*{told}"):
+    with pytest.raises(UserError, match=f"timm:{name}: .*{told}"):
         load_backbone(f"timm:{name}")
 
 
 def test_without_a_network_a_timm_name_is_told(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(Mistake, match=r"timm:vit_tiny_patch16_384: its weights are not here and cannot be fetched"):
+    with pytest.raises(UserError, match=r"timm:vit_tiny_patch16_384: its weights are not here and cannot be fetched"):
         load_backbone("timm:vit_tiny_patch16_384")
 
 
@@ -150,7 +150,7 @@ def test_leopart_of_the_oracle(oracle):
     tensors = {
         n.removeprefix("loss.teacher."): t for n, t in oracle("g_leopart").items() if n.startswith("loss.teacher.")
     }
-    ours = our_names(tensors)
+    ours = remap_keys(tensors)
     assert "backbone.blocks.1.mlp.fc2.bias" in ours
     assert not any("prototypes" in n or "projection" in n for n in ours)
 
@@ -159,21 +159,21 @@ def test_what_is_wrong_is_named(vit, tmp_path):
     path = tmp_path / "weights.pth"
     plain = dict(vit.state_dict())
     torch.save(plain | {"blocks.0.attn.rel_pos": torch.ones(1)}, path)
-    with pytest.raises(Mistake, match=r"'blocks\.0\.attn\.rel_pos' is no name"):
+    with pytest.raises(UserError, match=r"'blocks\.0\.attn\.rel_pos' is no name"):
         load_backbone(path)
     torch.save({n: t for n, t in plain.items() if n != "blocks.1.norm1.weight"}, path)
-    with pytest.raises(Mistake, match=r"'blocks\.1\.norm1\.weight' is missing"):
+    with pytest.raises(UserError, match=r"'blocks\.1\.norm1\.weight' is missing"):
         load_backbone(path)
     torch.save(plain | {"norm.bias": torch.ones(3)}, path)
-    with pytest.raises(Mistake, match=r"'norm\.bias' has shape \(3,\), expected \(64,\)"):
+    with pytest.raises(UserError, match=r"'norm\.bias' has shape \(3,\), expected \(64,\)"):
         load_backbone(path)
     torch.save({"cls_pos_embed": torch.ones(1, 1, 64)}, path)
-    with pytest.raises(Mistake, match="one is missing"):
+    with pytest.raises(UserError, match="one is missing"):
         load_backbone(path)
     torch.save([1, 2], path)
-    with pytest.raises(Mistake, match="holds no state dict"):
+    with pytest.raises(UserError, match="holds no state dict"):
         load_backbone(path)
-    with pytest.raises(Mistake, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         load_backbone(tmp_path / "nothing.pth")
 
 
@@ -187,9 +187,9 @@ def test_nothing_is_executed(tmp_path):
     for name, write in (("plain.pth", pickle.dump), ("zip.pth", lambda x, f: torch.save(x, f))):
         with open(tmp_path / name, "wb") as file:
             write({"teacher": Hostile()}, file)
-        with pytest.raises(Mistake, match="not weights that can be read safely"):
+        with pytest.raises(UserError, match="not weights that can be read safely"):
             load_backbone(tmp_path / name)
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(Mistake, match=r"broken\.safetensors"):
+    with pytest.raises(UserError, match=r"broken\.safetensors"):
         load_backbone(tmp_path / "broken.safetensors")
     assert not canary.exists()

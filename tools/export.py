@@ -5,8 +5,8 @@
 NETWORK is a run folder, a checkpoint, a backbone file, weights of DINO, DenseDINO, Leopart or timm, or timm:NAME.
 
     DST/model.safetensors   the backbone under timm's names
-    DST/config.json         architecture, its arguments, size and normalisation of the pictures, as timm's hub keeps them
-    DST/model.onnx          --onnx: normalised pictures float32 [batch,3,S,S] -> cls [batch,D], patches [batch,N,D]
+    DST/config.json         architecture, its arguments, size and normalization of the pictures, as timm's hub keeps them
+    DST/model.onnx          --onnx: normalized pictures float32 [batch,3,S,S] -> cls [batch,D], patches [batch,N,D]
 
 The last line printed is the Python that loads it; nothing of this repository is needed for that. Before the folder is
 called finished, timm loads it, and its features are those of the network here; with --onnx, ONNX Runtime's too.
@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from eval.datasets import shorter_side
 from model.vit import ARCHS, ViT
 from model.weights import load_backbone
-from pipeline.augment import MEAN, STD
+from pipeline.augment.recipe import MEAN, STD
 from runtime.checkpoint import save_tensors
-from runtime.mistake import Mistake, tell_mistakes
+from runtime.errors import UserError, run_cli
 
 NEAR = 1e-3  # of the largest feature: other kernels round otherwise, other weights are far
 OPSET = 20  # 18 is the least that torch writes, 20 the first with a GELU of its own
@@ -96,10 +96,10 @@ class Tokens(nn.Module):
 
 
 def export_onnx(model: nn.Module, size: int, path: Path) -> None:
-    """Write model.onnx, its batch dynamic, whole or not at all. Raises Mistake where the packages are missing."""
+    """Write model.onnx, its batch dynamic, whole or not at all. Raises UserError where the packages are missing."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
-            raise Mistake(f"--onnx: package {package} is missing; `.venv/bin/pip install -e '.[onnx]'`")
+            raise UserError(f"--onnx: package {package} is missing; `.venv/bin/pip install -e '.[onnx]'`")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's exporter, about itself
         program = torch.onnx.export(
@@ -138,16 +138,16 @@ def _far(got: Sequence[Tensor], own: Sequence[Tensor]) -> float:
 
 
 def export(vit: ViT, folder: Path, onnx: bool) -> dict[str, float]:
-    """Fill the folder; returns what `farthest` finds. Raises Mistake where it holds something else, and where the features
+    """Fill the folder; returns what `farthest` finds. Raises UserError where it holds something else, and where the features
     come out otherwise."""
     if vit.attention == "all_query":
-        raise Mistake(
+        raise UserError(
             "trained with reference.attention: all_query, its patches never attend to [CLS]; a plain ViT's do, and "
             "would make other features of the same weights"
         )
     config = folder / "config.json"
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_export(config))):
-        raise Mistake(f"{folder} is not empty and holds no export; name another folder")
+        raise UserError(f"{folder} is not empty and holds no export; name another folder")
     about = hub_config(vit)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,10 +158,10 @@ def export(vit: ViT, folder: Path, onnx: bool) -> dict[str, float]:
         save_tensors(folder / "model.safetensors", tensors, header)
         far = farthest(vit, folder, onnx)
     except OSError as error:
-        raise Mistake(f"{folder}: {error.strerror}") from None
+        raise UserError(f"{folder}: {error.strerror}") from None
     wrong = [f"{who}'s by {d:.1e}" for who, d in far.items() if d > NEAR]
     if wrong:
-        raise Mistake(f"{folder}: features differ from {' and '.join(wrong)}; what lies there is not to be used")
+        raise UserError(f"{folder}: features differ from {' and '.join(wrong)}; what lies there is not to be used")
     return far
 
 
@@ -191,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    tell_mistakes(main)
+    run_cli(main)

@@ -1,12 +1,12 @@
-"""Paint a small labelled set of scenes that minutes on a CPU can learn something from.
+"""Paint a small labeled set of scenes that minutes on a CPU can learn something from.
 
     python -m tools.make_scenes DST [--train 3000] [--val 1000] [--size 48] [--seed 0]
 
 A scene is one salient object and one or two small distractors of other classes on a patchwork ground. A class is a shape
 with a texture of its own, in two complementary hues that it shares with one other class and that change places at random:
-the colours narrow the class down to two, shape and texture decide. Place, size (by area) and turn are drawn alike for all
+the colors narrow the class down to two, shape and texture decide. Place, size (by area) and turn are drawn alike for all
 classes, and every ground has all hues in it, because whatever is constant within a picture and unrelated to the class is
-learnt in its stead (../shared/facts/learning-on-two-cores.md). A scene is a pure function of (seed, split, number, size).
+learned in its stead (../shared/facts/learning-on-two-cores.md). A scene is a pure function of (seed, split, number, size).
 
     DST/JPEGImages/<id>.jpg  SegmentationClass/<id>.png  ImageSets/Segmentation/{train,val}.txt    Pascal VOC's layout
     DST/train/<class>/<id>.jpg  val/<class>/<id>.jpg                    the same files, by the salient object's class
@@ -33,15 +33,15 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from pipeline.draws import uniform
-from runtime.mistake import Mistake, tell_mistakes
+from pipeline.random import uniform
+from runtime.errors import UserError, run_cli
 
 VERSION = 1  # of what is painted: another number, another set
 UNITS = 48.0
 OBJECTS = 3  # the salient one, a distractor, and one more in half of the scenes
 CHUNK = 50  # pictures painted at once, whatever the number of processes
 DIAMETER = ((0.42, 0.60), (0.16, 0.25), (0.16, 0.25))  # of each object, as a share of the side
-MARGIN = (0.3, 0.1, 0.1)  # least distance of each object's centre from the picture's edge, as a share of the side
+MARGIN = (0.3, 0.1, 0.1)  # least distance of each object's center from the picture's edge, as a share of the side
 CELLS = 14  # patches of a ground
 
 Floats = NDArray[np.float32]
@@ -165,7 +165,7 @@ _SCALES = np.array([_scale(shape) for shape, _ in CLASSES.values()], np.float32)
 
 
 def hue(turn: NDArray[np.floating]) -> Floats:
-    """A colour of full saturation for each turn of the hue wheel: [..., 3] in [0, 1]; its channels' mean is 1/2."""
+    """A color of full saturation for each turn of the hue wheel: [..., 3] in [0, 1]; its channels' mean is 1/2."""
     thirds = np.array([0, 1 / 3, 2 / 3], np.float32)
     return (0.5 + 0.5 * np.cos(2 * np.pi * (turn[..., None].astype(np.float32) - thirds))).astype(np.float32)
 
@@ -204,12 +204,12 @@ def ground(seed: int, split: str, number: NDArray[np.int64], x: Floats, y: Float
     cell = np.arange(CELLS, dtype=np.float32)[:, None, None]
     turn = (draw[..., 2] + cell) / CELLS
     light = (draw[..., 3] + cell * 5 % CELLS) / CELLS
-    colour = np.float32(0.3) * hue(turn) + np.float32(0.4) * light[..., None]
+    color = np.float32(0.3) * hue(turn) + np.float32(0.4) * light[..., None]
     total, weights = np.float32(0), np.float32(1e-30)
     for c in range(CELLS):
         away = np.hypot(x - 52 * draw[:, c, ..., 0] + 2, y - 52 * draw[:, c, ..., 1] + 2) - 6 * draw[:, c, ..., 4]
         weight = np.exp(-away)[..., None]
-        total, weights = total + weight * colour[:, c], weights + weight
+        total, weights = total + weight * color[:, c], weights + weight
     total = total / weights
     total = (total - total.mean((1, 2), keepdims=True)) / total.std((1, 2), keepdims=True)
     grain = uniform(seed, split, number, "grain", shape=(*x.shape[-2:], 1)).astype(np.float32)
@@ -258,13 +258,13 @@ def _turned(dx: Floats, dy: Floats, angle: NDArray) -> tuple[Floats, Floats]:
 
 
 def voc_palette() -> list[int]:
-    """Pascal VOC's colours: the bits of a class number, dealt out to red, green and blue."""
-    colours = np.zeros((256, 3), int)
+    """Pascal VOC's colors: the bits of a class number, dealt out to red, green and blue."""
+    colors = np.zeros((256, 3), int)
     for bit in range(8):
         digit = np.arange(256) >> (3 * (bit % 3)) if bit < 3 else np.zeros(256, int)
         for channel in range(3):
-            colours[:, channel] |= ((digit >> channel) & 1) << (7 - bit)
-    return colours.ravel().tolist()
+            colors[:, channel] |= ((digit >> channel) & 1) << (7 - bit)
+    return colors.ravel().tolist()
 
 
 def write_chunk(numbers: range, *, folder: Path, seed: int, split: str, size: int) -> int:
@@ -283,7 +283,7 @@ def write_chunk(numbers: range, *, folder: Path, seed: int, split: str, size: in
 
 
 def make(folder: Path, *, train: int, val: int, size: int, seed: int) -> None:
-    """The whole set, beside `folder` until it is whole. Raises Mistake where `folder` holds something else."""
+    """The whole set, beside `folder` until it is whole. Raises UserError where `folder` holds something else."""
     settings = {"version": VERSION, "train": train, "val": val, "size": size, "seed": seed}
     told = folder / "scenes.json"
     if told.is_file():
@@ -294,9 +294,9 @@ def make(folder: Path, *, train: int, val: int, size: int, seed: int) -> None:
         changed = ", ".join(
             f"{k} {before.get(k)} there, {settings[k]} now" for k in settings if before.get(k) != settings[k]
         )
-        raise Mistake(f"{folder} holds other scenes ({changed}); name another folder, or remove it")
+        raise UserError(f"{folder} holds other scenes ({changed}); name another folder, or remove it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Mistake(f"{folder} is not empty and holds no scenes; name another folder")
+        raise UserError(f"{folder} is not empty and holds no scenes; name another folder")
     begun = time.monotonic()
     work = folder.with_name(f".{folder.name}.painting")
     shutil.rmtree(work, ignore_errors=True)
@@ -307,7 +307,7 @@ def make(folder: Path, *, train: int, val: int, size: int, seed: int) -> None:
             for kind in CLASSES:
                 (work / split / kind).mkdir(parents=True)
     except OSError as error:
-        raise Mistake(f"{folder}: {error.strerror}") from None
+        raise UserError(f"{folder}: {error.strerror}") from None
     with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
         for split, count in (("train", train), ("val", val)):
             chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
@@ -335,9 +335,9 @@ def main() -> None:
     args = parser.parse_args()
     for name, least in (("train", 1), ("val", 1), ("size", 16), ("seed", 0)):
         if getattr(args, name) < least:
-            raise Mistake(f"--{name}: at least {least}, this is {getattr(args, name)}")
+            raise UserError(f"--{name}: at least {least}, this is {getattr(args, name)}")
     make(args.dst, train=args.train, val=args.val, size=args.size, seed=args.seed)
 
 
 if __name__ == "__main__":
-    tell_mistakes(main)
+    run_cli(main)

@@ -1,12 +1,12 @@
 """Photos become shards:  python -m tools.make_shards make SRC DST | verify DST | index DST
 
 make    writes DST/shard-%06d.tar (plain WebDataset tars), index.npy and manifest.json from a folder of photos, a tar of
-        photos, or ImageNet's own tars as they are (`tools/sharding/sources.py` says which photos have a class, and why).
+        photos, or ImageNet's own tars as they are (`pipeline/prepare/sources.py` says which photos have a class, and why).
 verify  reads every shard again and names each sample that is damaged or lost.
 index   writes manifest and index for WebDataset tars that others made; the tars stay as they are.
 
 Every photo is decoded once, whole, so that what is in an index is known to decode. An upright 8-bit JPEG is kept byte by
-byte, all else becomes one (`tools/sharding/photo.py` says how), counted by kind in the manifest. --resize-short N also
+byte, all else becomes one (`pipeline/prepare/photo.py` says how), counted by kind in the manifest. --resize-short N also
 re-encodes what has more than N pixels on its short side; shards are cut by the sizes of the sources, so they come out
 of another size than --shard-mb then. A photo that does not decode, has more than --max-pixels (read from its header, before
 anything is decoded) or is something else under a photo's name goes to rejected.jsonl; more than --max-bad of them stop
@@ -34,23 +34,23 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.decode import MAX_PIXELS
-from pipeline.draws import hash64, permute
-from pipeline.shards import Shards
-from runtime.mistake import Mistake, tell_mistakes
-from tools.sharding.existing import index, verify
-from tools.sharding.folder import (
+from pipeline.prepare.existing import index, verify
+from pipeline.prepare.folder import (
     WORK,
     Record,
     ShardFile,
-    alone_in,
+    folder_lock,
     replace_file,
     sync_folder,
     write_folder,
     write_rejected,
 )
-from tools.sharding.photo import bound_pixels, prepare, why_bad
-from tools.sharding.sources import Listing, Photo, Source, Unread, list_photos, shown
-from tools.sharding.work import MB, Progress, each
+from pipeline.prepare.photo import bound_pixels, decode_error, prepare
+from pipeline.prepare.sources import Photo, Source, SourceIndex, Unread, list_photos, shown
+from pipeline.prepare.work import MB, Progress, each
+from pipeline.random import hash64, permute
+from pipeline.shards import Shards
+from runtime.errors import UserError, run_cli
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def make_shard(job: Job) -> Done:
                 data = source.read(photo, at_most=4 * settings.max_pixels)
                 ready = prepare(data, settings.resize_short, settings.quality)
             except MemoryError:
-                raise Mistake("out of memory; fewer --processes or a lower --max-pixels need less") from None
+                raise UserError("out of memory; fewer --processes or a lower --max-pixels need less") from None
             except Exception as error:  # a hostile photo can make Pillow raise anything
-                record.rejected.append({"source": shown(photo.name), "reason": why_bad(error)})
+                record.rejected.append({"source": shown(photo.name), "reason": decode_error(error)})
                 record.unread += isinstance(error, Unread)
                 continue
             (record.kept if ready.kept else record.converted)[ready.kind] += 1
@@ -131,18 +131,18 @@ def make(options: argparse.Namespace) -> None:
     src, dst = options.src.resolve(), options.dst.resolve()
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     if dst.is_relative_to(src) or src.is_relative_to(dst):
-        raise Mistake(f"DST {options.dst} lies in SRC {options.src}, or SRC in DST; take a folder beside it")
+        raise UserError(f"DST {options.dst} lies in SRC {options.src}, or SRC in DST; take a folder beside it")
     try:
         listing = list_photos(src, options.labels, options.devkit)
     except OSError as error:
-        raise Mistake(f"{shown(str(error.filename or src))}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{shown(str(error.filename or src))}: cannot be read: {error.strerror}") from None
     total = sum(p.size for p in listing.photos)
     print(f"{len(listing.photos):,} photos, {total / MB:,.0f} MB; {shown(listing.told)}", flush=True)
     task = {
         "source": {"photos": len(listing.photos), "bytes": total, "sha256": listing.digest()},
         "settings": asdict(settings),
     }
-    with alone_in(dst):
+    with folder_lock(dst):
         if (dst / "manifest.json").exists():
             whole = Shards(dst)  # raises if one is missing
             _refuse_other(dst, whole.manifest, task)
@@ -153,21 +153,21 @@ def make(options: argparse.Namespace) -> None:
         _take_up(dst, task)
         done = _make_shards(jobs, options.processes, options.max_bad)
         if done.bad == done.photos:
-            raise Mistake(f"{src}: not one of its photos is sound; {dst}/rejected.jsonl says why")
+            raise UserError(f"{src}: not one of its photos is sound; {dst}/rejected.jsonl says why")
         records = (_read_record(job) for job in jobs)
         write_folder(dst, records, {**task, "classes": listing.classes}, listing.skipped)
 
 
 def _refuse_other(dst: Path, there: dict, now: dict) -> None:
-    """Raise Mistake where the folder's shards are of another source or other settings."""
+    """Raise UserError where the folder's shards are of another source or other settings."""
     if there.get("source", {}).get("sha256") != now["source"]["sha256"]:
         photos = there.get("source", {}).get("photos", "?"), now["source"]["photos"]
-        raise Mistake(f"{dst} holds shards of other photos or labels ({photos[0]} photos there, {photos[1]} now); "
+        raise UserError(f"{dst} holds shards of other photos or labels ({photos[0]} photos there, {photos[1]} now); "
                       "take another DST, or delete it")  # fmt: skip
     before = there.get("settings", {})
     differences = [f"{k} {before.get(k)} there, {v} now" for k, v in now["settings"].items() if before.get(k) != v]
     if differences:
-        raise Mistake(f"{dst} holds shards made otherwise: {'; '.join(differences)}; take another DST, or delete it")
+        raise UserError(f"{dst} holds shards made otherwise: {'; '.join(differences)}; take another DST, or delete it")
 
 
 def _take_up(dst: Path, task: dict) -> None:
@@ -179,13 +179,15 @@ def _take_up(dst: Path, task: dict) -> None:
             draft.unlink()
         return
     if any(dst.glob("*.tar")):
-        raise Mistake(f"{dst}: holds tars that this program did not make; take another DST, or `make index DST={dst}`")
+        raise UserError(
+            f"{dst}: holds tars that this program did not make; take another DST, or `make index DST={dst}`"
+        )
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     replace_file(told, json.dumps(task).encode())
 
 
-def share_out(listing: Listing, src: Path, dst: Path, settings: Settings) -> list[Job]:
+def share_out(listing: SourceIndex, src: Path, dst: Path, settings: Settings) -> list[Job]:
     """Shuffle the photos and cut them into shards of about the same number of bytes, at most `shard_mb` and one photo."""
     n = len(listing.photos)
     shuffled = [listing.photos[i] for i in permute(np.arange(n), n, hash64(settings.seed, "shards"))]
@@ -201,7 +203,7 @@ def share_out(listing: Listing, src: Path, dst: Path, settings: Settings) -> lis
 
 
 def _make_shards(jobs: list[Job], processes: int, max_bad: float) -> Done:
-    """Make the shards that are not there yet. Raises Mistake as soon as more than `max_bad` of all photos are bad."""
+    """Make the shards that are not there yet. Raises UserError as soon as more than `max_bad` of all photos are bad."""
     finished = {job.name: done for job in jobs if (done := _finished(job))}
     todo = [job for job in jobs if job.name not in finished]
     photos = sum(len(job.photos) for job in jobs)
@@ -238,7 +240,7 @@ def _stop_if_bad(so_far: Done, photos: int, max_bad: float, jobs: list[Job]) -> 
     dst = jobs[0].dst
     rejected = [r for job in jobs if _record_path(job).exists() for r in _read_record(job).rejected]
     write_rejected(dst, rejected)
-    raise Mistake(
+    raise UserError(
         f"{so_far.bad} of the first {so_far.photos:,} photos are bad, more than --max-bad {max_bad:g} of all {photos:,}; "
         f"the first: {rejected[0]['source']}: {rejected[0]['reason']}; all: {dst}/rejected.jsonl; "
         "what is done is kept, a higher --max-bad goes on"
@@ -280,7 +282,7 @@ def main() -> int | None:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
-    """Raise Mistake where an option lies outside its bounds."""
+    """Raise UserError where an option lies outside its bounds."""
     for name, low, high in (
         ("shard_mb", 0.001, math.inf), ("processes", 1, math.inf), ("max_pixels", 1, math.inf),
         ("resize_short", 1, math.inf), ("quality", 1, 100), ("max_bad", 0, 1),
@@ -288,8 +290,8 @@ def _check_numbers(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise Mistake(f"--{name.replace('_', '-')} {value}: give a number {span}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number {span}")
 
 
 if __name__ == "__main__":
-    tell_mistakes(main)
+    run_cli(main)

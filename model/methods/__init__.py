@@ -4,7 +4,7 @@ from importlib import import_module
 
 from model.methods.base import Method, StepOutput
 from runtime.config import Config
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
 METHODS = {"dino": "model.methods.dino:DINO", "densedino": "model.methods.densedino:DenseDINO"}
 
@@ -13,10 +13,10 @@ __all__ = ["METHODS", "Method", "StepOutput", "build"]
 
 def build(config: Config) -> Method:
     """The method that `config.method` names: one of METHODS, or module:Class for one of your own, where `import module`
-    finds it. Raises Mistake where it does not."""
+    finds it. Raises UserError where it does not."""
     module, _, name = METHODS.get(config.method, config.method).partition(":")
     try:
         made = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise Mistake(f"method: {config.method} is not found ({error})") from None
+        raise UserError(f"method: {config.method} is not found ({error})") from None
     return made(config)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.heads import ProjectionHead
-from model.losses import CrossEntropy
+from model.losses.cross_entropy import CrossEntropy
 from model.methods.base import StepOutput
 from model.methods.dino import DINO, DINONetwork, mean_token
 from model.methods.student_teacher import STUDENT, TEACHER, stack_pairs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.heads import ProjectionHead
-from model.losses import CrossEntropy
+from model.losses.cross_entropy import CrossEntropy
 from model.methods.base import StepOutput
 from model.methods.student_teacher import STUDENT, TEACHER, Network, StudentTeacher
 from model.vit import build_vit
@@ -31,7 +31,7 @@ class DINONetwork(Network):
         head = config.head
         return ProjectionHead(
             self.backbone.width, hidden=head.hidden, bottleneck=head.bottleneck, prototypes=head.prototypes,
-            norm=head.norm, unit_prototypes=head.unit_prototypes,
+            norm=head.norm, norm_last_layer=head.norm_last_layer,
         )  # fmt: skip
 
 

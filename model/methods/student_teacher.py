@@ -36,7 +36,7 @@ class StudentTeacher(Method):
         super().__init__()
         self.views, self.points = len(config.views), config.points
         self.student = new_network(config.model.drop_path)
-        self.student.backbone.recompute = config.speed.recompute
+        self.student.backbone.recompute = config.speed.activation_checkpointing
         self.teacher = new_network(0.0)
         self.teacher.load_state_dict(self.student.state_dict(), strict=False)  # the student may have a predictor more
         self.teacher.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The real program, alone or under torchrun: started, watched while it trains, hurt, and looked at afterwards."""
+"""The real program, alone or under torchrun: started, watched while it trains, hurt, and looked at afterward."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pipeline.loader import choose_reader
-from runtime.checkpoint import newest_whole
-from runtime.mistake import Mistake
-from runtime.record import read_jsonl
+from runtime.checkpoint import latest_valid
+from runtime.errors import UserError
+from runtime.metrics import read_jsonl
 from tests.conftest import ROOT
 
 HURT = """
@@ -36,7 +36,7 @@ def forward(self, batch, at):
 DenseDINO.forward = forward
 {before}
 if __name__ == "__main__":  # reading processes import this file
-    train.tell_mistakes(train.main)
+    train.run_cli(train.main)
 """
 
 
@@ -125,7 +125,7 @@ class Program:
 def has_dali() -> bool:
     try:
         return choose_reader("dali", torch.device("cpu"))[0] == "dali"
-    except Mistake:
+    except UserError:
         return False
 
 
@@ -180,7 +180,7 @@ def log(folder: Path) -> dict[str, list]:
 
 def final(folder: Path) -> dict[str, Tensor]:
     """All state of the newest checkpoint."""
-    found = newest_whole(folder / "checkpoints")
+    found = latest_valid(folder / "checkpoints")
     assert found
     return found.tensors()
 

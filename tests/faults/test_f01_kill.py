@@ -1,6 +1,6 @@
 """F01: kill -9 of everything at a random step, 20 times, then the same command again: bit-equal to a run left alone.
 
-Equal are all state (weights, moments, centres), the log of samples and the losses of every step. What is lost is what came
+Equal are all state (weights, moments, centers), the log of samples and the losses of every step. What is lost is what came
 after the newest checkpoint: one interval, and what the disk was behind.
 """
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.checkpoint import Writer, newest_whole
+from runtime.checkpoint import Writer, latest_valid
 
 ROOT = Path(__file__).parents[2]
-PAPERS = ("seed: 0\n", {"samples": 1, "shards": 1, "sha256": ""}, {"world size": "1"})  # config, data, made_with
+PAPERS = ("seed: 0\n", {"samples": 1, "shards": 1, "sha256": ""}, {"world size": "1"})  # config, data, environment
 KEEP = 2
 
 
@@ -82,14 +82,14 @@ def kill(tmp_path_factory):
 @pytest.mark.fault("F02")
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.fast if n < 6 else ()) for n in range(50)])
 def test_the_newest_whole_checkpoint_loads(kill, seed, capsys):
-    before = newest_whole(kill.folder)
+    before = latest_valid(kill.folder)
     assert before
     step = next(kill.steps)
     offset = np.random.default_rng(seed).uniform(-0.05, 1.05) * kill.size
     assert kill(step, offset) == -signal.SIGKILL
 
     left = list(kill.folder.glob(".*"))
-    found = newest_whole(kill.folder)
+    found = latest_valid(kill.folder)
     assert found
     assert found.step == (before.step if left else step)  # what was being written, or what stood before
     assert all((t == found.step).all() for t in found.tensors().values())

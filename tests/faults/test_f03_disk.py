@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_program
 
-from runtime.checkpoint import newest_whole
+from runtime.checkpoint import latest_valid
 
 EVERY = 20  # steps: writing takes a small part of the time between two checkpoints
 STATE = "head.prototypes=6000"  # 3.4 MB
-WORDS = (STATE, "optim.epochs=2000", "optim.warmup=0", f"run.checkpoint_every={EVERY}", "run.log_every=1")
+WORDS = (STATE, "optim.epochs=2000", "optim.warmup_epochs=0", f"run.checkpoint_every={EVERY}", "run.log_every=1")
 
 
 def mount(folder: Path, *options: str) -> None:
@@ -54,7 +54,7 @@ class Run:
         assert self.process.returncode == 2
         assert "Traceback" not in told
         assert not list(self.checkpoints.glob(".*"))
-        found = newest_whole(self.checkpoints)
+        found = latest_valid(self.checkpoints)
         assert found
         step = found.step
         assert step >= EVERY
@@ -79,7 +79,7 @@ def test_a_full_disk(tiny_config, tmp_path):
         assert "not written: No space left on device" in run.ended()
         assert run.free < 3_400_000
         (disk / "ballast").unlink()
-        last = [f"optim.epochs={run.step / 5 + 0.4}", "--force=optim.epochs"]  # two steps more
+        last = [f"optim.epochs={run.step / 5 + 0.4}", "--allow-change=optim.epochs"]  # two steps more
         told = run_program("train.py", tiny_config, f"run.folder={disk / 'run'}", *WORDS, *last).stdout
         assert f"resumed at step {run.step} from" in told
         assert f"finished: {run.step + 2} steps" in told

@@ -1,5 +1,5 @@
 """F04: shards that are cut, overwritten or emptied. The manifest finds them before a run starts; a run that is told to bear
-the loss (data.max_lost) goes on, and says sample by sample what it lost.
+the loss (data.max_missing) goes on, and says sample by sample what it lost.
 
 Where webdataset ends without a word after 10 of 20 samples (cut at a member's edge, in a header, a header of random bytes),
 nothing is lost here that is not missing: photos are read by offset.
@@ -19,9 +19,9 @@ from conftest import ROOT, run_program
 
 from pipeline.shards import Plan, Shards
 from runtime.config import load_config
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
-SHORT = ["optim.epochs=1", "optim.warmup=0"]
+SHORT = ["optim.epochs=1", "optim.warmup_epochs=0"]
 KINDS = ["cut in a photo", "cut between members", "cut in a header", "a header of random bytes", "empty"]
 
 
@@ -64,7 +64,7 @@ def test_strict(damage, tiny_config, tmp_path):
         told = run_program("train.py", tiny_config, f"data.shards={damage.folder}", expect=2).stderr
         assert damage.told in told
         assert f"in all {len(damage.lost)} of {damage.samples} samples are lost" in told
-        assert "data.max_lost=" in told
+        assert "data.max_missing=" in told
         assert told.startswith("error: ")
         assert told.count("\n") == 1
         assert not (tmp_path / "run").exists()
@@ -80,7 +80,7 @@ def test_strict(damage, tiny_config, tmp_path):
 
 def ids_of_an_epoch(config: Path, shards: Path) -> list[int]:
     c = load_config(config, SHORT)
-    plan = Plan(Shards(shards), batch=c.optim.batch, seed=c.seed, holdout=c.data.holdout)
+    plan = Plan(Shards(shards), batch=c.optim.global_batch_size, seed=c.seed, holdout=c.data.holdout)
     return [int(i) for step in range(plan.steps_per_epoch) for i in plan.samples_of(step)]
 
 
@@ -89,9 +89,9 @@ def test_tolerant(damage, tiny_shards, tiny_config, tmp_path):
     """Every planned sample that is lost is replaced and told; no other is. Above the share that is borne nothing starts."""
     words = [*SHORT, "run.log_every=1", f"data.shards={damage.folder}"]
     if damage.lost:
-        with pytest.raises(Mistake, match=f"in all {len(damage.lost)} of {damage.samples} samples are lost"):
-            Shards(damage.folder, max_lost=0.01)
-    said = run_program("train.py", tiny_config, *words, "data.max_lost=0.6").stdout
+        with pytest.raises(UserError, match=f"in all {len(damage.lost)} of {damage.samples} samples are lost"):
+            Shards(damage.folder, max_missing=0.01)
+    said = run_program("train.py", tiny_config, *words, "data.max_missing=0.6").stdout
     assert "finished: 5 steps" in said
     planned = ids_of_an_epoch(tiny_config, tiny_shards)
     listed = tmp_path / "run" / "damaged.jsonl"
@@ -132,7 +132,7 @@ def test_damage_while_the_run_goes_on(tiny_shards, tiny_config, tmp_path):
     finally:
         trainer.send_signal(signal.SIGKILL)
     assert trainer.returncode == 2
-    assert "samples are damaged in one epoch, more than data.max_bad: 0.001" in said
+    assert "samples are damaged in one epoch, more than data.max_corrupt: 0.001" in said
     listed = [json.loads(line) for line in (tmp_path / "run" / "damaged.jsonl").read_text().splitlines()]
     assert {row["planned"] for row in listed} <= set(range(len(records)))
     assert {(row["shard"], row["why"]) for row in listed} == {

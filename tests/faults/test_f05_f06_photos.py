@@ -1,7 +1,7 @@
 """F05, F06: photos whose bytes are broken, and samples without a photo: when shards are made, when tars are adopted, and in
 training, where a broken photo costs nothing but itself until there are too many.
 
-DALI loses the whole batch, lightly-train fills in grey without a word, webdataset stops.
+DALI loses the whole batch, lightly-train fills in gray without a word, webdataset stops.
 """
 
 import importlib.util
@@ -15,11 +15,11 @@ import torch
 from conftest import run_program
 from pictures import overwrite, photo, tar_of, tree
 
-from pipeline import wds
+from pipeline.readers import webdataset
 from pipeline.shards import Plan, Shards
 from runtime.config import load_config
 
-SHORT = ["optim.epochs=1", "optim.warmup=0"]
+SHORT = ["optim.epochs=1", "optim.warmup_epochs=0"]
 HTML = b"<!DOCTYPE html><html><title>404 Not Found</title></html>"
 READERS = ["wds"] + ["dali"] * (importlib.util.find_spec("nvidia.dali") is not None)
 
@@ -107,9 +107,9 @@ def test_a_broken_photo(kind, tiny_shards, tiny_config, tmp_path):
     overwrite(folder, sample, changed)
     before = overwrite(folder, later, become(shards.read(later)))
     reader = READERS[list(BROKEN).index(kind) % len(READERS)]
-    words = [*SHORT, f"data.shards={folder}", f"speed.reader={reader}", "run.log_every=1", "data.max_bad=0.012"]
+    words = [*SHORT, f"data.shards={folder}", f"speed.reader={reader}", "run.log_every=1", "data.max_corrupt=0.012"]
     told = run_program("train.py", tiny_config, *words, expect=2).stderr
-    assert f"2 of {plan.samples} samples are damaged in one epoch, more than data.max_bad: 0.012" in told
+    assert f"2 of {plan.samples} samples are damaged in one epoch, more than data.max_corrupt: 0.012" in told
     assert f"{tmp_path / 'run'}/damaged.jsonl lists them" in told
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]  # on past the first, and up to the second
@@ -130,8 +130,8 @@ def test_a_broken_photo(kind, tiny_shards, tiny_config, tmp_path):
     read_instead = []
     for reader in READERS:
         if reader == "dali":
-            from pipeline import dali
-        read = wds.read if reader == "wds" else dali.read
+            from pipeline.readers import dali
+        read = webdataset.read if reader == "wds" else dali.read
         (batch,) = read(config, shards, plan, start=1, stop=2)
         assert [len(v) for v in batch.views] == [16, 16]
         read_instead.append(batch.rows)

@@ -20,7 +20,7 @@ from pictures import encoded, pixels, tar_of, tree
 from PIL import Image
 
 from pipeline import decode as decoding
-from pipeline import wds
+from pipeline.readers import webdataset
 from pipeline.shards import Plan, Shards
 from runtime.config import load_config
 
@@ -37,14 +37,14 @@ class Format(NamedTuple):
 def formats() -> dict[str, Format]:
     rgb = pixels(1, 60, 80)
     image = Image.fromarray(rgb)
-    grey = np.asarray(image.convert("L"))
-    grey3 = np.asarray(image.convert("L").convert("RGB"))
+    gray = np.asarray(image.convert("L"))
+    gray3 = np.asarray(image.convert("L").convert("RGB"))
     see_through = np.where(np.arange(80) < 40, 255, 0)[None].repeat(60, 0).astype(np.uint8)
     half = Image.fromarray(np.dstack([rgb, see_through]))
     over_white = np.where(see_through[..., None] > 0, rgb, 255)
     deep = np.linspace(0, 65535, 60 * 80).astype(np.uint16).reshape(60, 80)
     high = (deep >> 8).astype(np.uint8)[..., None].repeat(3, 2)
-    palette = Image.fromarray(pixels(2, 1, 80).repeat(60, 0)).quantize(256)  # 80 colours, none of them lost
+    palette = Image.fromarray(pixels(2, 1, 80).repeat(60, 0)).quantize(256)  # 80 colors, none of them lost
     of_palette = np.asarray(palette.convert("RGB"))
     turned = Image.Exif()
     turned[0x0112] = 6  # turn clockwise to view
@@ -55,8 +55,8 @@ def formats() -> dict[str, Format]:
         "png": Format(encoded(rgb, "PNG"), "png", "PNG RGB", rgb, rgb),
         "png called jpg": Format(encoded(rgb, "PNG"), "jpg", "PNG RGB", rgb, rgb),
         "cmyk": Format(encoded(image.convert("CMYK"), quality=95), "jpg", "JPEG CMYK", rgb, rgb),
-        "grey": Format(encoded(grey, quality=95), "jpg", "JPEG L", grey3, grey3, True),
-        "grey of 16 bits": Format(encoded(Image.fromarray(deep), "PNG"), "png", "PNG I;16", high, high),
+        "gray": Format(encoded(gray, quality=95), "jpg", "JPEG L", gray3, gray3, True),
+        "gray of 16 bits": Format(encoded(Image.fromarray(deep), "PNG"), "png", "PNG I;16", high, high),
         "rgba": Format(encoded(half, "PNG"), "png", "PNG RGBA", over_white, rgb),
         "palette": Format(encoded(palette, "PNG"), "png", "PNG P", of_palette, of_palette),
         "gif": Format(encoded(palette, "GIF"), "gif", "GIF P", of_palette, f"GIF P: {convert}"),
@@ -83,13 +83,15 @@ class Seen(NamedTuple):
 
 def read(folder: Path, config_of: Path) -> dict[int, Seen]:
     """{label: what the readers make of the photo}, each photo a batch of its own, so that none stands in for another."""
-    config = load_config(config_of, ["optim.batch=1", "data.holdout=0", "speed.threads=1", f"data.shards={folder}"])
+    config = load_config(
+        config_of, ["optim.global_batch_size=1", "data.holdout=0", "speed.dali_threads=1", f"data.shards={folder}"]
+    )
     shards = Shards(folder)
     plan = Plan(shards, batch=1, seed=0)
     views: dict[int, dict[str, list[np.ndarray]]] = {i: {} for i in range(len(shards))}
-    readers = {"wds": wds.read}
+    readers = {"wds": webdataset.read}
     if importlib.util.find_spec("nvidia.dali"):
-        from pipeline import dali
+        from pipeline.readers import dali
 
         readers["dali"] = dali.read
     for name, reader in readers.items():
@@ -122,7 +124,7 @@ def folders(tmp_path_factory, tiny_shards):
 
 
 def check(seen: Seen, wanted: np.ndarray) -> None:
-    got = wds.decode(seen.photo).permute(1, 2, 0).numpy()
+    got = webdataset.decode(seen.photo).permute(1, 2, 0).numpy()
     assert got.shape == wanted.shape
     assert np.abs(got.astype(int) - wanted).mean() <= 2
     for reader in seen.views:
@@ -177,4 +179,4 @@ def exif(entries: bytes, count: int, marker: bytes = b"Exif\0\0") -> bytes:
 def test_exif_turns_no_photo_in_a_reader(data):
     """Nor does EXIF that Pillow, torchcodec and DALI understand each in another way."""
     want = np.asarray(Image.open(io.BytesIO(encoded(pixels(1, 60, 80), quality=95))))
-    assert np.array_equal(wds.decode(data).permute(1, 2, 0).numpy(), want)
+    assert np.array_equal(webdataset.decode(data).permute(1, 2, 0).numpy(), want)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import wds
+from pipeline.readers import webdataset
 from pipeline.shards import Plan, Shards
 from runtime.config import load_config
 from tests.conftest import run_program
@@ -69,7 +69,7 @@ def test_fewer_shards_than_ranks_and_workers_give_the_same_samples(tiny_config, 
     config = load_config(tiny_config, [f"data.shards={tmp_path / 'one'}", "speed.workers=2"])
     shards = Shards(config.data.shards)
     plan = Plan(shards, batch=16, seed=config.seed)
-    read = [list(wds.read(config, shards, plan, start=0, stop=5, rank=rank, world=2)) for rank in range(2)]
+    read = [list(webdataset.read(config, shards, plan, start=0, stop=5, rank=rank, world=2)) for rank in range(2)]
     for step, batches in enumerate(zip(*read, strict=True)):
         for rank, batch in enumerate(batches):
             assert batch.step == step

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import remote, wds
 from pipeline.batch import Batch
+from pipeline.readers import webdataset
+from pipeline.remote import cache
 from pipeline.shards import Plan, Shards
 from runtime.config import Config, load_config
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 from tests import faulty_server as faulty
 from tests.conftest import run_program
 from tests.faulty_server import FaultyServer
@@ -27,13 +28,13 @@ STALL = 0.5  # seconds
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.002)
+    monkeypatch.setattr(cache, "FIRST_WAIT", 0.002)
 
 
 @pytest.fixture
 def config(tiny_config, tmp_path) -> Config:
     config = load_config(tiny_config)
-    config.speed.cache, config.speed.stall_seconds = str(tmp_path / "cache"), STALL
+    config.speed.cache, config.speed.read_timeout = str(tmp_path / "cache"), STALL
     return config
 
 
@@ -46,7 +47,7 @@ def server(tiny_shards) -> Iterator[FaultyServer]:
 def batches(config: Config, shards: str) -> list[Batch]:
     opened = Shards(shards, config.speed)
     plan = Plan(opened, batch=16, seed=config.seed, holdout=config.data.holdout)
-    return list(wds.read(config, opened, plan, start=0, stop=3))
+    return list(webdataset.read(config, opened, plan, start=0, stop=3))
 
 
 def comes_through(config: Config, server: FaultyServer) -> None:
@@ -62,7 +63,7 @@ def comes_through(config: Config, server: FaultyServer) -> None:
 
 def told(config: Config, server: FaultyServer) -> str:
     """What the reader says; nothing that could be taken for a shard is left of it."""
-    with pytest.raises(Mistake) as mistake:
+    with pytest.raises(UserError) as mistake:
         batches(config, server.address)
     return str(mistake.value)
 
@@ -147,7 +148,7 @@ def test_http_no_length(config, server):
 @pytest.mark.fast
 def test_http_stall(config, server):
     shard = needed_shard(config, server)
-    config.speed.stall_seconds = 0.2
+    config.speed.read_timeout = 0.2
     server.behave(shard["name"], faulty.stall(25_000), faulty.stall(None))
     server.behave("manifest.json", faulty.stall(None))
     comes_through(config, server)
@@ -164,15 +165,15 @@ def test_http_stall(config, server):
 @F09
 @pytest.mark.fast
 def test_http_slow(config, server):
-    """Slower than `stall_seconds` as a whole, but never silent for so long: it may take its time."""
+    """Slower than `read_timeout` as a whole, but never silent for so long: it may take its time."""
     shard = needed_shard(config, server)
-    config.speed.stall_seconds = 0.4
+    config.speed.read_timeout = 0.4
     server.behave(shard["name"], faulty.slow(shard["bytes"] // 15, 0.05))
     comes_through(config, server)
     assert server.starts(shard["name"]) == [0]
 
     config.speed.cache += "-2"
-    config.speed.stall_seconds = 0.1
+    config.speed.read_timeout = 0.1
     server.always(shard["name"], faulty.slow(shard["bytes"], 0.3))
     assert "no byte for 0.1 s (8 x)" in told(config, server)
 
@@ -291,7 +292,7 @@ def test_s3_5xx(config, bucket, tiny_shards, tiny_config, tmp_path):
     bucket.failing = 10**6
     config.speed.cache += "-2"
     with pytest.raises(
-        Mistake, match=r"s3://photos/tiny/shard-\d+.tar: did not come in 8 tries and .*503 SlowDown: Please.* \(8 x\)"
+        UserError, match=r"s3://photos/tiny/shard-\d+.tar: did not come in 8 tries and .*503 SlowDown: Please.* \(8 x\)"
     ):
         batches(config, "s3://photos/tiny")
 
@@ -301,21 +302,21 @@ def test_s3_denied(config, bucket, monkeypatch):
     iam = bucket.client("iam")
     iam.create_user(UserName="guest")
     guest = iam.create_access_key(UserName="guest")["AccessKey"]
-    with pytest.raises(Mistake, match=r"s3://photos/nowhere: no shards here \(no manifest.json: 404 NoSuchKey"):
+    with pytest.raises(UserError, match=r"s3://photos/nowhere: no shards here \(no manifest.json: 404 NoSuchKey"):
         batches(config, "s3://photos/nowhere")
-    with pytest.raises(Mistake, match=r"s3://nobody: no shards here \(no manifest.json: 404 NoSuchBucket"):
+    with pytest.raises(UserError, match=r"s3://nobody: no shards here \(no manifest.json: 404 NoSuchBucket"):
         batches(config, "s3://nobody")
     bucket.ask_who()
     which = "which credentials\\? AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; AWS_ENDPOINT_URL"
-    with pytest.raises(Mistake, match=rf"tiny/manifest.json: denied \(403 InvalidAccessKeyId: .*\); {which}"):
+    with pytest.raises(UserError, match=rf"tiny/manifest.json: denied \(403 InvalidAccessKeyId: .*\); {which}"):
         batches(config, "s3://photos/tiny")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", guest["AccessKeyId"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", guest["SecretAccessKey"])
-    with pytest.raises(Mistake, match=rf"tiny/manifest.json: denied \(403 AccessDenied: .*\); {which}"):
+    with pytest.raises(UserError, match=rf"tiny/manifest.json: denied \(403 AccessDenied: .*\); {which}"):
         batches(config, "s3://photos/tiny")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(Mistake, match=rf"denied \(Unable to locate credentials\); {which}"):
+    with pytest.raises(UserError, match=rf"denied \(Unable to locate credentials\); {which}"):
         batches(config, "s3://photos/tiny")
 
 
@@ -324,9 +325,9 @@ def test_s3_denied(config, bucket, monkeypatch):
 
 @pytest.mark.skipif(os.environ.get("FAULTS") != "all", reason="starts DALI's processes; part of make faults")
 def test_through_dali_too(config, server):
-    dali = pytest.importorskip("pipeline.dali")
+    dali = pytest.importorskip("pipeline.readers.dali")
     shard = needed_shard(config, server)
-    config.speed.threads = config.speed.workers = 1
+    config.speed.dali_threads = config.speed.workers = 1
 
     def read(shards: str) -> list[Batch]:
         opened = Shards(shards, config.speed)
@@ -339,6 +340,6 @@ def test_through_dali_too(config, server):
     config.speed.cache += "-2"
     server.asked.clear()
     server.always(shard["name"], faulty.status(404))
-    with pytest.raises(Mistake, match=rf"{shard['name']}: is missing \(404 Not Found\)"):
+    with pytest.raises(UserError, match=rf"{shard['name']}: is missing \(404 Not Found\)"):
         read(server.address)
     assert len(server.starts(shard["name"])) <= 6  # once for each batch that was under way, not for each sample

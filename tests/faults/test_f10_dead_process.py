@@ -33,7 +33,7 @@ def test_a_process_dies(tiny_config, tmp_path, how):
     assert all(words in err for words in told), err
     assert gone(family)
 
-    words = ["run.checkpoint_every=5", "run.keep=9"]
+    words = ["run.checkpoint_every=5", "run.keep_checkpoints=9"]
     restarted, whole = tmp_path / "restarted", tmp_path / "whole"
     code, out, err = Program(
         tiny_config, *words, f"run.folder={restarted}", processes=2, script=script, options=["--max-restarts=1"]

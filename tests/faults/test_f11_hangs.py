@@ -70,13 +70,13 @@ def test_a_reading_process_stands_still(tiny_config, tmp_path):
 def test_the_loader_stalls(tiny_config, tmp_path):
     """As a file system does that answers no more."""
     stall = """
-from pipeline import wds
-fetch = wds.Stages.fetch
+from pipeline.readers import webdataset
+fetch = webdataset.BatchBuilder.fetch
 def stalled_fetch(self, step):
     while step == 7:
         time.sleep(1)
     return fetch(self, step)
-wds.Stages.fetch = stalled_fetch
+webdataset.BatchBuilder.fetch = stalled_fetch
 """
     program = Program(tiny_config, *WORDS, f"run.folder={tmp_path / 'run'}", script=hurt(tmp_path, before=stall))
     program.reach(5)

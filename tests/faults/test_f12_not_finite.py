@@ -1,12 +1,12 @@
 """F12: a loss or gradient that is not finite. The step is taken by no process, nothing moves bit for bit, it is counted;
-after run.max_skipped in a row the run stops, with a replay file and the last checkpoint as it was."""
+after run.max_nonfinite_steps in a row the run stops, with a replay file and the last checkpoint as it was."""
 
 import json
 
 import pytest
 
-from runtime.checkpoint import newest_whole, open_checkpoint
-from runtime.record import read_jsonl
+from runtime.checkpoint import latest_valid, open_checkpoint
+from runtime.metrics import read_jsonl
 from tests.faults.program import Program, equal, final, hurt
 
 pytestmark = pytest.mark.fault("F12")
@@ -29,12 +29,12 @@ def state(folder, step: int):
 def test_a_step_is_skipped(tiny_config, tmp_path, kind):
     spoil, processes = SPOILT[kind]
     run = tmp_path / "run"
-    words = ["run.checkpoint_every=1", "run.keep=99", "optim.epochs=2", f"run.folder={run}"]
+    words = ["run.checkpoint_every=1", "run.keep_checkpoints=99", "optim.epochs=2", f"run.folder={run}"]
     code, out, err = Program(tiny_config, *words, processes=processes, script=hurt(tmp_path, spoil)).end()
     assert code == 0, err
     assert "finished: 10 steps" in out
     before, after, next_one = (state(run, n) for n in (7, 8, 9))
-    assert equal(before, after)  # student, teacher, centres, moments and their count
+    assert equal(before, after)  # student, teacher, centers, moments and their count
     assert not equal(after, next_one)
     told = {row["step"]: row for row in read_jsonl(run / "metrics.jsonl")}
     assert [step for step, row in told.items() if "skipped_steps" in row] == [8]
@@ -44,22 +44,24 @@ def test_a_step_is_skipped(tiny_config, tmp_path, kind):
 
 @pytest.mark.fast
 def test_too_many_in_a_row_stop_the_run(tiny_config, tmp_path):
-    run, words = tmp_path / "run", ["run.max_skipped=3", "run.checkpoint_every=7"]
+    run, words = tmp_path / "run", ["run.max_nonfinite_steps=3", "run.checkpoint_every=7"]
     spoil = 'if step >= 7: log["loss"] = log["loss"] * float("nan")'
     code, _, err = Program(tiny_config, *words, f"run.folder={run}", script=hurt(tmp_path, spoil)).end()
     assert code == 1
-    assert "error: loss or gradient was not finite for 3 steps in a row, up to step 9 (run.max_skipped: 3)" in err
+    assert (
+        "error: loss or gradient was not finite for 3 steps in a row, up to step 9 (run.max_nonfinite_steps: 3)" in err
+    )
     assert f"the last checkpoint stands; {run}/replay.json names the steps and their samples" in err
     assert "Traceback" not in err
     replay = json.loads((run / "replay.json").read_text())
     assert replay["steps"] == [7, 8, 9]
     seen = {str(row["step"]): row["samples"] for row in read_jsonl(run / "samples.jsonl")}
     assert replay["ids"] == {str(step): seen[str(step)] for step in replay["steps"]}
-    assert "max_skipped: 3" in replay["config"]
-    found = newest_whole(run / "checkpoints")
+    assert "max_nonfinite_steps: 3" in replay["config"]
+    found = latest_valid(run / "checkpoints")
     assert found
     assert found.step == 7
     whole = tmp_path / "whole"
-    code, _, err = Program(tiny_config, *words, f"run.folder={whole}", "run.keep=9").end()
+    code, _, err = Program(tiny_config, *words, f"run.folder={whole}", "run.keep_checkpoints=9").end()
     assert code == 0, err
     assert equal(final(run), state(whole, 7))

@@ -1,19 +1,19 @@
 """F14: the same twice, whatever the machine: threads, workers, prefetch, clock and time zone change no bit; processes and
-accumulation change no sample, window, point or colour, and no loss beyond rounding; another seed changes all."""
+accumulation change no sample, window, point or color, and no loss beyond rounding; another seed changes all."""
 
 import pytest
 
-from runtime.record import read_jsonl
+from runtime.metrics import read_jsonl
 from tests.conftest import write_config
 from tests.faults.program import Program, equal, final, has_dali, hurt, log
 
 pytestmark = pytest.mark.fault("F14")
 
-WORDS = ("optim.epochs=2", "optim.warmup=0")  # 10 steps
+WORDS = ("optim.epochs=2", "optim.warmup_epochs=0")  # 10 steps
 DRAWN = """
     with open(os.environ["DRAWN"] + str(rank), "a") as file:
         for i, sample in enumerate(batch.ids.tolist()):
-            what = [batch.windows[i].tolist(), batch.view_points[i].tolist(), batch.colour[i].tolist()]
+            what = [batch.windows[i].tolist(), batch.view_points[i].tolist(), batch.color[i].tolist()]
             print(json.dumps({"step": step, "sample": sample, "drawn": what}), file=file)
 """
 CLOCK = """
@@ -52,8 +52,8 @@ def test_threads(same, tmp_path):
     if not has_dali():
         pytest.skip("DALI is not installed here")
     config, _ = same
-    one = run(config, tmp_path / "one", "speed.reader=dali", "speed.threads=1", "speed.workers=1")
-    assert is_same(run(config, tmp_path / "three", "speed.reader=dali", "speed.threads=3", "speed.workers=1"), one)
+    one = run(config, tmp_path / "one", "speed.reader=dali", "speed.dali_threads=1", "speed.workers=1")
+    assert is_same(run(config, tmp_path / "three", "speed.reader=dali", "speed.dali_threads=3", "speed.workers=1"), one)
 
 
 def test_workers(same, tmp_path):
@@ -76,7 +76,7 @@ def test_processes_and_accumulation(same, tmp_path, monkeypatch, how):
     other = (
         {"options": {"processes": 2}, "words": []}
         if how == "processes"
-        else {"options": {}, "words": ["speed.accumulate=2"]}
+        else {"options": {}, "words": ["speed.grad_accum_steps=2"]}
     )
 
     def drawn(name, *extra, **options):

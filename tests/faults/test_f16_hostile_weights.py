@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, run_program
 
 from model.weights import load_backbone, read_network
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
 HEAD = {
     "mlp.0.weight": torch.ones(4, 64), "last_layer.weight_g": torch.ones(5, 1), "last_layer.weight_v": torch.ones(5, 4),
@@ -63,7 +63,7 @@ def test_a_pickle_as_the_checkpoint_to_resume_from(tiny_config, tmp_path):
 def test_a_pickle_among_pretrained_weights(tmp_path):
     weights = {"cls_token": torch.ones(1, 1, 64), "pos_embed": Hostile(tmp_path / "canary")}
     for path in both_kinds(tmp_path, {"state_dict": weights}):
-        with pytest.raises(Mistake) as told:
+        with pytest.raises(UserError) as told:
             read_network(path, "student")
         assert str(told.value).startswith(f"{path}: {UNSAFE}")
     assert not (tmp_path / "canary").exists()
@@ -86,7 +86,7 @@ def test_a_pickle_inside_a_head(tmp_path):
     assert set(read_network(path)[0]) == {f"cls_head.{name}" for name in HEAD}  # without the hostile part it is one
     teacher["head.last_layer.weight_v"] = Hostile(tmp_path / "canary")
     for path in both_kinds(tmp_path, {"teacher": teacher}):
-        with pytest.raises(Mistake) as told:
+        with pytest.raises(UserError) as told:
             read_network(path)
         assert str(told.value).startswith(f"{path}: {UNSAFE}")
     assert not (tmp_path / "canary").exists()
@@ -96,7 +96,7 @@ READ = """
 import resource, sys
 from pathlib import Path
 from model.weights import load_backbone
-from runtime.mistake import Mistake
+from runtime.errors import UserError
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -106,7 +106,7 @@ for path in sys.argv[1:]:
     try:
         load_backbone(path)
         told = "LOADED"
-    except Mistake as mistake:
+    except UserError as mistake:
         told = str(mistake)
     print(peak() - before, told)
 """
@@ -236,5 +236,5 @@ def test_a_good_file_is_taken(tmp_path):
     header = {"pos_embed": tensor([1, 5, 4], 0, 80), "patch_embed.proj.weight": tensor([4, 3, 1, 1], 80, 128)}
     path = safetensors(tmp_path / "w.safetensors", header, 128 * b"\0")
     assert set(read_network(path)[0]) == {"backbone.pos_embed", "backbone.patch_embed.proj.weight"}
-    with pytest.raises(Mistake, match="'cls_token' is missing"):
+    with pytest.raises(UserError, match="'cls_token' is missing"):
         load_backbone(path)

@@ -176,7 +176,7 @@ def test_a_hostile_tar(kind, ordinary, tmp_path):
         assert f"passed over {skipped}\n" in said
         shards = Shards(home / folder)
         photos = [shards.read(i) for i in range(len(shards))]
-        assert all(shards.is_sound(i, p) for i, p in enumerate(photos))
+        assert all(shards.is_valid(i, p) for i, p in enumerate(photos))
         assert {*photos} >= {*GOOD}
         assert {*photos} <= {*GOOD, photo(3), photo(4)}
         if refused:

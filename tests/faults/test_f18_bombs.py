@@ -26,15 +26,15 @@ MAKE = "from tools.make_shards import main; code = main()"
 TRAIN = "from train import main; code = main()"
 READ = """
 import importlib.util
-from pipeline import wds
+from pipeline.readers import webdataset
 from pipeline.shards import Plan, Shards
 from runtime.config import load_config
-readers = {"wds": wds.read}
+readers = {"wds": webdataset.read}
 if importlib.util.find_spec("nvidia.dali"):
-    from pipeline import dali
+    from pipeline.readers import dali
     readers["dali"] = dali.read
 for folder in sys.argv[2:]:
-    config = load_config(sys.argv[1], ["data.shards=" + folder, "optim.batch=4"])
+    config = load_config(sys.argv[1], ["data.shards=" + folder, "optim.global_batch_size=4"])
     shards = Shards(folder)
     plan = Plan(shards, batch=4, seed=0)
     rows = {n: [i for b in read(config, shards, plan, start=0, stop=6) for i in b.rows.tolist()]
@@ -53,7 +53,7 @@ BOMBS = {
 PHOTOS, SIDE = 12, 850
 GOOD = {f"{i}.jpg": photo(i) for i in range(8)}
 MORE = ("--max-bad", "0.3", "--processes", "1")
-SHORT = ["optim.epochs=2", "optim.warmup=0", "optim.batch=4", "data.holdout=0", "run.log_every=1"]
+SHORT = ["optim.epochs=2", "optim.warmup_epochs=0", "optim.global_batch_size=4", "data.holdout=0", "run.log_every=1"]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_bomb(kind, sound, ordinary, tmp_path):
     assert not {int(i) for i in replaced.strip("()").split(",")} & set(places)
 
     # and by the trainer
-    words = [*SHORT, f"data.shards={bombed}", f"run.folder={tmp_path / 'run'}", "data.max_bad=0.5"]
+    words = [*SHORT, f"data.shards={bombed}", f"run.folder={tmp_path / 'run'}", "data.max_corrupt=0.5"]
     done, peak = run_measured(TRAIN, config, *words)
     assert "finished: 6 steps" in done.stdout
     assert peak < ordinary["train"] + 200

@@ -1,6 +1,6 @@
 """F20: a folder that holds a run of other architecture, size, loss, data, batch or program is left alone, told in words.
 
-Uncounted beside them: what may differ does, and what --force lets pass, by name only.
+Uncounted beside them: what may differ does, and what --allow-change lets pass, by name only.
 """
 
 import json
@@ -12,10 +12,10 @@ import pytest
 from conftest import run_program, write_config
 from safetensors.torch import load_file, save_file
 
-from runtime.checkpoint import newest_whole
+from runtime.checkpoint import latest_valid
 from runtime.config import load_config
 
-FIVE_STEPS = ("optim.epochs=1", "optim.warmup=0", "run.checkpoint_every=2", "run.keep=3")
+FIVE_STEPS = ("optim.epochs=1", "optim.warmup_epochs=0", "run.checkpoint_every=2", "run.keep_checkpoints=3")
 WHOLE = os.environ.get("FAULTS") == "all"
 
 
@@ -59,7 +59,7 @@ ANOTHER = {
         ["loss.alpha: 0.5 there, 0.3 now", "reference.center: loss there, published now"],
     ),
     "data set": (["data.shards={others}"], ["data.shards: 96 samples in ", " shards there, 95 samples in "]),
-    "global batch": (["optim.batch=8"], ["optim.batch: 16 there, 8 now"]),
+    "global batch": (["optim.global_batch_size=8"], ["optim.global_batch_size: 16 there, 8 now"]),
     "older version": (
         ["run.folder={older}"], ["a checkpoint of format 1, this program goes on from format 2", "RUN=another/folder"]
     ),
@@ -73,7 +73,7 @@ def test_another_run_is_refused_with_the_difference(finished, other_shards, tmp_
     words, told = ANOTHER[what]
     run = finished.parent / "run"
     if what == "older version":  # a file as the first version wrote it
-        found = newest_whole(run / "checkpoints")
+        found = latest_valid(run / "checkpoints")
         assert found
         shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
         header = {"format": "1", "step": str(found.step), "config": found.config, "sha256": "0" * 64}
@@ -82,7 +82,7 @@ def test_another_run_is_refused_with_the_difference(finished, other_shards, tmp_
     words = [word.format(others=other_shards, older=run) for word in words]
     before = contents(run)
     # naming another value forces nothing, and a section is no name
-    forced = ["--force", "optim.lr", "--force", "seed"]
+    forced = ["--allow-change", "optim.lr", "--allow-change", "seed"]
     message = run_program("train.py", finished, *FIVE_STEPS, *words, *forced, expect=2).stderr
     assert message.startswith("error: ")
     assert message.count("\n") == 1
@@ -90,33 +90,35 @@ def test_another_run_is_refused_with_the_difference(finished, other_shards, tmp_
         assert word in message
     if what != "older version":
         assert f"{run} holds another run (" in message
-        assert "--force NAME goes on in this one" in message
+        assert "--allow-change NAME goes on in this one" in message
     assert contents(run) == before  # nothing is lost, or even touched
 
 
 def test_a_section_cannot_be_forced(finished):
-    message = run_program("train.py", finished, *FIVE_STEPS, "--force", "loss", "loss.alpha=0.3", expect=2).stderr
-    assert message.startswith(f"error: {finished}: --force loss: no such key")
+    message = run_program(
+        "train.py", finished, *FIVE_STEPS, "--allow-change", "loss", "loss.alpha=0.3", expect=2
+    ).stderr
+    assert message.startswith(f"error: {finished}: --allow-change loss: no such key")
 
 
 @pytest.mark.skipif(not WHOLE, reason="make faults runs it")
 def test_where_the_photos_lie_makes_no_difference(finished, tiny_shards, tmp_path):
     """The same shards in another folder, another reader's settings, another budget: the same run."""
     shutil.copytree(tiny_shards, tmp_path / "moved")
-    words = [f"data.shards={tmp_path / 'moved'}", "speed.prefetch=5", "data.max_bad=0.5"]
+    words = [f"data.shards={tmp_path / 'moved'}", "speed.prefetch=5", "data.max_corrupt=0.5"]
     assert "is finished: 5 steps" in run_program("train.py", finished, *FIVE_STEPS, *words).stdout
 
 
 @pytest.mark.skipif(not WHOLE, reason="make faults runs it")
 def test_force_lets_pass_what_it_names(finished, tmp_path):
-    """--force twice: both differences pass and are told, and the run goes on; what no name can force are shapes."""
+    """--allow-change twice: both differences pass and are told, and the run goes on; what no name can force are shapes."""
     shutil.copytree(finished.parent / "run", tmp_path / "run")
     folder = f"run.folder={tmp_path / 'run'}"
-    forced = ["--force", "data.jitter.hue", "--force", "loss.alpha"]
+    forced = ["--allow-change", "data.jitter.hue", "--allow-change", "loss.alpha"]
     words = [*FIVE_STEPS, folder, "optim.epochs=1.2", "data.jitter.hue=0.05"]
     message = run_program("train.py", finished, *words, "loss.alpha=0.3", *forced, expect=2).stderr
     assert "holds another run (optim.epochs: 1.0 there, 1.2 now)" in message
-    told = run_program("train.py", finished, *words, "loss.alpha=0.3", *forced, "--force=optim.epochs").stdout
+    told = run_program("train.py", finished, *words, "loss.alpha=0.3", *forced, "--allow-change=optim.epochs").stdout
     for line in (
         "resumed at step 5 from ", "forced: data.jitter.hue: 0.1 there, 0.05 now", "forced: loss.alpha: 0.5 there, 0.3 now",
         "finished: 6 steps",
@@ -127,7 +129,7 @@ def test_force_lets_pass_what_it_names(finished, tmp_path):
     assert "finished: 6 steps" in run_program("train.py", finished, *words, "loss.alpha=0.3").stdout
 
     before = contents(tmp_path / "run")
-    shape = ["head.prototypes=50", "--force", "head.prototypes"]
+    shape = ["head.prototypes=50", "--allow-change", "head.prototypes"]
     message = run_program("train.py", finished, *words, "loss.alpha=0.3", *shape, expect=2).stderr
     assert "another model's, which nothing can force" in message
     assert "cls_center' is (40,) there, (50,) here" in message
@@ -148,17 +150,17 @@ def test_a_changed_world_size_resumes_and_is_told(finished, tmp_path):
     assert "resumed at step 2 from " in told
     assert line in told.splitlines()
     assert "finished: 5 steps" in told
-    found = newest_whole(tmp_path / "run" / "checkpoints")
+    found = latest_valid(tmp_path / "run" / "checkpoints")
     assert found
-    assert found.made_with["world size"] == "2"
+    assert found.environment["world size"] == "2"
 
 
 def test_what_a_checkpoint_holds(finished):
-    """Student, teacher, both centres, AdamW's moments, step, config, data, versions; and nothing else."""
-    found = newest_whole(finished.parent / "run" / "checkpoints")
+    """Student, teacher, both centers, AdamW's moments, step, config, data, versions; and nothing else."""
+    found = latest_valid(finished.parent / "run" / "checkpoints")
     assert found
     assert (found.step, found.data["samples"]) == (5, 96)
-    assert {"world size", "precision", "device", "reader", "torch", "git"} <= found.made_with.keys()
+    assert {"world size", "precision", "device", "reader", "torch", "git"} <= found.environment.keys()
     tensors = load_file(found.path)  # by the library itself
     kinds = {name.partition(".")[0] for name in tensors}
     assert kinds == {"student", "teacher", "cls_center", "reference_center", "adamw"}
@@ -167,7 +169,7 @@ def test_what_a_checkpoint_holds(finished):
         "exp_avg",
         "exp_avg_sq",
     }
-    assert json.loads((finished.parent / "run" / "versions.jsonl").read_text())["torch"] == found.made_with["torch"]
+    assert json.loads((finished.parent / "run" / "versions.jsonl").read_text())["torch"] == found.environment["torch"]
 
 
 def test_no_torch_before_a_run_is_refused(finished):

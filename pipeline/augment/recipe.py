@@ -1,0 +1,151 @@
+"""The color recipe of each view: its draws (NumPy), and their application to a batch on the device (torch).
+
+DINO's recipe (Caron et al. 2021, as in BYOL): with probability p a jitter of brightness, contrast, saturation and hue, in
+a random order; gray; Gaussian blur; solarization; ImageNet's mean and deviation. One definition serves both readers.
+Letters: B images, V views, H x W pixels.
+"""
+
+import itertools
+from functools import reduce
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.random import uniform
+from runtime.config import Data, Views
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+ORDERS = list(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
+# columns of the draws; 1, 1, 1, 0, 0, 0, 0 changes nothing
+ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, SIGMA, SOLARIZE = range(8)
+RADIUS = 6  # of the blur's window, pixels: three times the largest sigma
+
+
+def draw_color(key: NDArray[np.uint64], data: Data, views: list[Views]) -> NDArray[np.float32]:
+    """Draws for every view [B,V,8]: order (0..23), brightness, contrast, saturation (factors), hue (turns), gray (0 or 1),
+    sigma (pixels; 0: no blur), solarize (0 or 1). key [B]: hash of (seed, epoch, sample id)."""
+    u = uniform(key, "color", shape=(len(views), 10))  # [B,V,10]
+    jitter = data.jitter
+    jittered = u[..., 0] < jitter.probability
+
+    def factor(column: int, strength: float) -> NDArray:
+        low = max(0.0, 1 - strength)
+        return np.where(jittered, low + u[..., column] * (1 + strength - low), 1.0)
+
+    blur = np.array([v.blur[0] for v in views])
+    solarize = np.array([v.solarize[0] for v in views])
+    columns = [
+        np.floor(u[..., 1] * len(ORDERS)),
+        factor(2, jitter.brightness),
+        factor(3, jitter.contrast),
+        factor(4, jitter.saturation),
+        np.where(jittered, (2 * u[..., 5] - 1) * jitter.hue, 0.0),
+        u[..., 6] < data.grayscale,
+        np.where(u[..., 7] < blur, 0.1 + 1.9 * u[..., 8], 0.0),
+        u[..., 9] < solarize,
+    ]
+    return np.stack(columns, axis=-1).astype(np.float32)
+
+
+Planes = tuple[Tensor, ...]  # red, green and blue, each [n,H,W] in [0,1]
+
+
+def _gray(x: Planes) -> Tensor:
+    """ITU-R 601 luma -> [n,H,W]."""
+    return 0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]
+
+
+def _turn_hue(x: Planes, turns: Tensor) -> Planes:
+    """Hue turned by `turns` [n,1,1] (1: once round), through HSV as Pillow and torchvision do."""
+    r, g, b = x
+    value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = value - low
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    hue = torch.where(
+        value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    )  # in sixths of a turn
+    hue = hue + 6 * turns
+
+    def channel(shift: float) -> Tensor:  # one closed form for all six sectors (Smith 1978, as in CSS Color 4)
+        k = shift + hue
+        k = k - 6 * (k / 6).floor()
+        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+    return channel(5), channel(3), channel(1)
+
+
+def _blend(x: Planes, which: Tensor, draws: Tensor, mean: Tensor) -> Planes:
+    """One of brightness (0), contrast (1), saturation (2) for each image; 3 leaves it as it is. which [n]; mean [n,1,1]: of
+    the gray image, that contrast blends with."""
+    factors = torch.cat([draws[:, BRIGHTNESS : SATURATION + 1], torch.ones_like(draws[:, :1])], 1)
+    f = factors.gather(1, which[:, None]).view(-1, 1, 1)
+    which = which.view(-1, 1, 1)
+    target = torch.where(which == 2, _gray(x), torch.where(which == 1, mean, 0.0)) * (1 - f)
+    return tuple((channel * f + target).clamp(0, 1) for channel in x)
+
+
+def _jitter(x: Planes, order: Tensor, draws: Tensor, stop: Tensor | int, mean: Tensor) -> Planes:
+    """The jitter in each image's order [n,4], up to place `stop` (exclusive). Hue is the one costly operation: it is done
+    once, the three blends before and after it as the order says."""
+    hue_at = (order == 3).long().argmax(1)
+    nothing = torch.full_like(hue_at, 3)
+
+    def blend(x: Planes, place: int, wanted: Tensor) -> Planes:
+        return _blend(x, torch.where(wanted & (place < stop), order[:, place], nothing), draws, mean)
+
+    for place in range(3):
+        x = blend(x, place, place < hue_at)
+    turned = _turn_hue(x, draws[:, HUE].view(-1, 1, 1))
+    reached = (hue_at < stop).view(-1, 1, 1)
+    x = tuple(torch.where(reached, new, old) for new, old in zip(turned, x, strict=True))
+    for place in range(1, 4):
+        x = blend(x, place, place > hue_at)
+    return x
+
+
+def _blur(x: Planes, sigma: Tensor) -> Planes:
+    """Gaussian blur with sigma [n] pixels, edges extended; sigma 0: as it is."""
+    offsets = torch.arange(-RADIUS, RADIUS + 1, device=sigma.device, dtype=sigma.dtype)
+    weights = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-2)[:, None]) ** 2)  # sigma 0 leaves the middle tap alone
+    taps = (weights / weights.sum(1, keepdim=True))[..., None, None].unbind(1)  # 13 of [n,1,1]
+
+    def blur(plane: Tensor) -> Tensor:
+        h, w = plane.shape[-2:]
+        padded = F.pad(plane, (RADIUS,) * 4, mode="replicate")
+        rows = reduce(torch.add, (padded[:, i : i + h] * tap for i, tap in enumerate(taps)))
+        return reduce(torch.add, (rows[..., i : i + w] * tap for i, tap in enumerate(taps)))
+
+    return tuple(blur(plane) for plane in x)
+
+
+def apply_color(
+    views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float32, orders: Tensor | None = None
+) -> Tensor:
+    """Views of one size as the network takes them.
+
+    views uint8 [B,V,H,W,3] and draws [B,V,8] on the device -> [V,B,3,H,W], normalized, in `dtype`. orders: ORDERS on the
+    device, so that it need not wait at every step for a copy from the host.
+    """
+    b, v, h, w, _ = views.shape
+    red, green, blue = views.transpose(0, 1).reshape(v * b, h, w, 3).unbind(-1)
+    x: Planes = (red / 255, green / 255, blue / 255)
+    draws = draws.transpose(0, 1).reshape(v * b, -1)
+    orders = torch.tensor(ORDERS, device=views.device) if orders is None else orders
+    order = orders[draws[:, ORDER].long()]  # [n,4]
+    # Contrast alone asks for the whole image, its mean gray. What comes before it is computed twice, the first time for
+    # that mean: compiled, each time is one reading of the pixels, and nothing in between is written.
+    contrast_at = (order == 1).long().argmax(1)
+    before = _jitter(x, order, draws, contrast_at, torch.zeros_like(draws[:, :1, None]))
+    x = _jitter(x, order, draws, 4, _gray(before).mean((1, 2), keepdim=True))
+    gone, turned = (draws[:, column].view(-1, 1, 1) > 0 for column in (GRAY, SOLARIZE))
+    gray = _gray(x)
+    x = _blur(tuple(torch.where(gone, gray, channel) for channel in x), draws[:, SIGMA])
+    planes = []
+    for channel, mean, std in zip(x, MEAN, STD, strict=True):
+        channel = torch.where(turned & (channel > 127.5 / 255), 1 - channel, channel)  # Pillow's 128 and above
+        planes.append(((channel - mean) / std).to(dtype))
+    return torch.stack(planes, 1).view(v, b, 3, h, w)

@@ -1,0 +1,88 @@
+"""Many jobs in many processes, and how far they are."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from runtime.errors import UserError
+
+MB = 10**6
+
+
+def each(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Generator[Any, None, None]:
+    """Results of work(job), as they come. One process: here; more: spawned ones that end when this one does."""
+    if min(processes, len(jobs)) <= 1:
+        yield from map(work, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(processes, len(jobs)), context, initializer=set_up_worker)
+    try:
+        for done in as_completed([pool.submit(work, job) for job in jobs]):
+            yield done.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed from outside, for want of memory perhaps: fewer --processes need less; "
+            "what is done is kept, the same command goes on"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def set_up_worker() -> None:
+    """Ctrl-C is the parent's to handle; and where the parent is killed, its workers must not write on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+class Progress:
+    """What is done, how fast, and for how long yet: a live line on a terminal, else a line every ten seconds."""
+
+    def __init__(self, verb: str, size: int):
+        self.verb, self.size = verb, size
+        self.done_photos = self.done_size = 0
+        self.start = self.told = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Live
+
+            self.live = Live(TextColumn(self.verb), BarColumn(), TextColumn("{task.description}"))
+            self.task = self.live.add_task("", total=self.size)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if sys.stdout.isatty():
+            self.live.stop()
+
+    def step(self, photos: int, size: int) -> None:
+        self.done_photos += photos
+        self.done_size += size
+        now = time.monotonic()
+        seconds = max(now - self.start, 1e-9)
+        left = (self.size - self.done_size) * seconds / max(self.done_size, 1)
+        text = (
+            f"{100 * self.done_size / max(self.size, 1):.0f} %, {self.done_photos:,} photos, "
+            f"{self.done_photos / seconds:,.0f}/s, {self.done_size / seconds / MB:,.0f} MB/s, "
+            f"{int(left // 60)}:{int(left % 60):02d} left"
+        )
+        if sys.stdout.isatty():
+            self.live.update(self.task, completed=self.done_size, description=text)
+        elif now - self.told > 10:
+            self.told = now
+            print(f"{self.verb}: {text}", flush=True)
