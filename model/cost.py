@@ -1,4 +1,4 @@
-"""What a step of one image costs: matrix arithmetic and memory, counted with torch's fake tensors."""
+"""Cost of a training step for one image: arithmetic and memory, counted with torch's fake tensors."""
 
 import itertools
 from dataclasses import dataclass
@@ -16,51 +16,51 @@ from runtime.schedule import StepValues
 
 @dataclass
 class Cost:
-    """What one image of a step costs, and what the method holds whatever the batch."""
+    """Cost of one image of a step, and the size of the networks."""
 
-    flops: int  # of forward and backward passes, two for each multiplication and addition of a matrix product
+    flops: int  # forward and backward; a multiplication and an addition of a matrix product count as two
     activations: int  # bytes kept for the backward pass, in float32
     parameters: int  # of the student
-    backbone: int  # of them the backbone's
+    backbone: int  # of the backbone alone
 
 
 def count_cost(config: Config) -> Cost:
-    """Counted, not estimated: a step of one image with torch's fake tensors (real shapes, no numbers, no memory)."""
+    """Run a step of one image on torch's fake tensors (real shapes, no data, no memory) and count."""
     with torch.device("meta"):
         method = build(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")
         batch = _one_image(config)
-        counter, kept = FlopCounterMode(display=False), _Kept(method, batch)
-        for which in "", "_backward":  # torch 2.11 counts a GPU's fused attention, and a CPU's not
-            of_gpu, of_cpu = (
-                getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{device}{which}")
+        counter, saved = FlopCounterMode(display=False), _SavedTensors(method, batch)
+        for suffix in "", "_backward":  # torch 2.11 counts a GPU's fused attention, but not a CPU's
+            gpu_op, cpu_op = (
+                getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{device}{suffix}")
                 for device in ("", "_for_cpu")
             )
-            counter.flop_registry.setdefault(of_cpu, counter.flop_registry[of_gpu])
+            counter.flop_registry.setdefault(cpu_op, counter.flop_registry[gpu_op])
         with counter:
-            with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda t: t):
                 loss = method(batch, StepValues()).loss
             loss.backward()
     trained = [(n, p.numel()) for n, p in method.student.named_parameters() if p.requires_grad]
-    # the gradient of the prototypes is made on the way forward: once for a whole batch, not for each image
+    # the gradient of the prototypes is computed in the forward pass: once for a whole batch, not for each image
     once = sum(4 * n for name, n in trained if "last_layer" in name)
     parameters = sum(p.numel() for p in method.student.parameters())
     backbone = sum(p.numel() for p in method.backbone.parameters())
-    return Cost(counter.get_total_flops(), max(0, kept.total() - once), parameters, backbone)
+    return Cost(counter.get_total_flops(), max(0, saved.total() - once), parameters, backbone)
 
 
 def _one_image(config: Config) -> Batch:
-    """The loader's form of a batch of one."""
+    """A batch of one image, in the loader's form."""
     sizes = itertools.groupby(view.size for view in config.views)
     views = [torch.empty(len(list(group)), 1, 3, size, size) for size, group in sizes]
-    points = torch.empty(1, TEACHERS, len(config.views), max(1, config.points), 2, 2)
-    ids, nothing = torch.empty(1, dtype=torch.int64), torch.empty(0)
-    return Batch(0, ids, ids, views, nothing, points, nothing)
+    points = torch.empty(1, TEACHERS, len(config.views), max(1, config.reference.points), 2, 2)
+    ids, empty = torch.empty(1, dtype=torch.int64), torch.empty(0)
+    return Batch(0, ids, ids, views, empty, points, empty)
 
 
-class _Kept:
-    """Storages that autograd keeps, but for the method's own and the batch."""
+class _SavedTensors:
+    """The storages that autograd saves, except the method's own and the batch."""
 
     def __init__(self, method: Method, batch: Batch):
         own = (*method.parameters(), *method.buffers(), *batch.views, batch.view_points)

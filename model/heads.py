@@ -1,4 +1,4 @@
-"""Projection heads onto prototypes. DINO (Caron et al. 2021), appendix C; the paper uses the same for points.
+"""Projection heads onto prototypes. DINO (Caron et al. 2021), appendix C; the paper uses the same for reference tokens.
 
 Letters: D width, K prototypes.
 """
@@ -10,10 +10,10 @@ from torch.nn.init import trunc_normal_
 
 
 class ProjectionHead(nn.Module):
-    """[..., D] -> three-layer MLP -> unit sphere [..., bottleneck]; `logits` goes on to cosines with K prototypes [..., K].
+    """[..., D] -> three-layer MLP -> unit sphere [..., bottleneck]. `logits` continues to the K prototypes: [..., K].
 
-    norm "batch": BatchNorm after both hidden layers, over all tokens given (an option of published DINO); its statistics
-    are always the batch's own. norm_last_layer: the weight norm's gain stays 1 (DINO's norm_last_layer).
+    norm "batch": BatchNorm after both hidden layers, over all tokens given (an option of published DINO); it always uses
+    the statistics of the batch. norm_last_layer: the gain of the weight norm is fixed at 1 (DINO's norm_last_layer).
     """
 
     def __init__(
@@ -28,8 +28,8 @@ class ProjectionHead(nn.Module):
     ):
         super().__init__()
         layers: list[nn.Module] = []
-        for inner in (width, hidden):
-            layers.append(nn.Linear(inner, hidden))
+        for inputs in (width, hidden):
+            layers.append(nn.Linear(inputs, hidden))
             if norm == "batch":
                 layers.append(nn.BatchNorm1d(hidden, track_running_stats=False))
             layers.append(nn.GELU())
@@ -50,13 +50,14 @@ class ProjectionHead(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Rows of a linear map without bias, weight-normed [K,bottleneck]: weight_g [K,1] times unit rows of weight_v
-    (Salimans & Kingma 2016, eq. 2). Training never calls it: the losses take weight_v and weight_g as they are."""
+    """The weight [K,bottleneck] of a linear map without bias, weight-normed: weight_g [K,1] times the unit rows of weight_v
+    (Salimans & Kingma 2016, eq. 2). Training never calls it: the losses use weight_v and weight_g directly."""
 
-    def __init__(self, inner: int, prototypes: int, unit: bool):
+    def __init__(self, bottleneck: int, prototypes: int, norm_last_layer: bool):
         super().__init__()
-        self.weight_v = nn.Parameter(torch.empty(prototypes, inner).uniform_(-(inner**-0.5), inner**-0.5))
-        self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not unit)
+        bound = bottleneck**-0.5
+        self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-bound, bound))
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not norm_last_layer)
 
     def forward(self) -> Tensor:
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))

@@ -1,7 +1,7 @@
-"""A point becomes a token; who may attend to whom. Paper section 3.2.
+"""Reference tokens: a point becomes a token, and which tokens attend to which. Paper section 3.2.
 
 Letters: n images (views), N patches, D width, R reference tokens of an image, H heads, d = D/H.
-Tokens stand in the order [CLS], patches, reference tokens.
+Token order: [CLS], patches, reference tokens.
 """
 
 import torch
@@ -12,7 +12,7 @@ MODES = ("none", "patches+cls", "patches", "patches+self", "all_query")
 
 
 def _cubic(t: Tensor) -> Tensor:
-    """Keys' cubic convolution kernel with a = -3/4, as torch's bicubic resize and grid_sample use it."""
+    """Keys' cubic convolution kernel with a = -3/4, as in torch's bicubic resize and grid_sample."""
     a = -0.75
     t = t.abs()
     near = ((a + 2) * t - (a + 3)) * t * t + 1
@@ -20,41 +20,42 @@ def _cubic(t: Tensor) -> Tensor:
     return torch.where(t <= 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
 
 
-def _reading_weights(position: Tensor, cells: int, border: str) -> Tensor:
-    """What each of `cells` cells counts for readings at relative positions [...] -> [..., cells].
+def _bicubic_weights(position: Tensor, cells: int, border: str) -> Tensor:
+    """Interpolation weights of `cells` cells at relative positions [...] -> [..., cells].
 
-    A cell's center is at (i + 1/2) / cells: positions are edge to edge. zeros: outside the grid there is nothing, so within
-    half a cell of the edge the weights sum to less than 1 (published). border: outside lies the outermost cell again.
+    The center of cell i is at (i + 1/2) / cells: positions run from edge to edge. border "zeros": the grid is zero outside,
+    so within half a cell of the edge the weights sum to less than 1 (published code). "border": the outermost cell repeats
+    outside.
     """
     at = position.unsqueeze(-1) * cells - 0.5
     if border == "zeros":
         return _cubic(at - torch.arange(cells, device=at.device, dtype=at.dtype))
-    # the four cells around the reading, those outside counted for the outermost
-    first = at.floor() - 1 + torch.arange(4, device=at.device, dtype=at.dtype)
+    # the four cells around the position; the weight of one outside the grid goes to the outermost cell
+    neighbors = at.floor() - 1 + torch.arange(4, device=at.device, dtype=at.dtype)
     weights = torch.zeros(*position.shape, cells, device=at.device, dtype=at.dtype)
-    return weights.scatter_add(-1, first.clamp(0, cells - 1).long(), _cubic(at - first))
+    return weights.scatter_add(-1, neighbors.clamp(0, cells - 1).long(), _cubic(at - neighbors))
 
 
 def point_embedding(grid: Tensor, points: Tensor, border: str = "zeros") -> Tensor:
-    """The point position embedding: the position grid read at points, bicubic.
+    """The point position embedding: bicubic interpolation of the position grid at points.
 
-    grid [h,w,D]: the patches' position embedding; points [n,R,2]: (x, y) in the view's own [0,1] frame -> [n,R,D].
-    A dense reading, weights [R,h] x [R,w] times the grid: the backward pass is a matrix product too, without atomic
-    additions, so it is the same on every run.
+    grid [h,w,D]: the position embedding of the patches. points [n,R,2]: (x, y) in the view's own [0,1] frame. Returns
+    [n,R,D]. Computed as dense weights [R,h*w] times the grid: the backward pass is a matrix product too, without atomic
+    additions, so it is deterministic.
     """
     h, w, _ = grid.shape
     with torch.no_grad():
         points = points.to(grid.dtype)
-        across = _reading_weights(points[..., 0], w, border)  # [n,R,w]
-        down = _reading_weights(points[..., 1], h, border)  # [n,R,h]
-        weights = (down.unsqueeze(-1) * across.unsqueeze(-2)).flatten(-2)  # [n,R,h*w]
-    # A position is not to be rounded: neither autocast nor TF32 touch a product in float64, forward or backward
+        weights_x = _bicubic_weights(points[..., 0], w, border)  # [n,R,w]
+        weights_y = _bicubic_weights(points[..., 1], h, border)  # [n,R,h]
+        weights = (weights_y.unsqueeze(-1) * weights_x.unsqueeze(-2)).flatten(-2)  # [n,R,h*w]
+    # positions must not be rounded: neither autocast nor TF32 applies to a product in float64, forward or backward
     return (weights.double() @ grid.flatten(0, 1).double()).to(grid.dtype)
 
 
 def resize_grid(grid: Tensor, h: int, w: int) -> Tensor:
-    """The position grid [gh,gw,D] for h x w patches, bicubic as DINO does it: the sampling scale is (h + 0.1) / gh, edges
-    clamped (published code, VT:189). The grid's own size is returned untouched."""
+    """The position grid [gh,gw,D] for h x w patches -> [h,w,D], bicubic as in DINO: the sampling scale is (h + 0.1) / gh,
+    edges are clamped (published code, VT:189). A grid of the right size is returned unchanged."""
     gh, gw, _ = grid.shape
     if (gh, gw) == (h, w):
         return grid
@@ -63,64 +64,65 @@ def resize_grid(grid: Tensor, h: int, w: int) -> Tensor:
     return resized[0].permute(1, 2, 0)
 
 
-Heads = tuple[Tensor, ...]  # q, k, v of some tokens, each [n,H,tokens,d]
+QKV = tuple[Tensor, ...]  # q, k, v of some tokens, each [n,H,tokens,d]
 
 
-def attend(image: Heads, references: list[Heads], mode: str) -> list[Tensor]:
+def attend(image: QKV, references: list[QKV], mode: str) -> list[Tensor]:
     """Attention of n images' [CLS] and patches (q, k, v [n,H,1+N,d]) and of their reference tokens.
 
-    references: q, k, v [n_i,H,R_i,d] for consecutive runs of the images, from the first on; images after the last run have
-    no reference tokens.
-    Returns what was read: by the images' tokens [n,H,1+N,d], in one piece or some images after the others, then by each
-    run's reference tokens [n_i,H,R_i,d]. The image's q may be [CLS]'s alone [n,H,1,d] (the last block of training, where
-    nobody asks for the patches).
+    references: q, k, v [n_i,H,R_i,d] for consecutive groups of images, starting at the first image. Images after the last
+    group have no reference tokens.
+    Returns the outputs: of the image tokens [n,H,1+N,d], whole or split into consecutive images, then of each group's
+    reference tokens [n_i,H,R_i,d]. The image's q may be that of [CLS] alone, [n,H,1,d] (last block, if no patch tokens are
+    wanted).
 
-    patches+cls    [CLS] and patches attend to each other; reference tokens attend to them, unseen by all (the paper)
+    patches+cls    [CLS] and patches attend to each other; reference tokens attend to both, and no token to them (the paper)
     patches        reference tokens attend to the patches only
     patches+self   reference tokens attend to the patches and to themselves (the published command's mask)
-    none           everybody attends to everybody
-    all_query      patches attend to patches; [CLS] and each reference token to the patches and to itself
+    none           every token attends to every token
+    all_query      patches attend to patches; [CLS] and each reference token attend to the patches and to themselves
 
-    What nobody may see is left out of the keys: no mask is built. Equal to the masked form (tests/test_reference.py).
+    Tokens that no query may attend to are left out of the keys: no mask is built. Equal to the masked form
+    (tests/test_reference.py).
     """
     q, k, v = image
-    runs = [(a, k_run, v_run) for a, k_run, v_run in zip(references, *_in_runs(k, v, references), strict=True)]
+    groups = [(tokens, k_i, v_i) for tokens, k_i, v_i in zip(references, *_split_groups(k, v, references), strict=True)]
     if mode == "none":
-        return full_attention(q, runs) if runs else [attention(q, k, v)]
+        return full_attention(q, groups) if groups else [attention(q, k, v)]
     patch_k, patch_v = k[:, :, 1:], v[:, :, 1:]
     if mode == "all_query":
         cls = attention(q[:, :, :1], k, v)
-        read = torch.cat([cls, attention(q[:, :, 1:], patch_k, patch_v)], 2) if q.shape[2] > 1 else cls
-    elif mode == "patches+self" and runs and _is_plain(q):
-        return fused_reference_attention(q, k, v, runs)
+        out = torch.cat([cls, attention(q[:, :, 1:], patch_k, patch_v)], 2) if q.shape[2] > 1 else cls
+    elif mode == "patches+self" and groups and _use_unfused(q):
+        return fused_reference_attention(q, k, v, groups)
     else:
-        read = attention(q, k, v)
+        out = attention(q, k, v)
     if mode == "patches+cls":
-        return [read, *(attention(a[0], k_run, v_run) for a, k_run, v_run in runs)]
+        return [out, *(attention(tokens[0], k_i, v_i) for tokens, k_i, v_i in groups)]
     if mode == "patches":
-        return [read, *(attention(a[0], k_run[:, :, 1:], v_run[:, :, 1:]) for a, k_run, v_run in runs)]
-    return [read, *(_patches_and_self(a[0][:, :, :0], a, k_run, v_run)[1] for a, k_run, v_run in runs)]
+        return [out, *(attention(tokens[0], k_i[:, :, 1:], v_i[:, :, 1:]) for tokens, k_i, v_i in groups)]
+    return [out, *(_patches_and_self(tokens[0][:, :, :0], tokens, k_i, v_i)[1] for tokens, k_i, v_i in groups)]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, in the form that is fastest where it runs. [n,H,a,d] x [n,H,b,d] -> [n,H,a,d].
+    """softmax(q k^T / sqrt(d)) v with the fastest implementation for the device. [n,H,a,d] x [n,H,b,d] -> [n,H,a,d].
 
-    Measured beforehand, never at start-up (docs/benchmarks.md, "Attention's form"): the fused form everywhere, but on a
-    CPU in bfloat16, where the plain one takes 0.4 of its time.
+    The choice was measured beforehand (docs/lab/2026-11.md, "Attention's form"), not at start-up: torch's fused attention
+    everywhere except on a CPU in bfloat16, where the unfused one takes 0.4 of its time.
     """
-    if not _is_plain(q):
+    if not _use_unfused(q):
         return F.scaled_dot_product_attention(q, k, v)
     return apply_weights(_scores(q, k).softmax(-1), v)
 
 
-def _is_plain(q: Tensor) -> bool:
+def _use_unfused(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """q k^T / sqrt(d), [n,H,a,d] x [n,H,b,d] -> [n,H,a,b]."""
-    nothing, scale = q.new_zeros(1, 1, 1), q.shape[-1] ** -0.5
-    scores = torch.baddbmm(nothing, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=scale)
+    unused, scale = q.new_zeros(1, 1, 1), q.shape[-1] ** -0.5
+    scores = torch.baddbmm(unused, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=scale)
     return scores.unflatten(0, q.shape[:2])
 
 
@@ -129,53 +131,54 @@ def apply_weights(weights: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, v.shape[:2])
 
 
-def _in_runs(k: Tensor, v: Tensor, references: list[Heads]) -> list[tuple[Tensor, ...]]:
-    """Keys and values of the images of each run."""
+def _split_groups(k: Tensor, v: Tensor, references: list[QKV]) -> list[tuple[Tensor, ...]]:
+    """Keys and values of each group's images."""
     sizes = [len(q) for q, _, _ in references]
     return [t[: sum(sizes)].split(sizes) if sizes else () for t in (k, v)]
 
 
-def full_attention(q: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]) -> list[Tensor]:
-    """Image and reference tokens in one attention, run by run."""
-    images, others, first = [], [], 0
-    for (q_ref, k_ref, v_ref), k_run, v_run in runs:
-        asking = q[first : first + len(q_ref)]
+def full_attention(q: Tensor, groups: list[tuple[QKV, Tensor, Tensor]]) -> list[Tensor]:
+    """Image and reference tokens in one attention, group by group."""
+    images, references, first = [], [], 0
+    for (q_ref, k_ref, v_ref), k_i, v_i in groups:
+        q_image = q[first : first + len(q_ref)]
         first += len(q_ref)
-        keys, values = torch.cat([k_run, k_ref], 2), torch.cat([v_run, v_ref], 2)
-        read = attention(torch.cat([asking, q_ref], 2), keys, values)
-        images.append(read[:, :, : asking.shape[2]])
-        others.append(read[:, :, asking.shape[2] :])
-    return images + others
+        keys, values = torch.cat([k_i, k_ref], 2), torch.cat([v_i, v_ref], 2)
+        out = attention(torch.cat([q_image, q_ref], 2), keys, values)
+        images.append(out[:, :, : q_image.shape[2]])
+        references.append(out[:, :, q_image.shape[2] :])
+    return images + references
 
 
 def fused_reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, runs: list[tuple[Heads, Tensor, Tensor]]
+    q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[QKV, Tensor, Tensor]]
 ) -> list[Tensor]:
-    """attend's patches+self where attention is plain: what an image's own tokens and its reference tokens ask are rows of
-    one product, instead of two small products of their own beside it (docs/benchmarks.md, "The references' attention")."""
-    images, others, first = [], [], 0
-    for asking, k_run, v_run in runs:
-        read, of_references = _patches_and_self(q[first : first + len(k_run)], asking, k_run, v_run)
-        first += len(k_run)
-        images.append(read)
-        others.append(of_references)
+    """Mode patches+self of `attend` where attention is unfused: the queries of an image's own tokens and of its reference
+    tokens are rows of one product, instead of two extra small products (docs/lab/2026-11.md, "The references' attention").
+    """
+    images, references, first = [], [], 0
+    for tokens, k_i, v_i in groups:
+        out, out_ref = _patches_and_self(q[first : first + len(k_i)], tokens, k_i, v_i)
+        first += len(k_i)
+        images.append(out)
+        references.append(out_ref)
     if first < len(q):
         images.append(attention(q[first:], k[first:], v[first:]))
-    return images + others
+    return images + references
 
 
-def _patches_and_self(of_image: Tensor, asking: Heads, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Plain attention of a few tokens with q, k, v [n,H,R,d] to the patches and to themselves.
+def _patches_and_self(q_image: Tensor, tokens: QKV, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Unfused attention of R reference tokens (q, k, v [n,H,R,d]) to the patches and to themselves.
 
-    k, v [n,H,1+N,d] are the image's whole, as its own attention takes them: in the place of [CLS], which is not seen,
-    stand a token's own key and value. of_image [n,H,a,d], a may be 0: queries that go along and attend to all of k.
-    Returns what those read [n,H,a,d], and these [n,H,R,d].
+    k, v [n,H,1+N,d] are those of [CLS] and patches. Reference tokens may not attend to [CLS]: its column is replaced by the
+    token's own key and value. q_image [n,H,a,d], a may be 0: queries that attend to all of k in the same product.
+    Returns the outputs of q_image [n,H,a,d] and of the reference tokens [n,H,R,d].
     """
-    q, own_k, own_v = asking
-    parts = [of_image.shape[2], q.shape[2]]
-    many, few = _scores(torch.cat([of_image, q], 2), k).split(parts, 2)
-    to_self = (q * own_k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5  # [n,H,R,1]
-    few = torch.cat([to_self, few[..., 1:]], -1).softmax(-1)
-    weights = torch.cat([many.softmax(-1), F.pad(few[..., 1:], (1, 0))], 2)
-    read, of_patches = apply_weights(weights, v).split(parts, 2)
-    return read, of_patches + few[..., :1] * own_v
+    q, k_self, v_self = tokens
+    counts = [q_image.shape[2], q.shape[2]]
+    scores_image, scores = _scores(torch.cat([q_image, q], 2), k).split(counts, 2)
+    score_self = (q * k_self).sum(-1, keepdim=True) * q.shape[-1] ** -0.5  # [n,H,R,1]
+    probabilities = torch.cat([score_self, scores[..., 1:]], -1).softmax(-1)
+    weights = torch.cat([scores_image.softmax(-1), F.pad(probabilities[..., 1:], (1, 0))], 2)
+    out, out_patches = apply_weights(weights, v).split(counts, 2)
+    return out, out_patches + probabilities[..., :1] * v_self

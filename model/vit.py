@@ -1,11 +1,12 @@
-"""timm's ViT that takes points: images and points in; [CLS], patches and reference tokens out.
+"""timm's ViT that also takes points. In: images and points. Out: [CLS], patch tokens and reference tokens.
 
-The parameters are timm's VisionTransformer's, by name and meaning, so a backbone file of ours is a timm file.
+The parameters have the names and meaning of timm's VisionTransformer, so timm loads a backbone file of ours.
 Letters: n images, N patches, D width, R reference tokens of an image, H heads.
 """
 
+from collections.abc import Collection
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,18 @@ from runtime.config import Model
 ARCHS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12)}  # width, depth, heads
 
 
+class Tokens(NamedTuple):
+    """What a ViT returns, after the final norm."""
+
+    cls: Tensor  # [n,D]
+    patches: Tensor | None  # [n,N,D]; None if not wanted
+    references: Any  # [n,R,D] of one tensor of points, [n_i,R_i,D] each of a list; None without points
+
+
 class ViT(VisionTransformer):
     """A pre-norm ViT (DeiT's) whose forward pass also takes reference points.
 
-    image_size: side of the images that the position grid is made for; other sizes resize it (`resize_grid`).
+    image_size: side of the images that the position grid is made for; it is resized for others (`resize_grid`).
     attention, border: see `reference.attend`, `reference.point_embedding`.
     """
 
@@ -41,8 +50,8 @@ class ViT(VisionTransformer):
         )  # fmt: skip
         self.patch, self.width, self.heads, self.image_size = patch, width, heads, image_size
         self.attention, self.border = attention, border
-        self.precision: torch.dtype | None = None  # of the products when it is evaluated; None: the device's best
-        self.recompute = False  # activation checkpointing: blocks are computed again in the backward pass
+        self.precision: torch.dtype | None = None  # of matrix products in evaluation; None: the fastest of the device
+        self.activation_checkpointing = False  # compute each block again in the backward pass
         self._initialize()
 
     def _initialize(self) -> None:
@@ -56,69 +65,77 @@ class ViT(VisionTransformer):
                     nn.init.zeros_(module.bias)
 
     def forward(  # type: ignore[override]
-        self, images: Tensor, points: Tensor | list[Tensor] | None = None, patches_too: bool = True
-    ) -> tuple[Tensor, Tensor | None, Any]:
-        """images [n,3,h,w] normalized, h and w multiples of the patch; points [n,R,2], (x, y) in each view's [0,1] frame,
-        or a list of them for consecutive runs of the images from the first on, [n_i,R_i,2] each.
+        self,
+        images: Tensor,
+        points: Tensor | list[Tensor] | None = None,
+        want: Collection[str] = ("cls", "patches"),
+    ) -> Tokens:
+        """images [n,3,h,w] normalized, h and w multiples of the patch size. points [n,R,2]: (x, y) in each view's [0,1]
+        frame, or a list of them for consecutive groups of images, starting at the first image, [n_i,R_i,2] each.
 
-        Returns, after the final norm: [CLS] [n,D], patches [n,N,D], reference tokens [n,R,D] (None without points; a list
-        where points are one). patches_too=False (training, where patch tokens enter no loss): the last block works for
-        the other tokens only, for which patches are keys and values; None is returned for them.
+        want: "cls" and perhaps "patches". Without "patches" (training, if no loss uses patch tokens) the last block computes
+        outputs for [CLS] and reference tokens only; the patches are still its keys and values. Reference tokens are
+        returned if points are given.
         """
         grid_side = self.image_size // self.patch
         grid = self.pos_embed[0, 1:].unflatten(0, (grid_side, grid_side))  # [g,g,D]
         pixels, filters, width = F.pixel_unshuffle(images, self.patch), self.patch_embed.proj, self.width
         n, _, h, w = pixels.shape  # [n,3*p*p,h/p,w/p]
-        # a product instead of the convolution that it is, which takes up to four times as long when compiled for a CPU
+        # a matrix product equal to the convolution, which takes up to four times as long when compiled for a CPU
         patches = F.linear(pixels.flatten(2).transpose(1, 2), filters.weight.flatten(1), filters.bias)  # [n,N,D]
         patches = patches + resize_grid(grid, h, w).flatten(0, 1)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(n, -1, -1)
-        runs = points if isinstance(points, list) else [] if points is None else [points]
-        # the token's content is its position; always read from the grid itself, whatever the view's size
-        references = [point_embedding(grid, p, self.border) for p in runs]  # [n_i,R_i,D]
-        # all tokens in one matrix: the image's [n,1+N], then each run's; every linear map is one product
+        groups = points if isinstance(points, list) else [] if points is None else [points]
+        # a reference token's content is its position, always interpolated from the grid itself, whatever the view's size
+        references = [point_embedding(grid, p, self.border) for p in groups]  # [n_i,R_i,D]
+        # all tokens in one matrix: the images' [n,1+N], then each group's; each linear map is one product
         x = concat([torch.cat([cls, patches], 1).flatten(0, 1), *(r.flatten(0, 1) for r in references)])
         shapes = [(n, 1 + h * w), *((len(r), r.shape[1]) for r in references)]
-        of_block = partial(checkpoint, self._block, use_reentrant=False) if self.recompute else self._block
-        for block in self.blocks[:-1] if not patches_too else self.blocks:
-            x = of_block(block, x, shapes, shapes)
-        if not patches_too:
-            asking = [(n, 1), *shapes[1:]]
-            x, shapes = of_block(self.blocks[-1], x, shapes, asking), asking
+        run_block = self._block
+        if self.activation_checkpointing:
+            run_block = partial(checkpoint, self._block, use_reentrant=False)
+        with_patches = "patches" in want
+        for block in self.blocks if with_patches else self.blocks[:-1]:
+            x = run_block(block, x, shapes, shapes)
+        if not with_patches:
+            query_shapes = [(n, 1), *shapes[1:]]
+            x, shapes = run_block(self.blocks[-1], x, shapes, query_shapes), query_shapes
         x = self.norm(x)
-        image, *seen = (t.view(*shape, width) for t, shape in zip(split(x, shapes), shapes, strict=True))
-        of_points = seen if isinstance(points, list) else seen[0] if seen else None
-        return image[:, 0], image[:, 1:] if patches_too else None, of_points
+        image, *outputs = (t.view(*shape, width) for t, shape in zip(split(x, shapes), shapes, strict=True))
+        of_points = outputs if isinstance(points, list) else outputs[0] if outputs else None
+        return Tokens(image[:, 0], image[:, 1:] if with_patches else None, of_points)
 
-    def _block(self, block: Any, x: Tensor, shapes: list[tuple[int, int]], asking: list[tuple[int, int]]) -> Tensor:
-        """timm's block with our attention: tokens x [all, D], in parts of the given shapes (images, tokens of each).
+    def _block(
+        self, block: Any, x: Tensor, shapes: list[tuple[int, int]], query_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """timm's block with our attention. x [all tokens, D]: parts of the given shapes (images, tokens of each).
 
-        asking: the shapes of those that the block works for; all, or of the image [CLS] alone.
+        query_shapes: the shapes of the tokens that are computed: all, or of the images [CLS] alone.
         """
         width, heads = x.shape[-1], block.attn.num_heads
         normed, qkv = block.norm1(x), block.attn.qkv
-        if asking == shapes:
-            keyed = split(qkv(normed), shapes)
+        if query_shapes == shapes:
+            parts = split(qkv(normed), shapes)
             image, *references = (
                 t.view(*shape, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind()
-                for t, shape in zip(keyed, shapes, strict=True)
+                for t, shape in zip(parts, shapes, strict=True)
             )
-        else:  # q for those who ask, k and v for all
-            x, asked = _without_patches(x, shapes), _without_patches(normed, shapes)
+        else:  # q for the computed tokens, k and v for all
+            x, queries = _without_patches(x, shapes), _without_patches(normed, shapes)
             weight, bias = qkv.weight, qkv.bias
-            q_parts = split(F.linear(asked, weight[:width], bias[:width]), asking)
+            q_parts = split(F.linear(queries, weight[:width], bias[:width]), query_shapes)
             kv_parts = split(F.linear(normed, weight[width:], bias[width:]), shapes)
             image, *references = (
                 (
-                    q.view(*a, heads, -1).transpose(1, 2),
+                    q.view(*q_shape, heads, -1).transpose(1, 2),
                     *kv.view(*shape, 2, heads, -1).permute(2, 0, 3, 1, 4).unbind(),
                 )
-                for q, kv, a, shape in zip(q_parts, kv_parts, asking, shapes, strict=True)
+                for q, kv, q_shape, shape in zip(q_parts, kv_parts, query_shapes, shapes, strict=True)
             )
-        read = attend(image, references, self.attention)
-        flat = concat([t.transpose(1, 2).reshape(-1, width) for t in read])
-        x = _add(x, block.attn.proj(flat), block.drop_path1, asking)
-        return _add(x, block.mlp(block.norm2(x)), block.drop_path2, asking)
+        outputs = attend(image, references, self.attention)
+        flat = concat([t.transpose(1, 2).reshape(-1, width) for t in outputs])
+        x = _add_branch(x, block.attn.proj(flat), block.drop_path1, query_shapes)
+        return _add_branch(x, block.mlp(block.norm2(x)), block.drop_path2, query_shapes)
 
 
 def split(x: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:
@@ -127,7 +144,7 @@ def split(x: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:
 
 
 def concat(parts: list[Tensor]) -> Tensor:
-    """Rows of all parts in one matrix. A single part is one: torch would copy it all the same."""
+    """Rows of all parts in one matrix. A single part is returned as it is: torch.cat would copy it."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -137,24 +154,24 @@ def _without_patches(x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
     return concat([image.view(*shapes[0], -1)[:, 0], *references])
 
 
-def _add(x: Tensor, branch: Tensor, drop_path: nn.Module, shapes: list[tuple[int, int]]) -> Tensor:
-    """x + branch, with drop path (Huang et al. 2016): a sample's draw covers all its tokens alike."""
+def _add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module, shapes: list[tuple[int, int]]) -> Tensor:
+    """x + branch, with drop path (Huang et al. 2016): all tokens of an image share one draw."""
     probability = getattr(drop_path, "drop_prob", 0.0) or 0.0
     if not probability or not drop_path.training:
         return x + branch
     n = shapes[0][0]
-    kept = branch.new_empty(n, dtype=x.dtype).bernoulli_(1 - probability) / (1 - probability)  # [n]
-    first, factors = 0, [kept.repeat_interleave(shapes[0][1])]
-    for run, tokens in shapes[1:]:
-        factors.append(kept[first : first + run].repeat_interleave(tokens))
-        first += run
+    factor = branch.new_empty(n, dtype=x.dtype).bernoulli_(1 - probability) / (1 - probability)  # [n]
+    first, factors = 0, [factor.repeat_interleave(shapes[0][1])]
+    for images, tokens in shapes[1:]:
+        factors.append(factor[first : first + images].repeat_interleave(tokens))
+        first += images
     return torch.addcmul(x, branch.to(x.dtype), torch.cat(factors)[:, None])
 
 
 def build_vit(model: Model, image_size: int, attention: str, border: str, drop_path: float) -> ViT:
-    """The ViT that a config's `model` names."""
+    """The ViT of a config's `model` section."""
     if model.arch == "custom":
-        width, depth, heads = model.width or 0, model.depth or 0, model.heads or 0  # runtime/config.py asked for them
+        width, depth, heads = model.width or 0, model.depth or 0, model.heads or 0  # not None: the config was checked
     else:
         width, depth, heads = ARCHS[model.arch]
     return ViT(

@@ -1,6 +1,6 @@
-"""What the pipeline hands over: a Batch; and the draws that make one.
+"""Batch: what the pipeline hands over; and the random draws that make one.
 
-Letters: B images of this rank, V views, Vg views of one size, T teacher views (the first of the V), M points of a pair.
+Letters: B images of this process, V views, Vg views of one size, T teacher views (the first of the V), M points of a pair.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from pipeline.augment.recipe import draw_color
 from pipeline.geometry import draw_points, draw_windows
+from pipeline.plan import Plan
 from pipeline.random import hash64
-from pipeline.shards import Plan, Shards
+from pipeline.shards import Shards
 from runtime.config import TEACHERS, Config
+from runtime.methods import count_points
 
 
 @dataclass
 class Batch:
-    """One rank's images of a step.
+    """One process's images of a step.
 
     From a reader `views` are uint8 [B,Vg,H,W,3]; from the loader, colors applied, [Vg,B,3,H,W] normalized in the
     network's dtype, on the device.
@@ -29,34 +31,34 @@ class Batch:
 
     step: int
     ids: Tensor  # int64 [B] planned sample ids: what the draws are keyed by
-    rows: Tensor  # int64 [B] samples whose pixels these are: another one where the planned is damaged
+    rows: Tensor  # int64 [B] samples that were read: another one where the planned one is damaged
     views: list[Tensor]  # for each size
     windows: Tensor  # int32 [B,V,4] signed, source pixels
     view_points: Tensor  # float32 [B,T,V,M,2(teacher,student),2(x,y)]
-    color: Tensor  # float32 [B,V,8], see augment.draw_color
+    color: Tensor  # float32 [B,V,8], see augment.recipe.draw_color
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with f applied to every tensor."""
         tensors: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(self) if x.name != "step"}
-        made: dict[str, Any] = {n: [f(t) for t in x] if isinstance(x, list) else f(x) for n, x in tensors.items()}
-        return Batch(self.step, **made)
+        mapped: dict[str, Any] = {n: [f(t) for t in x] if isinstance(x, list) else f(x) for n, x in tensors.items()}
+        return Batch(self.step, **mapped)
 
     def split(self, pieces: int) -> list["Batch"]:
-        """`pieces` equal batches, for accumulation; the loader's form (views [Vg,B,...])."""
+        """`pieces` equal batches, for gradient accumulation; of a batch from the loader (views [Vg,B,...])."""
         size = len(self.ids) // pieces
-        cuts = [slice(i * size, (i + 1) * size) for i in range(pieces)]
+        slices = [slice(i * size, (i + 1) * size) for i in range(pieces)]
         return [
             Batch(
                 self.step, self.ids[c], self.rows[c], [v[:, c] for v in self.views],
                 self.windows[c], self.view_points[c], self.color[c],
             )
-            for c in cuts
+            for c in slices
         ]  # fmt: skip
 
 
 @dataclass
 class Draws:
-    """All that is random about a batch's pixels, as NumPy arrays; the Batch's fields of the same names."""
+    """Everything random about a batch's pixels, as NumPy arrays; the Batch has fields of the same names."""
 
     windows: NDArray[np.int32]
     view_points: NDArray[np.float32]
@@ -80,16 +82,18 @@ def draw(config: Config, epoch: int, ids: NDArray, height: NDArray, width: NDArr
         min_overlap=config.data.min_overlap,
         flip=config.data.flip,
     )
-    return Draws(windows, draw_points(key, windows, config.points, TEACHERS), draw_color(key, config.data, views))
+    return Draws(
+        windows, draw_points(key, windows, count_points(config), TEACHERS), draw_color(key, config.data, views)
+    )
 
 
 def draw_for(config: Config, shards: Shards, plan: Plan, step: int, ids: NDArray, rows: NDArray) -> Draws:
-    """Draws of a step: keyed by the planned ids, made for the photos that are read (another where one is damaged)."""
+    """Draws of a step: keyed by the planned `ids`, made for the sizes of the photos that are read (`rows`)."""
     return draw(config, plan.epoch(step), ids, shards.index["height"][rows], shards.index["width"][rows])
 
 
 def size_groups(config: Config) -> list[tuple[int, slice]]:
-    """(size, which of the V views) for each size, in the views' order."""
+    """(size, slice of the V views) for each run of views of the same size, in the views' order."""
     groups: list[tuple[int, slice]] = []
     for i, view in enumerate(config.views):
         if groups and groups[-1][0] == view.size:

@@ -1,4 +1,4 @@
-"""Continued pretraining (model.init): weights of every dialect begin a run, heads included; another network is refused."""
+"""Continued pretraining (model.init): a run starts from weights in any format, with heads; others are refused."""
 
 import argparse
 import json
@@ -29,13 +29,13 @@ def small(method="densedino", attention="patches+self", prototypes=5, shared="fa
 
 
 def new(config: Config | None = None) -> Method:
-    """A model at its first weights, the same at every call."""
+    """A model with its initial weights, the same at each call."""
     torch.manual_seed(2)
     return build(config or small())
 
 
 def trained(config: Config | None = None) -> Method:
-    """A model whose student, teacher, heads and centers are all different from each other and from a new one's."""
+    """A model whose student, teacher, heads and centers all differ from each other and from a new model's."""
     model = new(config)
     torch.manual_seed(3)
     for name, t in model.state_dict().items():
@@ -44,22 +44,22 @@ def trained(config: Config | None = None) -> Method:
     return model
 
 
-def published(model: Method, dialect: str, path: Path) -> str:
-    """A whole checkpoint as the published code saves it: names, roles, prefixes, centers and options of its own."""
+def published(model: Method, checkpoint_format: str, path: Path) -> str:
+    """A whole checkpoint as the published code saves it, with its names, roles, prefixes, centers and options."""
 
-    def named(state: dict) -> dict:
+    def rename(state: dict) -> dict:
         state = {n.replace("cls_head.", "head.").replace("reference_head.", "ref_head."): t for n, t in state.items()}
-        if dialect == "densedino":
+        if checkpoint_format == "densedino":
             positions = state.pop("backbone.pos_embed")
             state |= {"backbone.cls_pos_embed": positions[:, :1], "backbone.patch_pos_embed": positions[:, 1:]}
         return state
 
     centers = {"center": model.cls_center[None]}
-    if dialect == "densedino":
+    if checkpoint_format == "densedino":
         centers["ref_center"] = model.reference_center[None]
     whole = {
-        "student": {f"module.{n}": t for n, t in named(model.student.state_dict()).items()},
-        "teacher": named(model.teacher.state_dict()),
+        "student": {f"module.{n}": t for n, t in rename(model.student.state_dict()).items()},
+        "teacher": rename(model.teacher.state_dict()),
         "dino_loss": centers, "optimizer": {}, "fp16_scaler": None, "epoch": 3,
         "args": argparse.Namespace(arch="vit_small"),
     }  # fmt: skip
@@ -74,15 +74,15 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 def test_published_densedino(tmp_path):
     theirs, ours = trained(), new()
     source = published(theirs, "densedino", tmp_path / "dense.pth")
-    assert load_pretrained(ours, source) == f"begins with {source}: backbone, cls_head, reference_head, centers"
+    assert load_pretrained(ours, source) == f"initialized from {source}: backbone, cls_head, reference_head, centers"
     assert same(ours, theirs)
 
 
 def test_published_dino(tmp_path):
-    """DINO has one head and one center: points begin with the same, as the published --finetune does it."""
+    """DINO has one head and one center: reference tokens start from the same, as with the published --finetune."""
     theirs, ours = trained(small("dino")), new()
-    told = load_pretrained(ours, published(theirs, "dino", tmp_path / "dino.pth"))
-    assert told.endswith("dino.pth: backbone, cls_head, reference_head (a copy of its cls_head), centers")
+    message = load_pretrained(ours, published(theirs, "dino", tmp_path / "dino.pth"))
+    assert message.endswith("dino.pth: backbone, cls_head, reference_head (a copy of its cls_head), centers")
     for mine, given in ((ours.student, theirs.student), (ours.teacher, theirs.teacher)):
         assert same(mine.backbone, given.backbone)
         assert same(mine.cls_head, given.cls_head)
@@ -92,15 +92,15 @@ def test_published_dino(tmp_path):
 
 
 @pytest.mark.parametrize("config", [small("dino"), small(shared="true")], ids=["dino", "one head for both"])
-def test_a_head_that_has_no_place_here(tmp_path, config):
+def test_a_head_that_the_method_lacks_is_ignored(tmp_path, config):
     ours = new(config)
-    told = load_pretrained(ours, published(trained(), "densedino", tmp_path / "dense.pth"))
-    assert told.endswith("dense.pth: backbone, cls_head, centers")
+    message = load_pretrained(ours, published(trained(), "densedino", tmp_path / "dense.pth"))
+    assert message.endswith("dense.pth: backbone, cls_head, centers")
     assert same(ours.teacher.cls_head, trained().teacher.cls_head)
 
 
-def test_our_own(tmp_path):
-    """A checkpoint, its folder, its run: the whole model; a backbone file: the backbone."""
+def test_our_checkpoints_and_backbone_files(tmp_path):
+    """A checkpoint, its folder and its run initialize the whole model, a backbone file the backbone."""
     theirs = trained()
     run = tmp_path / "run"
     optimizer = torch.optim.AdamW(theirs.student.parameters())
@@ -115,8 +115,8 @@ def test_our_own(tmp_path):
         assert same(ours, theirs)
     save_backbone(tmp_path / "backbone.safetensors", theirs.teacher.backbone, {"heads": 1})
     ours = new()
-    told = load_pretrained(ours, str(tmp_path / "backbone.safetensors"))
-    assert told.endswith("backbone.safetensors: backbone; new: cls_head, reference_head, centers")
+    message = load_pretrained(ours, str(tmp_path / "backbone.safetensors"))
+    assert message.endswith("backbone.safetensors: backbone; new: cls_head, reference_head, centers")
     assert same(ours.student.backbone, theirs.teacher.backbone)
     assert same(ours.teacher.backbone, theirs.teacher.backbone)
     assert same(ours.teacher.reference_head, new().teacher.reference_head)
@@ -129,14 +129,14 @@ def test_leopart(tmp_path):
     state = {f"{role}.{n}": t for role, backbone in backbones.items() for n, t in backbone.state_dict().items()}
     state |= {"teacher.projection_head.0.weight": torch.ones(3, 3), "student.prototypes.weight": torch.ones(3, 3)}
     torch.save({"state_dict": state}, tmp_path / "leopart.ckpt")
-    told = load_pretrained(ours, str(tmp_path / "leopart.ckpt"))
-    assert told.endswith("leopart.ckpt: backbone; new: cls_head, reference_head, centers")
+    message = load_pretrained(ours, str(tmp_path / "leopart.ckpt"))
+    assert message.endswith("leopart.ckpt: backbone; new: cls_head, reference_head, centers")
     assert same(ours.student.backbone, theirs.student.backbone)
     assert same(ours.teacher.backbone, theirs.teacher.backbone)
 
 
 def test_timm(tmp_path):
-    """What timm knows by name, here a folder in its hub's form; and a file of a classifier that it saved."""
+    """A model that timm knows by name, here a folder in its hub's format; and a classifier's file that timm saved."""
     backbone = trained().teacher.backbone
     save_backbone(tmp_path / "hub" / "model.safetensors", backbone, {})
     shape = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "img_size": 32}
@@ -147,29 +147,31 @@ def test_timm(tmp_path):
     for source in (f"timm:local-dir:{tmp_path}/hub", str(tmp_path / "timm.pth")):
         ours = new()
         assert (
-            load_pretrained(ours, source) == f"begins with {source}: backbone; new: cls_head, reference_head, centers"
+            load_pretrained(ours, source)
+            == f"initialized from {source}: backbone; new: cls_head, reference_head, centers"
         )
         assert same(ours.student.backbone, backbone)
     assert load_backbone(f"timm:local-dir:{tmp_path}/hub").heads == 1
 
 
-def test_another_network_is_refused_with_the_difference(tmp_path):
+def test_another_network_is_refused_with_the_differences(tmp_path):
     def refused(config: Config, source: object) -> str:
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             load_pretrained(new(config), str(source))
-        assert "\n" not in str(told.value)
-        return str(told.value)
+        assert "\n" not in str(error.value)
+        return str(error.value)
 
     theirs = trained()
     source = published(theirs, "densedino", tmp_path / "dense.pth")
     other = small(prototypes=6)
     other.model.width, other.model.depth, other.model.patch = 32, 3, 16
     assert refused(other, source) == (
-        f"{source} does not fit this model (model.width: 64 there, 32 here; model.patch: 8 there, 16 here; "
-        "head.prototypes: 5 there, 6 here; model.depth: 2 there, 3 here; patches of the largest view: 16 there, 4 here)"
+        f"{source} does not fit this model (model.width: 64 saved, 32 current; model.patch: 8 saved, 16 current; "
+        "head.prototypes: 5 saved, 6 current; model.depth: 2 saved, 3 current; "
+        "patches of the largest view: 16 saved, 4 current)"
     )
     save_backbone(tmp_path / "b.safetensors", theirs.teacher.backbone, {"heads": 2, "attention": "all_query"})
-    assert "(model.heads: 2 there, 1 here; reference.attention: all_query there, patches+self here)" in refused(
+    assert "(model.heads: 2 saved, 1 current; reference.attention: all_query saved, patches+self current)" in refused(
         small(), tmp_path / "b.safetensors"
     )
     state = theirs.teacher.state_dict()
@@ -179,29 +181,31 @@ def test_another_network_is_refused_with_the_difference(tmp_path):
     assert "heads.pth, backbone: 'blocks.0.attn.proj.bias' is missing (and" in refused(small(), tmp_path / "heads.pth")
     state["cls_head.last_layer.weight_g"] = 2 * state["cls_head.last_layer.weight_g"]
     torch.save(state, tmp_path / "gains.pth")
-    assert "gains of their own; head.norm_last_layer=false" in refused(small(), tmp_path / "gains.pth")
+    assert "its prototypes have learned gains; set head.norm_last_layer=false" in refused(
+        small(), tmp_path / "gains.pth"
+    )
     assert "no such file, did you mean" in refused(small(), tmp_path / "dens.pth")
     assert "did you mean 'vit_tiny_patch16_224" in refused(small(), "timm:vit_tinny_patch16_224")
     assert "timm:resnet18d.none" in refused(small(), "timm:resnet18d.none")
 
 
-def test_a_run_begins_with_another_and_resume_wins(tiny_config, tmp_path):
-    """The program: a run begins with another's weights, says so, and goes on without them once it has a checkpoint."""
+def test_a_run_starts_from_weights_and_resumes_without_them(tiny_config, tmp_path):
+    """train.py: a run starts from given weights and logs it; once it has a checkpoint it resumes without them."""
     source = tmp_path / "backbone.safetensors"
     save_backbone(source, trained(load_config(tiny_config)).teacher.backbone, {})
-    nowhere = run_program("train.py", tiny_config, f"model.init={source}x", expect=2).stderr
-    assert "backbone.safetensorsx: no such file, did you mean" in nowhere
-    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]  # nothing stands in the way of the right word
+    error = run_program("train.py", tiny_config, f"model.init={source}x", expect=2).stderr
+    assert "backbone.safetensorsx: no such file, did you mean" in error
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]  # nothing prevents a corrected command
 
     words = ["optim.epochs=1", "optim.warmup_epochs=0", f"model.init={source}", "optim.lr=1e-12", "optim.min_lr=0"]
-    told = run_program("train.py", tiny_config, *words).stdout
-    assert f"begins with {source}: backbone; new: cls_head, reference_head, centers" in told
+    output = run_program("train.py", tiny_config, *words).stdout
+    assert f"initialized from {source}: backbone; new: cls_head, reference_head, centers" in output
     given, found = load_file(source), latest_valid(tmp_path / "run" / "checkpoints")
     assert found
     assert all((found.tensors()[f"student.backbone.{n}"] - t).abs().max() < 1e-9 for n, t in given.items())
     untrained = load_backbone(tmp_path / "run", untrained=True).state_dict()
-    assert all(torch.equal(untrained[n], t) for n, t in given.items())  # what the run began with
+    assert all(torch.equal(untrained[n], t) for n, t in given.items())  # what the run started from
 
     source.unlink()
-    (tmp_path / "run" / "backbone.safetensors").unlink()  # or the run is finished, and says only that
+    (tmp_path / "run" / "backbone.safetensors").unlink()  # otherwise the run is finished and only reports that
     assert "resumed at step 5" in run_program("train.py", tiny_config, *words).stdout

@@ -1,4 +1,4 @@
-"""The losses beside their specification in plain loops; the total, centers and teacher beside their formulas."""
+"""The losses against their specification as plain loops; the total, centers and teacher against their formulas."""
 
 import json
 
@@ -27,10 +27,10 @@ def small(**changes) -> Config:
     return config
 
 
-def made(config: Config) -> tuple[Method, Batch]:
+def build_with_batch(config: Config) -> tuple[Method, Batch]:
     torch.manual_seed(0)
     model = build(config)
-    for p in model.teacher.parameters():  # a teacher of its own, as after some steps
+    for p in model.teacher.parameters():  # a teacher that differs from the student, as after some steps
         p.data += 0.02 * torch.randn_like(p)
     model.cls_center.normal_()
     if config.method == "densedino":
@@ -41,23 +41,24 @@ def made(config: Config) -> tuple[Method, Batch]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "k"),
+    ("sample_chunk", "prototype_chunk", "k"),
     [(1, None, 9), (2, 4, 9), (256, 9, 9), (256, None, 3 * GROUP), (2, 2 * GROUP, 2 * GROUP + 5)],
 )
-@pytest.mark.parametrize("unit", [True, False])
-def test_cross_entropy_is_its_loops(rows: int, columns: int | None, k: int, unit: bool):
-    """Value and gradients, through the weight norm, beside the docstring's loops, whole or in pieces, in float64."""
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+def test_cross_entropy_equals_its_loops(sample_chunk: int, prototype_chunk: int | None, k: int, norm_last_layer: bool):
+    """Value and gradients, through the weight norm, against the docstring's loops, whole or in chunks, in float64."""
     torch.manual_seed(0)
     views, n, d = 4, 5, 6
     student = torch.nn.functional.normalize(torch.randn(views, n, d, dtype=torch.float64), dim=-1).requires_grad_()
     teacher = torch.nn.functional.normalize(torch.randn(2, n, d, dtype=torch.float64), dim=-1)
-    layer, layer_t = Prototypes(d, k, unit).double(), Prototypes(d, k, unit).double().requires_grad_(False)
+    layer, layer_t = (Prototypes(d, k, norm_last_layer).double() for _ in range(2))
+    layer_t.requires_grad_(False)
     for gains in (layer.weight_g, layer_t.weight_g):
         gains.data.uniform_(0.5, 2.0)
-    center, moving = torch.randn(k, dtype=torch.float64), torch.randn(d, dtype=torch.float64)
+    center, center_batch = torch.randn(k, dtype=torch.float64), torch.randn(d, dtype=torch.float64)
     terms = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1]])
-    cross_entropy = CrossEntropy(terms, 0.1, 0.7, rows, columns)
-    weighted, loss, entropy, mean = cross_entropy(student, layer, teacher, layer_t, center, 0.05, moving)
+    cross_entropy = CrossEntropy(terms, 0.1, 0.7, sample_chunk, prototype_chunk)
+    weighted, loss, entropy, mean = cross_entropy(student, layer, teacher, layer_t, center, 0.05, center_batch)
     w, w_t = (p.weight_g * p.weight_v / p.weight_v.norm(dim=1, keepdim=True) for p in (layer, layer_t))
     assert torch.allclose(layer(), w, rtol=1e-15)
     loops, entropies = 0.0, []
@@ -70,61 +71,61 @@ def test_cross_entropy_is_its_loops(rows: int, columns: int | None, k: int, unit
                     loops = loops - (p * (student[v, i] @ w.T / 0.1).log_softmax(-1)).sum() / (6 * n)
     assert loss.item() == pytest.approx(loops.item(), rel=1e-12)
     assert entropy.item() == pytest.approx(np.mean(entropies), rel=1e-12)
-    assert torch.allclose(mean, w_t @ moving, rtol=1e-12)
+    assert torch.allclose(mean, w_t @ center_batch, rtol=1e-12)
     trained = [student, *(p for p in layer.parameters() if p.requires_grad)]
-    assert len(trained) == (2 if unit else 3)
+    assert len(trained) == (2 if norm_last_layer else 3)
     assert weighted.item() == pytest.approx(0.7 * loops.item(), rel=1e-12)
     theirs = torch.autograd.grad(0.7 * loops, trained)
-    for factor in (1, 3):  # a step asks for 1, a piece of an accumulated one for less
-        weighted = cross_entropy(student, layer, teacher, layer_t, center, 0.05, moving)[0]
+    for factor in (1, 3):  # 1 for a whole step, another factor for a part of an accumulated step
+        weighted = cross_entropy(student, layer, teacher, layer_t, center, 0.05, center_batch)[0]
         ours = torch.autograd.grad(factor * weighted, trained)
         assert all((a - factor * b).abs().max() < 1e-12 for a, b in zip(ours, theirs, strict=True))
 
 
 def test_cross_entropy_in_bfloat16():
-    """Under autocast the products are bfloat16's, the softmaxes float32's."""
+    """Under autocast the products are in bfloat16, the softmaxes in float32."""
     torch.manual_seed(0)
     student, teacher = (torch.nn.functional.normalize(torch.randn(1, 64, 16), dim=-1) for _ in range(2))
-    layer = Prototypes(16, 50, unit=True)
-    cross_entropy = CrossEntropy(torch.ones(1, 1), 0.1, rows=16)
-    both = []
+    layer = Prototypes(16, 50, norm_last_layer=True)
+    cross_entropy = CrossEntropy(torch.ones(1, 1), 0.1, sample_chunk=16)
+    results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             weighted, loss, _, mean = cross_entropy(
                 student, layer, teacher, layer, torch.zeros(50), 0.04, teacher[0].mean(0)
             )
         assert loss.dtype == torch.float32
-        assert torch.allclose(mean, layer() @ teacher[0].mean(0), rtol=1e-5)  # a center is not to be rounded
-        both.append((loss.item(), torch.autograd.grad(weighted, layer.weight_v)[0]))
-    assert both[1][0] == pytest.approx(both[0][0], rel=1e-2)
-    assert (both[1][1] - both[0][1]).norm() < 3e-2 * both[0][1].norm()
+        assert torch.allclose(mean, layer() @ teacher[0].mean(0), rtol=1e-5)  # a center must not be rounded
+        results.append((loss.item(), torch.autograd.grad(weighted, layer.weight_v)[0]))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-2)
+    assert (results[1][1] - results[0][1]).norm() < 3e-2 * results[0][1].norm()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_the_total(alpha: float):
-    model, batch = made(small(loss__alpha=alpha))
+def test_total_is_the_weighted_sum(alpha: float):
+    model, batch = build_with_batch(small(loss__alpha=alpha))
     log, _ = losses_of(model, batch)
     assert torch.allclose(log["loss"], alpha * log["cls_loss"] + (1 - alpha) * log["reference_loss"])
 
 
-def test_the_losses_are_those_of_the_tokens():
-    """forward() beside the same computed token by token: which view is read where, with which head and center."""
-    model, batch = made(small())
+def test_losses_equal_those_computed_view_by_view():
+    """forward() against the same computed for each pair: which view has which points, head and center."""
+    model, batch = build_with_batch(small())
     log, means = losses_of(model, batch, 0.05)
     s, t = model.student, model.teacher
     with torch.no_grad():
         targets, logits, point_terms, points_of_teacher = [], [], [], []
         for v in range(4):
-            logits.append(s.cls_head.logits(s.backbone(batch.views[0][v])[0]))
+            logits.append(s.cls_head.logits(s.backbone(batch.views[0][v]).cls))
         for i in range(2):
-            targets.append(t.cls_head.logits(t.backbone(batch.views[0][i])[0]))
+            targets.append(t.cls_head.logits(t.backbone(batch.views[0][i]).cls))
         for i in range(2):
             for v in range(4):
                 if v == i:
                     continue
                 points = batch.view_points[:, i, v]  # [B,M,2(teacher,student),2]
-                of_teacher = t.reference_head.logits(t.backbone(batch.views[0][i], points[:, :, 0])[2])
-                of_student = s.reference_head.logits(s.backbone(batch.views[0][v], points[:, :, 1])[2])
+                of_teacher = t.reference_head.logits(t.backbone(batch.views[0][i], points[:, :, 0]).references)
+                of_student = s.reference_head.logits(s.backbone(batch.views[0][v], points[:, :, 1]).references)
                 p = ((of_teacher - model.reference_center) / 0.05).softmax(-1)
                 point_terms.append(-(p * (of_student / 0.1).log_softmax(-1)).sum(-1).mean())
                 points_of_teacher.append(of_teacher)
@@ -139,33 +140,33 @@ def test_the_losses_are_those_of_the_tokens():
 
 
 def test_views_of_a_loss_and_a_shared_head():
-    model, batch = made(small(loss__cls_views="teacher", reference__views="teacher"))
+    model, batch = build_with_batch(small(loss__cls_views="teacher", reference__views="teacher"))
     assert model.cls_pairs == model.reference_pairs == [(0, 1), (1, 0)]
     assert torch.isfinite(losses_of(model, batch)[0]["loss"])
-    model, batch = made(small(head__shared=True))
+    model, batch = build_with_batch(small(head__shared=True))
     log, means = losses_of(model, batch)
     assert model.student.reference_head is None
     assert len(means) == 1
     assert torch.isfinite(log["reference_loss"])
 
 
-def test_no_token_without_a_use():
-    """Self pairs are not computed where no center asks for them; the teacher never sees student-only views."""
-    model, _ = made(small())
+def test_only_needed_tokens_are_computed():
+    """Self pairs are computed only if the center uses them; the teacher never sees student-only views."""
+    model, _ = build_with_batch(small())
     assert group_by_count(model.teacher_pairs, range(2), 0) == [[[(0, 1), (0, 2), (0, 3)], [(1, 0), (1, 2), (1, 3)]]]
     assert group_by_count(model.student_pairs, range(4), 1) == [
         [[(1, 0)], [(0, 1)]],
         [[(0, 2), (1, 2)], [(0, 3), (1, 3)]],
     ]
-    model, _ = made(small(reference__center="published"))
+    model, _ = build_with_batch(small(reference__center="published"))
     assert group_by_count(model.teacher_pairs, range(2), 0)[0][0] == [(0, 0), (0, 1), (0, 2), (0, 3)]
-    model, _ = made(small(reference__views="teacher"))
+    model, _ = build_with_batch(small(reference__views="teacher"))
     assert group_by_count(model.student_pairs, range(4), 1) == [[[(1, 0)], [(0, 1)]]]
     assert group_by_count(model.student_pairs, range(2, 4), 1) == []
 
 
-def test_teacher_and_centers_move_as_written():
-    model, _ = made(small())
+def test_teacher_and_centers_follow_their_formulas():
+    model, _ = build_with_batch(small())
     before = {n: t.clone() for n, t in model.state_dict().items()}
     model.update_teacher(0.9)
     model.update_centers([torch.ones(20), torch.zeros(20)])
@@ -177,17 +178,17 @@ def test_teacher_and_centers_move_as_written():
     assert torch.allclose(model.reference_center, 0.9 * before["reference_center"])
 
 
-def test_clipping_is_for_each_tensor():
+def test_clipping_is_per_tensor():
     grads = [torch.full((4,), 3.0), torch.full((4,), 0.1)]  # norms 6 and 0.2
     clip_each(grads, [g.norm() for g in grads], 3.0)
     assert float(grads[0].norm()) == pytest.approx(3.0, rel=1e-5)
     assert torch.equal(grads[1], torch.full((4,), 0.1))
 
 
-def test_the_last_layer_stands_still_at_first():
+def test_last_layer_is_frozen_at_first():
     config = small()
     config.optim.global_batch_size, config.optim.epochs, config.optim.warmup_epochs, config.optim.lr = 256, 4, 0, 1e-2
-    model, batch = made(config)
+    model, batch = build_with_batch(config)
     schedules = make_schedules(config, 2)
     assert list(schedules.frozen) == [True] * 2 + [False] * 6
     optimizer = Optimizer(model.student, 3.0, split_positions=True)
@@ -195,15 +196,17 @@ def test_the_last_layer_stands_still_at_first():
         before = {n: p.clone() for n, p in model.student.named_parameters()}
         losses_of(model, batch)[0]["loss"].backward()
         optimizer.step(schedules.at(step))
-        still = {n for n, p in model.student.named_parameters() if p.requires_grad and torch.equal(p, before[n])}
-        assert still == ({f"{h}.last_layer.weight_v" for h in ("cls_head", "reference_head")} if step < 2 else set())
+        unchanged = {n for n, p in model.student.named_parameters() if p.requires_grad and torch.equal(p, before[n])}
+        assert unchanged == (
+            {f"{h}.last_layer.weight_v" for h in ("cls_head", "reference_head")} if step < 2 else set()
+        )
 
 
 @pytest.mark.parametrize("what", ["gradient", "loss"])
-def test_a_step_that_is_not_finite_moves_nothing(what: str):
-    """Parameters, moments, teacher and centers stay bit for bit, Adam's own step count too; the next step goes on."""
+def test_nonfinite_step_changes_nothing(what: str):
+    """Parameters, moments, Adam's step count, teacher and centers stay bit-equal; the next step is applied."""
     config = small(reference__points=1)
-    model, batch = made(config)
+    model, batch = build_with_batch(config)
     schedules = make_schedules(config, 2)
     schedules.lr[:] = 1e-2
     optimizer = Optimizer(model.student, 3.0)
@@ -221,11 +224,11 @@ def test_a_step_that_is_not_finite_moves_nothing(what: str):
             model.student.backbone.cls_token.grad[0, 0, 3] = float("inf")
         elif bad:
             finite, means = torch.tensor(0.0), [m * float("nan") for m in means]
-        taken, norm = optimizer.step(schedules.at(step), finite)
-        model.update_teacher(0.9, taken)
-        model.update_centers(means, taken)
+        applied, norm = optimizer.step(schedules.at(step), finite)
+        model.update_teacher(0.9, applied)
+        model.update_centers(means, applied)
         now = state()
-        assert float(taken) == (not bad)
+        assert float(applied) == (not bad)
         assert bool(norm.isfinite()) == (not bad or what == "loss")
         if bad:
             assert all(torch.equal(now[n], before[n]) for n in now)
@@ -235,7 +238,7 @@ def test_a_step_that_is_not_finite_moves_nothing(what: str):
 
 
 def test_biases_and_norms_do_not_decay():
-    model, _ = made(small())
+    model, _ = build_with_batch(small())
     optimizer = Optimizer(model.student, 3.0)
     decayed, plain = ({id(p) for p in g["params"]} for g in optimizer.adamw.param_groups)
     for name, p in model.student.named_parameters():
@@ -246,7 +249,7 @@ def test_biases_and_norms_do_not_decay():
             assert (id(p) in plain) == (name.endswith(".bias") or ".norm" in name), name
 
 
-def test_the_literal_form_agrees():
+def test_naive_implementation_agrees():
     """The step as the paper's text says (tools/bench/naive.py, what the benchmark compares with): five steps' losses."""
     rows = [json.loads(line) for line in run_program("-m", "tools.bench.step", "--check").stdout.splitlines()]
     assert len(rows) == 5
@@ -254,7 +257,7 @@ def test_the_literal_form_agrees():
         assert row["ours"] == pytest.approx(row["literal"], rel=1e-5)
 
 
-def test_the_rows_of_the_step(tmp_path):
+def test_step_benchmark_rows(tmp_path):
     """A row for each combination, its faster batch; what is counted and what is asked of the device beside it."""
     out, few = tmp_path / "rows.jsonl", "--arch=vit_tiny --method=dino --dtype=float32 --rounds=1 --steps=1 --warmup=0"
     run_program("-m", "tools.bench.step", *few.split(), "--eager", "--batch", "1", "2", f"--out={out}")
@@ -274,19 +277,21 @@ def test_the_rows_of_the_step(tmp_path):
     assert rows["literal"]["ratio_to_literal"] == 1
 
 
-def test_the_cost_is_that_of_the_products():
-    """One image's matrix products, written out for a network of two blocks without points; points and memory beside it."""
+def test_cost_counts_the_matrix_products():
+    """One image's matrix products, written out for two blocks without points; then the effect of points, and memory."""
     width, patch, size, hidden, bottleneck, k = 16, 8, 16, 24, 12, 20
     config = small(model__depth=2)
     config.method = "dino"
     image = 1 + (size // patch) ** 2  # tokens of a view
     embed = 2 * (image - 1) * width * 3 * patch**2
     block = 2 * image * 12 * width**2 + 2 * 2 * image**2 * width
-    last = 2 * (2 * image + 10) * width**2 + 2 * 2 * image * width  # keys and values of all, the rest for [CLS] alone
+    last = (
+        2 * (2 * image + 10) * width**2 + 2 * 2 * image * width
+    )  # keys and values of all tokens, the rest for [CLS] only
     mlp = 2 * (width * hidden + hidden**2 + hidden * bottleneck)
     backbone, logits = embed + block + last + mlp, 2 * bottleneck * k
     views, teachers = 4, 2
-    # a backward pass costs two products for each; none leads to the pixels. Teacher's logits' mean: one product more
+    # a backward pass takes two products for each; none for the pixels. The mean of the teacher's logits: one more product
     step = (teachers + 3 * views) * backbone - views * embed + (teachers + 3 * views) * logits + logits
     assert count_cost(config).flops == pytest.approx(step, rel=0.02)
 

@@ -1,21 +1,48 @@
-"""The contract of a method of pretraining: what any of them must do to be trained by train.py."""
+"""The contract of a pretraining method: what each must do to be trained by train.py."""
 
+import numpy as np
 import pytest
 import torch
-from conftest import run_program
+from conftest import losses_of, run_program
 
-from model.methods import METHODS, build
+from model.methods import METHODS, Method, build
+from model.weights import load_pretrained
+from pipeline.batch import Batch, draw
 from runtime import config as configs
+from runtime.checkpoint import save_backbone
 from runtime.config import load_config
+from runtime.methods import count_points, load_class, uses_points
 from runtime.schedule import StepValues
 from tests.faults.program import Program, equal, final, log, steps
 
-EVERY = [*METHODS, "tests.byol:BYOL"]
+EVERY = [*METHODS, "tests.byol:BYOL"]  # the last is outside the registry, as a user's class is
 WORDS = ["model.drop_path=0", "optim.epochs=1", "optim.warmup_epochs=0", "speed.precision=float64", "run.log_every=1"]
 
 
 def test_the_config_knows_every_method():
     assert set(configs.METHODS) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", [*EVERY, "tests.byol:PointBYOL"])
+def test_registry_equals_the_class(name):
+    cls = load_class(name)
+    assert issubclass(cls, Method)
+    assert uses_points(name) == cls.uses_points
+
+
+@pytest.mark.parametrize("name", ["densedino", "tests.byol:PointBYOL"])
+def test_a_method_gets_the_points_that_it_uses(name, tiny_config):
+    """A class outside this repository, too."""
+    config = load_config(tiny_config, [f"method={name}"])
+    draws = draw(config, 0, np.arange(3), np.full(3, 40), np.full(3, 50))
+    assert count_points(config) == draws.view_points.shape[3] == 2
+    views, ids = [torch.randn(2, 3, 3, 32, 32), torch.randn(2, 3, 3, 16, 16)], torch.arange(3)
+    method = build(config)
+    metrics, _ = losses_of(method, Batch(0, ids, ids, views, **draws.tensors()))
+    metrics["loss"].backward()
+    assert metrics["loss"].isfinite()
+    assert method.student.backbone.pos_embed.grad.any()
+    assert draw(load_config(tiny_config, ["method=dino"]), 0, *np.full((3, 1), 40)).view_points.shape[3] == 0
 
 
 @pytest.fixture(params=EVERY)
@@ -24,7 +51,7 @@ def method(request) -> str:
 
 
 def test_names_and_state(method, tiny_config):
-    """What learns asks for a gradient, nothing else does; a state dict holds all; building twice gives the same."""
+    """Only what learns has a gradient; a state dict contains all state; building twice gives the same."""
     config = load_config(tiny_config, [method])
     torch.manual_seed(0)
     first = build(config)
@@ -33,21 +60,23 @@ def test_names_and_state(method, tiny_config):
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
-    learning = {n for n, p in first.named_parameters() if p.requires_grad}
-    assert learning
-    assert all(n.startswith("student.") for n in learning)
+    trained = {n for n, p in first.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(n.startswith("student.") for n in trained)
     grouped = [p for group in first.parameter_groups() for p in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in first.student.parameters() if p.requires_grad}
-    assert len(grouped) == len(learning)
+    assert len(grouped) == len(trained)
     assert any(first.backbone is module for module in first.modules())
+    assert first.networks()["student"] is first.student
+    assert all(first.get_submodule(role) is network for role, network in first.networks().items())
     units = first.compile_units()
     assert len({id(unit) for unit in units}) == len(units)
 
 
-def test_a_step_that_was_not_applied_changes_nothing(method, tiny_config):
+def test_a_skipped_step_changes_nothing(method, tiny_config):
     method = build(load_config(tiny_config, [method]))
     for p in method.student.parameters():
-        p.data += 0.1  # a student that has moved
+        p.data += 0.1  # a student that has learned
     before = {n: t.clone() for n, t in method.state_dict().items()}
     statistics = [torch.ones_like(center) for center in getattr(method, "centers", list)()]
     at = StepValues(teacher_momentum=0.5)
@@ -58,7 +87,7 @@ def test_a_step_that_was_not_applied_changes_nothing(method, tiny_config):
     assert not all(torch.equal(t, before[n]) for n, t in method.state_dict().items())
 
 
-def test_resumes_bit_for_bit(method, tiny_config, tmp_path):
+def test_resumes_bit_equal(method, tiny_config, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     code, out, err = Program(tiny_config, method, f"run.folder={whole}").end()
     assert code == 0, f"{out}\n{err}"
@@ -74,27 +103,39 @@ def test_resumes_bit_for_bit(method, tiny_config, tmp_path):
     assert log(whole)["losses"] == log(cut)["losses"]
 
 
-def test_pieces_and_processes_agree_with_one(method, tiny_config, tmp_path):
-    """The same batches in two pieces, and on two processes: the same weights to 1e-9."""
-    runs = {"one": ([], 1), "pieces": (["speed.grad_accum_steps=2"], 1), "two": ([], 2)}
+def test_accumulation_and_processes_equal_one_process(method, tiny_config, tmp_path):
+    """The same batches in two accumulated parts, and on two processes, give the same weights to 1e-9."""
+    runs = {"one": ([], 1), "accumulated": (["speed.grad_accum_steps=2"], 1), "two": ([], 2)}
     for name, (words, processes) in runs.items():
         words = [method, *WORDS, *words, f"run.folder={tmp_path / name}"]
         code, out, err = Program(tiny_config, *words, processes=processes).end()
         assert code == 0, f"{out}\n{err}"
     one = final(tmp_path / "one")
-    for other in ("pieces", "two"):
+    for other in ("accumulated", "two"):
         theirs = final(tmp_path / other)
         assert theirs.keys() == one.keys()
         for name, t in one.items():
             assert (theirs[name] - t).abs().max() <= 1e-9 * max(1.0, float(t.abs().max())), (other, name)
 
 
-def test_a_method_that_is_not_there(tiny_config):
-    said = run_program("train.py", tiny_config, "method=tests.byol:BYOl", expect=2).stderr
-    assert said == "error: method: tests.byol:BYOl is not found (module 'tests.byol' has no attribute 'BYOl')\n"
+def test_missing_method(tiny_config):
+    message = run_program("train.py", tiny_config, "method=tests.byol:BYOl", expect=2).stderr
+    assert message == "error: method: tests.byol:BYOl is not found (module 'tests.byol' has no attribute 'BYOl')\n"
 
 
-def test_is_exported_and_evaluated(method, tiny_config, tmp_path):
+def test_export_and_evaluation(method, tiny_config, tmp_path):
     run_program("train.py", tiny_config, method, "optim.epochs=1", "optim.warmup_epochs=0")
     assert "top-1" in run_program("-m", "eval.knn", tmp_path / "run").stdout
     assert "top-1" in run_program("-m", "eval.knn", tmp_path / "run", "--untrained").stdout
+
+
+def test_starts_from_pretrained_weights(method, tiny_config, tmp_path):
+    """model.init loads the backbone into each network of any method, and lists the rest as new."""
+    config = load_config(tiny_config, [method])
+    source, ours = build(config).backbone, build(config)
+    save_backbone(tmp_path / "backbone.safetensors", source, {"heads": 2})
+    message = load_pretrained(ours, str(tmp_path / "backbone.safetensors"))
+    for network in ours.networks().values():
+        assert torch.equal(network.backbone.pos_embed, source.pos_embed)
+    new = [name for name, _ in ours.student.named_children() if name != "backbone"]
+    assert message.endswith("; new: " + ", ".join(new + ["centers"] * hasattr(ours, "cls_center")))

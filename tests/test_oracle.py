@@ -1,6 +1,6 @@
-"""Equal to the published method, number by number: the tensors of ../shared/oracle were made by the published code.
+"""Equal to the published reference, number by number: the tensors of ../shared/oracle were computed by the published code.
 
-One test for each a_small_<mode>.safetensors found; further cases can be dropped in. $ORACLE names another folder.
+One test for each a_small_<mode>.safetensors; more can be added there. $ORACLE names another folder.
 """
 
 import re
@@ -30,7 +30,7 @@ MODES = {
     "all_query": "all_query",
 }
 CASES = sorted(p.stem.removeprefix("a_small_") for p in ORACLE.glob("a_small_*.safetensors") if "common" not in p.stem)
-needs_oracle = pytest.mark.skipif(not CASES, reason=f"no oracle: {ORACLE} is not there (set ORACLE=folder)")
+needs_oracle = pytest.mark.skipif(not CASES, reason=f"no oracle: {ORACLE} does not exist (set ORACLE=folder)")
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -52,13 +52,13 @@ def config_of(case: dict, mode: str | None, views: list[Views], image: int) -> C
 
 
 def schedules_of(steps: list[dict]) -> Schedules:
-    """The oracle's schedule, handed in: the last layers are frozen during epoch 0."""
+    """The oracle's schedules; the last layers are frozen during epoch 0."""
     column = lambda name: np.array([s[name] for s in steps])  # noqa: E731
     return Schedules(column("lr"), column("wd"), column("m"), np.full(len(steps), 0.04), column("epoch") == 0)
 
 
-def loaded(config: Config, tensors: dict[str, Tensor]) -> Method:
-    """Our model with the oracle's student and teacher, through the product's importer of published checkpoints."""
+def load_method(config: Config, tensors: dict[str, Tensor]) -> Method:
+    """Our method with the oracle's student and teacher, loaded as published checkpoints are."""
     model = build(config)
     for role, network in (("student", model.student), ("teacher", model.teacher)):
         own = {n.removeprefix(f"{role}."): t for n, t in tensors.items() if n.startswith(f"{role}.")}
@@ -67,17 +67,17 @@ def loaded(config: Config, tensors: dict[str, Tensor]) -> Method:
 
 
 def batch_of(tensors: dict[str, Tensor]) -> Batch:
-    """The oracle's views and points as the loader would hand them over."""
+    """The oracle's views and points in the loader's form."""
     teacher = (tensors["tea_pos"].double().permute(1, 0, 2, 3, 4) + 1) / 2  # [B,T,V,M,2]
     student = (tensors["stu_pos"].double().permute(1, 2, 0, 3, 4) + 1) / 2
-    nothing = torch.empty(0)
+    empty = torch.empty(0)
     ids = torch.arange(len(teacher))
-    return Batch(0, ids, ids, [tensors["views"]], nothing, torch.stack([teacher, student], -2), nothing)
+    return Batch(0, ids, ids, [tensors["views"]], empty, torch.stack([teacher, student], -2), empty)
 
 
 def check_updated(ours: dict[str, Tensor], theirs: dict[str, Tensor], lr: float, momentum: float | None = None) -> None:
-    """1e-5 in 99.9 % of the entries; Adam's first step is a sign where the true gradient is (nearly) zero, and then
-    2 lr off is no failure (the key third of qkv.bias has an analytically zero gradient)."""
+    """1e-5 in 99.9 % of the entries. Where the true gradient is (nearly) zero, Adam's first step is the sign of noise, so a
+    difference of 2 lr is allowed (the key third of qkv.bias has an analytically zero gradient)."""
     step = 2 * lr * (1 if momentum is None else 1 - momentum) * 1.01 + 1e-5
     off = total = 0
     for name, theirs_ in theirs.items():
@@ -92,8 +92,9 @@ def check_updated(ours: dict[str, Tensor], theirs: dict[str, Tensor], lr: float,
     assert off <= 1e-3 * total
 
 
-def divide_as_published(model: Method) -> tuple[float, float]:
-    """Published code divides a loss by the number of its terms + 1e-5: what that leaves of both, now and in the total."""
+def scale_losses_as_published(model: Method) -> tuple[float, float]:
+    """Published code divides each loss by the number of its terms + 1e-5. Returns the factors against our exact means, and
+    applies them to the weights of the total."""
     shares = 2 / (2 + 1e-5), 6 / (6 + 1e-5)
     model.cls_loss.weight, model.reference_loss.weight = (0.5 * share for share in shares)
     return shares
@@ -110,23 +111,23 @@ def test_step(mode: str, oracle, oracle_json):
     steps = index.get(mode, {}).get("fp32", {}).get("steps", case["schedule"])  # a dropped-in case may lack its scalars
     views = [Views(2, 64, teacher=True, blur=[1.0, 0.1], solarize=[0.0, 0.2]), Views(2, 64)]
     config = config_of(case, MODES[mode], views, 64)
-    model, batch = loaded(config, tensors), batch_of(tensors)
+    model, batch = load_method(config, tensors), batch_of(tensors)
     m, n_views = case["M"], case["V"]
     rows = {"student": n_views * case["B"], "teacher": 2 * case["B"]}
 
     def in_our_order(tokens: Tensor, role: str) -> Tensor:
-        """[CLS], every slot's points, patches of each image -> all images' [CLS] and patches, then the points we compute."""
+        """[CLS], all slots' points, patches of each image -> [CLS] and patches of all images, then the points we compute."""
         references = tokens.shape[1] - 17
         image = torch.cat([tokens[:, :1], tokens[:, 1 + references :]], 1).flatten(0, 1)
         points = (
             tokens[:, 1 : 1 + references].unflatten(1, (-1, m)).unflatten(0, (-1, case["B"]))
         )  # [views,B,slots,M,D]
         side = TEACHER if role == "teacher" else STUDENT
-        runs = group_by_count(getattr(model, f"{role}_pairs"), range(len(points)), side)
+        groups = group_by_count(getattr(model, f"{role}_pairs"), range(len(points)), side)
         views = iter(range(len(points)))
         ours = [image]
-        for run in runs:
-            slots = [[v if role == "teacher" else t for t, v in pairs] for pairs in run]
+        for group in groups:
+            slots = [[v if role == "teacher" else t for t, v in pairs] for pairs in group]
             ours += [points[next(views)][:, of_view].flatten(0, 2) for of_view in slots]
         return torch.cat(ours)
 
@@ -136,7 +137,7 @@ def test_step(mode: str, oracle, oracle_json):
         network = getattr(model, role)
         blocks: list[Tensor] = []
         original = network.backbone._block
-        network.backbone._block = lambda b, x, *r, o=original, seen=blocks: seen.append(x) or o(b, x, *r)
+        network.backbone._block = lambda b, x, *r, o=original, inputs=blocks: inputs.append(x) or o(b, x, *r)
         with torch.no_grad():
             cls, tokens = model.encode_views(network, batch, side, getattr(model, f"{role}_pairs"))
         del network.backbone._block
@@ -178,9 +179,9 @@ def test_step(mode: str, oracle, oracle_json):
     # three steps: losses, gradients, clipping, AdamW, teacher, centers
     schedules = schedules_of(steps)
     optimizer = Optimizer(model.student, case.get("clip", 3.0), split_positions=True)
-    of_ours, _ = losses_of(model, batch)
-    assert torch.isclose(of_ours["loss"], 0.5 * (of_ours["cls_loss"] + of_ours["reference_loss"]), rtol=1e-6)
-    shares = divide_as_published(model)
+    log, _ = losses_of(model, batch)
+    assert torch.isclose(log["loss"], 0.5 * (log["cls_loss"] + log["reference_loss"]), rtol=1e-6)
+    shares = scale_losses_as_published(model)
     for i, step in enumerate(steps):
         log, means = losses_of(model, batch)
         cls, reference = (log[name] * share for name, share in zip(("cls_loss", "reference_loss"), shares, strict=True))
@@ -192,7 +193,7 @@ def test_step(mode: str, oracle, oracle_json):
             ours = {n: p.grad for n, p in model.student.named_parameters() if p.requires_grad}
             assert ours.keys() == theirs.keys()
             for name in theirs:
-                if name.endswith("qkv.bias"):  # the keys' third is zero but for rounding
+                if name.endswith("qkv.bias"):  # the key third is zero except for rounding
                     width = case["embed"]
                     ours[name][width : 2 * width] = theirs[name][width : 2 * width]
                 assert relative(ours[name], theirs[name]) < 1e-5, name
@@ -219,11 +220,11 @@ def test_losses_in_float64(mode: str, oracle, oracle_json):
     case, steps = index["config"], index[mode]["fp64"]["steps"]
     tensors = oracle("a_small_common")
     config = config_of(case, MODES[mode], [Views(2, 64, teacher=True, blur=[1.0]), Views(2, 64)], 64)
-    model, batch = loaded(config, tensors).double(), batch_of(tensors)
+    model, batch = load_method(config, tensors).double(), batch_of(tensors)
     batch.views = [batch.views[0].double()]
     schedules = schedules_of(steps)
     optimizer = Optimizer(model.student, 3.0, split_positions=True)
-    shares = divide_as_published(model)
+    shares = scale_losses_as_published(model)
     for i, step in enumerate(steps):
         log, means = losses_of(model, batch)
         assert log["cls_loss"].item() * shares[0] == pytest.approx(step["global_loss"], rel=1e-9)
@@ -246,7 +247,7 @@ def test_loss_variants(oracle, oracle_json):
         config.reference.views = "all" if all_ref == "True" else "teacher"
         config.loss.alpha = float(alpha)
         with torch.no_grad():
-            log, _ = losses_of(loaded(config, tensors), batch_of(tensors))
+            log, _ = losses_of(load_method(config, tensors), batch_of(tensors))
         n_cls, n_ref = (6 if all_cls == "True" else 2), (6 if all_ref == "True" else 2)
         cls, reference = log["cls_loss"] * n_cls / (n_cls + 1e-5), log["reference_loss"] * n_ref / (n_ref + 1e-5)
         assert float(cls) == pytest.approx(want["global_loss"], rel=1e-5), name
@@ -262,12 +263,12 @@ def test_dino_multicrop(oracle, oracle_json):
     tensors, want = oracle("b_multicrop_inputs_dino"), oracle("b_dino_multicrop")
     index = oracle_json("b_dino_index")
     config = config_of(index["config"], None, [Views(2, 224, teacher=True), Views(2, 96, (0.05, 0.4))], 224)
-    model = loaded(config, tensors)
+    model = load_method(config, tensors)
     mean, std = (torch.tensor(c).view(1, 1, 3, 1, 1) for c in (MEAN, STD))
     views = [torch.stack([tensors[f"views_u8.{i}"] for i in pair]) / 255 for pair in ((0, 1), (2, 3))]  # [2,B,3,S,S]
-    nothing = torch.empty(0)
+    empty = torch.empty(0)
     ids = torch.arange(3)
-    batch = Batch(0, ids, ids, [(v - mean) / std for v in views], nothing, torch.empty(3, 2, 4, 0, 2, 2), nothing)
+    batch = Batch(0, ids, ids, [(v - mean) / std for v in views], empty, torch.empty(3, 2, 4, 0, 2, 2), empty)
     for role, side in (("student", STUDENT), ("teacher", TEACHER)):
         with torch.no_grad():
             cls, _ = model.encode_views(getattr(model, role), batch, side)
@@ -302,7 +303,7 @@ def test_dino_multicrop(oracle, oracle_json):
 
 @pytest.mark.parametrize("grid", ["g14", "g4"])
 def test_point_embedding(grid: str, oracle):
-    """Values and gradient of the bicubic reading, both border rules."""
+    """Values and gradient of the bicubic interpolation, both border rules."""
     c = {n.removeprefix(f"{grid}."): t for n, t in oracle("c_posembed").items()}
     side = int(c["patch_pos_embed"].shape[1] ** 0.5)
     table = c["patch_pos_embed"][0].unflatten(0, (side, side)).requires_grad_()
@@ -320,7 +321,7 @@ def test_point_embedding(grid: str, oracle):
 
 
 def test_resized_grid(oracle):
-    """The position grid for images of other sizes, non-square ones too."""
+    """The position grid for images of other sizes, including non-square ones."""
     c = oracle("c_posembed")
     table = c["g14.patch_pos_embed"][0].unflatten(0, (14, 14))
     cases = [n for n in c if n.startswith("resize.")]
@@ -342,7 +343,7 @@ def test_points(case: str, oracle):
 
 
 def test_schedules(oracle_json):
-    """Every schedule at every index that the file holds."""
+    """Every schedule at every index that the file contains."""
     want = oracle_json("f_schedules")
 
     def check(values: np.ndarray, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Reference attention equals the published N x N mask, and disturbs nothing it should not."""
+"""Reference attention equals the published N x N mask; [CLS] and patches do not depend on reference tokens."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from model.reference import MODES, attend, attention, point_embedding
 from model.vit import ViT
 
 
-def literal_mask(patches: int, references: int, mode: str) -> Tensor:
-    """True where a query (row) may attend a key (column); order [CLS], patches, references. Published code, VT:342."""
+def dense_mask(patches: int, references: int, mode: str) -> Tensor:
+    """True where a query (row) may attend to a key (column); order [CLS], patches, references. Published code, VT:342."""
     image = 1 + patches
     length = image + references
     allowed = torch.ones(length, length, dtype=torch.bool)
@@ -29,61 +29,62 @@ def literal_mask(patches: int, references: int, mode: str) -> Tensor:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("references", [0, 1, 7])
-@pytest.mark.parametrize("form", ["fused", "plain"])
-def test_equal_to_the_mask(mode: str, references: int, form: str, monkeypatch):
-    # the plain form is bfloat16's, which is too coarse to tell
-    monkeypatch.setattr("model.reference._is_plain", lambda q: form == "plain")
+@pytest.mark.parametrize("form", ["fused", "unfused"])
+def test_attend_equals_masked_attention(mode: str, references: int, form: str, monkeypatch):
+    # the unfused form is otherwise used in bfloat16 only, which is too coarse for this comparison
+    monkeypatch.setattr("model.reference._use_unfused", lambda q: form == "unfused")
     torch.manual_seed(0)
     patches = 9
     q, k, v = torch.randn(3, 4, 3, 1 + patches + references, 8, dtype=torch.float64).requires_grad_().unbind(0)
     image = tuple(t[:, :, : 1 + patches] for t in (q, k, v))
-    # two runs; the last image has no reference tokens
-    asking = [tuple(t[run, :, 1 + patches :] for t in (q, k, v)) for run in (slice(0, 2), slice(2, 3))]
-    asking = asking if references else []
-    every = attend(image, asking, mode)
-    seen, read = torch.cat(every[: len(every) - len(asking)]), every[len(every) - len(asking) :]
-    scores = (q @ k.transpose(-2, -1) / 8**0.5).masked_fill(~literal_mask(patches, references, mode), -torch.inf)
-    literal = scores.softmax(-1) @ v
-    n = 3 if mode == "none" else 4  # there the last image would see the references that it has not
-    pairs = [(seen[:n], literal[:n, :, : 1 + patches])]
+    # two groups of images; the last image has no reference tokens
+    groups = [tuple(t[group, :, 1 + patches :] for t in (q, k, v)) for group in (slice(0, 2), slice(2, 3))]
+    groups = groups if references else []
+    outputs = attend(image, groups, mode)
+    n_image = len(outputs) - len(groups)
+    of_images, of_references = torch.cat(outputs[:n_image]), outputs[n_image:]
+    scores = (q @ k.transpose(-2, -1) / 8**0.5).masked_fill(~dense_mask(patches, references, mode), -torch.inf)
+    expected = scores.softmax(-1) @ v
+    n = 3 if mode == "none" else 4  # in mode none the masked form would give the last image reference tokens
+    pairs = [(of_images[:n], expected[:n, :, : 1 + patches])]
     if references:
-        pairs.append((torch.cat(read), literal[:3, :, 1 + patches :]))
+        pairs.append((torch.cat(of_references), expected[:3, :, 1 + patches :]))
     assert all((a - b).abs().max() < 1e-12 for a, b in pairs)
     probes = [torch.randn_like(a) for a, _ in pairs]
     for x in (q, k, v):
-        a, b = (torch.autograd.grad(which, x, probes, retain_graph=True)[0] for which in zip(*pairs, strict=True))
+        a, b = (torch.autograd.grad(side, x, probes, retain_graph=True)[0] for side in zip(*pairs, strict=True))
         assert (a - b).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])
-def test_training_leaves_the_last_patches_out(mode: str, drop_path: float):
-    """patches_too=False: the same [CLS] and reference tokens, and the same gradients, for two runs of images."""
+def test_last_block_without_patches(mode: str, drop_path: float):
+    """want=("cls",): the same [CLS] and reference tokens, and the same gradients, for two groups of images."""
     network = vit(mode, drop_path=drop_path).double().train()
     images, points = torch.randn(3, 3, 32, 32).double(), [torch.rand(2, 4, 2).double(), torch.rand(1, 2, 2).double()]
-    found = []
-    for patches_too in (True, False):
+    results = []
+    for want in (("cls", "patches"), ("cls",)):
         torch.manual_seed(1)
-        cls, patches, (a, b) = network(images, points, patches_too)
-        assert (patches is None) is not patches_too
+        cls, patches, (a, b) = network(images, points, want)
+        assert (patches is None) == ("patches" not in want)
         loss = cls.square().mean() + a[..., :5].square().mean() + b.sin().mean()
-        found.append((cls, a, b, *torch.autograd.grad(loss, list(network.parameters()))))
-    assert all((x - y).abs().max() < 1e-12 for x, y in zip(*found, strict=True))
-    if mode != "none":  # a run apart gives the same
-        alone = network.eval()(images[:2], points[0])[2]
-        assert (alone - network(images, points)[2][0]).abs().max() < 1e-12
+        results.append((cls, a, b, *torch.autograd.grad(loss, list(network.parameters()))))
+    assert all((x - y).abs().max() < 1e-12 for x, y in zip(*results, strict=True))
+    if mode != "none":  # a group by itself gives the same
+        single = network.eval()(images[:2], points[0]).references
+        assert (single - network(images, points).references[0]).abs().max() < 1e-12
 
 
-def test_the_plain_form_equals_the_fused_one():
-    """On a CPU bfloat16 takes the plain form of attention, everything else torch's fused one."""
+def test_unfused_attention_equals_fused():
+    """On a CPU bfloat16 uses the unfused form of attention, every other dtype torch's fused one."""
     q, k, v = torch.randn(3, 2, 3, 11, 8).unbind(0)
-    plain = attention(*(t.bfloat16() for t in (q, k, v)))
-    assert plain.dtype == torch.bfloat16
-    assert (plain.float() - attention(q, k, v)).abs().max() < 3e-2
+    unfused = attention(*(t.bfloat16() for t in (q, k, v)))
+    assert unfused.dtype == torch.bfloat16
+    assert (unfused.float() - attention(q, k, v)).abs().max() < 3e-2
 
 
 def test_masks_of_the_published_code(oracle):
-    """The literal masks above are the published ones (their token order: [CLS], references, patches)."""
+    """The masks above are the published ones (their token order: [CLS], references, patches)."""
     names = {
         "020": "none",
         "all2pos": "patches+cls",
@@ -94,7 +95,7 @@ def test_masks_of_the_published_code(oracle):
     order = torch.cat([torch.tensor([0]), torch.arange(9, 25), torch.arange(1, 9)])
     for name, theirs in oracle("a_masks_allowed").items():
         mode = names[name.split(".")[-1]]
-        assert torch.equal(theirs[order][:, order].bool(), literal_mask(16, 8, mode)), name
+        assert torch.equal(theirs[order][:, order].bool(), dense_mask(16, 8, mode)), name
 
 
 def vit(mode: str, **options) -> ViT:
@@ -103,29 +104,29 @@ def vit(mode: str, **options) -> ViT:
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "none"])
-def test_the_image_does_not_see_reference_tokens(mode: str):
+def test_cls_and_patches_do_not_depend_on_reference_tokens(mode: str):
     network, images = vit(mode), torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        cls, patches, nothing = network(images)
+        cls, patches, no_references = network(images)
         cls_with, patches_with, references = network(images, torch.rand(3, 5, 2))
-        alone = network(images, torch.rand(3, 1, 2).clone())[2]
-    assert nothing is None
-    assert alone.shape == (3, 1, 32)
+        one = network(images, torch.rand(3, 1, 2).clone()).references
+    assert no_references is None
+    assert one.shape == (3, 1, 32)
     assert references.shape == (3, 5, 32)
     assert (cls - cls_with).abs().max() < 1e-5
     assert (patches - patches_with).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "none"])
-def test_reference_tokens_do_not_see_each_other(mode: str):
+def test_reference_tokens_do_not_depend_on_each_other(mode: str):
     network, images, points = vit(mode), torch.randn(2, 3, 32, 32), torch.rand(2, 6, 2)
     with torch.no_grad():
-        together = network(images, points)[2]
-        apart = torch.cat([network(images, points[:, i : i + 1])[2] for i in range(6)], 1)
-    assert (together - apart).abs().max() < 1e-5
+        together = network(images, points).references
+        separate = torch.cat([network(images, points[:, i : i + 1]).references for i in range(6)], 1)
+    assert (together - separate).abs().max() < 1e-5
 
 
-def test_a_token_at_a_patch_center_is_that_patchs_position():
+def test_embedding_at_a_patch_center_is_the_patch_position():
     grid = torch.randn(4, 6, 5)
     x, y = torch.meshgrid((torch.arange(6) + 0.5) / 6, (torch.arange(4) + 0.5) / 4, indexing="xy")
     points = torch.stack([x, y], -1).flatten(0, 1)[None]
@@ -134,7 +135,7 @@ def test_a_token_at_a_patch_center_is_that_patchs_position():
 
 
 @pytest.mark.parametrize("border", ["zeros", "border"])
-def test_reading_equals_grid_sample(border: str):
+def test_point_embedding_equals_grid_sample(border: str):
     torch.manual_seed(1)
     grid, points = torch.randn(5, 7, 3, dtype=torch.float64), torch.rand(2, 50, 2, dtype=torch.float64) * 1.2 - 0.1
     at = (points * 2 - 1).flatten(0, 1)[None, :, None]

@@ -1,4 +1,4 @@
-"""Weights of every dialect, strictly: the same features whatever the names, and an error that names what is wrong."""
+"""Weights in every checkpoint format: the same features whatever the names, and an error that names what is wrong."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ def vit() -> ViT:
 
 
 def official(vit: ViT, split: bool) -> dict:
-    """A published checkpoint's shape: student and teacher, options, prefixes, heads."""
+    """A checkpoint as published: student and teacher, options, prefixes, heads."""
     backbone = dict(vit.state_dict())
     if split:
         positions = backbone.pop("pos_embed")
@@ -40,28 +40,28 @@ def official(vit: ViT, split: bool) -> dict:
 def features(network: ViT) -> torch.Tensor:
     torch.manual_seed(1)
     with torch.no_grad():
-        return network(torch.randn(2, 3, 32, 32))[1]
+        return network(torch.randn(2, 3, 32, 32)).patches
 
 
-@pytest.mark.parametrize("dialect", ["densedino", "dino", "timm", "timm with classifier", "leopart", "ours"])
-def test_every_dialect(vit, tmp_path, dialect):
+@pytest.mark.parametrize("checkpoint_format", ["densedino", "dino", "timm", "timm with classifier", "leopart", "ours"])
+def test_every_checkpoint_format(vit, tmp_path, checkpoint_format):
     path = tmp_path / "weights.pth"
     plain = dict(vit.state_dict())
-    if dialect in ("densedino", "dino"):
-        torch.save(official(vit, dialect == "densedino"), path)
+    if checkpoint_format in ("densedino", "dino"):
+        torch.save(official(vit, checkpoint_format == "densedino"), path)
         names = set(read_network(path)[0])
         assert {"cls_head.mlp.0.weight", "backbone.pos_embed"} <= names
-        assert ("reference_head.last_layer.weight_v" in names) == (dialect == "densedino")
+        assert ("reference_head.last_layer.weight_v" in names) == (checkpoint_format == "densedino")
         assert not read_network(path, "student")[0]["backbone.cls_token"].any()
-    elif dialect == "leopart":
+    elif checkpoint_format == "leopart":
         extra = {"projection_head.0.weight": torch.ones(3, 3), "prototypes.weight": torch.ones(3, 3)}
         torch.save({"state_dict": {f"teacher.{n}": t for n, t in (plain | extra).items()}}, path)
-    elif dialect == "ours":
+    elif checkpoint_format == "ours":
         path = tmp_path / "backbone.safetensors"
         save_backbone(path, vit, {"heads": 1, "attention": "patches", "border": "border"})
         assert (load_backbone(path).attention, load_backbone(path).border) == ("patches", "border")
     else:
-        extra = {"head.weight": torch.ones(10, 64), "head.bias": torch.ones(10)} if "class" in dialect else {}
+        extra = {"head.weight": torch.ones(10, 64), "head.bias": torch.ones(10)} if "class" in checkpoint_format else {}
         torch.save(plain | extra, path)
     assert torch.equal(features(load_backbone(path)), features(vit))
 
@@ -72,7 +72,7 @@ def test_a_real_timm_model_loads_both_ways(tmp_path):
     ours = load_backbone(tmp_path / "timm.pth")
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        assert (ours(images)[0] - theirs(images)).abs().max() < 1e-4
+        assert (ours(images).cls - theirs(images)).abs().max() < 1e-4
     save_backbone(tmp_path / "ours.safetensors", ours, {})
     again = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / "ours.safetensors"))
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_a_real_timm_model_loads_both_ways(tmp_path):
 
 
 def test_moco_v3_as_published(tmp_path):
-    """Base encoder, momentum encoder and predictor side by side; 12 heads whatever the width."""
+    """Base encoder, momentum encoder and predictor in one file; 12 heads for every width."""
     torch.manual_seed(0)
     vit = ViT(width=48, depth=1, heads=12, patch=8, image_size=32).eval()
     projection = {
@@ -97,12 +97,12 @@ def test_moco_v3_as_published(tmp_path):
     assert loaded.heads == 12
     assert torch.equal(features(loaded), features(vit))
     torch.save({"state_dict": base | {"module.base_encoder.patch_embed.proj.9.weight": torch.ones(1)}}, path)
-    with pytest.raises(UserError, match=r"'patch_embed\.proj\.9\.weight' is no name"):
+    with pytest.raises(UserError, match=r"'patch_embed\.proj\.9\.weight' is not a parameter of a ViT"):
         load_backbone(path)
 
 
-def test_a_timm_name_gives_timms_features_whatever_its_colors(monkeypatch):
-    """augreg's ViTs see pictures of mean .5 and deviation .5; ours are given ImageNet's."""
+def test_timm_name_gives_timms_features_whatever_its_normalization(monkeypatch):
+    """The augreg ViTs take images normalized by mean .5 and deviation .5; ours by those of ImageNet."""
     real = timm.create_model
 
     def without_a_download(name, pretrained=False, **given):
@@ -119,31 +119,55 @@ def test_a_timm_name_gives_timms_features_whatever_its_colors(monkeypatch):
     ours = load_backbone("timm:vit_tiny_patch16_224")
     theirs = made[0]
     assert (theirs.pretrained_cfg["mean"], ours.heads, ours.image_size) == ((0.5, 0.5, 0.5), 3, 224)
-    picture = torch.rand(2, 3, 224, 224)
+    image = torch.rand(2, 3, 224, 224)
     mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
-        torch.testing.assert_close(ours((picture - mean) / std)[0], theirs((picture - 0.5) / 0.5), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours((image - mean) / std).cls, theirs((image - 0.5) / 0.5), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("vit_tiny_patch16_225", "no such model, did you mean 'vit_tiny_patch16_"),
-        ("vit_small_patch14_reg4_dinov2", "no plain pre-norm ViT with .CLS.: it has 'blocks.0.ls1.gamma'"),
+        ("vit_small_patch14_reg4_dinov2", "not a plain pre-norm ViT with .CLS.: it has 'blocks.0.ls1.gamma'"),
         ("vit_base_patch16_clip_224", "it has 'norm_pre"),
         ("resnet50", "it is a ResNet"),
-        ("vit_small_patch16_18x2_224", "timm has no weights for it"),
+        ("vit_small_patch16_18x2_224", "timm has no pretrained weights for it"),
     ],
 )
-def test_a_timm_name_that_will_not_do_is_told(name, told):
-    with pytest.raises(UserError, match=f"timm:{name}: .*{told}"):
+def test_unusable_timm_name_is_refused(name, message):
+    with pytest.raises(UserError, match=f"timm:{name}: .*{message}"):
         load_backbone(f"timm:{name}")
 
 
-def test_without_a_network_a_timm_name_is_told(monkeypatch):
+def test_timm_weights_without_a_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"timm:vit_tiny_patch16_384: its weights are not here and cannot be fetched"):
+    with pytest.raises(
+        UserError, match=r"timm:vit_tiny_patch16_384: its weights are not cached and cannot be downloaded"
+    ):
         load_backbone("timm:vit_tiny_patch16_384")
+
+
+def test_learned_reference_token_is_refused(vit, tmp_path):
+    """Published code has `ref_learn_token` with --with_learnable_token only; our reference tokens have no such content."""
+    path, checkpoint = tmp_path / "dense.pth", official(vit, split=True)
+    checkpoint["teacher"]["backbone.ref_learn_token"] = torch.zeros(1, 1, 64)
+    torch.save(checkpoint, path)
+    assert torch.equal(features(load_backbone(path)), features(vit))  # a zero vector adds nothing
+    checkpoint["teacher"]["backbone.ref_learn_token"][0, 0, 5] = 0.02
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=r"dense\.pth: 'backbone\.ref_learn_token' is the learned content of ref"):
+        load_backbone(path)
+    torch.save(checkpoint["teacher"] | {"ref_learn_token": torch.ones(1, 1, 64)}, path)
+    with pytest.raises(UserError, match="ref_learn_token"):
+        load_backbone(path)
+
+
+def test_a_network_without_a_teacher(vit, tmp_path):
+    """The checkpoint of a method without a teacher: the student is evaluated."""
+    path = tmp_path / "student.pth"
+    torch.save({"model": {f"student.backbone.{n}": t for n, t in vit.state_dict().items()}}, path)
+    assert torch.equal(features(load_backbone(path)), features(vit))
 
 
 def test_leopart_of_the_oracle(oracle):
@@ -155,11 +179,11 @@ def test_leopart_of_the_oracle(oracle):
     assert not any("prototypes" in n or "projection" in n for n in ours)
 
 
-def test_what_is_wrong_is_named(vit, tmp_path):
+def test_errors_name_what_is_wrong(vit, tmp_path):
     path = tmp_path / "weights.pth"
     plain = dict(vit.state_dict())
     torch.save(plain | {"blocks.0.attn.rel_pos": torch.ones(1)}, path)
-    with pytest.raises(UserError, match=r"'blocks\.0\.attn\.rel_pos' is no name"):
+    with pytest.raises(UserError, match=r"'blocks\.0\.attn\.rel_pos' is not a parameter of a ViT"):
         load_backbone(path)
     torch.save({n: t for n, t in plain.items() if n != "blocks.1.norm1.weight"}, path)
     with pytest.raises(UserError, match=r"'blocks\.1\.norm1\.weight' is missing"):
@@ -171,13 +195,13 @@ def test_what_is_wrong_is_named(vit, tmp_path):
     with pytest.raises(UserError, match="one is missing"):
         load_backbone(path)
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match="holds no state dict"):
+    with pytest.raises(UserError, match="contains no state dict"):
         load_backbone(path)
     with pytest.raises(UserError, match="no such file"):
-        load_backbone(tmp_path / "nothing.pth")
+        load_backbone(tmp_path / "missing.pth")
 
 
-def test_nothing_is_executed(tmp_path):
+def test_unpickling_executes_nothing(tmp_path):
     canary = tmp_path / "canary"
 
     class Hostile:

@@ -1,22 +1,15 @@
-"""The methods of pretraining, by the name that a config gives them."""
-
-from importlib import import_module
+"""The pretraining methods. `runtime.methods.METHODS` lists them by the name that a config gives them."""
 
 from model.methods.base import Method, StepOutput
 from runtime.config import Config
-from runtime.errors import UserError
-
-METHODS = {"dino": "model.methods.dino:DINO", "densedino": "model.methods.densedino:DenseDINO"}
+from runtime.methods import METHODS, load_class
 
 __all__ = ["METHODS", "Method", "StepOutput", "build"]
 
 
 def build(config: Config) -> Method:
-    """The method that `config.method` names: one of METHODS, or module:Class for one of your own, where `import module`
-    finds it. Raises UserError where it does not."""
-    module, _, name = METHODS.get(config.method, config.method).partition(":")
-    try:
-        made = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"method: {config.method} is not found ({error})") from None
-    return made(config)
+    """The method that `config.method` names: a key of METHODS, or module:Class of a class outside this repository.
+
+    Raises UserError if it cannot be imported.
+    """
+    return load_class(config.method)(config)

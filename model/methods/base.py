@@ -1,7 +1,7 @@
-"""What train.py needs of a method of pretraining, and nothing more."""
+"""What train.py needs of a pretraining method, and nothing more."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,10 +12,10 @@ from runtime.schedule import StepValues, decay_groups
 
 @dataclass
 class StepOutput:
-    """What a method makes of a batch.
+    """The result of a method's forward pass.
 
     loss: 0-dim, its gradient reaches the student. metrics: 0-dim each, without gradient, for the log. statistics: averaged
-    over the pieces of an accumulated step and over all processes, then given to `after_step`.
+    over the parts of an accumulated step and over all processes, then passed to `after_step`.
     """
 
     loss: Tensor
@@ -24,33 +24,49 @@ class StepOutput:
 
 
 class Method(nn.Module):
-    """`student` learns by gradient; what else there is (a teacher, centers, queues) lies in parameters that ask for no
-    gradient and in buffers, so that a checkpoint holds it. Takes the config alone."""
+    """A module that is constructed from the config alone.
+
+    `student` learns by gradient. All other state (a teacher, centers, queues) is in parameters without gradient and in
+    buffers, so that a checkpoint contains it.
+    """
 
     student: nn.Module
-    clip_positions_apart = False  # whether [CLS]'s position and the patches' are two tensors to gradient clipping
+    uses_points: ClassVar[bool] = (
+        False  # whether the pipeline draws reference points; a batch has M = 0 of them otherwise
+    )
+    clip_positions_apart: ClassVar[bool] = False  # clip the gradients of [CLS]'s and the patches' positions separately
 
     def forward(self, batch: Batch, at: StepValues) -> StepOutput:
-        """batch: the loader's form. at: this step's values of the schedules. Changes no state: a step may call it several
-        times, for a piece of the batch each."""
+        """batch: one step's batch, or a part of it. at: the schedules' values of this step. Changes no state: an accumulated
+        step calls it once for each part."""
         raise NotImplementedError
 
     def before_step(self, at: StepValues) -> None:
-        """Before a step's first forward pass."""
+        """Called before the first forward pass of a step."""
 
     def after_step(self, statistics: list[Tensor], at: StepValues, applied: Tensor) -> None:
-        """After the optimizer. applied: 0-dim on the device, 0 where a loss or gradient was not finite and the optimizer
-        moved nothing: then nothing may move here either, and asking for its value would make the host wait."""
+        """Called after the optimizer: update teacher, centers, queues.
+
+        applied: 0-dim on the device, 0 if a loss or gradient was not finite and the optimizer changed nothing; then nothing
+        may change here either. Do not read its value: the host would wait for the device.
+        """
 
     def compile_units(self) -> list[nn.Module]:
-        """Submodules to be compiled, each for itself."""
+        """The submodules to be compiled, each by itself."""
         return []
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups; those with "decays" follow the weight decay's schedule."""
+        """The optimizer's groups. Those with "decays" follow the schedule of the weight decay."""
         return decay_groups(self.student)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by their role, which prefixes their names in a checkpoint. `model.init` loads weights into each: its
+        `backbone`, and its heads of known names."""
+        return {"student": self.student}
 
     @property
     def backbone(self) -> ViT:
-        """What is evaluated and exported."""
-        raise NotImplementedError
+        """The network that is evaluated and exported."""
+        backbone = self.student.backbone
+        assert isinstance(backbone, ViT)
+        return backbone

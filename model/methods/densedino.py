@@ -1,4 +1,4 @@
-"""DenseDINO (paper section 3.2): DINO, and what student and teacher say of each reference point has to agree.
+"""DenseDINO (paper section 3.2): DINO, and the student also predicts the teacher's output at each reference point.
 
 Letters: B images, V views, T teacher views, M points of a pair (t, v), P pairs, D width, d bottleneck, K prototypes.
 """
@@ -17,7 +17,7 @@ from runtime.schedule import StepValues
 
 
 class DenseDINONetwork(DINONetwork):
-    """With a second head, for reference tokens, unless they share [CLS]'s."""
+    """DINO's network with a second head for reference tokens, unless head.shared: then they use that of [CLS]."""
 
     reference_head: ProjectionHead | None
 
@@ -36,27 +36,28 @@ class DenseDINO(DINO):
     student: DenseDINONetwork
     teacher: DenseDINONetwork
     reference_center: Tensor
-    clip_positions_apart = True  # as in the published DenseDINO; published DINO has one tensor, and so has timm
+    uses_points = True
+    clip_positions_apart = True  # as in the published DenseDINO; published DINO and timm have one tensor
 
     def __init__(self, config: Config):
         super().__init__(config, DenseDINONetwork, config.loss.alpha)
         self.reference, self.shared_head = config.reference, config.head.shared
         self.register_buffer("reference_center", torch.zeros(config.head.prototypes))
-        # each pair has its own points: one "view" on either side, and every one of the P*B*M points a term
+        # each pair has its own points: one "view" on either side, and each of the P*B*M points is a sample
         self.reference_loss = CrossEntropy(torch.ones(1, 1), self.loss.student_temperature, 1 - self.alpha)
         self.reference_pairs = self.pairs(self.reference.views)
-        # published: the tokens of all teacher views move the center, self pairs too
+        # published: the tokens of all teacher views update the center, including the self pairs (t, t)
         self.center_pairs = self.reference_pairs
         if self.reference.center == "published":
             self.center_pairs = [(t, v) for t in range(TEACHERS) for v in range(TEACHERS)]
-        # What is computed is what enters the loss or the center; all where reference tokens see each other
+        # only tokens of the loss or the center are computed; all of them where reference tokens attend to each other
         self.student_pairs = set(self.reference_pairs)
         self.teacher_pairs = self.student_pairs | set(self.center_pairs)
         if self.reference.attention == "none":
             self.student_pairs = self.teacher_pairs = {(t, v) for t in range(TEACHERS) for v in range(self.views)}
 
     def compile_units(self) -> list[nn.Module]:
-        return super().compile_units() + self.reference_loss.parts()
+        return super().compile_units() + self.reference_loss.compile_units()
 
     def forward(self, batch: Batch, at: StepValues) -> StepOutput:
         student, teacher = self.student, self.teacher
@@ -75,7 +76,7 @@ class DenseDINO(DINO):
             at.teacher_temperature, mean_token(center_points),
         )  # fmt: skip
         means = [*image.statistics, mean]
-        if self.shared_head:  # one center: the mean over all tokens of its head
+        if self.shared_head:  # one center: the mean over all tokens of the head
             n = [z.shape[:-1].numel() for z in (cls_t, center_points)]
             means = [(n[0] * means[0] + n[1] * means[1]) / sum(n)]
         return StepOutput(image.loss + loss, image.metrics | {"reference_loss": reference_loss}, means)

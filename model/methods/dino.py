@@ -1,4 +1,4 @@
-"""DINO (Caron et al. 2021; paper section 3.1): [CLS] of one view predicts [CLS] of another.
+"""DINO (Caron et al. 2021; paper section 3.1): the student's [CLS] of one view predicts the teacher's of another.
 
 Letters: B images, V views, T teacher views, D width, d bottleneck of the head, K prototypes.
 """
@@ -19,7 +19,7 @@ from runtime.schedule import StepValues
 
 
 class DINONetwork(Network):
-    """A backbone with the projection head of [CLS]."""
+    """A backbone and the projection head of [CLS]."""
 
     def __init__(self, config: Config, drop_path: float):
         super().__init__()
@@ -36,15 +36,14 @@ class DINONetwork(Network):
 
 
 class DINO(StudentTeacher):
-    """The student learns by gradient, the teacher is its moving average, the center is the moving average of the teacher's
-    logits."""
+    """The student learns by gradient, the teacher is its EMA, the center is the EMA of the teacher's logits."""
 
     student: DINONetwork
     teacher: DINONetwork
     cls_center: Tensor
 
     def __init__(self, config: Config, network: type[DINONetwork] = DINONetwork, alpha: float = 1.0):
-        """alpha: what the class loss counts in the total."""
+        """alpha: weight of the class loss in the total."""
         super().__init__(config, partial(network, config))
         self.loss, self.alpha = config.loss, alpha
         self.register_buffer("cls_center", torch.zeros(config.head.prototypes))
@@ -55,7 +54,7 @@ class DINO(StudentTeacher):
         self.cls_loss = CrossEntropy(terms, self.loss.student_temperature, alpha)
 
     def compile_units(self) -> list[nn.Module]:
-        return super().compile_units() + self.cls_loss.parts()
+        return super().compile_units() + self.cls_loss.compile_units()
 
     def forward(self, batch: Batch, at: StepValues) -> StepOutput:
         with torch.no_grad():
@@ -65,7 +64,7 @@ class DINO(StudentTeacher):
         return self.compare_cls(self.student.cls_head(cls), cls_t, at)
 
     def compare_cls(self, student: Tensor, teacher: Tensor, at: StepValues) -> StepOutput:
-        """Eq. 2 of the heads' outputs, student [V,B,d], teacher [T,B,d]. The center used is that before this step."""
+        """Eq. 2 for the heads' outputs, student [V,B,d], teacher [T,B,d], with the center from before this step."""
         loss, cls_loss, entropy, mean = self.cls_loss(
             student, self.student.cls_head.last_layer, teacher, self.teacher.cls_head.last_layer, self.cls_center,
             at.teacher_temperature, mean_token(teacher),
@@ -81,12 +80,13 @@ class DINO(StudentTeacher):
 
     @torch.no_grad()
     def update_centers(self, means: list[Tensor], applied: Tensor | None = None) -> None:
-        """c <- m c + (1 - m) mean of the teacher's logits, over all processes. applied: see `update_teacher`."""
+        """c <- m c + (1 - m) mean of the teacher's logits over all processes. means: [K] each. applied: 0-dim, 0 if nothing
+        may change."""
         for center, mean in zip(self.centers(), means, strict=True):
-            moved = center.lerp(mean, 1 - self.loss.center_momentum)
-            center.copy_(moved if applied is None else torch.where(applied > 0, moved, center))
+            updated = center.lerp(mean, 1 - self.loss.center_momentum)
+            center.copy_(updated if applied is None else torch.where(applied > 0, updated, center))
 
 
 def mean_token(z: Tensor) -> Tensor:
-    """Mean over all tokens [..., d] -> [d]; logits are linear, so theirs is that of the mean."""
+    """Mean over all tokens [..., d] -> [d]; the logits of the mean are the mean of the logits (a linear map)."""
     return z.flatten(0, -2).mean(0, dtype=torch.promote_types(z.dtype, torch.float32))

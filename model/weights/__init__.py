@@ -1,0 +1,16 @@
+"""Weights from anywhere: our runs and checkpoints, and files of timm, DINO, DenseDINO, Leopart and MoCo-v3.
+
+read.py      a file or run folder -> what it contains. Safe: nothing is unpickled but tensors and plain options
+names.py     the parameter names of every checkpoint format <-> ours; loading is strict
+timm_hub.py  timm:NAME, the pretrained weights that timm knows by a name
+init.py      the backbone of any of these (evaluation), and a run that starts from them (model.init)
+"""
+
+from model.weights.init import about_backbone, load_backbone, load_pretrained, read_network, weights_seed
+from model.weights.names import load_strictly, remap_keys
+from model.weights.timm_hub import TIMM
+
+__all__ = [
+    "TIMM", "about_backbone", "load_backbone", "load_pretrained", "load_strictly", "read_network", "remap_keys",
+    "weights_seed",
+]  # fmt: skip

@@ -1,0 +1,182 @@
+"""Networks from weights: the backbone of anything that contains one, and a method that starts from pretrained weights."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from model.methods import Method, build
+from model.vit import ViT
+from model.weights.names import CENTERS, PARTS, count_blocks, load_strictly, select_part
+from model.weights.read import is_plain, read_file, select_network
+from model.weights.timm_hub import TIMM, read_timm
+from pipeline.random import hash64
+from runtime.config import Reference, load_config
+from runtime.errors import UserError, suggest
+
+
+def load_backbone(path: str | Path, untrained: bool = False) -> ViT:
+    """The backbone (the teacher's, if there is a teacher) in eval mode of
+
+    a run folder (its newest checkpoint; untrained: the network that the run started with), a checkpoint of ours, a backbone
+    file, weights of timm, DINO, DenseDINO, Leopart or MoCo-v3, or timm:NAME. Raises UserError if there is none.
+    """
+    if untrained and (Path(path) / "config.yaml").is_file():
+        config = load_config(Path(path) / "config.yaml")
+        torch.manual_seed(weights_seed(config.seed))
+        method = build(config)
+        if config.model.init:
+            load_pretrained(method, config.model.init)
+        return method.backbone.eval()
+    tensors, about = read_network(path)
+    return _from_tensors(tensors, about, str(path)).eval()
+
+
+def read_network(path: str | Path, role: str = "teacher") -> tuple[dict[str, Tensor], dict]:
+    """(one network's tensors with our names, metadata) of a run, a checkpoint, a file in any checkpoint format, or
+    `timm:NAME`. The other role's if there is only that. Raises UserError if there is none, or it cannot be read safely.
+    """
+    contents, about = _read(str(path))
+    tensors, more = select_network(contents, role, str(path))
+    return tensors, about | more
+
+
+def _read(source: str) -> tuple[dict, dict]:
+    """(all contents, metadata) of a path or `timm:NAME`."""
+    return read_timm(source.removeprefix(TIMM)) if source.startswith(TIMM) else read_file(source)
+
+
+def _from_tensors(tensors: dict[str, Tensor], about: dict, source: str) -> ViT:
+    """A ViT of the dimensions that its tensors have. Heads have 64 dimensions (DeiT's) unless `about` gives their number."""
+    backbone = select_part(tensors, "backbone")
+    for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4}.items():
+        if name not in backbone:
+            raise UserError(f"{source}: '{name}' is missing")
+        if backbone[name].ndim != axes or not backbone[name].numel():
+            raise UserError(f"{source}: '{name}' has shape {tuple(backbone[name].shape)}, expected {axes} axes")
+    width, patch = backbone["pos_embed"].shape[-1], backbone["patch_embed.proj.weight"].shape[-1]
+    positions = backbone["pos_embed"].shape[1]
+    side = math.isqrt(max(1, positions - 1))
+    if 1 + side * side != positions:
+        raise UserError(f"{source}: {positions} positions, expected 1 for [CLS] and a square number for the patches")
+    heads = about.get("heads", max(1, width // 64))
+    if not isinstance(heads, int) or not 1 <= heads <= width or width % heads:
+        raise UserError(f"{source}: a width of {width} is not divisible by {heads!r} heads")
+    options = {}
+    for name, default in {"attention": "patches+self", "border": "zeros"}.items():
+        known = get_args(get_type_hints(Reference)[name])
+        options[name] = about.get(name, default)
+        if options[name] not in known:
+            raise UserError(f"{source}: {name}: one of {', '.join(known)}{suggest(options[name], known)}")
+    with torch.device("meta"):  # nothing is allocated before all shapes have been checked
+        vit = ViT(
+            width=width,
+            depth=count_blocks(tensors),
+            heads=heads,
+            patch=patch,
+            image_size=side * patch,
+            **options,
+        )
+    load_strictly(vit, backbone, source)
+    return vit
+
+
+def about_backbone(vit: ViT, steps: int, method: str) -> dict:
+    """The metadata of a backbone file."""
+    return {"heads": vit.heads, "attention": vit.attention, "border": vit.border, "steps": steps, "method": method}
+
+
+def load_pretrained(method: Method, source: str) -> str:
+    """Load weights into a new method from a file in any checkpoint format, a checkpoint, a run or timm:NAME.
+
+    Each of the method's networks gets the backbone of its role if the file has one, else the other role's; and the heads of
+    the file, with their centers. If the file has no head for reference tokens, they get a copy of the [CLS] head, as the
+    published --finetune does. Parts that the file lacks stay as initialized.
+    Returns one line for the log: what was loaded and what was not. Raises UserError, with the differences, if the file is of
+    another network.
+    """
+    contents, about = _read(source)
+    loaded: dict[str, str] = {}  # our part: the file's part
+    new: list[str] = []
+    for role, module in method.networks().items():
+        network: Any = module
+        tensors, more = select_network(contents, role, source)
+        check_compatible(network, tensors, about | more, source)
+        in_file = {part: part for part in PARTS if part == "backbone" or select_part(tensors, part)}
+        if "cls_head" in in_file:
+            in_file.setdefault("reference_head", "cls_head")
+        loaded = {part: origin for part, origin in in_file.items() if getattr(network, part, None) is not None}
+        for part, origin in loaded.items():
+            load_strictly(getattr(network, part), select_part(tensors, origin), f"{source}, {origin}")
+        new += [name for name, _ in network.named_children() if name not in loaded and name not in new]
+    _check_gains(method, source)
+
+    centers = _centers(contents)
+    with_center = [part for part, origin in loaded.items() if origin in centers and hasattr(method, CENTERS[part][0])]
+    for part in with_center:
+        own, center = getattr(method, CENTERS[part][0]), centers[loaded[part]]
+        if not isinstance(center, Tensor) or not is_plain(center) or center.numel() != own.numel():
+            raise UserError(f"{source}: its center of {loaded[part]} is not a tensor of {own.numel()} elements")
+        own.copy_(center.flatten())
+    parts = [part if part == origin else f"{part} (a copy of its {origin})" for part, origin in loaded.items()]
+    if with_center:
+        parts.append("centers")
+    elif any(hasattr(method, own) for own, _ in CENTERS.values()):
+        new.append("centers")
+    return f"initialized from {source}: {', '.join(parts)}" + (f"; new: {', '.join(new)}" if new else "")
+
+
+def _centers(contents: dict) -> dict[str, Any]:
+    """The center of each head in a file's contents, published or ours."""
+    where = contents["dino_loss"] if isinstance(contents.get("dino_loss"), dict) else contents
+    return {part: where[name] for part, names in CENTERS.items() for name in names if name in where}
+
+
+def _check_gains(method: Method, source: str) -> None:
+    """Raises UserError if prototypes that are configured with fixed gains of 1 were loaded with others."""
+    student: Any = method.student
+    if getattr(student, "cls_head", None) is None:
+        return
+    gain = student.cls_head.last_layer.weight_g
+    if not gain.requires_grad and not torch.equal(gain, torch.ones_like(gain)):
+        raise UserError(f"{source}: its prototypes have learned gains; set head.norm_last_layer=false to load them")
+
+
+def check_compatible(network: Any, tensors: Mapping[str, Tensor], about: dict, source: str) -> None:
+    """Raises UserError if the tensors are those of a network of other dimensions."""
+    own = {"model.heads": network.backbone.heads, **_dimensions(network.state_dict())}
+    saved = {"model.heads": about.get("heads", own["model.heads"]), **_dimensions(tensors)}
+    wrong = [f"{key}: {n} saved, {own[key]} current" for key, n in saved.items() if n != own.get(key, n)]
+    if (about.get("attention") == "all_query") != (network.backbone.attention == "all_query") and "attention" in about:
+        wrong.append(f"reference.attention: {about['attention']} saved, {network.backbone.attention} current")
+    if wrong:
+        raise UserError(f"{source} does not fit this model ({'; '.join(wrong)})")
+
+
+def _dimensions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The config values that follow from the shapes of a network's tensors."""
+    axes = {
+        "model.width": ("backbone.pos_embed", -1),
+        "model.patch": ("backbone.patch_embed.proj.weight", -1),
+        "head.hidden": ("cls_head.mlp.0.weight", 0),
+        "head.bottleneck": ("cls_head.last_layer.weight_v", 1),
+        "head.prototypes": ("cls_head.last_layer.weight_v", 0),
+    }
+    found = {
+        key: tensors[name].shape[axis]
+        for key, (name, axis) in axes.items()
+        if name in tensors and tensors[name].ndim > axis >= -tensors[name].ndim
+    }
+    if depth := count_blocks(tensors):
+        found["model.depth"] = depth
+    if "backbone.pos_embed" in tensors and tensors["backbone.pos_embed"].ndim == 3:
+        found["patches of the largest view"] = tensors["backbone.pos_embed"].shape[1] - 1
+    return found
+
+
+def weights_seed(seed: int) -> int:
+    """The seed for the initial weights of a run."""
+    return int(hash64(seed, "weights") >> 1)

@@ -1,0 +1,82 @@
+"""`timm:NAME`: the pretrained weights that timm knows by this name, if it is a plain pre-norm ViT."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
+
+from model.weights.names import BACKBONE_KEYS
+from runtime.errors import UserError, suggest
+
+TIMM = "timm:"
+_LOCAL = "local-dir:"
+
+
+def read_timm(name: str) -> tuple[dict, dict]:
+    """(backbone tensors with our names, metadata) of timm's pretrained ViT, from timm's cache, the network or a folder
+    (local-dir:PATH). The patch filter is changed so that it takes images normalized as ours are.
+
+    Raises UserError if timm knows no such model, if it is not a plain pre-norm ViT with [CLS], or if its weights cannot be
+    fetched.
+    """
+    known = timm.list_models("vit_*", pretrained=True)
+    local = name.startswith(_LOCAL)
+    if local and not (Path(name.removeprefix(_LOCAL)) / "config.json").is_file():
+        raise UserError(f"timm:{name}: not a folder in timm's hub format (config.json is missing)")
+    if not local and not timm.is_model(name):
+        raise UserError(f"timm:{name}: timm has no such model{suggest(name, known)}")
+    if not local and not timm.models.is_model_pretrained(name):
+        raise UserError(f"timm:{name}: timm has no pretrained weights for it{suggest(name, known)}")
+    try:
+        with torch.device("meta"):
+            empty: Any = timm.create_model(name, num_classes=0)
+    except Exception as error:  # a folder's config.json may contain anything
+        raise UserError(f"timm:{name}: timm cannot build it ({' '.join(str(error).split())[:200]})") from None
+    if reason := incompatibility(empty):
+        raise UserError(f"timm:{name}: not a plain pre-norm ViT with [CLS]: {reason}")
+    try:
+        theirs: Any = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # the hub's client raises many types without a network
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"timm:{name}: its weights are not cached and cannot be downloaded ({reason}); "
+            "download the file elsewhere and give its path instead"
+        ) from None
+    tensors = {f"backbone.{n}": t for n, t in theirs.state_dict().items()}
+    # their colors (p - mean) / std are an affine map of ours, channel by channel; the patch filter absorbs it
+    theirs_cfg = theirs.pretrained_cfg
+    mean, std = (torch.tensor(theirs_cfg[key], dtype=torch.float64) for key in ("mean", "std"))
+    ours_mean, ours_std = (torch.tensor(c, dtype=torch.float64) for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    weight, bias = (tensors[f"backbone.patch_embed.proj.{part}"].double() for part in ("weight", "bias"))
+    tensors["backbone.patch_embed.proj.weight"] = (weight * (ours_std / std).view(1, 3, 1, 1)).float()
+    shift = (weight * ((ours_mean - mean) / std).view(1, 3, 1, 1)).sum((1, 2, 3))
+    tensors["backbone.patch_embed.proj.bias"] = (bias + shift).float()
+    return tensors, {"heads": theirs.blocks[0].attn.num_heads}
+
+
+def incompatibility(theirs: torch.nn.Module) -> str | None:
+    """How a timm model differs from our ViT; None if both compute the same."""
+    if type(theirs) is not VisionTransformer:
+        return f"it is a {type(theirs).__name__}"
+    model: Any = theirs
+    names = {name for name, _ in model.named_parameters()}
+    allowed = re.compile(BACKBONE_KEYS.pattern.replace("|cls_pos_embed|patch_pos_embed", ""))
+    if extra := sorted(name for name in names if not allowed.fullmatch(name)):
+        return f"it has '{extra[0]}'"
+    needed = {"cls_token", "pos_embed", "patch_embed.proj.bias", "norm.weight", "blocks.0.attn.qkv.bias"}
+    if missing := sorted(needed - names):
+        return f"it lacks '{missing[0]}'"
+    if model.pos_embed.shape[1] != 1 + model.patch_embed.num_patches:
+        return "its position embedding has none for [CLS]"
+    if model.patch_embed.grid_size[0] != model.patch_embed.grid_size[1]:
+        return "its position grid is not square"
+    act, norm = model.blocks[0].mlp.act, model.norm
+    if type(act) is not torch.nn.GELU or act.approximate != "none":
+        return f"its activation is {act}"
+    if norm.eps != 1e-6:
+        return f"its norms' eps is {norm.eps:g}, not 1e-06"
+    return None
