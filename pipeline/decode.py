@@ -1,12 +1,12 @@
 """Bytes -> pixels: the decoder of every photo, its header check and its errors. JPEG, PNG and still WebP.
 
 The WebDataset reader, `make shards`, `make index`, evaluation and the picture tools all decode here, so a photo has the
-same pixels for each of them; docs/data.md says what becomes of every format. DALI decodes by itself: tests/test_decode.py
-holds it within 2 of 255 of what is here. Masks of a segmentation set are not photos but class numbers, which a conversion
-to RGB would destroy: `eval/datasets.py` reads those.
+same pixels in each of them; docs/reference/formats.md says how each format is decoded. DALI has its own decoder;
+tests/test_decode.py requires a mean difference of at most 2 of 255. Masks of a segmentation set are class numbers, which a
+conversion to RGB would destroy: `eval/datasets.py` reads those.
 
-A photo's header is read before anything is decoded, because a decoder allocates what the header promises: a PNG of 875 kB
-that promises 30000 x 30000 pixels took 12 GB and 41 s from DALI.
+A photo's header is read before anything is decoded, because a decoder allocates what the header says: for a PNG of 875 kB
+whose header says 30000 x 30000 pixels, DALI took 12 GB and 41 s.
 
 Importing this file loads Pillow, but neither torch nor torchcodec: `make shards` and `make index` run a process on each
 core, and torchcodec would cost each of them 500 MB to decode 8 % faster. Pillow and torchcodec give the same pixels.
@@ -41,15 +41,15 @@ _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # APP14, transfor
 
 
 class DecodeError(ValueError):
-    """A photo that is not decoded, and why, in plain words."""
+    """A photo cannot be decoded; the message is the reason, in one line."""
 
 
 # ------------------------------------------------------------------------------------------------------------ headers
 
 
 def read_header(photo: bytes) -> tuple[int, int] | None:
-    """(height, width) as the pixels are stored, before any EXIF rotation; None where the bytes are no JPEG, PNG or WebP,
-    or their header is cut. 2 µs."""
+    """(height, width) as the pixels are stored, before any EXIF rotation; None if the bytes are not a JPEG, PNG or WebP,
+    or the header is truncated. 2 µs."""
     try:
         if photo.startswith(b"\xff\xd8"):
             for marker, at in _segments(photo):
@@ -61,14 +61,14 @@ def read_header(photo: bytes) -> tuple[int, int] | None:
             return height, width
         elif photo.startswith(b"RIFF") and photo[8:12] == b"WEBP":
             return _read_webp_header(photo)
-    except (IndexError, struct.error):  # the header is cut
+    except (IndexError, struct.error):  # the header is truncated
         pass
     return None
 
 
 def check_header(photo: bytes) -> tuple[int, int]:
-    """(height, width) of a photo that may be decoded. Raises DecodeError for another format, a size of zero, more than
-    MAX_PIXELS, and an animation."""
+    """(height, width) of a photo that may be decoded. Raises DecodeError for other formats, a size of zero, more than
+    MAX_PIXELS, and animations."""
     size = read_header(photo)
     if size is None:
         raise DecodeError("neither JPEG, PNG nor WebP")
@@ -76,34 +76,34 @@ def check_header(photo: bytes) -> tuple[int, int]:
     if height * width == 0:
         raise DecodeError(f"its header says {height} x {width} pixels")
     if height * width > MAX_PIXELS:
-        raise DecodeError(f"{height} x {width} pixels are more than a reader takes ({MAX_PIXELS:,})")
+        raise DecodeError(f"{height} x {width} pixels are more than the readers accept ({MAX_PIXELS:,})")
     if photo[12:16] == b"VP8X" and photo.startswith(b"RIFF") and photo[20] & 2:
-        raise DecodeError("an animated WebP, and only still ones are read")
+        raise DecodeError("an animated WebP; only still ones are supported")
     return height, width
 
 
 def with_adobe_marker(photo: bytes) -> bytes:
     """The same photo for DALI: a CMYK JPEG without Adobe's marker gets one, every other photo is returned as it is.
 
-    Nearly all CMYK JPEGs hold inverted values. Pillow and torchcodec always read them so, DALI only behind Adobe's marker:
-    without it, its picture is a negative. 3 µs.
+    Nearly all CMYK JPEGs hold inverted values. Pillow and torchcodec always assume that, DALI only after Adobe's marker:
+    without the marker its image is a negative. 3 µs.
     """
     if not photo.startswith(b"\xff\xd8"):
         return photo
-    components, marked = 0, False
+    components, has_marker = 0, False
     try:
         for marker, at in _segments(photo):
             if marker in _FRAMES:
                 components = photo[at + 9]
             elif marker == _APP14 and photo[at + 4 : at + 9] == b"Adobe":
-                marked = True
-    except IndexError:  # the header is cut, as the decoder will say
+                has_marker = True
+    except IndexError:  # the header is truncated; the decoder will report it
         return photo
-    return photo[:2] + _ADOBE + photo[2:] if components == 4 and not marked else photo
+    return photo[:2] + _ADOBE + photo[2:] if components == 4 and not has_marker else photo
 
 
 def _segments(photo: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, its offset) of a JPEG's header, read as libjpeg does: what lies between two segments is passed over."""
+    """(marker, its offset) of a JPEG's header, read as libjpeg does: bytes between two segments are skipped."""
     at = 2
     while (at := photo.find(b"\xff", at)) >= 0:
         marker = photo[at + 1]
@@ -123,7 +123,7 @@ def _is_png(photo: bytes) -> bool:
 
 
 def _read_webp_header(photo: bytes) -> tuple[int, int] | None:
-    """The canvas of an extended file (decoders refuse a still picture of another size in it), else the picture's size."""
+    """The canvas of an extended file (decoders refuse a still image of another size in it), else the image's size."""
     kind = photo[12:16]
     if kind == b"VP8X" and len(photo) >= 30:
         return int.from_bytes(photo[27:30], "little") + 1, int.from_bytes(photo[24:27], "little") + 1
@@ -140,25 +140,25 @@ def _read_webp_header(photo: bytes) -> tuple[int, int] | None:
 
 
 def decode(photo: bytes) -> Tensor:
-    """A photo's pixels, uint8 [3,H,W], RGB; by torchcodec, or by Pillow where torchcodec is missing or would differ.
+    """A photo's pixels, uint8 [3,H,W], RGB; by torchcodec, or by Pillow if torchcodec is missing or would differ.
 
-    EXIF rotation is not applied: decoders disagree about EXIF that is not quite in order, and the index holds the sizes
-    before it. Raises DecodeError where the header is refused (`check_header`) or the bytes do not decode.
+    EXIF rotation is not applied: decoders disagree about malformed EXIF, and the index holds the sizes before rotation.
+    Raises DecodeError if the header is refused (`check_header`) or the bytes do not decode.
     """
     size = check_header(photo)
-    by_torchcodec, same = load_torchcodec(), _for_torchcodec(photo)
-    if by_torchcodec is None or same is None:
+    torchcodec_decode, data = load_torchcodec(), _for_torchcodec(photo)
+    if torchcodec_decode is None or data is None:
         import torch
 
         return torch.from_numpy(decode_with_pillow(photo)).permute(2, 0, 1)
     try:
-        pixels = by_torchcodec(same)
+        pixels = torchcodec_decode(data)
     except MemoryError:
         raise
     except Exception as error:  # a decoder may raise anything
         raise DecodeError(_reason(error)) from None
     if pixels.shape != (3, *size):
-        raise DecodeError(f"its header promises {size[0]} x {size[1]} pixels, decoded it is {list(pixels.shape)}")
+        raise DecodeError(f"its header says {size[0]} x {size[1]} pixels, the decoded image is {list(pixels.shape)}")
     return pixels
 
 
@@ -168,9 +168,7 @@ def decode_with_pillow(photo: bytes) -> NDArray[np.uint8]:
     try:
         with open_image(photo) as image:
             if image.size != (width, height):
-                raise DecodeError(
-                    f"its header promises {height} x {width} pixels, Pillow {image.height} x {image.width}"
-                )
+                raise DecodeError(f"its header says {height} x {width} pixels, Pillow {image.height} x {image.width}")
             return np.array(to_8_bits(image).convert("RGB"))
     except (DecodeError, MemoryError):
         raise
@@ -179,27 +177,27 @@ def decode_with_pillow(photo: bytes) -> NDArray[np.uint8]:
 
 
 def open_image(photo: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Pillow's image of a photo, of which only the header has been read. Raises DecodeError where the bytes are of no such
-    format, and whatever else Pillow raises. `make shards` converts more formats than readers take."""
+    """Pillow's image of a photo, of which only the header has been read. Raises DecodeError if the bytes have none of these
+    formats, and anything else that Pillow raises. `make shards` passes more formats than the readers accept."""
     try:
         return Image.open(io.BytesIO(photo), formats=formats)
     except UnidentifiedImageError:
-        raise DecodeError(f"no {', '.join(formats)}: it begins with {photo[:16]!r}") from None
+        raise DecodeError(f"not a {', '.join(formats)}: it begins with {photo[:16]!r}") from None
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Any photo as L (gray) or RGB, 8 bits a value: the one place that says what becomes of a Pillow mode.
+    """Any photo as L (gray) or RGB, 8 bits a value: the one place that converts Pillow's modes.
 
-    16 bits a value     the high byte (Pillow reads color of 16 bits so, and gray has to match)
+    16 bits a value     the high byte (as Pillow reads color of 16 bits; gray has to match)
     palette             its colors
-    transparency        dropped: the colors behind it are seen
+    transparency        dropped: the colors below it become visible
     CMYK                to RGB by Pillow's formula; color profiles are never applied
-    32 bits, LAB        DecodeError: it is not defined which value is white
+    32 bits, LAB        DecodeError: the value of white is not defined
     """
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F", "LAB"):
-        raise DecodeError(f"mode {image.mode}: where white lies is not defined")
+        raise DecodeError(f"mode {image.mode}: the value of white is not defined")
     image.load()
     image.info.pop("transparency", None)  # Pillow would warn that a palette's transparency is lost
     if image.mode in ("L", "RGB"):
@@ -209,9 +207,9 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 @cache
 def load_torchcodec() -> Callable[[bytes], Tensor] | None:
-    """torchcodec's decoder to RGB; None where torchcodec is not installed, or installed for another torch.
+    """torchcodec's decoder to RGB; None if torchcodec is not installed, or installed for another version of torch.
 
-    Loads torch. A program that decodes in forked processes calls this before they are forked, so that they share it.
+    Loads torch. A program that decodes in forked processes calls this before the fork, so that they share it.
     """
     try:
         from torchcodec.decoders import decode_image
@@ -221,28 +219,28 @@ def load_torchcodec() -> Callable[[bytes], Tensor] | None:
 
 
 def _for_torchcodec(photo: bytes) -> bytes | None:
-    """The bytes of which torchcodec makes the same pixels as Pillow, or None: Pillow has to decode. 3 µs.
+    """Bytes from which torchcodec makes the same pixels as Pillow, or None if Pillow has to decode. 3 µs.
 
-    torchcodec applies EXIF rotation. A JPEG's APP1 segments are renamed APP15, whatever they hold: torchcodec takes the
-    first one for EXIF without looking at its name. A PNG or WebP with EXIF is left to Pillow; so is a PNG of 16 bits a
-    value, of which torchcodec makes v / 257, rounded, where Pillow takes the high byte.
+    torchcodec applies EXIF rotation. All APP1 segments of a JPEG are renamed APP15: torchcodec takes the first one
+    as EXIF without reading its name. A PNG or WebP with EXIF is left to Pillow; so is a PNG of 16 bits a value, which
+    torchcodec reads as v / 257, rounded, and Pillow as the high byte.
     """
     if _is_png(photo):
         return None if photo[24:25] == b"\x10" or b"eXIf" in photo else photo
     if not photo.startswith(b"\xff\xd8"):
         return None if b"EXIF" in photo else photo
     try:
-        places = [at for marker, at in _segments(photo) if marker == _APP1]
-    except IndexError:  # the header is cut, as the decoder will say
+        offsets = [at for marker, at in _segments(photo) if marker == _APP1]
+    except IndexError:  # the header is truncated; the decoder will report it
         return photo
-    if places:
+    if offsets:
         renamed = bytearray(photo)
-        for at in places:
+        for at in offsets:
             renamed[at + 1] = _APP15
         photo = bytes(renamed)
     return photo
 
 
 def _reason(error: Exception) -> str:
-    """A decoder's own words on one line, less the place in its source where torchcodec begins its own."""
+    """A decoder's message in one line, without the source location that torchcodec begins it with."""
     return re.sub(r"^\w+, \S+:\d+, ", "", " ".join(str(error).split())) or type(error).__name__

@@ -1,7 +1,7 @@
 """Windows that overlap enough, and the reference points that two views share. NumPy only: no pixels, no torch.
 
 Letters: B images, V views, T teacher views (the first of the V), M points of a pair.
-A *window* is four integers (x0, y0, x1, y1) in pixels of the source, edge to edge, signed: x0 > x1 says that the view is
+A *window* is four integers (x0, y0, x1, y1) in pixels of the source, edge to edge, signed: x0 > x1 means that the view is
 flipped. So one formula, the paper's (p - start) / (end - start), gives a point's place in any view, flips included.
 """
 
@@ -16,9 +16,9 @@ _TRIES = 10  # shapes tried for one window before the whole image is taken, as t
 def random_windows(
     key: NDArray[np.uint64], height: NDArray, width: NDArray, scale: tuple[float, float], aspect: tuple[float, float]
 ) -> NDArray[np.int64]:
-    """Random resized windows, unflipped [B,4]: area uniform in `scale` of the image, aspect log-uniform, place uniform.
+    """Random resized windows, unflipped [B,4]: area uniform in `scale` of the image, aspect log-uniform, position uniform.
 
-    key, height, width: [B]. The law is that of torchvision's RandomResizedCrop.
+    key, height, width: [B]. The distribution is that of torchvision's RandomResizedCrop.
     """
     u = uniform(key, shape=(2 * _TRIES + 2,))  # [B, 22]
     h, w = height.astype(np.float64)[:, None], width.astype(np.float64)[:, None]
@@ -63,11 +63,11 @@ def draw_windows(
 ) -> NDArray[np.int32]:
     """Windows of all views [B,V,4], signed.
 
-    key [B]: hash of (seed, epoch, sample id); height, width [B]: pixels; scale: for each view. A view is drawn anew until
+    key [B]: hash of (seed, epoch, sample id); height, width [B]: pixels; scale: for each view. A view is redrawn until
     it shares more than `min_overlap` of the image with every teacher view before it, a teacher view more than twice that;
-    earlier views stay. Official code: the same without a bound on the redraws (main_dino.py:610). After `redraws` of
-    them: a second teacher view takes the first one's window, any other view the part that both teacher views see; both
-    satisfy the bound. min_overlap 0: no condition.
+    earlier views are kept. Official code: the same without a limit of redraws (main_dino.py:610). After `redraws` draws
+    a second teacher view takes the first one's window, any other view the overlap of both teacher views; both
+    satisfy the condition. min_overlap 0: no condition.
     """
     height, width = np.asarray(height, np.int64), np.asarray(width, np.int64)
     windows = np.empty((len(key), len(scale), 4), np.int64)
@@ -86,7 +86,9 @@ def draw_windows(
         else:
             common = windows[todo, : min(v, teachers)]
             windows[todo, v] = np.concatenate([common[..., :2].max(axis=1), common[..., 2:].min(axis=1)], axis=1)
-        if v == 0:  # a sliver of a very long photo leaves a second view no room: then the view is the whole photo
+        if (
+            v == 0
+        ):  # a sliver of a very long photo cannot overlap a second view enough: then the view is the whole photo
             small = (windows[:, 0, 2:] - windows[:, 0, :2]).prod(axis=1) <= 2 * bound
             windows[small, 0] = np.stack([0 * width, 0 * height, width, height], axis=1)[small]
     flipped = uniform(key, "flip", shape=(len(scale),)) < flip  # [B,V]
@@ -97,9 +99,9 @@ def draw_windows(
 def points_in_views(windows: NDArray, u: NDArray, teachers: int = 2) -> NDArray[np.float32]:
     """The reference points of every ordered pair (t, v), in both views' own coordinates.
 
-    windows [B,V,4] signed; u [B,T,V,M,2] in [0,1): the point's place (x, y) in the overlap of windows t and v.
+    windows [B,V,4] signed; u [B,T,V,M,2] in [0,1): the point's position (x, y) in the overlap of windows t and v.
     Returns [B,T,V,M,2(teacher,student),2(x,y)]: 0 is the view's left or top edge, 1 its right or bottom edge
-    (paper section 3.2). float64 inside, float32 out. Self pairs t = v are there too, over the whole own window.
+    (paper section 3.2). float64 inside, float32 out. Self pairs t = v are included; their points are in the whole window.
     """
     windows = windows.astype(np.float64)
     start, end = windows[..., :2], windows[..., 2:]  # [B,V,2]
@@ -108,11 +110,11 @@ def points_in_views(windows: NDArray, u: NDArray, teachers: int = 2) -> NDArray[
     high = np.minimum(high[:, :teachers, None], high[:, None])
     p = low[:, :, :, None] + u * (high - low)[:, :, :, None]  # [B,T,V,M,2] in image pixels
 
-    def seen(a: NDArray, b: NDArray) -> NDArray:
+    def in_view(a: NDArray, b: NDArray) -> NDArray:
         return (p - a) / (b - a)
 
-    teacher = seen(start[:, :teachers, None, None], end[:, :teachers, None, None])
-    student = seen(start[:, None, :, None], end[:, None, :, None])
+    teacher = in_view(start[:, :teachers, None, None], end[:, :teachers, None, None])
+    student = in_view(start[:, None, :, None], end[:, None, :, None])
     return np.stack([teacher, student], axis=-2).astype(np.float32)
 
 

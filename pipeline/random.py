@@ -1,8 +1,8 @@
 """One counter-based hash: every random number of the pipeline, for a whole batch at once.
 
-A draw depends on the words it is keyed by (seed, epoch, sample id, purpose, counter) and on nothing else: no generator
-object is carried along, so rank, world size, worker, batch size and the moment of a restart cannot change it.
-The mixing function is splitmix64's finaliser (Steele, Lea & Flood, OOPSLA 2014).
+A draw depends only on the words that it is keyed by (seed, epoch, sample id, purpose, counter). There is no generator state,
+so rank, world size, worker, batch size and the step at which a run resumes cannot change it.
+The mixing function is splitmix64's finalizer (Steele, Lea & Flood, OOPSLA 2014).
 """
 
 import zlib
@@ -22,7 +22,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def hash64(*words: ArrayLike | str) -> NDArray[np.uint64]:
-    """uint64 hash of the words, broadcast against each other; a str stands for its crc32 (a purpose's name)."""
+    """uint64 hash of the words, broadcast against each other; of a str (the purpose) its crc32 is used."""
     h = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):
         for word in words:
@@ -40,10 +40,10 @@ def uniform(*words: ArrayLike | str, shape: tuple[int, ...]) -> NDArray[np.float
 
 
 def permute(index: ArrayLike, size: ArrayLike, key: ArrayLike, rounds: int = 6) -> NDArray[np.int64]:
-    """Image of `index` under the key's permutation of range(size); all three broadcast, nothing is listed.
+    """Image of `index` under the key's permutation of range(size); all three broadcast.
 
-    A Feistel network over Z_a x Z_a, a = ceil(sqrt(size)), walked until it lands inside the range: O(1) memory however
-    many samples there are.
+    A Feistel network over Z_a x Z_a, a = ceil(sqrt(size)), repeated until the result is inside the range (cycle walking).
+    The permutation is never listed: O(1) memory for any number of samples.
     """
     index, size, key = np.broadcast_arrays(
         np.asarray(index, np.int64), np.asarray(size, np.int64), np.asarray(key, np.uint64)

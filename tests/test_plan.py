@@ -1,10 +1,10 @@
-"""The Plan: every sample once an epoch, the same order for any number of processes, nothing listed."""
+"""The Plan: every sample once an epoch, the same order for any number of processes; and the hash it is made with."""
 
 import numpy as np
 import pytest
 
+from pipeline.plan import MAX_TRIES, SAME_SHARD_TRIES, Plan
 from pipeline.random import hash64, permute, uniform
-from pipeline.shards import ATTEMPTS, NEAR, Plan
 from runtime.errors import UserError
 
 
@@ -44,16 +44,16 @@ def test_every_sample_once_an_epoch(counts, batch, holdout):
         assert len(np.unique(np.concatenate(epochs))) > len(epochs[0])
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
-def test_ranks_share_a_step(world):
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_share_a_step(world_size):
     plan = Plan(Folder([500] * 9), batch=64, seed=0)
     for step in (0, 3, plan.steps_per_epoch + 1):
         whole = plan.samples_of(step)
-        parts = np.stack([plan.samples_of(step, rank, world) for rank in range(world)], 1)
+        parts = np.stack([plan.samples_of(step, rank, world_size) for rank in range(world_size)], 1)
         assert np.array_equal(parts.ravel(), whole)
 
 
-def test_a_fresh_plan_resumes_anywhere():
+def test_a_new_plan_resumes_at_any_step():
     folder = Folder([100, 150, 200])
     a, b = Plan(folder, batch=16, seed=5), Plan(folder, batch=16, seed=5)
     _ = [a.samples_of(s) for s in range(60)]
@@ -62,19 +62,19 @@ def test_a_fresh_plan_resumes_anywhere():
 
 
 def test_a_rank_reads_few_shards_at_a_time():
-    """Two nodes of many shards: a rank's lanes walk through its own share, a few shards for each lane."""
+    """Two processes, many shards: a rank's streams read its own shards, a few of them at a time."""
     plan = Plan(Folder([200] * 640), batch=64, seed=0)
     of_rank = [set(), set()]
     for step in range(plan.steps_per_epoch):
         for rank in range(2):
             of_rank[rank] |= set(plan.samples_of(step, rank, 2) // 200)
-    assert len(of_rank[0] & of_rank[1]) <= 64  # shards at the borders of lanes
-    now = {shard for step in range(10) for shard in plan.samples_of(step) // 200}
-    assert len(now) <= 64 * 6
+    assert len(of_rank[0] & of_rank[1]) <= 64  # shards at the ends of streams
+    current = {shard for step in range(10) for shard in plan.samples_of(step) // 200}
+    assert len(current) <= 64 * 6
 
 
 def test_batches_are_mixed():
-    """NearestNeighbors in a shard do not stay neighbors."""
+    """Neighbors in a shard do not stay neighbors."""
     seen = epoch_of(Plan(Folder([4000]), batch=32, seed=0), 0)
     assert abs(np.corrcoef(seen[:-1], seen[1:])[0, 1]) < 0.05
     assert np.std(seen.reshape(-1, 32).mean(1)) < 3 * 4000 / np.sqrt(12 * 32)
@@ -84,14 +84,14 @@ def test_replacements_come_from_the_same_shard_and_then_from_any():
     plan = Plan(Folder([50, 60, 70]), batch=8, seed=1, holdout=0.2)
     held_out = set(plan.held_out())
     for sample in (0, 49, 50, 109, 110, 179):
-        drawn = [plan.replacement(sample, 7, attempt) for attempt in range(1, ATTEMPTS)]
+        drawn = [plan.replacement_id(sample, 7, attempt) for attempt in range(1, MAX_TRIES)]
         shards = np.searchsorted([50, 110, 180], [sample, *drawn], side="right")
-        assert (shards[1 : NEAR + 1] == shards[0]).all()
-        assert set(shards[NEAR + 1 :]) == {0, 1, 2}
+        assert (shards[1 : SAME_SHARD_TRIES + 1] == shards[0]).all()
+        assert set(shards[SAME_SHARD_TRIES + 1 :]) == {0, 1, 2}
         assert not held_out & set(drawn)
-        assert len(set(drawn[:NEAR])) > 5
+        assert len(set(drawn[:SAME_SHARD_TRIES])) > 5
         assert len(set(drawn)) > 50
-        assert drawn == [plan.replacement(sample, 7, attempt) for attempt in range(1, ATTEMPTS)]
+        assert drawn == [plan.replacement_id(sample, 7, attempt) for attempt in range(1, MAX_TRIES)]
 
 
 def test_too_few_samples():
@@ -117,5 +117,5 @@ def test_uniform_is_uniform_and_keyed():
     flat = u.reshape(1000, -1)
     assert np.abs(np.corrcoef(flat[:, :10].T) - np.eye(10)).max() < 0.15
     assert hash64(1, 2) != hash64(2, 1)
-    one = uniform(0, 1, np.array([17]), "purpose", shape=(8, 25))  # alone or in a batch: the same numbers
+    one = uniform(0, 1, np.array([17]), "purpose", shape=(8, 25))  # one key or many: the same numbers
     assert np.array_equal(one[0], u[17])

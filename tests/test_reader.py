@@ -1,4 +1,4 @@
-"""The WebDataset reader and the loader: the plan's samples, the windows' pixels, damage replaced, nothing left behind."""
+"""The WebDataset reader and the loader: the plan's samples, the windows' pixels, damage replaced, no process left."""
 
 import io
 import json
@@ -14,8 +14,9 @@ from PIL import Image
 
 from pipeline.batch import Batch, draw
 from pipeline.loader import Loader
+from pipeline.plan import Plan
 from pipeline.readers import webdataset
-from pipeline.shards import Plan, Shards
+from pipeline.shards import Shards
 from runtime.config import load_config
 from runtime.errors import UserError
 
@@ -46,7 +47,7 @@ def same(a: Batch, b: Batch) -> bool:
     return a.step == b.step and all(torch.equal(x, y) for x, y in [*pairs, *zip(a.views, b.views, strict=True)])
 
 
-def test_a_batch_is_what_the_plan_and_the_draws_say(config):
+def test_a_batch_follows_the_plan_and_the_draws(config):
     shards, plan = opened(config)
     for batch in batches(config):
         ids = plan.samples_of(batch.step)
@@ -61,10 +62,10 @@ def test_a_batch_is_what_the_plan_and_the_draws_say(config):
             assert photo.size == (shards.index["width"][ids[i]], shards.index["height"][ids[i]])
             for v, size in enumerate((32, 32, 16, 16)):
                 x0, y0, x1, y1 = (int(c) for c in batch.windows[i, v])
-                want = photo.crop((min(x0, x1), y0, max(x0, x1), y1)).resize((size, size), Image.Resampling.BICUBIC)
-                want = np.asarray(want)[:, :: -1 if x0 > x1 else 1]
+                expected = photo.crop((min(x0, x1), y0, max(x0, x1), y1)).resize((size, size), Image.Resampling.BICUBIC)
+                expected = np.asarray(expected)[:, :: -1 if x0 > x1 else 1]
                 ours = batch.views[v // 2][i, v % 2].numpy().astype(int)
-                assert np.abs(ours - want).mean() < 0.5
+                assert np.abs(ours - expected).mean() < 0.5
     assert (batch.windows[..., 0] > batch.windows[..., 2]).any()
 
 
@@ -75,9 +76,9 @@ def test_workers_and_restarts_change_nothing(config):
     assert all(same(a, b) for a, b in zip(once[3:], batches(config, start=3), strict=True))
 
 
-def test_ranks_make_up_the_step(config):
+def test_ranks_share_a_step(config):
     whole = batches(config, stop=2)
-    parts = [batches(config, stop=2, rank=r, world=2) for r in range(2)]
+    parts = [batches(config, stop=2, rank=r, world_size=2) for r in range(2)]
     for step, batch in enumerate(whole):
         for r in range(2):
             assert torch.equal(parts[r][step].ids, batch.ids[r::2])
@@ -86,8 +87,8 @@ def test_ranks_make_up_the_step(config):
 
 
 def with_damage(shards: Shards, folder: Path, damaged: list[int]) -> str:
-    """A copy of the shards in which each of these samples has one flipped byte in the middle of its scan: most decoders
-    take that without a word."""
+    """A copy of the shards in which each of these samples has one flipped bit in the middle of its scan, which most
+    decoders do not notice."""
     shutil.copytree(shards.folder, folder)
     for sample in damaged:
         record = shards.index[sample]
@@ -98,43 +99,43 @@ def with_damage(shards: Shards, folder: Path, damaged: list[int]) -> str:
     return str(folder)
 
 
-def test_a_damaged_photo_costs_nothing_but_itself(config, tmp_path):
-    sound = batches(config)
+def test_a_damaged_photo_is_replaced_and_no_other(config, tmp_path):
+    intact = batches(config)
     shards, plan = opened(config)
-    damaged = [int(sound[0].ids[3]), int(sound[2].ids[9])]
+    damaged = [int(intact[0].ids[3]), int(intact[2].ids[9])]
     config.data.shards = with_damage(shards, tmp_path / "damaged", damaged)
     again = batches(config)
-    for a, b in zip(sound, again, strict=True):
-        hit = [i for i, sample in enumerate(a.ids.tolist()) if sample in damaged]
+    for a, b in zip(intact, again, strict=True):
+        affected = [i for i, sample in enumerate(a.ids.tolist()) if sample in damaged]
         assert torch.equal(a.ids, b.ids)
-        assert torch.equal(a.color, b.color)  # draws stay keyed by the planned id
+        assert torch.equal(a.color, b.color)  # draws are still keyed by the planned id
         for i in range(16):
-            if i in hit:
-                want = plan.replacement(int(a.ids[i]), a.step, 1)
-                assert int(b.rows[i]) in {plan.replacement(int(a.ids[i]), a.step, n) for n in range(1, 4)}
-                assert want not in damaged
+            if i in affected:
+                expected = plan.replacement_id(int(a.ids[i]), a.step, 1)
+                assert int(b.rows[i]) in {plan.replacement_id(int(a.ids[i]), a.step, n) for n in range(1, 4)}
+                assert expected not in damaged
             else:
                 assert int(b.rows[i]) == int(a.ids[i])
                 assert torch.equal(a.views[0][i], b.views[0][i])
                 assert torch.equal(a.windows[i], b.windows[i])
     loader = make_loader(config, stop=7)
     assert len(list(loader)) == 7
-    told = loader.damaged()
-    assert {planned for _, planned, _ in told} == set(damaged) & set(torch.cat([b.ids for b in sound]).tolist())
+    replaced = loader.damaged()
+    assert {planned for _, planned, _ in replaced} == set(damaged) & set(torch.cat([b.ids for b in intact]).tolist())
     assert loader.damaged() == []
 
 
-def test_a_shard_that_goes_while_it_is_read(config, tmp_path):
-    """Its samples are damaged like others; when its own shard has none left, the rest of the set stands in."""
+def test_a_shard_that_is_deleted_during_a_run(config, tmp_path):
+    """Its samples count as damaged; as its own shard has no valid ones, replacements come from the other shards."""
     config.data.shards = str(shutil.copytree(config.data.shards, tmp_path / "shards"))
     shards, plan = opened(config)
     (tmp_path / "shards" / shards.shards[0]["name"]).unlink()
-    gone = set(range(shards.starts[1]))
+    lost = set(range(shards.starts[1]))
     seen: set[int] = set()
     for batch in webdataset.read(config, shards, plan, start=0, stop=5):
-        seen |= gone & set(batch.ids.tolist())
-        assert not gone & set(batch.rows.tolist())
-        assert (batch.rows == batch.ids)[[int(i) not in gone for i in batch.ids]].all()
+        seen |= lost & set(batch.ids.tolist())
+        assert not lost & set(batch.rows.tolist())
+        assert (batch.rows == batch.ids)[[int(i) not in lost for i in batch.ids]].all()
     assert seen
     assert shards.describe(min(seen)) == {
         "shard": shards.shards[0]["name"], "byte": shards.index["offset"][min(seen)],
@@ -142,7 +143,7 @@ def test_a_shard_that_goes_while_it_is_read(config, tmp_path):
     }  # fmt: skip
     for shard in shards.shards[1:]:
         (tmp_path / "shards" / shard["name"]).unlink()
-    with pytest.raises(UserError, match="100 samples in a row are damaged, the last in shard-"):
+    with pytest.raises(UserError, match="100 samples in a row are damaged, the last one in shard-"):
         list(webdataset.read(config, Shards(config.data.shards, max_missing=None), plan, start=5, stop=6))
 
 
@@ -152,23 +153,23 @@ def make_loader(config, stop: int, start: int = 0) -> Loader:
     return Loader(config, shards, plan, device=device, dtype=torch.float32, start=start, stop=stop)
 
 
-def test_the_loader_hands_over_what_the_network_takes(config):
+def test_the_loader_gives_what_the_network_takes(config):
     loader = make_loader(config, stop=3)
-    taken = list(loader)
-    assert [b.step for b in taken] == [0, 1, 2]
-    for batch in taken:
+    loaded = list(loader)
+    assert [b.step for b in loaded] == [0, 1, 2]
+    for batch in loaded:
         assert [v.shape for v in batch.views] == [(2, 16, 3, 32, 32), (2, 16, 3, 16, 16)]
         assert all(v.dtype == torch.float32 and v.isfinite().all() for v in batch.views)
-    halves = taken[0].split(2)
-    assert torch.equal(torch.cat([h.views[1] for h in halves], 1), taken[0].views[1])
-    assert torch.equal(torch.cat([h.view_points for h in halves]), taken[0].view_points)
+    halves = loaded[0].split(2)
+    assert torch.equal(torch.cat([h.views[1] for h in halves], 1), loaded[0].views[1])
+    assert torch.equal(torch.cat([h.view_points for h in halves]), loaded[0].view_points)
     assert loader.waited() > 0
     assert loader.waited() == 0
     loader.close()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_closing_leaves_nothing_behind(config, workers):
+def test_close_leaves_no_thread_and_no_process(config, workers):
     config.speed.workers = workers
     before = {t.name for t in threading.enumerate()}
     loader = make_loader(config, stop=1000)
@@ -184,23 +185,23 @@ def test_bad_folders(tmp_path, config, photos):
         Shards(photos)
     with pytest.raises(UserError, match="no shards here"):
         Shards(tmp_path / "nowhere")
-    cut = tmp_path / "cut"
-    shutil.copytree(config.data.shards, cut)
-    shard = sorted(cut.glob("*.tar"))[0]
+    truncated = tmp_path / "truncated"
+    shutil.copytree(config.data.shards, truncated)
+    shard = sorted(truncated.glob("*.tar"))[0]
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"{shard.name}: has .* bytes, the manifest says"):
-        Shards(cut)
+        Shards(truncated)
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}: is missing"):
-        Shards(cut)
-    assert f"{shard}: is missing" in Shards(cut, max_missing=0.9).missing_summary
-    manifest = json.loads((cut / "manifest.json").read_text())
+        Shards(truncated)
+    assert f"{shard}: is missing" in Shards(truncated, max_missing=0.9).missing_summary
+    manifest = json.loads((truncated / "manifest.json").read_text())
     for change in ({"name": "../outside.tar"}, {"samples": -1}, {"bytes": "many"}, {"samples": None}):
-        told = manifest | {"shards": [manifest["shards"][0] | change, *manifest["shards"][1:]]}
-        (cut / "manifest.json").write_text(json.dumps(told))
+        changed = manifest | {"shards": [manifest["shards"][0] | change, *manifest["shards"][1:]]}
+        (truncated / "manifest.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match="not a manifest of shards"):
-            Shards(cut, max_missing=None)
+            Shards(truncated, max_missing=None)
     manifest["shards"][0]["samples"] += 1
-    (cut / "manifest.json").write_text(json.dumps(manifest))
+    (truncated / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="the index holds 96 samples, the manifest 97"):
-        Shards(cut, max_missing=None)
+        Shards(truncated, max_missing=None)

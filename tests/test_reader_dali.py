@@ -1,4 +1,4 @@
-"""The DALI reader, on the CPU: the WebDataset reader's batches, all reading processes at work, failures told apart."""
+"""The DALI reader, on the CPU: the WebDataset reader's batches, all workers busy, photos and machine distinguished."""
 
 import io
 import json
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from pipeline.batch import Batch
-from pipeline.readers import webdataset
+from pipeline.readers.worker import BatchBuilder
 from pipeline.shards import Shards
 from runtime.config import load_config
 from runtime.errors import RunError, UserError
@@ -37,13 +37,13 @@ def dali_batches(config, start=0, stop=7, **ranks) -> list[Batch]:
 
 
 @pytest.fixture
-def begun(monkeypatch) -> list[int]:
-    """The steps at which a pipeline begins, as they come."""
+def started(monkeypatch) -> list[int]:
+    """The steps at which pipelines start, in order."""
     steps: list[int] = []
 
-    def record(self, config, shards, plan, rank, world, start, stop):
+    def record(self, config, shards, plan, rank, world_size, start, stop):
         steps.append(start)
-        init(self, config, shards, plan, rank, world, start, stop)
+        init(self, config, shards, plan, rank, world_size, start, stop)
 
     init = dali._Source.__init__
     monkeypatch.setattr(dali._Source, "__init__", record)
@@ -51,11 +51,11 @@ def begun(monkeypatch) -> list[int]:
 
 
 @pytest.fixture
-def made_again(monkeypatch) -> list[int]:
-    """The steps whose batch the WebDataset reader makes, as they come."""
+def fallback_steps(monkeypatch) -> list[int]:
+    """The steps whose batch is made without DALI, in order."""
     steps: list[int] = []
-    batch = webdataset.BatchBuilder.batch
-    monkeypatch.setattr(webdataset.BatchBuilder, "batch", lambda self, step: steps.append(step) or batch(self, step))
+    batch = BatchBuilder.batch
+    monkeypatch.setattr(BatchBuilder, "batch", lambda self, step: steps.append(step) or batch(self, step))
     return steps
 
 
@@ -65,7 +65,7 @@ def made_again(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_dali_reads_the_same(config, workers):
     """Three epochs: ids, windows, points and colors bit for bit, pixels within 0.5 of 255 in the mean. All batches are held
-    until the end: DALI writes over none of them."""
+    until the end: DALI overwrites none of them."""
     ours = batches(config, stop=15)
     config.speed.workers = workers
     theirs = dali_batches(config, stop=15)
@@ -82,15 +82,15 @@ def test_dali_reads_the_same(config, workers):
     assert all(same(a, b) for a, b in zip(dali_batches(config, start=2, stop=4), theirs[2:4], strict=True))
 
 
-def test_ranks_make_up_the_step(config):
+def test_ranks_share_a_step(config):
     [whole] = dali_batches(config, stop=1)
     for rank in range(2):
-        [part] = dali_batches(config, stop=1, rank=rank, world=2)
+        [part] = dali_batches(config, stop=1, rank=rank, world_size=2)
         for name in ("ids", "rows", "windows", "view_points", "color"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[rank::2]), name
 
 
-def test_the_loader_takes_dali(config):
+def test_the_loader_uses_dali(config):
     config.speed.reader = "dali"
     loader = make_loader(config, stop=3)
     assert loader.reader == "dali"
@@ -98,8 +98,8 @@ def test_the_loader_takes_dali(config):
 
 
 def test_readers_agree_on_damage(config, tmp_path):
-    """5 % damaged photos, one whose bytes are as written but which no decoder takes, and one whose header promises another
-    size than the index: the same rows are read."""
+    """5 % damaged photos, one with the indexed bytes that no decoder accepts, and one whose header has another size than the
+    index: both readers read the same rows."""
     shards, _ = opened(config)
     damaged = list(range(3, 96, 20))
     folder = Path(with_damage(shards, tmp_path / "damaged", damaged))
@@ -111,7 +111,7 @@ def test_readers_agree_on_damage(config, tmp_path):
     content[at : at + size] = b"not a photo " * (size // 12) + b"." * (size % 12)
     path.write_bytes(content)
     index["crc32"][50] = zlib.crc32(bytes(content[at : at + size]))
-    index["height"][70] += 1  # its header says something else
+    index["height"][70] += 1  # other than in its header
     np.save(folder / "index.npy", index)
     config.data.shards = str(folder)
     read: set[int] = set()
@@ -124,30 +124,30 @@ def test_readers_agree_on_damage(config, tmp_path):
     assert not read & {*damaged, 50, 70}
 
 
-# --------------------------------------------------------------------------------------------------- the reading processes
+# --------------------------------------------------------------------------------------------------- the worker processes
 
 
 class Slow(dali._Source):
-    """A source that takes its time, and writes down which process was at it from when to when."""
+    """A slow source that records which process was called, from when to when."""
 
     def __call__(self, iteration: int):
         begin = time.monotonic()
-        made = super().__call__(iteration)
+        arrays = super().__call__(iteration)
         time.sleep(0.3 if iteration % 3 else 0.6)  # so that later steps are ready before earlier ones
         with open(os.environ["CALLS"], "a") as calls:
             calls.write(f"{os.getpid()} {begin} {time.monotonic()}\n")
-        return made
+        return arrays
 
 
-def test_all_reading_processes_work(config, tmp_path, monkeypatch):
-    """Tasks in flight: speed.prefetch x speed.workers. The order of the batches is the plan's whoever is ready first."""
+def test_all_workers_are_busy(config, tmp_path, monkeypatch):
+    """Tasks in flight: speed.prefetch x speed.workers. The order of the batches is the plan's, whichever is ready first."""
     monkeypatch.setattr(dali, "_Source", Slow)
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     config.speed.workers, config.speed.prefetch = 4, 2
     shards, plan = opened(config)
     reading = dali.read(config, shards, plan, start=0, stop=14)
-    taken = [next(reading)]
-    ahead = 2 * 4 + 2  # in flight, and in DALI's own queue; no more is begun until the next batch is taken
+    read = [next(reading)]
+    ahead = 2 * 4 + 2  # in flight, and in DALI's own queue; no other starts until the next batch is read
     until = time.monotonic() + 30
     while (calls := (tmp_path / "calls").read_text().splitlines()) and len(calls) < ahead and time.monotonic() < until:
         time.sleep(0.1)
@@ -157,9 +157,9 @@ def test_all_reading_processes_work(config, tmp_path, monkeypatch):
     assert len({pid for pid, _, _ in calls} - {str(os.getpid())}) == 4
     spans = [(float(begin), float(end)) for _, begin, end in calls]
     assert max(sum(begin <= at < end for begin, end in spans) for at, _ in spans) == 4  # all of them at once
-    taken += reading
-    assert [b.step for b in taken] == list(range(14))
-    assert all(np.array_equal(b.ids, plan.samples_of(b.step)) for b in taken)
+    read += reading
+    assert [b.step for b in read] == list(range(14))
+    assert all(np.array_equal(b.ids, plan.samples_of(b.step)) for b in read)
 
 
 class Dying(dali._Source):
@@ -169,17 +169,17 @@ class Dying(dali._Source):
         return super().__call__(iteration)
 
 
-def test_a_reading_process_that_ends(config, monkeypatch):
+def test_a_killed_worker(config, monkeypatch):
     monkeypatch.setattr(dali, "_Source", Dying)
     config.speed.workers = config.speed.prefetch = 1
     with pytest.raises(
-        RunError, match=r"a reading process ended unasked before step \d: .*/dev/shm is full, which holds [\d,]+ MB"
+        RunError, match=r"step \d: a data worker process exited unexpectedly: .*/dev/shm \([\d,]+ MB\) is full"
     ):
         dali_batches(config)
 
 
-def test_the_trainer_draws_nothing(config, monkeypatch):
-    monkeypatch.setattr(dali, "draw_for", None)  # here; a reading process imports the module anew
+def test_draws_are_made_in_the_workers(config, monkeypatch):
+    monkeypatch.setattr(dali, "draw_for", None)  # in this process only: a worker imports the module itself
     config.speed.workers = 1
     assert [b.step for b in dali_batches(config, stop=2)] == [0, 1]
 
@@ -236,65 +236,65 @@ def agree(ours: list[Batch], theirs: list[Batch]) -> bool:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_refused_batch_is_lost_and_no_other(config, tmp_path, begun, made_again, capfd, workers):
-    """What DALI does after an error, for real: its next batch is the next step's. So one refusal costs one batch."""
+def test_a_refusal_costs_one_batch(config, tmp_path, started, fallback_steps, capfd, workers):
+    """DALI's real behavior after an error: its next batch is the next step's."""
     ours = refuse(config, tmp_path / "shards", [1, 3])
-    made_again.clear()
+    fallback_steps.clear()
     config.speed.workers = workers
     theirs = dali_batches(config, stop=5)
     assert agree(ours, theirs)
-    assert begun == [0]
-    assert made_again == [1, 3]
+    assert started == [0]
+    assert fallback_steps == [1, 3]
     assert [same(a, b) for a, b in zip(ours, theirs, strict=True)] == [False, True, False, True, False]
-    assert capfd.readouterr().err.count("a photo that only DALI refuses") == 1
+    assert capfd.readouterr().err.count("DALI refuses a photo that our decoder accepts") == 1
 
 
-def test_refusals_in_a_row_renew_the_pipeline(config, tmp_path, begun, made_again, capfd):
+def test_refusals_in_a_row_rebuild_the_pipeline(config, tmp_path, started, fallback_steps, capfd):
     ours = refuse(config, tmp_path / "shards", [0, 1, 2])
-    made_again.clear()
+    fallback_steps.clear()
     config.speed.workers = 1
     shards, plan = opened(config)
     reading = dali.read(config, shards, plan, start=0, stop=5)
     theirs = [next(reading) for _ in range(4)]
-    assert len(multiprocessing.active_children()) == 1  # those of the pipeline before have ended
+    assert len(multiprocessing.active_children()) == 1  # the first pipeline's worker has exited
     theirs += reading
     assert agree(ours, theirs)
-    assert begun == [0, 3]
-    assert made_again == [0, 1, 2]
-    assert "step 2: DALI refused 3 batches in a row; a new pipeline follows" in capfd.readouterr().err
+    assert started == [0, 3]
+    assert fallback_steps == [0, 1, 2]
+    assert "step 2: DALI refused 3 batches in a row; its pipeline is rebuilt" in capfd.readouterr().err
 
 
-def test_the_loader_takes_no_renewed_pipeline_for_a_lost_process(config, tmp_path, begun):
+def test_the_loader_accepts_a_rebuilt_pipeline(config, tmp_path, started):
     refuse(config, tmp_path / "shards", [0, 1, 2])
     config.speed.reader, config.speed.workers = "dali", 2
     loader = make_loader(config, stop=5)
     steps = []
     for batch in loader:
         steps.append(batch.step)
-        time.sleep(0.3)  # time enough to look at the processes of the pipeline before
+        time.sleep(0.3)  # so that it sees the workers of the first pipeline
     assert steps == list(range(5))
-    assert begun == [0, 3]
-    assert len(loader._readers) == 4
+    assert started == [0, 3]
+    assert len(loader._workers) == 4
     loader.close()
 
 
-def test_photos_that_any_pipeline_refuses_renew_it_once(config, tmp_path, begun, made_again):
+def test_photos_that_any_pipeline_refuses_rebuild_it_once(config, tmp_path, started, fallback_steps):
     ours = refuse(config, tmp_path / "shards", [0, 1, 2, 3, 4])
-    made_again.clear()
+    fallback_steps.clear()
     assert all(same(a, b) for a, b in zip(ours, dali_batches(config, stop=5), strict=True))
-    assert begun == [0, 3]
-    assert made_again == [0, 1, 2, 3, 4]
+    assert started == [0, 3]
+    assert fallback_steps == [0, 1, 2, 3, 4]
 
 
-def test_no_sound_photo_left(config, tmp_path):
-    """The same UserError as the WebDataset reader's, from a reading process too."""
+def test_no_valid_photo_is_left(config, tmp_path):
+    """The same UserError as the WebDataset reader's, with and without worker processes."""
     shards, _ = opened(config)
     folder = shutil.copytree(shards.folder, tmp_path / "shards")
     for shard in shards.shards:
         (folder / shard["name"]).unlink()
     plan = opened(config)[1]
     for config.speed.workers in (0, 1):
-        with pytest.raises(UserError, match="100 samples in a row are damaged, the last in shard-"):
+        with pytest.raises(UserError, match="100 samples in a row are damaged, the last one in shard-"):
             list(dali.read(config, Shards(folder, max_missing=None), plan, start=0, stop=2))
 
 
@@ -319,22 +319,23 @@ class Ahead(dali._Source):
 
 
 @pytest.mark.parametrize("source", [Skipping, Ending])
-def test_a_pipeline_that_loses_its_place(config, monkeypatch, capfd, source):
-    """No batch has another step's content: a new pipeline begins where the batch is missing."""
-    want = dali_batches(config, stop=5)
+def test_a_pipeline_that_skips_a_step(config, monkeypatch, capfd, source):
+    """No batch has another step's content: a new pipeline starts at the missing step."""
+    expected = dali_batches(config, stop=5)
     monkeypatch.setattr(dali, "_Source", source)
-    assert all(same(a, b) for a, b in zip(want, dali_batches(config, stop=5), strict=True))
-    told = capfd.readouterr().err.splitlines()
-    assert told == [f"step {n}: DALI returned another step's batch; its pipeline is built anew" for n in (2, 4)]
+    assert all(same(a, b) for a, b in zip(expected, dali_batches(config, stop=5), strict=True))
+    messages = capfd.readouterr().err.splitlines()
+    line = "DALI returned the batch of another step; its pipeline is rebuilt"
+    assert messages == [f"step {n}: {line}" for n in (2, 4)]
 
 
-def test_a_pipeline_that_never_finds_it(config, monkeypatch):
+def test_a_pipeline_that_never_returns_the_step(config, monkeypatch):
     monkeypatch.setattr(dali, "_Source", Ahead)
-    with pytest.raises(RuntimeError, match="step 0: a new pipeline of DALI returned another step's batch, too"):
+    with pytest.raises(RuntimeError, match="step 0: DALI returned the batch of another step, from a new pipeline too"):
         dali_batches(config)
 
 
-# ------------------------------------------------------------------------------------------------ errors that no CPU makes
+# --------------------------------------------------------------------------------------- errors that only a GPU would raise
 
 ERROR = """Critical error in pipeline:
 Error in {device} operator `nvidia.dali.fn.{operator}`,
@@ -351,7 +352,7 @@ STACK = "Stacktrace (2 entries):\n[frame 0]: /opt/cuda/libdali.so(+0x9)\n[frame 
 
 
 def fail_at(monkeypatch, step: int, error: Exception) -> None:
-    """Let the pipeline's run raise an error in place of a step's batch."""
+    """Let the pipeline's run raise an error instead of returning a step's batch."""
     run, runs = dali.nvidia.dali.Pipeline.run, iter(range(sys.maxsize))
 
     def failing(self, *args):
@@ -375,7 +376,7 @@ def fail_at(monkeypatch, step: int, error: Exception) -> None:
     ],
 )
 @pytest.mark.parametrize("stack", ["", STACK])
-def test_the_machine_is_to_blame(config, monkeypatch, made_again, operator, why, stack):
+def test_an_error_of_the_machine(config, monkeypatch, fallback_steps, operator, why, stack):
     fail_at(monkeypatch, 1, RuntimeError(ERROR.format(device="MIXED", operator=operator, why=why, stack=stack)))
     shards, plan = opened(config)
     reading = dali.read(config, shards, plan, start=0, stop=5)
@@ -383,28 +384,28 @@ def test_the_machine_is_to_blame(config, monkeypatch, made_again, operator, why,
     with pytest.raises(RunError) as failure:
         next(reading)
     assert f"step 1: DALI failed, and not because of a photo: {' '.join(why.split())}; speed" in str(failure.value)
-    assert made_again == []
+    assert fallback_steps == []
 
 
-def test_memory_is_short_outside_an_operator(config, monkeypatch):
+def test_out_of_memory_outside_an_operator(config, monkeypatch):
     fail_at(monkeypatch, 1, MemoryError("std::bad_alloc"))
     with pytest.raises(RunError, match="step 1: DALI failed, and not because of a photo: std::bad_alloc; "):
         dali_batches(config)
 
 
-def test_a_photo_is_to_blame_whatever_the_paths_are_called(config, monkeypatch, made_again):
+def test_an_error_of_a_photo_with_misleading_paths(config, monkeypatch, fallback_steps):
     error = ERROR.format(device="MIXED", operator="decoders.image", why="Failed to decode sample #3 : ", stack=STACK)
     fail_at(monkeypatch, 1, RuntimeError(error))
     assert [b.step for b in dali_batches(config, stop=4)] == [0, 1, 2, 3]
-    assert made_again == [1]
+    assert fallback_steps == [1]
 
 
-def test_an_error_of_any_other_kind_is_raised_as_it_is(config, monkeypatch, made_again):
+def test_other_errors_are_raised_unchanged(config, monkeypatch, fallback_steps):
     error = ERROR.format(device="CPU", operator="resize", why="Assert on roi failed", stack="")
     fail_at(monkeypatch, 1, RuntimeError(error))
     with pytest.raises(RuntimeError, match="Assert on roi failed"):
         dali_batches(config)
-    assert made_again == []
+    assert fallback_steps == []
 
 
 # ---------------------------------------------------------------------------------------------------------------- versions
@@ -418,10 +419,10 @@ def test_a_dali_that_is_too_old(config, monkeypatch, installed, cuda, package):
     monkeypatch.setattr(dali.nvidia.dali, "__version__", installed)
     monkeypatch.setattr(dali.nvidia.dali, "__cuda_version__", cuda)
     shards, plan = opened(config)
-    with pytest.raises(UserError) as mistake:  # at once, before a batch is asked for
+    with pytest.raises(UserError) as error:  # at once, before a batch is requested
         dali.read(config, shards, plan, start=0, stop=1)
-    assert str(mistake.value) == (
-        f"speed.reader: dali needs DALI 2.2 or later, and {installed} is installed: pip install --upgrade '{package}>=2.2'"
+    assert str(error.value) == (
+        f"speed.reader: dali needs DALI 2.2 or later, but {installed} is installed: pip install --upgrade '{package}>=2.2'"
     )
 
 

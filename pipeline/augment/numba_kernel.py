@@ -1,7 +1,7 @@
-"""The color recipe of augment.py as one small compiled loop for the CPU: view by view, hot in the cache.
+"""The color recipe (recipe.py) as one compiled loop for the CPU: view by view, in the CPU's cache.
 
-Held equal to `augment.apply_color` by tests/test_augment.py. Where numba is missing the torch form serves (`available`).
-The loops are written out over flat planes so that LLVM makes vector instructions of them.
+tests/test_augment.py requires the same values as `recipe.apply_color`, which is used if numba is missing (`available`).
+The loops are written out over flat planes so that LLVM vectorizes them.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ try:
     from numba import njit
 
     available = True
-except ImportError:  # then nothing below is ever called
+except ImportError:  # then nothing below is called
     available = False
 
     def njit(**_):  # type: ignore[no-redef]
@@ -45,7 +45,7 @@ _0, _1, _2, _4, _6 = (np.float32(i) for i in (0, 1, 2, 4, 6))
 
 @njit(**_fast)
 def _blend_to(x, target, f):
-    """x f + target (1 - f), kept in [0, 1]; x [3,n], target: one number for all pixels."""
+    """x f + target (1 - f), clamped to [0, 1]; x [3,n], target: one number for all pixels."""
     add = target * (_1 - f)
     for c in range(3):
         plane = x[c]
@@ -74,7 +74,7 @@ def _saturation(x, f):
 
 @njit(**_fast)
 def _hue(x, turns):
-    """augment._turn_hue: sixths of a turn, one closed form for all sectors."""
+    """recipe._shift_hue: in sixths of a turn, one closed form for all sectors."""
     rs, gs, bs = x[0], x[1], x[2]
     shift = _6 * turns
     for i in range(rs.size):
@@ -100,9 +100,9 @@ def _hue(x, turns):
 
 @njit(**_fast)
 def _blur(x, h, w, sigma, padded):
-    """Separable Gaussian over a window of 2 RADIUS + 1 = 13 pixels, edges extended, in place; padded is scratch.
+    """Separable Gaussian over a window of 2 RADIUS + 1 = 13 pixels, edges replicated, in place; `padded` is scratch memory.
 
-    The 13 taps are written out: LLVM then keeps a line's sum in registers instead of going through memory for each tap.
+    The 13 taps are written out: LLVM then keeps a line's sum in registers instead of in memory.
     """
     t = np.empty(RADIUS + 1, np.float32)
     total = 0.0
@@ -143,7 +143,7 @@ def _blur(x, h, w, sigma, padded):
 
 @njit(**_fast)
 def _view(source, d, out, x, padded, orders, mean, std):
-    """One view: source uint8 [H,W,3], its draws d [8] -> out float32 [3,H*W]; x [3,H*W] and padded are scratch."""
+    """One view: source uint8 [H,W,3], its draws d [8] -> out float32 [3,H*W]; x [3,H*W] and `padded` are scratch memory."""
     h, w = source.shape[:2]
     flat = source.reshape(h * w, 3)
     over = np.float32(1 / 255)
@@ -164,12 +164,12 @@ def _view(source, d, out, x, padded, orders, mean, std):
         _saturation(x, _0)
     if d[SIGMA] > 0:
         _blur(x, h, w, d[SIGMA], padded)
-    turned = d[SOLARIZE] > 0
+    inverted = d[SOLARIZE] > 0
     edge = np.float32(127.5 / 255)
     for c in range(3):
         scale, shift = _1 / std[c], -mean[c] / std[c]
         plane, to = x[c], out[c]
-        if turned:
+        if inverted:
             for i in range(plane.size):
                 p = _1 - plane[i] if plane[i] > edge else plane[i]
                 to[i] = p * scale + shift
@@ -186,7 +186,7 @@ def _views(views, draws, out, x, padded, orders, mean, std):
 
 
 def apply_color(views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """As augment.apply_color: uint8 [B,V,H,W,3] and draws [B,V,8] on the CPU -> [V,B,3,H,W], normalized, in `dtype`."""
+    """As recipe.apply_color: uint8 [B,V,H,W,3] and draws [B,V,8] on the CPU -> [V,B,3,H,W], normalized, in `dtype`."""
     b, v, h, w, _ = views.shape
     out = torch.empty(v, b, 3, h, w)
     x, padded = np.empty((3, h * w), np.float32), np.empty((h + 2 * RADIUS) * w + w + 2 * RADIUS, np.float32)

@@ -1,7 +1,8 @@
 """The color recipe of each view: its draws (NumPy), and their application to a batch on the device (torch).
 
 DINO's recipe (Caron et al. 2021, as in BYOL): with probability p a jitter of brightness, contrast, saturation and hue, in
-a random order; gray; Gaussian blur; solarization; ImageNet's mean and deviation. One definition serves both readers.
+a random order; gray; Gaussian blur; solarization; ImageNet's mean and deviation. Both readers use it. numba_kernel.py is
+`apply_color` for a CPU.
 Letters: B images, V views, H x W pixels.
 """
 
@@ -20,9 +21,10 @@ from runtime.config import Data, Views
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 ORDERS = list(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
-# columns of the draws; 1, 1, 1, 0, 0, 0, 0 changes nothing
+# columns of the draws; any order and 1, 1, 1, 0, 0, 0, 0 change nothing
 ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, SIGMA, SOLARIZE = range(8)
 RADIUS = 6  # of the blur's window, pixels: three times the largest sigma
+MIN_SIGMA, MAX_SIGMA = 0.1, 2.0  # of the blur, pixels at the view's size
 
 
 def draw_color(key: NDArray[np.uint64], data: Data, views: list[Views]) -> NDArray[np.float32]:
@@ -45,7 +47,7 @@ def draw_color(key: NDArray[np.uint64], data: Data, views: list[Views]) -> NDArr
         factor(4, jitter.saturation),
         np.where(jittered, (2 * u[..., 5] - 1) * jitter.hue, 0.0),
         u[..., 6] < data.grayscale,
-        np.where(u[..., 7] < blur, 0.1 + 1.9 * u[..., 8], 0.0),
+        np.where(u[..., 7] < blur, MIN_SIGMA + (MAX_SIGMA - MIN_SIGMA) * u[..., 8], 0.0),
         u[..., 9] < solarize,
     ]
     return np.stack(columns, axis=-1).astype(np.float32)
@@ -59,8 +61,8 @@ def _gray(x: Planes) -> Tensor:
     return 0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]
 
 
-def _turn_hue(x: Planes, turns: Tensor) -> Planes:
-    """Hue turned by `turns` [n,1,1] (1: once round), through HSV as Pillow and torchvision do."""
+def _shift_hue(x: Planes, turns: Tensor) -> Planes:
+    """Hue shifted by `turns` [n,1,1] (1: a full turn), through HSV as in Pillow and torchvision."""
     r, g, b = x
     value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = value - low
@@ -79,8 +81,8 @@ def _turn_hue(x: Planes, turns: Tensor) -> Planes:
 
 
 def _blend(x: Planes, which: Tensor, draws: Tensor, mean: Tensor) -> Planes:
-    """One of brightness (0), contrast (1), saturation (2) for each image; 3 leaves it as it is. which [n]; mean [n,1,1]: of
-    the gray image, that contrast blends with."""
+    """One of brightness (0), contrast (1), saturation (2) for each image; 3 changes nothing. which [n]; mean [n,1,1]: of
+    the gray image, which contrast blends with."""
     factors = torch.cat([draws[:, BRIGHTNESS : SATURATION + 1], torch.ones_like(draws[:, :1])], 1)
     f = factors.gather(1, which[:, None]).view(-1, 1, 1)
     which = which.view(-1, 1, 1)
@@ -89,28 +91,28 @@ def _blend(x: Planes, which: Tensor, draws: Tensor, mean: Tensor) -> Planes:
 
 
 def _jitter(x: Planes, order: Tensor, draws: Tensor, stop: Tensor | int, mean: Tensor) -> Planes:
-    """The jitter in each image's order [n,4], up to place `stop` (exclusive). Hue is the one costly operation: it is done
-    once, the three blends before and after it as the order says."""
+    """The jitter in each image's order [n,4], up to position `stop` (exclusive). Hue is the costly operation: it is done
+    once, and the three blends before or after it as the order says."""
     hue_at = (order == 3).long().argmax(1)
     nothing = torch.full_like(hue_at, 3)
 
-    def blend(x: Planes, place: int, wanted: Tensor) -> Planes:
-        return _blend(x, torch.where(wanted & (place < stop), order[:, place], nothing), draws, mean)
+    def blend(x: Planes, position: int, wanted: Tensor) -> Planes:
+        return _blend(x, torch.where(wanted & (position < stop), order[:, position], nothing), draws, mean)
 
-    for place in range(3):
-        x = blend(x, place, place < hue_at)
-    turned = _turn_hue(x, draws[:, HUE].view(-1, 1, 1))
+    for position in range(3):
+        x = blend(x, position, position < hue_at)
+    shifted = _shift_hue(x, draws[:, HUE].view(-1, 1, 1))
     reached = (hue_at < stop).view(-1, 1, 1)
-    x = tuple(torch.where(reached, new, old) for new, old in zip(turned, x, strict=True))
-    for place in range(1, 4):
-        x = blend(x, place, place > hue_at)
+    x = tuple(torch.where(reached, new, old) for new, old in zip(shifted, x, strict=True))
+    for position in range(1, 4):
+        x = blend(x, position, position > hue_at)
     return x
 
 
 def _blur(x: Planes, sigma: Tensor) -> Planes:
-    """Gaussian blur with sigma [n] pixels, edges extended; sigma 0: as it is."""
+    """Gaussian blur with sigma [n] pixels, edges replicated; sigma 0: unchanged."""
     offsets = torch.arange(-RADIUS, RADIUS + 1, device=sigma.device, dtype=sigma.dtype)
-    weights = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-2)[:, None]) ** 2)  # sigma 0 leaves the middle tap alone
+    weights = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-2)[:, None]) ** 2)  # sigma 0: only the middle tap remains
     taps = (weights / weights.sum(1, keepdim=True))[..., None, None].unbind(1)  # 13 of [n,1,1]
 
     def blur(plane: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ def apply_color(
     """Views of one size as the network takes them.
 
     views uint8 [B,V,H,W,3] and draws [B,V,8] on the device -> [V,B,3,H,W], normalized, in `dtype`. orders: ORDERS on the
-    device, so that it need not wait at every step for a copy from the host.
+    device, which avoids a copy from the host at every step.
     """
     b, v, h, w, _ = views.shape
     red, green, blue = views.transpose(0, 1).reshape(v * b, h, w, 3).unbind(-1)
@@ -136,16 +138,16 @@ def apply_color(
     draws = draws.transpose(0, 1).reshape(v * b, -1)
     orders = torch.tensor(ORDERS, device=views.device) if orders is None else orders
     order = orders[draws[:, ORDER].long()]  # [n,4]
-    # Contrast alone asks for the whole image, its mean gray. What comes before it is computed twice, the first time for
-    # that mean: compiled, each time is one reading of the pixels, and nothing in between is written.
+    # Only contrast needs the whole image: its mean gray. What comes before it is computed twice, first for that mean.
+    # Compiled, each time reads the pixels once and writes nothing in between.
     contrast_at = (order == 1).long().argmax(1)
     before = _jitter(x, order, draws, contrast_at, torch.zeros_like(draws[:, :1, None]))
     x = _jitter(x, order, draws, 4, _gray(before).mean((1, 2), keepdim=True))
-    gone, turned = (draws[:, column].view(-1, 1, 1) > 0 for column in (GRAY, SOLARIZE))
+    to_gray, inverted = (draws[:, column].view(-1, 1, 1) > 0 for column in (GRAY, SOLARIZE))
     gray = _gray(x)
-    x = _blur(tuple(torch.where(gone, gray, channel) for channel in x), draws[:, SIGMA])
+    x = _blur(tuple(torch.where(to_gray, gray, channel) for channel in x), draws[:, SIGMA])
     planes = []
     for channel, mean, std in zip(x, MEAN, STD, strict=True):
-        channel = torch.where(turned & (channel > 127.5 / 255), 1 - channel, channel)  # Pillow's 128 and above
+        channel = torch.where(inverted & (channel > 127.5 / 255), 1 - channel, channel)  # Pillow's 128 and above
         planes.append(((channel - mean) / std).to(dtype))
     return torch.stack(planes, 1).view(v, b, 3, h, w)

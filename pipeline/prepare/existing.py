@@ -1,4 +1,4 @@
-"""Shards that are there already: verify reads them again, index writes manifest and index for those that others made."""
+"""Existing tars: `verify` checks shards, `index` writes manifest and index for tars of other programs."""
 
 import json
 import os
@@ -13,38 +13,45 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from pipeline.prepare.folder import WORK, Record, counts, folder_lock, write_folder
-from pipeline.prepare.photo import bound_pixels, decode_error, inspect_existing
-from pipeline.prepare.sources import Member, members, shown
-from pipeline.prepare.work import Progress, each
-from pipeline.shards import Shards
+from pipeline.prepare.folder import WORK, ShardRecord, counts, folder_lock, write_folder
+from pipeline.prepare.names import printable
+from pipeline.prepare.photo import decode_error, inspect_existing, limit_pixels
+from pipeline.prepare.tar import Member, members
+from pipeline.prepare.work import Progress, parallel_map
+from pipeline.shards import Shards, describe_loss, plural
 from runtime.errors import UserError
 
-CLASSES_AT_MOST = 100_000  # of tars that others made, whose labels are bare numbers
+MAX_CLASSES = 100_000  # of tars of other programs, whose labels are bare numbers
+PHOTO_ENDINGS = ("jpg", "jpeg", "png", "webp")
 
 
 class Check(NamedTuple):
+    """One shard to be checked."""
+
     path: Path
     first: int  # sample id of its first sample
-    shard: dict  # the manifest's words on it
-    rows: np.ndarray  # INDEX: the index's words on it
+    shard: dict  # its entry in the manifest
+    rows: np.ndarray  # INDEX: its records in the index
 
 
 def verify(options: Namespace) -> int:
-    """Read every shard again: 0 if all agrees with manifest and index, else a line per problem and 2."""
+    """Read every shard. Returns 0 if all agree with manifest and index; otherwise 2, after a line per problem."""
     shards = Shards(options.dst, max_missing=None)
     checks = [
         Check(shards.folder / s["name"], int(start), s, np.array(shards.index[start : start + s["samples"]]))
         for s, start in zip(shards.shards, shards.starts, strict=False)
     ]
     problems = 0
-    index, written = Path(shards.folder, "index.npy"), shards.manifest.get("index")  # older manifests say nothing of it
+    index, written = (
+        Path(shards.folder, "index.npy"),
+        shards.manifest.get("index"),
+    )  # older manifests have no such entry
     if written and sha256(index.read_bytes()).hexdigest() != written["sha256"]:
         print("index.npy: differs from the manifest's sha256", flush=True)
         problems = 1
     with (
         Progress("verifying", sum(s["bytes"] for s in shards.shards)) as progress,
-        closing(each(verify_shard, checks, options.processes)) as results,
+        closing(parallel_map(verify_shard, checks, options.processes)) as results,
     ):
         for check, found in results:
             problems += len(found)
@@ -52,9 +59,9 @@ def verify(options: Namespace) -> int:
                 print(line, flush=True)
             progress.step(len(check.rows), check.shard["bytes"])
     if problems:
-        print(f"{options.dst}: {problems} problem{'s' * (problems > 1)}; copy the shards again, or make them again")
+        print(f"{options.dst}: {plural(problems, 'problem')}; copy the shards again, or make them again")
         return 2
-    print(f"{options.dst}: {len(shards.shards)} shards, {len(shards):,} samples: all agree")
+    print(f"{options.dst}: {plural(len(shards.shards), 'shard')}, {plural(len(shards), 'sample')}: all agree")
     return 0
 
 
@@ -65,43 +72,46 @@ def verify_shard(check: Check) -> tuple[Check, list[str]]:
         with check.path.open("rb") as file:
             digest = file_digest(file, "sha256").hexdigest()
             size = file.tell()
-            there = (rows["offset"] + rows["size"]).astype(np.int64) <= size
+            complete = (rows["offset"] + rows["size"]).astype(np.int64) <= size
             problems = [
                 f"{name}: sample {check.first + i} ({_member_at(file, row)}) is damaged: "
                 f"{row['size']} bytes at byte {row['offset']}"
                 for i, row in enumerate(rows)
-                if there[i]
+                if complete[i]
                 and zlib.crc32(os.pread(file.fileno(), int(row["size"]), int(row["offset"]))) != row["crc32"]
             ]
             if digest == check.shard["sha256"] and problems:
-                problems = [f"index.npy: wrong about {len(problems)} samples of {name}, which is as the manifest says"]
+                problems = [
+                    f"index.npy: differs from {plural(len(problems), 'sample')} of {name}, which matches the manifest"
+                ]
             elif digest != check.shard["sha256"] and not problems and size == check.shard["bytes"]:
-                problems = [f"{name}: {_where_damaged(file, size)}; none of its {len(rows)} samples is lost: its photos are "
-                            "sound, but names, labels or the end differ from the manifest's sha256"]  # fmt: skip
+                problems = [
+                    f"{name}: {_where_damaged(file, size)}; none of its {plural(len(rows), 'sample')} is lost: all "
+                    "photos are intact, but names, labels or the end differ from the manifest's sha256"
+                ]
     except OSError as error:
-        return check, [f"{name}: {error.strerror}: its {len(rows)} samples are lost"]
+        return check, [f"{name}: {error.strerror}: {describe_loss(np.arange(len(rows)), rows, check.first)}"]
     if size != check.shard["bytes"]:
-        gone = np.flatnonzero(~there)
-        since = f", from sample {check.first + gone[0]} (byte {rows['offset'][gone[0]]}) on" if len(gone) else ""
-        lost = f"{len(gone)} of its {len(rows)} samples are lost{since}"
-        problems.insert(0, f"{name}: has {size} bytes, the manifest says {check.shard['bytes']} bytes: {lost}")
+        loss = describe_loss(np.flatnonzero(~complete), rows, check.first)
+        expected = plural(check.shard["bytes"], "byte")
+        problems.insert(0, f"{name}: has {plural(size, 'byte')}, the manifest says {expected}: {loss}")
     return check, problems
 
 
 def _where_damaged(file: BinaryIO, size: int) -> str:
-    """The first header of a tar that is none, else no more than that it differs."""
+    """Where a tar's headers are damaged; if nowhere, only that it differs."""
     try:
         for _ in members(file, 0, size, ""):
             pass
-    except UserError as mistake:
-        return str(mistake).removeprefix(": ")
+    except UserError as error:
+        return str(error).removeprefix(": ")
     return "differs"
 
 
 def _member_at(file: BinaryIO, row: np.void) -> str:
-    """The name in the header before a sample's bytes, for people to find it by."""
+    """The member's name in the header before a sample's bytes."""
     header = os.pread(file.fileno(), 100, max(0, int(row["offset"]) - 512))
-    return shown(os.fsdecode(header.split(b"\0")[0])) or "nameless"
+    return printable(os.fsdecode(header.split(b"\0")[0])) or "no name"
 
 
 def index(options: Namespace) -> None:
@@ -110,17 +120,17 @@ def index(options: Namespace) -> None:
     if not dst.is_dir():
         raise UserError(f"{dst}: no such folder")
     if (dst / WORK / "task").exists():
-        raise UserError(f"{dst}: an unfinished `make` is here; the same command as before goes on with it")
+        raise UserError(f"{dst}: holds an unfinished `make`; run the same `make` command again to finish it")
     tars = sorted(dst.glob("*.tar"))
-    if odd := [t for t in tars if not t.is_file()]:
-        raise UserError(f"{odd[0]}: is no file")  # a fifo would be waited for
+    if special := [t for t in tars if not t.is_file()]:
+        raise UserError(f"{special[0]}: is not a file")  # reading a fifo would wait for ever
     if not tars:
-        raise UserError(f"{dst}: no *.tar here; `make shards SRC=photos/ DST=shards/` makes shards of photos")
+        raise UserError(f"{dst}: no *.tar here; `make shards SRC=photos/ DST=shards/` makes shards from photos")
     with folder_lock(dst):
         records = {}
         with Progress("indexing", sum(t.stat().st_size for t in tars)) as progress:
             jobs = [(tar, options.max_pixels) for tar in tars]
-            with closing(each(index_tar, jobs, options.processes)) as results:
+            with closing(parallel_map(index_tar, jobs, options.processes)) as results:
                 for record in results:
                     records[record.name] = record
                     progress.step(len(record.rows), record.bytes)
@@ -130,17 +140,19 @@ def index(options: Namespace) -> None:
             first = next(r.rejected[0] for r in in_order if r.rejected)
             raise UserError(
                 f"{dst}: {bad} of {bad + samples} samples are bad, more than --max-bad {options.max_bad:g}; "
-                f"the first: {first['source']}: {first['reason']}"
+                f"the first one is {first['source']}: {first['reason']}"
             )
         head = {"source": {"tars": len(tars)}, "settings": {}, "classes": _classes_of_labels(dst, in_order)}
         write_folder(dst, in_order, head, Counter())
-        turned = sum(n for r in in_order for kind, n in r.kept.items() if kind.endswith("rotated"))
-        if turned:
-            print(f"{turned:,} photos carry an EXIF rotation that no reader here applies; `make` of the photos does")
+        rotated = sum(n for r in in_order for kind, n in r.kept.items() if kind.endswith("rotated"))
+        if rotated:
+            print(
+                f"{plural(rotated, 'photo')} with EXIF rotation, which the readers do not apply; `make` from photos does"
+            )
 
 
-def _classes_of_labels(dst: Path, records: list[Record]) -> list[str]:
-    """Names of the labels: those of the manifest that is being replaced if it has enough, else the numbers themselves."""
+def _classes_of_labels(dst: Path, records: list[ShardRecord]) -> list[str]:
+    """Names of the labels: those of the manifest that is replaced if it has enough, otherwise the numbers."""
     count = 1 + max((row[4] for record in records for row in record.rows), default=-1)
     try:
         names = json.loads((dst / "manifest.json").read_bytes())["classes"]
@@ -149,10 +161,10 @@ def _classes_of_labels(dst: Path, records: list[Record]) -> list[str]:
     return names if len(names) >= count else [str(label) for label in range(count)]
 
 
-def index_tar(job: tuple[Path, int]) -> Record:
-    """The record of a tar that others made: every photo decoded once, so that what is indexed is known to decode."""
+def index_tar(job: tuple[Path, int]) -> ShardRecord:
+    """The record of an existing tar. Every photo is decoded once, so that only photos that decode are indexed."""
     path, max_pixels = job
-    bound_pixels(max_pixels)
+    limit_pixels(max_pixels)
     kept, skipped, rejected, rows = Counter[str](), Counter[str](), list[dict](), list[tuple[int, ...]]()
     with path.open("rb") as tar:
         digest = file_digest(tar, "sha256").hexdigest()
@@ -166,21 +178,21 @@ def index_tar(job: tuple[Path, int]) -> Record:
                 data = os.pread(tar.fileno(), photo.size, photo.offset)
                 image, kind = inspect_existing(data)
             except Exception as error:  # as in make_shard
-                rejected.append({"source": f"{path.name}/{shown(photo.name)}", "reason": decode_error(error)})
+                rejected.append({"source": f"{path.name}/{printable(photo.name)}", "reason": decode_error(error)})
                 continue
             label = os.pread(tar.fileno(), min(cls.size, 16), cls.offset).strip() if cls else b""
-            is_label = label.isdigit() and int(label) < CLASSES_AT_MOST
-            skipped["labels that are no number"] += bool(cls) and not is_label
+            is_label = label.isdigit() and int(label) < MAX_CLASSES
+            skipped["non-numeric labels"] += bool(cls) and not is_label
             kept[kind] += 1
             crc = zlib.crc32(data)
             rows.append((photo.offset, photo.size, image.height, image.width, int(label) if is_label else -1, crc))
     if not rows and not rejected:
         raise UserError(f"{path}: no photos in this tar (jpg, jpeg, png or webp; found: {counts(+skipped)})")
-    return Record(path.name, size, digest, rows, kept, rejected=rejected, skipped=+skipped)
+    return ShardRecord(path.name, size, digest, rows, kept, rejected=rejected, skipped=+skipped)
 
 
 def _samples(found: Iterable[Member], skipped: Counter[str]) -> Iterator[tuple[Member, Member | None]]:
-    """(photo, class) of every sample: WebDataset's rule, neighbors that share the name up to its first dot."""
+    """(photo, class) of every sample. WebDataset's rule: adjacent members that share the name up to its first dot."""
     key, parts = "", dict[str, Member]()
     for m in [*found, None]:
         folder, _, base = m.name.rpartition("/") if m else ("", "", "")
@@ -195,8 +207,8 @@ def _samples(found: Iterable[Member], skipped: Counter[str]) -> Iterator[tuple[M
                 skipped["samples without a photo"] += 1
             key, parts = f"{folder}/{stem}", {}
         if m:
-            role = "photo" if ending.lower() in ("jpg", "jpeg", "png", "webp") else ending.lower()
+            role = "photo" if ending.lower() in PHOTO_ENDINGS else ending.lower()
             if role in ("photo", "cls") and role in parts:
-                skipped["twice in a sample"] += 1
+                skipped["duplicates in a sample"] += 1
             skipped["not photos"] += role not in ("photo", "cls")
             parts.setdefault(role, m)

@@ -1,6 +1,6 @@
-"""A shard folder being written: a tar, the record of it, and at the end index.npy and manifest.json.
+"""A shard folder while it is written: a tar, its record, and at the end index.npy and manifest.json.
 
-Whatever has its final name is whole: drafts stand in DST/.make_shards, are synced to the disk and then renamed.
+A file with its final name is complete: drafts are in DST/.make_shards, are synced to the disk and then renamed.
 """
 
 import fcntl
@@ -19,35 +19,36 @@ from typing import BinaryIO
 import numpy as np
 
 from pipeline.prepare.work import MB
-from pipeline.shards import FORMAT, INDEX
+from pipeline.shards import FORMAT, INDEX, plural
 from runtime.errors import UserError
+from runtime.files import write_atomic
 
 WORK = ".make_shards"  # in DST while it is being written
 
 
 @dataclass
-class Record:
-    """What is known of one shard when it is made or read; as JSON in the work folder it says that the shard is finished."""
+class ShardRecord:
+    """What is known about one shard once it is made or read. Its JSON in the work folder marks a finished shard."""
 
     name: str
     bytes: int
     sha256: str
     rows: list[tuple[int, ...]]  # the index's columns but the first: offset, size, height, width, label, crc32
-    kept: Counter[str]  # photos that are the source's bytes, by kind
+    kept: Counter[str]  # photos with the source's bytes, by kind
     converted: Counter[str] = field(default_factory=Counter)
     rejected: list[dict] = field(default_factory=list)  # {"source": name, "reason": why}
     skipped: Counter[str] = field(default_factory=Counter)
-    unread: int = 0  # of the rejected, those whose bytes the source did not give: the next run tries them again
+    unread: int = 0  # of the rejected, those that could not be read: the next run tries them again
 
 
 class ShardFile:
-    """A tar being written: USTAR, every date, user and mode the same. `at` bytes so far."""
+    """A tar that is being written: USTAR, with the same date, user and mode for all members. `at`: bytes so far."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.at, self.sha = file, 0, sha256()
 
     def add(self, name: str, data: bytes) -> int:
-        """Append a member; the offset of its first byte."""
+        """Append a member; returns the offset of its first byte."""
         self._put(_header(name, len(data)))
         offset = self.at
         self._put(data)
@@ -66,37 +67,24 @@ class ShardFile:
 
 
 def _header(name: str, size: int) -> bytes:
-    """A plain file's USTAR header, mode 0644, date, user and group 0: tarfile's, byte for byte, in a quarter of its time."""
+    """A file's USTAR header, mode 0644, date, user and group 0: the same bytes as tarfile's, in a quarter of the time."""
     before = name.encode().ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + b"%011o\0%011o\0" % (size, 0)
     after = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
     return before + b"%06o\0 " % (sum(before) + 8 * ord(" ") + sum(after)) + after
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all. Its draft stands in the work folder, named after this process: one
-    that outlives its killed parent for a moment cannot touch another's."""
+    """Write a file atomically. Its draft is in the work folder and has this process's id in its name: a worker that survives
+    its killed parent for a moment cannot touch another one's draft."""
     work = path.parent if path.parent.name == WORK else path.parent / WORK
     work.mkdir(exist_ok=True)
-    draft = work / f"{path.name}.{os.getpid()}.draft"
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    write_atomic(path, data, work / f"{path.name}.{os.getpid()}.draft")
 
 
 @contextmanager
 def folder_lock(dst: Path) -> Iterator[None]:
-    """Make the folder and hold its lock (a kill lets go of it); errors of the disk become one line."""
+    """Make the folder and hold its lock, which a kill releases. Raises UserError if another process holds it, and for disk
+    errors."""
     try:
         dst.mkdir(parents=True, exist_ok=True)
         fd = os.open(dst, os.O_RDONLY)
@@ -104,12 +92,12 @@ def folder_lock(dst: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         except BlockingIOError:
-            raise UserError(f"{dst}: another make_shards is at work here; let it end") from None
+            raise UserError(f"{dst}: another make_shards is writing here; wait until it has finished") from None
         finally:
             os.close(fd)
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename or dst}"
-        raise UserError(f"{dst}: {what}; what is done is kept, the same command goes on") from None
+        raise UserError(f"{dst}: {what}; finished shards are kept, the same command resumes") from None
 
 
 def write_rejected(dst: Path, rejected: list[dict]) -> None:
@@ -119,8 +107,8 @@ def write_rejected(dst: Path, rejected: list[dict]) -> None:
         (dst / "rejected.jsonl").unlink(missing_ok=True)
 
 
-def write_folder(dst: Path, records: Iterable[Record], head: dict, skipped: Counter[str]) -> None:
-    """index.npy, rejected.jsonl and, last, manifest.json from the records of all shards; then the summary."""
+def write_folder(dst: Path, records: Iterable[ShardRecord], head: dict, skipped: Counter[str]) -> None:
+    """Write index.npy, rejected.jsonl and, last, manifest.json from the records of all shards; then print the summary."""
     shards: list[dict] = []
     rejected: list[dict] = []
     parts = [np.zeros(0, INDEX)]
@@ -128,22 +116,23 @@ def write_folder(dst: Path, records: Iterable[Record], head: dict, skipped: Coun
     for record in records:
         if record.rows:
             parts.append(np.array([(len(shards), *row) for row in record.rows], INDEX))
-            told = {"name": record.name, "samples": len(record.rows), "bytes": record.bytes, "sha256": record.sha256}
-            shards.append(told)
+            shards.append(
+                {"name": record.name, "samples": len(record.rows), "bytes": record.bytes, "sha256": record.sha256}
+            )
         rejected += record.rejected
         kept.update(record.kept)
         converted.update(record.converted)
         skipped.update(record.skipped)
     index = np.concatenate(parts)
     if len(index) == 0:
-        raise UserError(f"{dst}: not one sound photo in its tars")
+        raise UserError(f"{dst}: no valid photo in its tars")
     table = io.BytesIO()
     np.save(table, index)
     manifest = {
         "format": FORMAT,
         **head,
         "samples": len(index),
-        # what a decoder on a GPU wants to know before it sees the first photo
+        # a decoder on a GPU allocates by these before the first photo
         "photos": {
             "max_height": int(index["height"].max()),
             "max_width": int(index["width"].max()),
@@ -162,13 +151,16 @@ def write_folder(dst: Path, records: Iterable[Record], head: dict, skipped: Coun
     replace_file(dst / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     shutil.rmtree(dst / WORK)
     size = sum(s["bytes"] for s in shards)
+    classes = len(head["classes"])
     print(
-        f"{dst}: {len(index):,} samples in {len(shards)} shards ({size / MB:,.0f} MB), {len(head['classes'])} classes"
+        f"{dst}: {plural(len(index), 'sample')} in {plural(len(shards), 'shard')} ({size / MB:,.0f} MB), "
+        f"{classes:,} {'class' if classes == 1 else 'classes'}"
     )
-    print(f"kept as they are {counts(kept)} · converted {counts(converted)} · rejected {len(rejected)}", end="")
-    print(f"{' (rejected.jsonl)' if rejected else ''} · passed over {counts(skipped)}")
+    print(f"kept unchanged {counts(kept)} · converted {counts(converted)} · rejected {len(rejected)}", end="")
+    print(f"{' (rejected.jsonl)' if rejected else ''} · skipped {counts(skipped)}")
 
 
 def counts(kinds: Counter[str]) -> str:
-    each_kind = ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common())
-    return f"{kinds.total():,}" + (f" ({each_kind})" if each_kind else "")
+    """The total, and how many of each kind: 3 (links 2, not photos 1)."""
+    by_kind = ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common())
+    return f"{kinds.total():,}" + (f" ({by_kind})" if by_kind else "")

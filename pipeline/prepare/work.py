@@ -1,4 +1,4 @@
-"""Many jobs in many processes, and how far they are."""
+"""Jobs in parallel processes, and their progress."""
 
 import multiprocessing
 import os
@@ -14,47 +14,49 @@ from typing import Any
 from runtime.errors import UserError
 
 MB = 10**6
+LOG_SECONDS = 10  # between two lines of progress in a log
 
 
-def each(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Generator[Any, None, None]:
-    """Results of work(job), as they come. One process: here; more: spawned ones that end when this one does."""
+def parallel_map(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Generator[Any, None, None]:
+    """Results of work(job), as they are finished. With one process they are made in this one; otherwise in spawned processes
+    that exit with this one. Raises UserError if one of them is killed."""
     if min(processes, len(jobs)) <= 1:
         yield from map(work, jobs)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(processes, len(jobs)), context, initializer=set_up_worker)
+    pool = ProcessPoolExecutor(min(processes, len(jobs)), context, initializer=init_worker)
     try:
         for done in as_completed([pool.submit(work, job) for job in jobs]):
             yield done.result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed from outside, for want of memory perhaps: fewer --processes need less; "
-            "what is done is kept, the same command goes on"
+            "a worker process was killed, perhaps because memory ran out: fewer --processes need less; finished shards are "
+            "kept, the same command resumes"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def set_up_worker() -> None:
-    """Ctrl-C is the parent's to handle; and where the parent is killed, its workers must not write on."""
+def init_worker() -> None:
+    """Leave Ctrl-C to the parent process; and exit with it, so that nothing is written after it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_parent() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 class Progress:
-    """What is done, how fast, and for how long yet: a live line on a terminal, else a line every ten seconds."""
+    """What is done, how fast, and the time left: a live line on a terminal, otherwise a line every ten seconds."""
 
     def __init__(self, verb: str, size: int):
         self.verb, self.size = verb, size
         self.done_photos = self.done_size = 0
-        self.start = self.told = time.monotonic()
+        self.start = self.last_print = time.monotonic()
 
     def __enter__(self) -> "Progress":
         if sys.stdout.isatty():
@@ -83,6 +85,6 @@ class Progress:
         )
         if sys.stdout.isatty():
             self.live.update(self.task, completed=self.done_size, description=text)
-        elif now - self.told > 10:
-            self.told = now
+        elif now - self.last_print > LOG_SECONDS:
+            self.last_print = now
             print(f"{self.verb}: {text}", flush=True)
