@@ -1,4 +1,4 @@
-"""What happened since the last row of metrics: summed on the device step by step, read all at once."""
+"""Metrics between two rows of the log: summed on the device step by step, read in one reduction."""
 
 import contextlib
 import time
@@ -13,44 +13,44 @@ from runtime.distributed import DistributedContext
 
 
 @dataclass
-class Seen:
+class Interval:
     """The steps since the last reading, of all processes together."""
 
     steps: int
     seconds: float
-    means: dict[str, float]  # of the steps that were applied
+    means: dict[str, float]  # over the steps that were applied
     skipped: int  # steps that were not finite
-    not_finite_in_a_row: int  # of them, those at the end
-    stop: bool  # whether any process was asked to stop
-    damaged: int  # damaged samples of one epoch
-    waits: list[float]  # seconds of data wait of each process
+    nonfinite_in_a_row: int  # of them, those at the end
+    stop: bool  # whether any process received a stop signal
+    corrupt: int  # corrupt samples of one epoch
+    data_waits: list[float]  # seconds of each process
 
-    def metrics(self, images: int, lr: float, processes: DistributedContext, flops: int | None) -> dict[str, float]:
-        """A row of metrics. images: of a step; flops: of one image, None where they were not counted."""
-        speed = self.steps * images / self.seconds
+    def row(self, batch_size: int, lr: float, context: DistributedContext, flops: int | None) -> dict[str, float]:
+        """A row of metrics. batch_size: of all processes; flops: of one image, None if they were not counted."""
+        images_per_second = self.steps * batch_size / self.seconds
         row = self.means | {
             "lr": float(lr),
-            "images_per_second": speed,
-            "data_wait_percent": 100 * sum(self.waits) / len(self.waits) / self.seconds,
-            "peak_memory_mb": distributed.peak_memory(processes.device),
+            "images_per_second": images_per_second,
+            "data_wait_percent": 100 * sum(self.data_waits) / len(self.data_waits) / self.seconds,
+            "peak_memory_mb": distributed.peak_memory(context.device),
         }
-        if processes.world > 1:
-            row["slowest_data_wait_percent"] = 100 * max(self.waits) / self.seconds
+        if context.world_size > 1:
+            row["slowest_data_wait_percent"] = 100 * max(self.data_waits) / self.seconds
         if self.skipped:
             row["skipped_steps"] = self.skipped
-        return row | processes.arithmetic(flops, speed)
+        return row | context.throughput_metrics(flops, images_per_second)
 
 
 class MetricSums:
     """Sums over steps. start: steps done before."""
 
     def __init__(self, start: int):
-        self._since, self._begun = start, time.perf_counter()
+        self._last_log_step, self._last_log_time = start, time.perf_counter()
         self._sums: dict[str, Tensor] = {}
         self._skipped: Tensor | None = None  # [2]: since the last reading, in a row
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """A step's metrics, as `train_step` returns them. The host waits for nothing."""
+        """Add a step's metrics, as `train_step` returns them. The host does not wait for the device."""
         applied = metrics.pop("step_applied")
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0) + torch.where(applied > 0, value, 0)
@@ -58,27 +58,27 @@ class MetricSums:
             self._skipped = torch.zeros(2, device=applied.device)
         self._skipped = (self._skipped + 1 - applied) * torch.stack([torch.ones_like(applied), 1 - applied])
 
-    def read(self, processes: DistributedContext, stopping: bool, damaged: int, waited: float, done: int) -> Seen:
-        """All processes read together, in one reduction. stopping, damaged, waited: this process's; done: steps."""
+    def read(self, context: DistributedContext, stop: bool, corrupt: int, data_wait: float, done: int) -> Interval:
+        """Read and reset, all processes together. stop, corrupt, data_wait: this process's; done: steps."""
         assert self._skipped is not None
-        steps, waits = done - self._since, [0.0] * processes.world
-        waits[processes.rank] = waited * processes.world
-        own = torch.tensor([float(stopping), float(damaged), *waits], device=processes.device)
+        steps, waits = done - self._last_log_step, [0.0] * context.world_size
+        waits[context.rank] = data_wait * context.world_size
+        own = torch.tensor([float(stop), float(corrupt), *waits], device=context.device)
         means = torch.stack([total / (steps - self._skipped[0]) for total in self._sums.values()])
-        read = processes.mean([own, means, self._skipped.to(means.dtype)])
-        (stop, damage, *waits), values, (skipped, in_a_row) = (t.tolist() for t in read)
+        reduced = context.all_reduce_mean([own, means, self._skipped.to(means.dtype)])
+        (stops, corrupts, *waits), values, (skipped, in_a_row) = (t.tolist() for t in reduced)
         now = time.perf_counter()
-        seen = Seen(
-            steps, now - self._begun, dict(zip(self._sums, values, strict=True)), int(skipped), int(in_a_row),
-            stop > 0, round(damage * processes.world), waits,
+        interval = Interval(
+            steps, now - self._last_log_time, dict(zip(self._sums, values, strict=True)), int(skipped), int(in_a_row),
+            stops > 0, round(corrupts * context.world_size), waits,
         )  # fmt: skip
-        self._sums, self._since, self._begun = {}, done, now
+        self._sums, self._last_log_step, self._last_log_time = {}, done, now
         self._skipped[0] = 0
-        return seen
+        return interval
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is not counted."""
+        """Time inside the block is not counted."""
         begun = time.perf_counter()
         yield
-        self._begun += time.perf_counter() - begun
+        self._last_log_time += time.perf_counter() - begun

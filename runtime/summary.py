@@ -1,32 +1,32 @@
-"""What would be trained, and what it takes: for `--dry-run` and the first lines of a run."""
+"""What would be trained, and what it needs: for `--dry-run` and the first lines of a run."""
 
 from typing import Any
 
 from runtime.config import Config
 
 
-def describe(config: Config, plan: Any, world: int, device: str, dtype: str) -> str:
-    """One line: what is trained, on what."""
+def describe(config: Config, plan: Any, world_size: int, device: str, dtype: str) -> str:
+    """One line: what is trained, and on what."""
     groups = " + ".join(f"{g.count}x{g.size}" for g in config.data.views)
     points = f", {config.points} points a pair" if config.points else ""
     return (
         f"{config.method}: {config.model.arch}/{config.model.patch}, views {groups}{points}; {plan.samples} samples, "
-        f"{plan.steps_per_epoch} steps an epoch of {config.optim.global_batch_size} images; {world} x {device}, "
+        f"{plan.steps_per_epoch} steps an epoch of {config.optim.global_batch_size} images; {world_size} x {device}, "
         f"{dtype.removeprefix('torch.')}"
     )
 
 
-def print_summary(config: Config, plan: Any, steps: int, cost: Any, world: int) -> None:
-    """--dry-run. cost: `model.cost.Cost`; world: processes."""
-    views, images = len(config.views), config.optim.global_batch_size // (world * config.speed.grad_accum_steps)
-    state = 4 * (2 + 3) * cost.parameters  # student, teacher; gradient and AdamW's two moments
+def print_summary(config: Config, plan: Any, steps: int, cost: Any, world_size: int) -> None:
+    """Print what --dry-run reports. cost: `model.cost.Cost`; world_size: how many processes would train."""
+    views, images = len(config.views), config.optim.global_batch_size // (world_size * config.speed.grad_accum_steps)
+    state = 4 * (2 + 3) * cost.parameters  # bytes: student, teacher; gradient and AdamW's two moments
     print(describe(config, plan, 1, "device", "dtype"))
     print(f"steps        {steps} ({plan.steps_per_epoch} an epoch)")
-    print(f"parameters   {cost.parameters:,} of the student, {cost.backbone:,} of them its backbone's")
+    print(f"parameters   {cost.parameters:,} in the student, {cost.backbone:,} of them in its backbone")
     print(f"arithmetic   {cost.flops / 1e9:.1f} GFLOP per image and step, forward and backward")
     print(
         f"memory       {(state + images * cost.activations) / 2**30:.1f} GiB on each device in float32: {state / 2**30:.1f} "
-        f"of weights and optimizer, {images} images of {cost.activations / 2**20:.0f} MiB (about half of that in "
+        f"for weights and optimizer, {images} images of {cost.activations / 2**20:.0f} MiB (about half of that in "
         f"bfloat16); speed.grad_accum_steps or speed.activation_checkpointing: true need less"
     )
     for group in config.data.views:

@@ -1,4 +1,4 @@
-"""What several tests stand on: the oracle's tensors, where they are, and one thread each (pytest-xdist gives the cores)."""
+"""Fixtures of several tests. One thread for each process: pytest-xdist uses the cores."""
 
 import os
 
@@ -20,13 +20,13 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def oracle():
-    """Reads a file of the published code's tensors; skips the test where there is none."""
+    """Reads a file of the published reference's tensors; skips the test if it is missing."""
     from safetensors.torch import load_file
 
     def read(name: str) -> dict[str, torch.Tensor]:
         path = ORACLE / f"{name}.safetensors"
         if not path.is_file():
-            pytest.skip(f"no oracle: {path} is not there (set ORACLE=folder)")
+            pytest.skip(f"no published reference: {path} does not exist (set ORACLE=folder)")
         return load_file(path)
 
     return read
@@ -39,18 +39,23 @@ def oracle_json():
     def read(name: str) -> dict:
         path = ORACLE / f"{name}.json"
         if not path.is_file():
-            pytest.skip(f"no oracle: {path} is not there (set ORACLE=folder)")
+            pytest.skip(f"no published reference: {path} does not exist (set ORACLE=folder)")
         return json.loads(path.read_text())
 
     return read
 
 
 def run_program(*words: object, expect: int = 0, **options) -> subprocess.CompletedProcess:
-    """Run a program of the house as a user would; its output is shown where its exit code is not the expected one."""
+    """Run a program as a user would. Its output is shown if its exit code is not the expected one."""
     command = [sys.executable, *(str(w) for w in words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
     assert done.returncode == expect, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def difference(key: str, saved: object, current: object) -> str:
+    """How a message writes that a value of the saved config is not the current one (runtime.config)."""
+    return f"{key}: {saved} there, {current} now"
 
 
 def losses_of(method, batch, temperature: float = 0.04):
@@ -68,7 +73,7 @@ sys.exit(code)"""
 
 
 def run_measured(program: str, *words: object, expect: int = 0, **options) -> tuple[subprocess.CompletedProcess, int]:
-    """Run lines of Python that leave `code`, as a program of its own; and the most memory that it had, MB (Linux)."""
+    """Run lines of Python that set `code`, as a program; returns it and its peak memory in MB (Linux)."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", MEASURED.format(program=program), *(str(w) for w in words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, **{"env": env, "cwd": ROOT} | options)
@@ -101,7 +106,7 @@ def tiny_shards(photos: Path, tmp_path_factory) -> Path:
 
 
 def write_config(path: Path, shards: Path, run: Path) -> Path:
-    """A config of a network that trains in seconds, 20 steps of it."""
+    """Write the config of a network that trains 20 steps in seconds."""
     path.write_text(
         f"""
 data:

@@ -1,4 +1,4 @@
-"""Checkpoints: written behind the step, whole or absent, the newest whole one wins, damage is found wherever it is."""
+"""Checkpoints: written in the background and atomically; the newest valid one is loaded; damage is found in any byte."""
 
 import threading
 
@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from runtime import checkpoint
 from runtime.checkpoint import (
     Writer,
     environment_changes,
@@ -18,9 +17,10 @@ from runtime.checkpoint import (
     restore,
     save_tensors,
 )
+from runtime.checkpoint import writer as checkpoint_writer
 from runtime.errors import UserError
 
-PAPERS = ("seed: 0\n", {"samples": 3}, {"world size": "1", "precision": "float32"})  # config, data, environment
+HEADER = ("seed: 0\n", {"samples": 3}, {"world size": "1", "precision": "float32"})  # config, data, environment
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def trained():
 
 
 def save(folder, trained, *steps, keep=2):
-    writer = Writer(folder, keep, *PAPERS)
+    writer = Writer(folder, keep, *HEADER)
     for step in steps:
         writer.save(step, *trained)
     writer.finish()
@@ -46,17 +46,17 @@ def names(folder):
     return sorted(int(p.stem.split("-")[1]) for p in folder.glob("checkpoint-*"))
 
 
-def damage(path):
+def corrupt(path):
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
 
 
-def test_there_and_back(trained, tmp_path):
+def test_a_checkpoint_restores_model_and_optimizer(trained, tmp_path):
     model, adamw = trained
     save(tmp_path, trained, 5)
     found = latest_valid(tmp_path)
-    assert (found.step, found.config, found.data, found.environment) == (5, *PAPERS)
+    assert (found.step, found.config, found.data, found.environment) == (5, *HEADER)
     again = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     adamw_again = torch.optim.AdamW(again.parameters(), fused=True)
     restore(again, adamw_again, found.tensors())
@@ -68,54 +68,53 @@ def test_there_and_back(trained, tmp_path):
 
 
 def test_the_step_waits_for_the_copy_only(trained, tmp_path, monkeypatch):
-    """While the disk stands still, save returns, training goes on, and what is written is the state at the save; the next
-    save waits for the one before."""
+    """While the disk hangs, save returns, training continues, and the state at the time of the save is written. The next
+    save waits for the previous one."""
     model, adamw = trained
-    held = threading.Event()
-    write = checkpoint.save_tensors
+    released = threading.Event()
 
-    def slowly(*args):
-        held.wait()
-        write(*args)
+    def slow_save(*args):
+        released.wait()
+        save_tensors(*args)
 
-    monkeypatch.setattr(checkpoint, "save_tensors", slowly)
-    writer = Writer(tmp_path, 2, *PAPERS)
+    monkeypatch.setattr(checkpoint_writer, "save_tensors", slow_save)
+    writer = Writer(tmp_path, 2, *HEADER)
     before = model[0].weight.detach().clone()
     writer.save(1, model, adamw)
     assert names(tmp_path) == []
     with torch.no_grad():
         model[0].weight += 1
-    writer.check()  # nothing is wrong so far
+    writer.check()  # no error so far
     second = threading.Thread(target=writer.save, args=(2, model, adamw))
     second.start()
     second.join(0.05)
     assert second.is_alive()
-    held.set()
+    released.set()
     second.join()
     writer.finish()
     assert torch.equal(open_checkpoint(tmp_path / "checkpoint-00000001.safetensors").tensors()["0.weight"], before)
     assert torch.equal(latest_valid(tmp_path).tensors()["0.weight"], before + 1)
 
 
-def test_damaged_ones_are_passed_over_and_push_nothing_out(trained, tmp_path, capsys):
+def test_corrupt_checkpoints_are_skipped_and_displace_no_valid_one(trained, tmp_path, capsys):
     save(tmp_path, trained, 1, 2, 3, keep=2)
     assert names(tmp_path) == [2, 3]
-    damage(tmp_path / "checkpoint-00000003.safetensors")
+    corrupt(tmp_path / "checkpoint-00000003.safetensors")
     assert latest_valid(tmp_path).step == 2
-    assert "passed over: " in capsys.readouterr().out
+    assert "skipped: " in capsys.readouterr().out
     (tmp_path / "checkpoint-00000009.safetensors").write_bytes(b"")  # the newest by name, of another process
     save(tmp_path, trained, 4, keep=2)
-    assert names(tmp_path) == [2, 3, 4, 9]  # 2 and 4 are the two whole ones
+    assert names(tmp_path) == [2, 3, 4, 9]  # 2 and 4 are the two valid ones
     save(tmp_path, trained, 5, keep=2)
     assert names(tmp_path) == [4, 5, 9]
     for step in (4, 5):
-        damage(tmp_path / f"checkpoint-{step:08d}.safetensors")
-    with pytest.raises(UserError, match=r"sha256 differs.*no checkpoint of .* is whole: remove them to begin"):
+        corrupt(tmp_path / f"checkpoint-{step:08d}.safetensors")
+    with pytest.raises(UserError, match=r"sha256 differs.*no checkpoint in .* is valid: remove them to start"):
         latest_valid(tmp_path)
     assert latest_valid(tmp_path / "nothing") is None
 
 
-def test_damage_is_found_wherever_it_is(trained, tmp_path):
+def test_damage_in_any_byte_is_found(trained, tmp_path):
     save(tmp_path, trained, 1)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
@@ -134,35 +133,35 @@ def test_damage_is_found_wherever_it_is(trained, tmp_path):
     assert open_checkpoint(path).step == 1
 
 
-def test_leftovers_go_and_are_never_chosen(trained, tmp_path):
+def test_leftover_temporary_files_are_removed_and_never_loaded(trained, tmp_path):
     save(tmp_path, trained, 1)
     leftover = tmp_path / ".checkpoint-00000002.safetensors.tmp"
     leftover.write_bytes((tmp_path / "checkpoint-00000001.safetensors").read_bytes())
     assert latest_valid(tmp_path).step == 1
-    Writer(tmp_path, 2, *PAPERS)
+    Writer(tmp_path, 2, *HEADER)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001.safetensors"]
 
 
-def test_what_a_kill_left_beyond_keep_goes_at_the_next_start(trained, tmp_path):
-    """Killed again and again between a file's name and the oldest one's removal."""
+def test_checkpoints_beyond_keep_are_pruned_at_the_next_start(trained, tmp_path):
+    """As after several kills between writing a file and removing the oldest one."""
     save(tmp_path, trained, 1, 2, 3, 4, 5, keep=9)
     assert names(tmp_path) == [1, 2, 3, 4, 5]
-    Writer(tmp_path, 2, *PAPERS)
+    Writer(tmp_path, 2, *HEADER)
     assert names(tmp_path) == [4, 5]
 
 
-def test_what_is_not_finite_is_not_saved(trained, tmp_path):
+def test_a_state_that_is_not_finite_is_not_saved(trained, tmp_path):
     writer = save(tmp_path, trained, 1)
     with torch.no_grad():
         trained[0][1].bias[2] = float("nan")
     writer.save(2, *trained)
-    with pytest.raises(UserError, match=r"'1\.bias' is not finite at step 2: nothing is saved"):
+    with pytest.raises(UserError, match=r"'1\.bias' is not finite at step 2: no checkpoint is written"):
         writer.finish()
-    writer.finish()  # told once
+    writer.finish()  # reported once
     assert names(tmp_path) == [1]
 
 
-def test_a_file_of_every_dtype_is_one_of_the_library(tmp_path):
+def test_safetensors_reads_every_dtype_that_is_written(tmp_path):
     kinds = (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool)
     tensors = {str(k): torch.arange(6).to(k).reshape(2, 3).T for k in kinds}
     tensors |= {"scalar": torch.tensor(3.5), "none": torch.zeros(0, 4), "naïve": torch.ones(1, dtype=torch.uint8)}
@@ -173,7 +172,7 @@ def test_a_file_of_every_dtype_is_one_of_the_library(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
 
 
-def test_what_no_longer_fits_is_named(trained, tmp_path):
+def test_tensors_that_do_not_fit_are_named(trained, tmp_path):
     save(tmp_path, trained, 1)
     tensors = latest_valid(tmp_path).tensors()
     other = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 4), nn.Linear(4, 1))
@@ -181,18 +180,18 @@ def test_what_no_longer_fits_is_named(trained, tmp_path):
         restore(other, torch.optim.AdamW(other.parameters()), tensors)
 
 
-def test_what_a_run_is_made_with(trained, tmp_path):
+def test_a_changed_environment_is_reported(trained, tmp_path):
     save(tmp_path, trained, 4)
     found = latest_valid(tmp_path)
-    assert environment_changes(found, PAPERS[2]) == []
-    assert environment_changes(None, PAPERS[2]) == []
+    assert environment_changes(found, HEADER[2]) == []
+    assert environment_changes(None, HEADER[2]) == []
     (line,) = environment_changes(found, {"world size": "2", "precision": "float32"})
-    assert line == "rounded otherwise than before step 4: world size 1 there, 2 now"
+    assert line == "rounding differs from before step 4: world size: saved 1, current 2"
 
 
 def test_fingerprint():
     shard = {"name": "a.tar", "samples": 3, "bytes": 100, "sha256": "x"}
     one = fingerprint({"shards": [shard, shard | {"sha256": "y"}]})
     assert (one["samples"], one["shards"]) == (6, 2)
-    assert one == fingerprint({"shards": [shard | {"name": "b.tar"}, shard | {"sha256": "y"}]})  # names are no content
-    assert one != fingerprint({"shards": [shard | {"sha256": "y"}, shard]})  # another order, other samples
+    assert one == fingerprint({"shards": [shard | {"name": "b.tar"}, shard | {"sha256": "y"}]})  # names do not count
+    assert one != fingerprint({"shards": [shard | {"sha256": "y"}, shard]})  # the order counts

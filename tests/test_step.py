@@ -19,6 +19,7 @@ from pipeline.augment import numba_kernel, recipe
 from pipeline.batch import Batch, draw, size_groups
 from pipeline.loader import select_augment
 from runtime import distributed
+from runtime.compile import RECOMPILE_LIMIT, compile_failure, compile_parts, prefer_attention
 from runtime.config import Config, Head, Model, Views
 from runtime.schedule import Optimizer, make_schedules
 
@@ -112,14 +113,14 @@ def test_compiled_color_holds_no_tensor_of_the_host(monkeypatch):
 def test_nothing_is_compiled_after_the_first_steps(monkeypatch):
     """With a non-finite step, too: graphs are counted, not timed. Traced as on any machine; no compiler is called."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(distributed, "can_compile", lambda device: None)
+    monkeypatch.setattr("runtime.compile.can_compile", lambda device: None)
     torch._dynamo.reset()
     config = small_config()
     torch.manual_seed(0)
     model, schedules = build(config), make_schedules(config, 10)
     assert schedules.frozen[5]
     assert not schedules.frozen[6]
-    distributed.compile_parts(model.compile_units(), torch.device("cpu"))
+    compile_parts(model.compile_units(), torch.device("cpu"))
     optimizer = Optimizer(model.student, 3.0, split_positions=True)
 
     def step(i: int, images: int = 4) -> int:
@@ -160,14 +161,14 @@ def test_no_compiled_function_has_more_shapes_than_allowed(views, rows, pieces, 
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr(distributed, "can_compile", lambda device: None)
+    monkeypatch.setattr("runtime.compile.can_compile", lambda device: None)
     torch._dynamo.reset()
     config = small_config()
     config.data.views = views
     model = build(config)
     for loss in (model.cls_loss, model.reference_loss):
         loss.rows, loss.columns = rows, 16 if rows else None
-    distributed.compile_parts(model.compile_units(), torch.device("cpu"))
+    compile_parts(model.compile_units(), torch.device("cpu"))
     for images in (6, 4):  # evaluation is not compiled; a run whose batch changes starts anew
         ids = np.arange(images)
         draws = draw(config, 0, ids, np.full(images, 40), np.full(images, 50))
@@ -179,7 +180,7 @@ def test_no_compiled_function_has_more_shapes_than_allowed(views, rows, pieces, 
         type(part).__name__: len(torch._dynamo.eval_frame._debug_get_cache_entry_list(type(part).forward.__code__))
         for part in model.compile_units()
     }
-    assert all(0 < n <= distributed.RECOMPILE_LIMIT / 2 for n in shapes.values()), shapes
+    assert all(0 < n <= RECOMPILE_LIMIT / 2 for n in shapes.values()), shapes
     if rows:
         assert max(shapes.values()) > 8  # torch's own limit
     assert symbolic
@@ -189,9 +190,9 @@ def test_no_compiled_function_has_more_shapes_than_allowed(views, rows, pieces, 
 def test_attention_by_gpu(monkeypatch):
     before = torch._C._get_sdp_priority_order()
     try:
-        distributed.prefer_attention(8)
+        prefer_attention(8)
         assert torch._C._get_sdp_priority_order() == before
-        distributed.prefer_attention(9)
+        prefer_attention(9)
         assert torch._C._get_sdp_priority_order()[0] == int(SDPBackend.CUDNN_ATTENTION.value)
     finally:
         torch._C._set_sdp_priority_order(before)
@@ -202,13 +203,13 @@ def test_attention_by_gpu(monkeypatch):
     [
         (
             ImportError("/tmp/torchinductor_me/ab/abc.main.so: file too short"),
-            "a kill or a full disk cut this file off: remove it, or all of /tmp/torchinductor_me",
+            "a kill or a full disk truncated this file: remove it, or all of /tmp/torchinductor_me",
         ),
         (
             CppCompileError(["g++", "x.cpp"], "x.cpp:1: fatal error: omp.h: No such file"),
             "fatal error: omp.h: No such file",
         ),
-        (ValueError(), "(ValueError: ); TORCH_LOGS=+dynamo tells more"),
+        (ValueError(), "(ValueError: ); TORCH_LOGS=+dynamo prints more"),
     ],
 )
 def test_what_the_compiler_stumbled_over_is_told(raised: Exception, told: str):
@@ -217,8 +218,8 @@ def test_what_the_compiler_stumbled_over_is_told(raised: Exception, told: str):
 
     with pytest.raises(RuntimeError) as failed:
         torch.compile(torch.nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
-    words = distributed.compile_failure(failed.value)
+    words = compile_failure(failed.value)
     assert words is not None
     assert told in words
     assert "speed.compile=false trains without it" in words
-    assert distributed.compile_failure(RuntimeError("another")) is None
+    assert compile_failure(RuntimeError("another")) is None

@@ -1,4 +1,4 @@
-"""Training as a user starts it: it learns, resumes exactly, refuses to mix runs, and agrees with itself on processes."""
+"""Training as a user starts it: it learns, resumes exactly, refuses to mix runs; several processes equal one."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_program
+from conftest import ROOT, difference, run_program
 from safetensors.torch import load_file
 
 from runtime import distributed
@@ -28,11 +28,11 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def test_a_run_from_start_to_end(tiny_config, tmp_path):
-    told = run_program("train.py", tiny_config).stdout
+    stdout = run_program("train.py", tiny_config).stdout
     run = tmp_path / "run"
-    assert "finished: 20 steps" in told
+    assert "finished: 20 steps" in stdout
     rows = metrics(run)
-    assert [r["step"] for r in rows] == sorted({*range(2, 21, 2), 7, 14})  # a checkpoint is told of, too
+    assert [r["step"] for r in rows] == sorted({*range(2, 21, 2), 7, 14})  # a checkpoint is logged, too
     wanted = {"loss", "cls_loss", "reference_loss", "teacher_entropy", "lr", "images_per_second", "data_wait_percent"}
     assert wanted <= rows[0].keys()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
@@ -47,10 +47,10 @@ def test_a_run_from_start_to_end(tiny_config, tmp_path):
     assert set(backbone) == {n[17:] for n in state if n.startswith("teacher.backbone.")}
     assert all((backbone[n] == state[f"teacher.backbone.{n}"]).all() for n in backbone)
 
-    # a finished run says so; other settings are refused; the result of the same command is the same
+    # a finished run says so; other settings are refused; the same command gives the same result
     assert "is finished: 20 steps" in run_program("train.py", tiny_config).stdout
     refused = run_program("train.py", tiny_config, "loss.alpha=0.3", expect=2).stderr
-    assert "holds another run (loss.alpha: 0.5 there, 0.3 now)" in refused
+    assert f"holds another run ({difference('loss.alpha', 0.5, 0.3)})" in refused
     run_program("train.py", tiny_config, f"run.folder={tmp_path / 'again'}", "speed.workers=1")
     again = final(tmp_path / "again")
     assert all((again[n] == state[n]).all() for n in state)
@@ -59,7 +59,7 @@ def test_a_run_from_start_to_end(tiny_config, tmp_path):
 def test_stopped_and_resumed_is_equal_to_undisturbed(tiny_config, tmp_path):
     run_program("train.py", tiny_config, f"run.folder={tmp_path / 'whole'}")
     command = [sys.executable, "train.py", str(tiny_config), f"run.folder={tmp_path / 'cut'}", "speed.workers=1"]
-    # a group of its own, as a terminal or torchrun makes one: the signal reaches the reading processes too
+    # a process group, as a terminal or torchrun makes one: the signal reaches the reading processes too
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     rows = tmp_path / "cut" / "metrics.jsonl"
     while not (rows.is_file() and len(rows.read_text().splitlines()) >= 2) and process.poll() is None:
@@ -69,7 +69,7 @@ def test_stopped_and_resumed_is_equal_to_undisturbed(tiny_config, tmp_path):
     if process.returncode == 0:
         pytest.skip("the run was over before the signal arrived")
     assert process.returncode == 130
-    assert "the same command goes on from there" in out
+    assert "the same command resumes from there" in out
     cut = int(max((tmp_path / "cut" / "checkpoints").iterdir()).stem.split("-")[1])
     assert 0 < cut < 20
     resumed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -81,7 +81,7 @@ def test_stopped_and_resumed_is_equal_to_undisturbed(tiny_config, tmp_path):
 
 @pytest.mark.parametrize(("precision", "near"), [("float64", 1e-9), ("float32", 1e-5)])
 def test_two_processes_and_accumulation_agree_with_one(tiny_config, tmp_path, precision, near):
-    """Five steps, drop path off, last layers frozen for two: the same batches give the same weights, but for the order of
+    """Five steps, drop path off, last layers frozen for two: the same batches give the same weights, up to the order of
     additions."""
     words = [
         "model.drop_path=0",
@@ -109,13 +109,13 @@ def test_two_processes_and_accumulation_agree_with_one(tiny_config, tmp_path, pr
 
 
 def test_bfloat16_trains(tiny_config, tmp_path):
-    """Autocast: parameters, centers and losses stay float32, and the run goes as in float32."""
+    """Autocast: parameters, centers and losses stay float32, and losses are close to those of float32."""
     words = ["optim.epochs=1", "optim.warmup_epochs=0", "model.drop_path=0"]
     run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'exact'}")
-    told = run_program(
+    stdout = run_program(
         "train.py", tiny_config, *words, f"run.folder={tmp_path / 'half'}", "speed.precision=bfloat16"
     ).stdout
-    assert ("not in this device's hardware" in told) != distributed.has_bfloat16(torch.device("cpu"))
+    assert ("not in this device's hardware" in stdout) != distributed.has_bfloat16(torch.device("cpu"))
     a, b = metrics(tmp_path / "exact"), metrics(tmp_path / "half")
     assert a[0]["loss"] != b[0]["loss"]
     assert b[-1]["loss"] == pytest.approx(a[-1]["loss"], rel=2e-2)
@@ -128,7 +128,7 @@ def test_a_profile_and_recomputed_activations(tiny_config, tmp_path):
     run_program("train.py", tiny_config, *words, "run.profile=true")
     table = (tmp_path / "run" / "profile" / "table.txt").read_text()
     assert "Self CPU" in table
-    assert "aten::" in table  # which of them are among the 15, the machine decides
+    assert "aten::" in table  # which of them are among the 15 depends on the machine
     assert json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())["traceEvents"]
     run_program(
         "train.py", tiny_config, *words, "speed.activation_checkpointing=true", f"run.folder={tmp_path / 'again'}"
@@ -137,8 +137,8 @@ def test_a_profile_and_recomputed_activations(tiny_config, tmp_path):
     assert all((a[n] == b[n]).all() for n in a)
 
 
-def test_arithmetic_is_told_of_a_longer_run(tiny_config, tmp_path):
-    """In float64, too: the cost is counted before the network is placed."""
+def test_a_longer_run_logs_throughput(tiny_config, tmp_path):
+    """In float64, too: the cost is counted before the network is moved to its device."""
     words = ["optim.epochs=41", "run.log_every=100", "run.checkpoint_every=1000", "speed.precision=float64"]
     run_program("train.py", tiny_config, *words)
     assert all(row["tflops"] > 0 and row["peak_memory_mb"] > 0 for row in metrics(tmp_path / "run"))
@@ -164,34 +164,34 @@ def test_dino_is_the_same_trainer_without_points(tiny_config, tmp_path):
 def test_wrong_inputs(tiny_config, words, message):
     if "cuda" in words[0] and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
-    told = run_program("train.py", tiny_config, *words, expect=2).stderr
-    assert message in told
-    assert "Traceback" not in told
-    assert told.count("\n") == 1
+    stderr = run_program("train.py", tiny_config, *words, expect=2).stderr
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_dry_run_touches_nothing(tiny_config, tmp_path):
-    told = run_program("train.py", tiny_config, "--dry-run").stdout
-    assert "steps        20 (5 an epoch)" in told
-    assert "1 + 16 patches + 6 reference tokens" in told
-    assert "GFLOP per image and step" in told
-    assert "GiB on each device" in told
+    stdout = run_program("train.py", tiny_config, "--dry-run").stdout
+    assert "steps        20 (5 an epoch)" in stdout
+    assert "1 + 16 patches + 6 reference tokens" in stdout
+    assert "GFLOP per image and step" in stdout
+    assert "GiB on each device" in stdout
     assert not (tmp_path / "run").exists()
 
 
-def test_damage_is_listed_and_bounded(tiny_config, tiny_shards, tmp_path):
-    """Every batch is full, the damage is in the record; above the budget the run stops and says so."""
+def test_damaged_samples_are_listed_and_limited(tiny_config, tiny_shards, tmp_path):
+    """Every batch is full, damaged samples are in damaged.jsonl; above the limit the run stops and says so."""
     import shutil
 
     folder = tmp_path / "damaged"
     shutil.copytree(tiny_shards, folder)
     for shard in sorted(folder.glob("*.tar"))[:1]:
         content = bytearray(shard.read_bytes())
-        for place in range(3 * 512, len(content), len(content) // 3):
-            content[place] ^= 0x10
+        for at in range(3 * 512, len(content), len(content) // 3):
+            content[at] ^= 0x10
         shard.write_bytes(content)
-    told = run_program("train.py", tiny_config, f"data.shards={folder}", expect=2).stderr
-    assert "samples are damaged in one epoch, more than data.max_corrupt: 0.001" in told
+    stderr = run_program("train.py", tiny_config, f"data.shards={folder}", expect=2).stderr
+    assert "samples are damaged in one epoch, more than data.max_corrupt: 0.001" in stderr
     words = [
         f"data.shards={folder}",
         "data.max_corrupt=0.1",
@@ -206,7 +206,7 @@ def test_damage_is_listed_and_bounded(tiny_config, tiny_shards, tmp_path):
 
 
 def test_a_killed_trainer_leaves_no_process(tiny_config, tmp_path):
-    """kill -9 of the trainer alone: its reading process, deaf to Ctrl-C and SIGTERM, ends by itself."""
+    """kill -9 of the trainer only: its reading process, which ignores Ctrl-C and SIGTERM, exits by itself."""
     command = [sys.executable, "train.py", str(tiny_config), "speed.workers=1", "optim.epochs=2000"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -220,7 +220,7 @@ def test_a_killed_trainer_leaves_no_process(tiny_config, tmp_path):
     until = time.monotonic() + 10
     while time.monotonic() < until:
         try:
-            os.killpg(process.pid, 0)  # asks whether any process of the group is left
+            os.killpg(process.pid, 0)  # raises if no process of the group is left
         except ProcessLookupError:
             return
         time.sleep(0.1)

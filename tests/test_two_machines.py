@@ -1,5 +1,5 @@
-"""Two machines, as the README starts them: two network namespaces with names, addresses and a cable between them. They see
-the same folder, and agree with one process."""
+"""Two machines, started with the README's command: two network namespaces with host names and addresses, connected by a veth
+pair. They share a folder, and their result equals that of one process."""
 
 import os
 import re
@@ -18,7 +18,7 @@ NAMES = ("node0", "node1")
 
 @pytest.fixture
 def machines():
-    """[the words before a command that run it on each machine]; skips where namespaces cannot be made."""
+    """[the prefix that runs a command on each machine]; skips if namespaces cannot be created."""
     tag = f"dd{os.getpid()}"
     spaces = [f"{tag}-{name}" for name in NAMES]
     hosts = "127.0.0.1 localhost\n" + "".join(f"10.77.0.{i + 1} {name}\n" for i, name in enumerate(NAMES))
@@ -33,7 +33,7 @@ def machines():
     try:
         for space in spaces:
             ip("netns", "add", space)
-            folder = Path("/etc/netns", space)  # `ip netns exec` lays its files over /etc
+            folder = Path("/etc/netns", space)  # `ip netns exec` mounts its files over /etc
             folder.mkdir(parents=True)
             (folder / "hosts").write_text(hosts)
         ip("link", "add", f"{tag}a", "netns", spaces[0], "type", "veth", "peer", "name", f"{tag}b", "netns", spaces[1])
@@ -53,7 +53,7 @@ def machines():
 
 
 def readme_command() -> list[str]:
-    """What the README says to type on each machine, up to train.py."""
+    """The README's command for each machine, up to train.py."""
     text = (ROOT / "README.md").read_text()
     found = re.search(r"torchrun (--nnodes=2 [^\\]*)\\", text)
     assert found

@@ -1,7 +1,7 @@
-"""The fault plan: 20 cases, 191 sub-cases, each against the real program, each asserting outcome and message.
+"""The fault plan: 20 cases with 191 sub-cases. Each runs the real program and asserts the outcome and the message.
 
-`make faults` runs them all and ends with a table; `make test` runs the ones marked `fast`. A sub-case is one test marked
-`@pytest.mark.fault("F07")`; tests without that mark support the plan and are not counted.
+`make faults` runs all of them and prints a table; `make test` runs those marked `fast`. A sub-case is one test marked
+`@pytest.mark.fault("F07")`; tests without that mark are not counted.
 """
 
 import os
@@ -15,8 +15,8 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F03": ("disk full, size limit, read-only folder", 3),
     "F04": ("shards cut, overwritten, emptied", 10),
     "F05": ("corrupt JPEGs", 5),
-    "F06": ("samples without bytes or picture", 2),
-    "F07": ("odd picture formats", 15),
+    "F06": ("samples without bytes or image", 2),
+    "F07": ("odd image formats", 15),
     "F08": ("missing, empty, unreadable, few shards", 4),
     "F09": ("a misbehaving network", 9),
     "F10": ("a rank dies", 3),
@@ -24,7 +24,7 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F12": ("NaN and inf", 5),
     "F13": ("stop signals", 3),
     "F14": ("the same twice, whatever the machine", 8),
-    "F15": ("config mistakes", 20),
+    "F15": ("config errors", 20),
     "F16": ("hostile checkpoints", 6),
     "F17": ("hostile tars", 10),
     "F18": ("decompression bombs", 3),
@@ -42,14 +42,14 @@ def pytest_collection_modifyitems(config, items):
             item.user_properties.append(("fault", mark.args[0]))
     if WHOLE:
         return
-    left = [i for i in ours if i.get_closest_marker("fault") and not i.get_closest_marker("fast")]
-    if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [i for i in items if i not in left]
+    deselected = [i for i in ours if i.get_closest_marker("fault") and not i.get_closest_marker("fast")]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [i for i in items if i not in deselected]
 
 
 def _outcomes(config) -> tuple[Counter[str], Counter[str]]:
-    """Sub-cases that passed, and all that ended, by case."""
+    """Sub-cases that passed, and all that ran, by case."""
     passed: Counter[str] = Counter()
     ended: Counter[str] = Counter()
     for outcome in ("passed", "failed", "error", "skipped"):
@@ -62,7 +62,7 @@ def _outcomes(config) -> tuple[Counter[str], Counter[str]]:
 
 
 def _planned(config, ended: Counter[str]) -> dict[str, int]:
-    """Sub-cases that should have passed: the whole plan, those not written too, where the whole folder was asked for."""
+    """Sub-cases that should have passed: those that ran, or the whole plan if the whole folder was run."""
     whole = config.args == ["tests/faults"] and not config.option.keyword
     return {case: n for case, (_, n) in PLAN.items() if whole or ended[case]}
 

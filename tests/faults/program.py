@@ -1,4 +1,4 @@
-"""The real program, alone or under torchrun: started, watched while it trains, hurt, and looked at afterward."""
+"""The real program, alone or under torchrun: started, followed, with faults injected, and inspected at the end."""
 
 import os
 import signal
@@ -16,42 +16,42 @@ from runtime.errors import UserError
 from runtime.metrics import read_jsonl
 from tests.conftest import ROOT
 
-HURT = """
+WITH_FAULT = """
 import json, os, sys, time
 sys.path.insert(0, {root!r})
 import train
 from model.methods.densedino import DenseDINO
 
 rank, restarts = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-whole = DenseDINO.forward
+original = DenseDINO.forward
 
 def forward(self, batch, at):
-    out = whole(self, batch, at)
+    out = original(self, batch, at)
     log, means, step = {{"loss": out.loss, **out.metrics}}, out.statistics, batch.step
-    {what}
+    {fault}
     out.loss = log.pop("loss")
     out.metrics = log
     return out
 
 DenseDINO.forward = forward
-{before}
+{setup}
 if __name__ == "__main__":  # reading processes import this file
     train.run_cli(train.main)
 """
 
 
-def hurt(folder: Path, what: str = "pass", before: str = "") -> Path:
-    """train.py with one line more at the end of every forward pass, which sees step, rank, restarts, self, batch, log and
-    means; and lines that run before it starts."""
-    path = folder / "hurt.py"
-    path.write_text(HURT.format(root=str(ROOT), what=what, before=before))
+def with_fault(folder: Path, fault: str = "pass", setup: str = "") -> Path:
+    """A script that is train.py with a fault: a line at the end of every forward pass, which sees step, rank, restarts,
+    self, batch, log and means. setup: lines that run before training starts."""
+    path = folder / "train_with_fault.py"
+    path.write_text(WITH_FAULT.format(root=str(ROOT), fault=fault, setup=setup))
     return path
 
 
 class Program:
-    """train.py (or `script`) with a config and words, in `processes` processes, which begins at once.
+    """train.py (or `script`) with a config and overrides, in `processes` processes, started at once.
 
-    log_every: 1 and a log of samples are set, so that a run can be followed and compared step by step.
+    It logs every step and its samples, so that a run can be followed and compared step by step.
     """
 
     def __init__(self, config: Path, *words: object, processes: int = 1, script: Path | str = "train.py", options=()):
@@ -69,7 +69,7 @@ class Program:
         )  # fmt: skip
 
     def reach(self, step: int, limit: float = 120) -> None:
-        """Wait until so many steps are told of."""
+        """Wait until so many steps are logged."""
         until = time.monotonic() + limit
         while steps(self.folder) < step:
             if self.process.poll() is not None or time.monotonic() > until:
@@ -78,17 +78,17 @@ class Program:
             time.sleep(0.002)
 
     def end(self, limit: float = 120) -> tuple[int, str, str]:
-        """(exit code, stdout, stderr) once it has ended by itself; AssertionError where it does not."""
+        """Wait for it to exit: (exit code, stdout, stderr). AssertionError if it does not within `limit` seconds."""
         try:
             out, err = self.process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             self.kill()
             out, err = self.process.communicate()
-            raise AssertionError(f"still there after {limit} s\n{out}\n{err}") from None
+            raise AssertionError(f"still running after {limit} s\n{out}\n{err}") from None
         return self.process.returncode, out, err
 
     def family(self) -> dict[int, str]:
-        """{pid: its rank, or "" where it has none} of all that descend from it (Linux)."""
+        """{pid: its rank, or "" if it has none} of its process tree (Linux)."""
         parents = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -104,17 +104,17 @@ class Program:
         return found
 
     def trainer(self, rank: int) -> int:
-        """The pid of the process that trains as this rank."""
+        """The pid of the trainer of this rank."""
         family = self.family()
-        ranked = [pid for pid, of in family.items() if of == str(rank)]
+        ranked = [pid for pid, r in family.items() if r == str(rank)]
         return min(ranked) if ranked else self.process.pid
 
     def readers(self) -> list[int]:
-        """Its reading processes, whoever forked them."""
+        """The pids of its reading processes, whichever process forked them."""
         return [pid for pid in self.family() if _is_reader(pid)]
 
     def kill(self) -> None:
-        """kill -9 of everything at once."""
+        """kill -9 of the whole process tree."""
         for pid in self.family():
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -130,7 +130,7 @@ def has_dali() -> bool:
 
 
 def gone(pids) -> bool:
-    """Whether none of these processes is left, within ten seconds."""
+    """Whether all these processes exit within ten seconds."""
     until = time.monotonic() + 10
     while any(_alive(pid) for pid in pids):
         if time.monotonic() > until:
@@ -166,16 +166,16 @@ def _is_reader(pid: int) -> bool:
 
 
 def steps(folder: Path) -> int:
-    """The last step that a run has told of."""
-    told = read_jsonl(folder / "metrics.jsonl")
-    return told[-1]["step"] if told else 0
+    """The last step in a run's log."""
+    rows = read_jsonl(folder / "metrics.jsonl")
+    return rows[-1]["step"] if rows else 0
 
 
 def log(folder: Path) -> dict[str, list]:
-    """What has to be the same after an interruption: samples and losses, step by step."""
+    """What must be equal after an interruption: samples and losses, step by step."""
     names = ("step", "loss", "cls_loss", "reference_loss", "teacher_entropy", "gradient_norm", "lr")
-    told = {"losses": [[row.get(n) for n in names] for row in read_jsonl(folder / "metrics.jsonl")]}
-    return told | {path.name: read_jsonl(path) for path in sorted(folder.glob("samples*.jsonl"))}
+    losses = {"losses": [[row.get(n) for n in names] for row in read_jsonl(folder / "metrics.jsonl")]}
+    return losses | {path.name: read_jsonl(path) for path in sorted(folder.glob("samples*.jsonl"))}
 
 
 def final(folder: Path) -> dict[str, Tensor]:

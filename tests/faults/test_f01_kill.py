@@ -1,7 +1,7 @@
-"""F01: kill -9 of everything at a random step, 20 times, then the same command again: bit-equal to a run left alone.
+"""F01: kill -9 of all processes at a random step, 20 times, then the same command again: bit-equal to an undisturbed run.
 
-Equal are all state (weights, moments, centers), the log of samples and the losses of every step. What is lost is what came
-after the newest checkpoint: one interval, and what the disk was behind.
+All state (weights, moments, centers), the log of samples and the losses of every step are equal. Only the steps after the
+newest checkpoint are lost: one interval, and another if the disk was behind.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ WORDS = ("optim.epochs=8", f"run.checkpoint_every={EVERY}")
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_shards, tmp_path_factory):
-    """(config, log and state of a run left alone) for a number of processes."""
+    """(config, log, state) of an undisturbed run, for a number of processes."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = write_config(folder / "tiny.yaml", tiny_shards, folder / "run")
     done = {}
@@ -34,10 +34,10 @@ def undisturbed(tiny_shards, tmp_path_factory):
 
 @pytest.mark.fault("F01")
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.fast if n == 0 else ()) for n in range(20)])
-def test_killed_and_started_again(undisturbed, tmp_path, seed):
-    """The last five seeds with two processes; the reader in a process of its own every other time."""
+def test_a_killed_run_resumes_exactly(undisturbed, tmp_path, seed):
+    """The last five seeds use two processes; every other seed a reading process."""
     processes = 2 if seed >= 15 else 1
-    config, told, state = undisturbed(processes)
+    config, expected_log, expected_state = undisturbed(processes)
     words = [*WORDS, f"run.folder={tmp_path / 'run'}", f"speed.workers={seed % 2}"]
     program = Program(config, *words, processes=processes)
     program.reach(int(np.random.default_rng(seed).integers(1, STEPS - 10)))
@@ -54,7 +54,7 @@ def test_killed_and_started_again(undisturbed, tmp_path, seed):
     begun = next(line for line in out.splitlines() if line.startswith(("resumed at step", "a new run")))
     at = int(begun.split()[3]) if begun.startswith("resumed") else 0
     assert at >= reached - 2 * EVERY
-    assert log(tmp_path / "run") == told
-    assert equal(final(tmp_path / "run"), state)
+    assert log(tmp_path / "run") == expected_log
+    assert equal(final(tmp_path / "run"), expected_state)
     seen = [i for row in log(tmp_path / "run")["samples.jsonl"] for i in row["samples"]]
     assert len(seen) == STEPS * 16 // processes

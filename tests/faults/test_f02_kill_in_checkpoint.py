@@ -1,7 +1,6 @@
-"""F02: kill -9 at 50 random offsets inside a checkpoint write. The newest whole one loads every time; leftovers go.
+"""F02: kill -9 at 50 random offsets inside a checkpoint write. The newest valid one loads each time; leftovers are removed.
 
-The process that is killed runs the trainer's own Writer: this file, started as a program, which imports torch once and forks
-for every kill.
+The killed process runs the trainer's own Writer: this file as a program, which imports torch once and forks for each kill.
 """
 
 import os
@@ -19,12 +18,12 @@ from torch import nn
 from runtime.checkpoint import Writer, latest_valid
 
 ROOT = Path(__file__).parents[2]
-PAPERS = ("seed: 0\n", {"samples": 1, "shards": 1, "sha256": ""}, {"world size": "1"})  # config, data, environment
+HEADER = ("seed: 0\n", {"samples": 1, "shards": 1, "sha256": ""}, {"world size": "1"})  # config, data, environment
 KEEP = 2
 
 
 def write_one_after_another(folder: Path) -> None:
-    """For every step read from stdin: a fork that saves a state full of that number, and waits to be killed."""
+    """For each step read from stdin: fork a process that saves a state filled with that number, and waits to be killed."""
     torch.set_num_threads(1)
     model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(48)))
     adamw = torch.optim.AdamW(model.parameters())
@@ -35,7 +34,7 @@ def write_one_after_another(folder: Path) -> None:
         if pid == 0:
             for t in [*model.parameters(), *(t for s in adamw.state.values() for t in s.values())]:
                 t.detach().fill_(int(line))
-            writer = Writer(folder, KEEP, *PAPERS)
+            writer = Writer(folder, KEEP, *HEADER)
             writer.save(int(line), model, adamw)
             writer.finish()
             signal.pause()
@@ -45,7 +44,7 @@ def write_one_after_another(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def kill(tmp_path_factory):
-    """kill(step, offset): a process writes that step's file, and is killed when it has written so many bytes of it."""
+    """kill(step, offset): a process writes that step's file, and is killed after so many bytes of it."""
     folder = tmp_path_factory.mktemp("checkpoints")
     words = [sys.executable, "-m", "tests.faults.test_f02_kill_in_checkpoint", str(folder)]
     child = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -53,7 +52,7 @@ def kill(tmp_path_factory):
     assert child.stdout
 
     def kill(step: int, offset: float) -> int:
-        """Its exit code; an offset behind the file's end kills it when the file has its name."""
+        """Returns its exit code. An offset beyond the file's end kills it once the file has its final name."""
         final = folder / f"checkpoint-{step:08d}.safetensors"
         temporary = folder / f".{final.name}.tmp"
         child.stdin.write(f"{step}\n")
@@ -72,7 +71,7 @@ def kill(tmp_path_factory):
     kill.folder = folder
     kill.steps = iter(range(1, 1000))
     first = next(kill.steps)
-    assert kill(first, float("inf")) == -signal.SIGKILL  # the one that stands before the first kill
+    assert kill(first, float("inf")) == -signal.SIGKILL  # the checkpoint before the first kill
     kill.size = (folder / f"checkpoint-{first:08d}.safetensors").stat().st_size
     yield kill
     child.stdin.close()
@@ -81,7 +80,7 @@ def kill(tmp_path_factory):
 
 @pytest.mark.fault("F02")
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.fast if n < 6 else ()) for n in range(50)])
-def test_the_newest_whole_checkpoint_loads(kill, seed, capsys):
+def test_the_newest_valid_checkpoint_loads(kill, seed, capsys):
     before = latest_valid(kill.folder)
     assert before
     step = next(kill.steps)
@@ -91,25 +90,25 @@ def test_the_newest_whole_checkpoint_loads(kill, seed, capsys):
     left = list(kill.folder.glob(".*"))
     found = latest_valid(kill.folder)
     assert found
-    assert found.step == (before.step if left else step)  # what was being written, or what stood before
+    assert found.step == (before.step if left else step)  # the one being written, or the previous one
     assert all((t == found.step).all() for t in found.tensors().values())
-    assert "passed over" not in capsys.readouterr().out  # nothing half-written ever has a checkpoint's name
+    assert "skipped" not in capsys.readouterr().out  # no partial file ever has a checkpoint's name
 
-    Writer(kill.folder, KEEP, *PAPERS)  # as the same command does when it starts again
+    Writer(kill.folder, KEEP, *HEADER)  # as a restart of the same command does
     assert list(kill.folder.glob(".*")) == []
-    assert len(list(kill.folder.iterdir())) <= KEEP + 1  # one may have been killed before it forgot the oldest
+    assert len(list(kill.folder.iterdir())) <= KEEP + 1  # one may have been killed before it pruned the oldest
 
 
 def test_kills_reach_inside(kill):
-    """The fixture does what it says: of kills at half the file, one at least leaves a part of it. A single one may come
-    late, after the last byte or the renaming: nobody says when the kernel delivers it."""
+    """Checks the fixture: of 20 kills at half the file, at least one leaves a partial file. A single kill may be late, after
+    the last byte or the rename: the kernel does not say when it delivers a signal."""
     for _ in range(20):
         kill(next(kill.steps), kill.size / 2)
         sizes = [left.stat().st_size for left in kill.folder.glob(".*")]
-        Writer(kill.folder, KEEP, *PAPERS)
+        Writer(kill.folder, KEEP, *HEADER)
         if any(kill.size / 2 < size < kill.size for size in sizes):
             return
-    pytest.fail("20 kills, and none inside the write")
+    pytest.fail("none of 20 kills was inside the write")
 
 
 if __name__ == "__main__":

@@ -1,36 +1,36 @@
-"""F10: one of two processes is killed, raises, or leaves with code 0. The job is down within ten seconds and names it; with
-`--max-restarts=1` torchrun begins again at the newest checkpoint, and the end is that of a run left alone."""
+"""F10: one of two processes is killed, raises, or exits with code 0. The job ends within ten seconds and names it; with
+`--max-restarts=1` torchrun resumes from the newest checkpoint, and the result is that of an undisturbed run."""
 
 import time
 
 import pytest
 
-from tests.faults.program import Program, equal, final, gone, hurt, log
+from tests.faults.program import Program, equal, final, gone, log, with_fault
 
 pytestmark = pytest.mark.fault("F10")
 
-DEATHS = {  # what process 1 does at step 12; what is told of it
+DEATHS = {  # what process 1 does at step 12; what stderr has
     "killed": ("os.kill(os.getpid(), 9)", ("Signal 9 (SIGKILL)", "rank      : 1")),
     "raises": ('raise ValueError("something broke")', ("ValueError: something broke", "rank      : 1")),
-    "leaves": ("os._exit(0)", ("error: process 1 is silent or gone, last heard of", "Connection")),
+    "exits": ("os._exit(0)", ("error: process 1 is silent or gone, last heard of", "Connection")),
 }
 
 
-@pytest.mark.parametrize("how", DEATHS)
-def test_a_process_dies(tiny_config, tmp_path, how):
-    death, told = DEATHS[how]
+@pytest.mark.parametrize("kind", DEATHS)
+def test_a_process_dies(tiny_config, tmp_path, kind):
+    death, messages = DEATHS[kind]
     at = tmp_path / "died"  # written just before
-    what = f"if step == 12 and rank == 1 and restarts == 0: open({str(at)!r}, 'w').close(); {death}"
-    script = hurt(tmp_path, what)
+    fault = f"if step == 12 and rank == 1 and restarts == 0: open({str(at)!r}, 'w').close(); {death}"
+    script = with_fault(tmp_path, fault)
 
     program = Program(tiny_config, f"run.folder={tmp_path / 'run'}", processes=2, script=script)
     program.reach(5)
     family = program.family()
     code, out, err = program.end()
-    down = time.time() - at.stat().st_mtime
+    seconds = time.time() - at.stat().st_mtime
     assert code == 1
-    assert down < 10
-    assert all(words in err for words in told), err
+    assert seconds < 10
+    assert all(message in err for message in messages), err
     assert gone(family)
 
     words = ["run.checkpoint_every=5", "run.keep_checkpoints=9"]

@@ -1,5 +1,5 @@
-"""F13: SIGTERM, SIGUSR1, Ctrl-C twice. The run saves within the grace period and ends with a code of its own; twice Ctrl-C
-ends it at once, unsaved. The same command goes on, and ends as a run left alone."""
+"""F13: SIGTERM, SIGUSR1, Ctrl-C twice. The run saves within the grace period and exits with the signal's code; Ctrl-C twice
+ends it at once, without saving. The same command resumes, with the result of an undisturbed run."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ LONG = ("optim.epochs=20", "run.checkpoint_every=1000")
 
 @pytest.fixture(scope="module")
 def whole(tiny_shards, tmp_path_factory):
-    """A run left alone."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     config = write_config(folder / "tiny.yaml", tiny_shards, folder)
     code, _, err = Program(config, *LONG, f"run.folder={folder}").end()
@@ -28,8 +28,8 @@ def whole(tiny_shards, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_saved_and_gone_on_with(tiny_config, tmp_path, whole, number, code):
-    """Alone, the signal to the whole group as a scheduler sends it; and two processes, to torchrun alone."""
+def test_saved_and_resumed(tiny_config, tmp_path, whole, number, code):
+    """One process, with the signal to the whole group, as schedulers do; two processes, with the signal to torchrun."""
     words = [*LONG, f"run.folder={tmp_path / 'run'}", "speed.workers=1"]
     program = Program(tiny_config, *words)
     program.reach(10)
@@ -40,7 +40,7 @@ def test_saved_and_gone_on_with(tiny_config, tmp_path, whole, number, code):
     assert time.monotonic() - since < GRACE
     at = steps(tmp_path / "run")
     assert 10 <= at < STEPS
-    assert f"stopped and saved at step {at}; the same command goes on from there" in out
+    assert f"stopped and saved at step {at}; the same command resumes from there" in out
     assert gone(family)
     ended, out, err = Program(tiny_config, *words).end()
     assert ended == 0, err
@@ -58,7 +58,7 @@ def test_saved_and_gone_on_with(tiny_config, tmp_path, whole, number, code):
     assert ended != 0
     assert time.monotonic() - since < GRACE
     at = steps(tmp_path / "two")
-    assert f"stopped and saved at step {at}; the same command goes on from there" in out, err
+    assert f"stopped and saved at step {at}; the same command resumes from there" in out, err
     assert gone(family)
 
 

@@ -51,8 +51,8 @@ def test_a_pickle_as_the_checkpoint_to_resume_from(tiny_config, tmp_path):
         target = folder / "checkpoint-00000007.safetensors"
         path.replace(target)
         told = run_program("train.py", tiny_config, expect=2).stderr
-        assert told.startswith(f"error: {target}: no safetensors file (")
-        assert f"no checkpoint of {folder} is whole: remove them to begin the run again" in told
+        assert told.startswith(f"error: {target}: not a safetensors file (")
+        assert f"no checkpoint in {folder} is valid: remove them to start the run again from step 0" in told
         assert "Traceback" not in told
         assert target.is_file()
     assert not (tmp_path / "canary").exists()
@@ -180,18 +180,18 @@ def tensor(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict:
 HEADERS = {  # what: (header, bytes behind it, length told, what is told)
     "huge length": ({}, b"", 2**62, r"the header would take 4,611,686,018,427,387,904"),
     "long header": (b'{"a":"' + 5_000_000 * b" " + b'"}', b"", None, r"the header would take 5,000,008"),
-    "behind the file": ({"cls_token": tensor([64], 0, 256)}, b"", None, r"no safetensors file \("),
+    "behind the file": ({"cls_token": tensor([64], 0, 256)}, b"", None, r"not a safetensors file \("),
     "overlapping": (
-        {"cls_token": tensor([4], 0, 16), "pos_embed": tensor([4], 8, 24)}, 24 * b"\0", None, r"no safetensors file \("
+        {"cls_token": tensor([4], 0, 16), "pos_embed": tensor([4], 8, 24)}, 24 * b"\0", None, r"not a safetensors file \("
     ),
-    "backwards": ({"cls_token": tensor([4], 16, 0)}, 16 * b"\0", None, r"no safetensors file \("),
-    "absurd shape": ({"cls_token": tensor([2**40, 2**40], 0, 16)}, 16 * b"\0", None, r"no safetensors file \("),
+    "backwards": ({"cls_token": tensor([4], 16, 0)}, 16 * b"\0", None, r"not a safetensors file \("),
+    "absurd shape": ({"cls_token": tensor([2**40, 2**40], 0, 16)}, 16 * b"\0", None, r"not a safetensors file \("),
     "shape that overflows to zero": (
-        {"cls_token": tensor([2**32, 2**32], 0, 0)}, b"", None, r"no safetensors file \("
+        {"cls_token": tensor([2**32, 2**32], 0, 0)}, b"", None, r"not a safetensors file \("
     ),
-    "unknown dtype": ({"cls_token": tensor([4], 0, 16, "PICKLE")}, 16 * b"\0", None, r"no safetensors file \("),
-    "brackets": (100_000 * b'{"a":', b"", None, r"no safetensors file \("),
-    "no JSON": (b'{"' + 100 * b"\xff", b"", None, r"no safetensors file \("),
+    "unknown dtype": ({"cls_token": tensor([4], 0, 16, "PICKLE")}, 16 * b"\0", None, r"not a safetensors file \("),
+    "brackets": (100_000 * b'{"a":', b"", None, r"not a safetensors file \("),
+    "no JSON": (b'{"' + 100 * b"\xff", b"", None, r"not a safetensors file \("),
     "a list": (b"[]      ", b"", None, r"its header is no JSON object"),
     "empty": (b"", b"", 0, r"its header is no JSON object"),
     "about itself, wrongly": (
@@ -228,7 +228,7 @@ def test_hostile_safetensors_headers(tmp_path):
     told = read_all(*paths)
     for n, (what, (_, _, _, message)) in enumerate(HEADERS.items()):
         assert re.search(message, told[2 * n]), (what, told[2 * n])
-        assert re.search("no safetensors file|no checkpoint", told[2 * n + 1]), (what, told[2 * n + 1])
+        assert re.search("not a safetensors file|not a checkpoint", told[2 * n + 1]), (what, told[2 * n + 1])
 
 
 def test_a_good_file_is_taken(tmp_path):
