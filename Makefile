@@ -1,4 +1,4 @@
-# Everything a user types. `make` alone lists it.
+# Every command of a user. `make` lists them.
 
 PYTHON  ?= python3
 PY      := .venv/bin/python
@@ -15,12 +15,12 @@ name    := $(basename $(notdir $(CONFIG)))$(if $(METHOD),-$(METHOD))
 RUN     ?= runs/$(name)
 SCENES  := data/scenes
 
-# one process, or torchrun where there are several devices
+# one process, or torchrun for several devices
 launch   = $(if $(filter-out 1,$(GPUS)),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 .venv/bin/torchrun --standalone $(if $(RESTARTS),--max-restarts=$(RESTARTS)) --nproc-per-node=$(if $(filter all,$(GPUS)),gpu,$(GPUS)),$(PY))
-words    = run.folder=$(RUN) $(if $(METHOD),method=$(METHOD)) $(if $(SHARDS),data.shards=$(SHARDS) data.val=$(or $(VAL),null)) $(ARGS)
+overrides = run.folder=$(RUN) $(if $(METHOD),method=$(METHOD)) $(if $(SHARDS),data.shards=$(SHARDS) data.val=$(or $(VAL),null)) $(ARGS)
 
-# waiting threads give their core up after a moment: beside another busy process the default all but stops
-# (docs/benchmarks.md has the figures)
+# waiting threads give up their core after a moment: with the default, a second busy process almost stops training
+# (measured in docs/lab/2026-11.md)
 export GOMP_SPINCOUNT ?= 10000
 
 need = $(if $($(1)),,$(error $(1)=… is missing: $(2)))
@@ -51,44 +51,48 @@ shards: $(READY) ## SRC=photos/ DST=folder [SHARD_MB=256 ARGS='--resize-short 25
 	$(call need,SRC,a folder of photos or a tar)$(call need,DST,the folder to write shards into)
 	@$(PY) -m tools.make_shards make "$(SRC)" "$(DST)" $(if $(SHARD_MB),--shard-mb $(SHARD_MB)) $(ARGS)
 
-verify: $(READY) ## DST=folder: hash every shard again
+verify: $(READY) ## DST=folder: check the hash of every shard
 	$(call need,DST,a folder of shards)
-	@$(PY) -m tools.make_shards verify "$(DST)"
+	@$(PY) -m tools.make_shards verify "$(DST)" $(ARGS)
 
-index: $(READY) ## DST=folder: manifest and index for WebDataset tars that others made
+index: $(READY) ## DST=folder: write manifest and index for WebDataset tars made elsewhere
 	$(call need,DST,a folder of WebDataset tars)
-	@$(PY) -m tools.make_shards index "$(DST)"
+	@$(PY) -m tools.make_shards index "$(DST)" $(ARGS)
 
-scenes: $(READY) # the embedded default: painted scenes and their shards
+scenes: $(READY) # the demo's data: painted scenes and their shards
 	@$(PY) -m tools.make_scenes $(SCENES)
 	@$(PY) -m tools.make_shards make $(SCENES)/train $(SCENES)/shards/train
 	@$(PY) -m tools.make_shards make $(SCENES)/val $(SCENES)/shards/val
 
-pretrain: $(READY) $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(CONFIG)),scenes)) ## [CONFIG=… SHARDS=… VAL=… GPUS=n|all RESTARTS=n RUN=… METHOD=dino ARGS='a.b=c …']
-	@$(if $(filter-out 1,$(GPUS)),$(if $(filter-out all,$(GPUS)),WORLD_SIZE=$(GPUS)) $(PY) train.py $(CONFIG) $(words) --dry-run >/dev/null)
-	@$(launch) train.py $(CONFIG) $(words)
-	@$(PY) -m eval.report $(RUN) --skip-existing
-	@$(PY) -m tools.show.run $(RUN) --skip-existing
-	@$(PY) -m eval.html $(RUN)
+pretrain: $(READY) $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(CONFIG)),scenes)) ## train, evaluate, draw [CONFIG=… SHARDS=… VAL=… GPUS=n|all RESTARTS=n RUN=… METHOD=dino ARGS='a.b=c …']
+	@$(if $(filter-out 1,$(GPUS)),$(if $(filter-out all,$(GPUS)),WORLD_SIZE=$(GPUS)) $(PY) train.py $(CONFIG) $(overrides) --dry-run >/dev/null)
+	@$(launch) train.py $(CONFIG) $(overrides)
+	@$(PY) -m tools.finish_run $(RUN) --skip-existing
 
 eval: $(READY) ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained
-	@$(PY) -m eval.report $(RUN)
-	@$(PY) -m eval.html $(RUN)
+	@$(PY) -m eval report $(RUN)
+	@$(PY) -m eval html $(RUN)
 
 export: $(READY) ## RUN=runs/… DST=folder [ARGS=--onnx]: the backbone for timm, and ONNX
 	$(call need,DST,the folder to write)
 	@$(PY) -m tools.export $(RUN) "$(DST)" $(ARGS)
 
-bench: $(READY) $(if $(SHARDS)$(if $(GPUS),,$(filter step plan,$(WHAT))),,scenes) ## WHAT=data|all|step|leak|plan|shards [GPUS=n with step, SHARDS=… OUT=rows.jsonl]: images per second
-	@$(PY) -m $(if $(filter step,$(WHAT)),$(if $(GPUS),tools.bench.scale $(GPUS) --config $(CONFIG) $(if $(SHARDS),--shards $(SHARDS)),tools.bench.step),tools.bench.data $(WHAT) $(if $(SHARDS),--shards $(SHARDS)) $(if $(filter all leak,$(WHAT)),--config $(CONFIG))) $(if $(OUT),--out $(OUT)) $(ARGS)
+# WHAT=step with several GPUS measures the scaling of training
+bench_what = $(if $(and $(GPUS),$(filter step,$(WHAT))),scale,$(WHAT))
+bench_args = $(if $(filter scale,$(bench_what)),$(GPUS)) \
+  $(if $(SHARDS),$(if $(filter data all scale leak shards,$(bench_what)),--shards $(SHARDS))) \
+  $(if $(filter all scale leak,$(bench_what)),--config $(CONFIG))
+
+bench: $(READY) $(if $(SHARDS),,$(if $(filter data all scale leak shards,$(bench_what)),scenes)) ## WHAT=data|all|step|leak|plan|shards [GPUS=n with step, SHARDS=… OUT=rows.jsonl]: images per second
+	@$(PY) -m tools.bench $(bench_what) $(bench_args) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 test: $(READY) ## all tests, on any machine
 	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-test-slow: $(READY) ## the tests that take minutes (compiled training on two processes)
+test-slow: $(READY) ## tests that take minutes (compiled training on two processes)
 	@$(PY) -m pytest -n 2 -m slow $(ARGS)
 
-faults: $(READY) ## all 191 faults of the plan, against the real program (about 15 minutes)
+faults: $(READY) ## all 191 sub-cases of the fault plan (about 15 minutes)
 	@FAULTS=all $(PY) -m pytest tests/faults -n 2 --dist worksteal $(ARGS)
 
 check: $(READY) ## ruff and mypy
@@ -96,10 +100,10 @@ check: $(READY) ## ruff and mypy
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-lock: $(READY) # write requirements.lock anew from pyproject.toml
+lock: $(READY) # write requirements.lock from pyproject.toml
 	@$(PY) -m uv pip compile pyproject.toml --extra dev --extra dali13 --extra remote --extra onnx --universal --python-version 3.11 \
 	  --generate-hashes --quiet --no-header -o requirements.lock
 
-clean: ## remove caches (runs, data and .venv stay)
+clean: ## remove caches (runs, data and .venv are kept)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
