@@ -1,4 +1,4 @@
-"""The optimizer, its parameter groups, and every schedule as an array over steps (DINO's, section "Implementation").
+"""The optimizer, its parameter groups, and every schedule as an array over steps (DINO, section "Implementation details").
 
 Durations given in epochs become steps here, once; `Schedules` can be printed, plotted and tested.
 """
@@ -17,13 +17,13 @@ from runtime.config import Config
 
 @dataclass
 class Schedules:
-    """What changes over the steps, each [steps]."""
+    """Values that change over the steps, each [steps]."""
 
     lr: NDArray[np.float64]
     weight_decay: NDArray[np.float64]
     teacher_momentum: NDArray[np.float64]
     teacher_temperature: NDArray[np.float64]
-    frozen: NDArray[np.bool_]  # whether the last layers stand still
+    frozen: NDArray[np.bool_]  # whether the last layers are frozen
 
     def __len__(self) -> int:
         return len(self.lr)
@@ -38,7 +38,7 @@ class Schedules:
 
 @dataclass(frozen=True)
 class StepValues:
-    """What the schedules say of one step; the fields of `Schedules`."""
+    """The schedules' values at one step; fields as in `Schedules`."""
 
     step: int = 0
     lr: float = 0.0
@@ -49,7 +49,7 @@ class StepValues:
 
 
 def cosine(start: float, end: float, steps: int) -> NDArray[np.float64]:
-    """Half a cosine from `start` toward `end`, which the step after the last would reach."""
+    """Half a cosine from `start` to `end`, which the step after the last one would reach. [steps]"""
     return end + 0.5 * (start - end) * (1 + np.cos(np.pi * np.arange(steps) / max(1, steps)))
 
 
@@ -60,7 +60,7 @@ def make_schedules(config: Config, steps_per_epoch: int) -> Schedules:
     peak = o.lr * o.global_batch_size / 256
     warmup = min(round(o.warmup_epochs * steps_per_epoch), steps)
     lr = np.concatenate([np.linspace(0, peak, warmup), cosine(peak, o.min_lr, steps - warmup)])
-    # indexed by the epoch, as published: it moves at epochs' ends, and the last warm-up epoch has the final value
+    # indexed by the epoch, as published: it changes between epochs, and the last warm-up epoch has the final value
     start, final = loss.teacher_temperature
     warm_epochs = round(loss.teacher_temperature_warmup)
     epoch = np.arange(steps) // steps_per_epoch
@@ -75,7 +75,7 @@ def make_schedules(config: Config, steps_per_epoch: int) -> Schedules:
 
 
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters: matrices and tokens decay, biases and norms (one axis) do not (published)."""
+    """Two groups of the trained parameters: weight decay for matrices and tokens, none for biases and norms (published)."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = {n for n, p in trained if p.ndim == 1 or n.endswith(".bias")}
     return [
@@ -85,10 +85,11 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 class Optimizer:
-    """AdamW with what the published step does around it: schedules, per-tensor clipping, a last layer frozen at first.
+    """AdamW with the rest of the published step: schedules, clipping per tensor, a last layer that is frozen at first.
 
-    student: what learns. groups: `Method.parameter_groups`. split_positions: the position embedding counts as two tensors
-    when it is clipped, [CLS]'s and the patches' (`Method.clip_positions_apart`).
+    student: its parameters are trained. clip: the largest norm of a gradient tensor, 0: no clipping. groups:
+    `Method.parameter_groups`. split_positions: the position embedding is clipped as two tensors, [CLS]'s and the patches'
+    (`Method.clip_positions_apart`).
     """
 
     def __init__(
@@ -103,11 +104,11 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, at: StepValues, finite: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clip, take a step with the schedules' values, forget the gradients.
+        """Clip, step with the schedules' values, clear the gradients.
 
-        finite: 0-dim, 1 where the losses of all processes are finite, else 0. Where they or a gradient are not, nothing
-        moves: parameters and moments stay bit for bit. Nobody waits for the device to know.
-        Returns (1 if the step was applied, else 0; norm of all gradients before clipping), both on the device.
+        finite: 0-dim, 1 if the losses of all processes are finite, else 0. If they or a gradient are not, no bit of the
+        parameters and moments changes. The host does not wait for the device.
+        Returns (1 if the step was applied, else 0; norm of all gradients before clipping), both 0-dim on the device.
         """
         for group in self.adamw.param_groups:
             group["lr"] = at.lr
@@ -128,16 +129,16 @@ class Optimizer:
         return applied, norm
 
     def _clipped(self) -> list[torch.Tensor]:
-        """The gradients that are clipped, each by its own norm."""
-        whole = [p.grad for p in self.trained if p.grad is not None and all(p is not q for q in self.positions)]
+        """The gradient tensors that are clipped, each by its own norm."""
+        unsplit = [p.grad for p in self.trained if p.grad is not None and all(p is not q for q in self.positions)]
         parts = [part for p in self.positions if p.grad is not None for part in (p.grad[:, :1], p.grad[:, 1:])]
-        return whole + parts
+        return unsplit + parts
 
 
 def clip_each(grads: list[torch.Tensor], norms: Sequence[torch.Tensor], largest: float) -> None:
-    """Scale every gradient whose own norm is above `largest` down to it, in place (published: per tensor, not global)."""
+    """Scale each gradient whose own norm is above `largest` down to it, in place (as published: per tensor, not global)."""
     factors = (largest / (torch.stack(list(norms)) + 1e-6)).clamp(max=1.0)
-    if factors.device.type == "cpu":  # where looking costs nothing, most need not be read and written
+    if factors.device.type == "cpu":  # most need no scaling, and reading the factors is free here
         long = [i for i, factor in enumerate(factors.tolist()) if factor != 1]
         grads, factors = [grads[i] for i in long], factors[long]
     if grads:

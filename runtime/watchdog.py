@@ -1,7 +1,7 @@
 """What watches a run: a lock on its folder, stop signals, and a thread that detects a hang.
 
 Whatever hangs, the job ends: the thread prints where this process is and which ones do not respond, dumps the stacks of this
-process and of its reading processes, and ends it; torchrun then ends, or restarts, the others. A process that hangs saves
+process and of its data workers, and ends it; torchrun then ends, or restarts, the others. A process that hangs saves
 nothing: the newest checkpoint is kept.
 """
 
@@ -181,11 +181,11 @@ class Watchdog:
         prefix = f"[process {self._rank}] " if self._rank else ""  # as in `run_cli`
         print(f"{prefix}error: {reason}; the newest checkpoint is kept; stacks:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
-        readers = multiprocessing.active_children()
+        workers = multiprocessing.active_children()
         for number in (signal.SIGABRT, signal.SIGKILL):  # the first makes them dump their stacks
-            for reader in readers:
+            for worker in workers:
                 with contextlib.suppress(ProcessLookupError, TypeError):
-                    os.kill(reader.pid, number)  # type: ignore[arg-type]
+                    os.kill(worker.pid, number)  # type: ignore[arg-type]
             time.sleep(TICK)
         os._exit(code)
 

@@ -59,7 +59,7 @@ def test_a_run_from_start_to_end(tiny_config, tmp_path):
 def test_stopped_and_resumed_is_equal_to_undisturbed(tiny_config, tmp_path):
     run_program("train.py", tiny_config, f"run.folder={tmp_path / 'whole'}")
     command = [sys.executable, "train.py", str(tiny_config), f"run.folder={tmp_path / 'cut'}", "speed.workers=1"]
-    # a process group, as a terminal or torchrun makes one: the signal reaches the reading processes too
+    # a process group, as a terminal or torchrun makes one: the signal reaches the data workers too
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     rows = tmp_path / "cut" / "metrics.jsonl"
     while not (rows.is_file() and len(rows.read_text().splitlines()) >= 2) and process.poll() is None:
@@ -206,7 +206,7 @@ def test_damaged_samples_are_listed_and_limited(tiny_config, tiny_shards, tmp_pa
 
 
 def test_a_killed_trainer_leaves_no_process(tiny_config, tmp_path):
-    """kill -9 of the trainer only: its reading process, which ignores Ctrl-C and SIGTERM, exits by itself."""
+    """kill -9 of the trainer only: its data worker, which ignores Ctrl-C and SIGTERM, exits by itself."""
     command = [sys.executable, "train.py", str(tiny_config), "speed.workers=1", "optim.epochs=2000"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

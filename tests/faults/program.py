@@ -35,7 +35,7 @@ def forward(self, batch, at):
 
 DenseDINO.forward = forward
 {setup}
-if __name__ == "__main__":  # reading processes import this file
+if __name__ == "__main__":  # data workers import this file
     train.run_cli(train.main)
 """
 
@@ -109,9 +109,9 @@ class Program:
         ranked = [pid for pid, r in family.items() if r == str(rank)]
         return min(ranked) if ranked else self.process.pid
 
-    def readers(self) -> list[int]:
-        """The pids of its reading processes, whichever process forked them."""
-        return [pid for pid in self.family() if _is_reader(pid)]
+    def data_workers(self) -> list[int]:
+        """The pids of its data workers, whichever process forked them."""
+        return [pid for pid in self.family() if _is_data_worker(pid)]
 
     def kill(self) -> None:
         """kill -9 of the whole process tree."""
@@ -154,7 +154,7 @@ def _rank(pid: int) -> str:
     return next((w.removeprefix(b"RANK=").decode() for w in words if w.startswith(b"RANK=")), "")
 
 
-def _is_reader(pid: int) -> bool:
+def _is_data_worker(pid: int) -> bool:
     """Forked by the fork server (WebDataset) or spawned (DALI)."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes()

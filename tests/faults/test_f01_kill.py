@@ -35,7 +35,7 @@ def undisturbed(tiny_shards, tmp_path_factory):
 @pytest.mark.fault("F01")
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.fast if n == 0 else ()) for n in range(20)])
 def test_a_killed_run_resumes_exactly(undisturbed, tmp_path, seed):
-    """The last five seeds use two processes; every other seed a reading process."""
+    """The last five seeds use two processes; every other seed a data worker."""
     processes = 2 if seed >= 15 else 1
     config, expected_log, expected_state = undisturbed(processes)
     words = [*WORDS, f"run.folder={tmp_path / 'run'}", f"speed.workers={seed % 2}"]

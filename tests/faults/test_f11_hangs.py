@@ -1,4 +1,4 @@
-"""F11: a process, a reading process or the loader hangs or dies. The watchdog detects it within run.step_timeout, reports
+"""F11: a process, a data worker or the loader hangs or dies. The watchdog detects it within run.step_timeout, reports
 which process and where, dumps the stacks and ends the job; no process is left."""
 
 import os
@@ -40,27 +40,27 @@ def test_a_process_is_stopped(tiny_config, tmp_path):
 
 
 def signalled(tiny_config, tmp_path, number: int, *words: str) -> str:
-    """The stderr of a run whose reading process gets a signal at step 5 or later."""
+    """The stderr of a run whose data worker gets a signal at step 5 or later."""
     program = Program(tiny_config, *WORDS, f"run.folder={tmp_path / 'run'}", "speed.workers=1", *words)
     program.reach(5)
-    family, readers = program.family(), program.readers()
-    assert readers
-    for reader in readers:
-        os.kill(reader, number)
+    family, workers = program.family(), program.data_workers()
+    assert workers
+    for worker in workers:
+        os.kill(worker, number)
     return wait_for_failure(program, family, time.monotonic(), TIMEOUT + 10)
 
 
 @pytest.mark.fast
-def test_a_reading_process_is_killed(tiny_config, tmp_path):
+def test_a_data_worker_is_killed(tiny_config, tmp_path):
     """WebDataset's loader raises then; DALI would wait for ever (tested only if it is installed)."""
     for reader in ("wds", "dali") if has_dali() else ("wds",):
         folder = tmp_path / reader
         err = signalled(tiny_config, folder, signal.SIGKILL, f"speed.reader={reader}", "run.step_timeout=60")
-        assert "error: a reading process ended unasked" in err
+        assert "error: a data worker process exited unexpectedly" in err
         assert "Traceback" not in err
 
 
-def test_a_reading_process_is_stopped(tiny_config, tmp_path):
+def test_a_data_worker_is_stopped(tiny_config, tmp_path):
     err = signalled(tiny_config, tmp_path, signal.SIGSTOP)
     step = steps(tmp_path / "run")
     assert f"error: {TIMEOUT} s waiting for the batch of step {step} (run.step_timeout); the newest" in err
