@@ -1,21 +1,20 @@
-"""Linear classification with frozen features: many linear maps are trained in one pass, one for each learning rate.
+"""Linear classification with frozen features: many linear probes are trained in one pass, one for each learning rate.
 
-    python -m eval.linear RUN_OR_CHECKPOINT [--bank SHARDS] [--val SHARDS] [--epochs N] [--batch N] [--[no-]augment]
+    python -m eval linear RUN_OR_CHECKPOINT [--train SHARDS] [--val SHARDS] [--epochs N] [--batch N] [--[no-]augment]
         [--rates .001,.01,.1] [--size N] [--untrained] [--limit N] [--workers N]
 
-The protocol of DINOv2 (Oquab et al. 2023): for each learning rate and each choice of features ([CLS] alone; [CLS] beside
-the mean of the patch tokens) one map, all on the same batches; SGD with momentum .9 and no weight decay, the rate (for each
-256 photos of a batch) falling to nothing along a cosine. Random windows, flipped, are seen anew in each of 10 epochs. The
-best map is that of the highest top-1 on the photos asked about, as published: it is picked by them. Otherwise than there,
-tokens are the last block's only (not the last four blocks'), and three higher rates stand beside the 13 published ones.
+The protocol of DINOv2 (Oquab et al. 2023): one probe for each learning rate and each choice of features ([CLS] alone;
+[CLS] concatenated with the mean of the patch tokens), all on the same batches; SGD with momentum .9 and no weight decay,
+learning rates per 256 photos of a batch with a cosine decay to 0; 10 epochs of random resized crops and flips. The best
+probe is the one with the highest top-1 on the validation photos, as published. Different from DINOv2: tokens of the last
+block only (not of the last four), and three higher learning rates besides the 13 published ones.
 
-The small protocol, for networks trained on views of less than 128 pixels: the center of each photo, so that features are
-computed once, and 100 epochs over them.
+The small protocol, for networks trained on views of less than 128 pixels: center crops, so that features are computed
+once, and 100 epochs over them.
 
-n photos · D width of a feature · C classes · L linear maps.
+n photos · D width of a feature · C classes · L linear probes.
 """
 
-import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,35 +28,35 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from eval.datasets import SMALL, LabeledPhotos
-from eval.features import check_size, default_workers, photo_batches, photo_features, shown
+from eval.features import check_size, default_workers, photo_batches, photo_features, progress_bar
 from eval.knn import top_accuracy
-from eval.target import EvalTarget
+from eval.target import EvalTarget, PhotoSets
 from model.vit import ViT
-from runtime.errors import UserError, require_positive, run_cli
+from runtime.errors import UserError
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0)
-INPUTS = {"cls": ("cls",), "cls+patches": ("cls", "patches")}  # of a map: features side by side
+INPUTS = {"cls": ("cls",), "cls+patches": ("cls", "patches")}  # of a probe: kinds of features, concatenated
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The published protocol; `for_views` gives the one that suits a network."""
+    """The published protocol; `for_views` gives the one for a network."""
 
     augment: bool = True
     epochs: int = 10
     batch: int = 1024  # 128 on each of 8 GPUs
-    rates: tuple[float, ...] = RATES  # for each 256 photos of a batch
+    rates: tuple[float, ...] = RATES  # per 256 photos of a batch
     seed: int = 0
 
     @staticmethod
     def for_views(image_size: int) -> "Protocol":
-        """The protocol for a network trained on views of `image_size`."""
+        """The protocol for a network trained on views of `image_size` pixels."""
         return Protocol() if image_size >= SMALL else Protocol(augment=False, epochs=100, batch=128)
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What one linear map scored on the photos asked about, in percent."""
+class ProbeScore:
+    """The accuracy of one linear probe on the validation photos, in percent."""
 
     features: str
     rate: float
@@ -65,10 +64,10 @@ class Figures:
     top5: float
 
 
-class Maps(nn.Module):
-    """Linear maps of several learning rates for each choice of features: {kind: [n,D]} -> logits [L,n,C].
+class LinearProbes(nn.Module):
+    """A linear probe for each choice of features and each learning rate: {kind: [n,D]} -> logits [L,n,C].
 
-    Weights begin as normal(0, .01), biases as nothing.
+    Weights are initialized from normal(0, .01), biases with 0.
     """
 
     def __init__(self, width: int, classes: int, rates: Sequence[float]):
@@ -79,159 +78,137 @@ class Maps(nn.Module):
             self.weights[features] = nn.Parameter(0.01 * torch.randn(len(rates), len(kinds) * width, classes))
             self.biases[features] = nn.Parameter(torch.zeros(len(rates), 1, classes))
 
-    def forward(self, made: dict[str, Tensor]) -> Tensor:
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
         logits = []
-        for features, kinds in INPUTS.items():
-            side_by_side = torch.cat([made[kind] for kind in kinds], 1)  # [n,D]
-            logits.append(side_by_side @ self.weights[features] + self.biases[features])  # [rates,n,C]
+        for name, kinds in INPUTS.items():
+            inputs = torch.cat([features[kind] for kind in kinds], 1)  # [n,D] or [n,2D]
+            logits.append(inputs @ self.weights[name] + self.biases[name])  # [rates,n,C]
         return torch.cat(logits)
 
     @property
     def names(self) -> list[tuple[str, float]]:
-        """(features, rate) of each map, in the order of the logits."""
+        """(features, rate) of each probe, in the order of the logits."""
         return [(features, rate) for features in INPUTS for rate in self.rates]
 
 
-@torch.random.fork_rng(devices=())  # what is drawn here is drawn from the protocol's seed and leaves no trace
+@torch.random.fork_rng(devices=())  # everything is drawn from the protocol's seed, and the global generator is restored
 def fit(
     network: ViT,
-    bank: LabeledPhotos,
+    train: LabeledPhotos,
     val: LabeledPhotos,
     protocol: Protocol,
     *,
     batch: int = 256,
     workers: int = 0,
-    show: bool = False,
-) -> list[Figures]:
-    """Train the maps on `bank`; what each of them scores on `val`. A function of the seed (and of `workers`, which draw
-    the augmentation). batch: photos at a time where nothing is trained on them.
+    progress: bool = False,
+) -> list[ProbeScore]:
+    """Train the probes on `train`; the score of each on `val`. Deterministic given the seed (and, with augmentation,
+    `workers`). batch: photos at a time where features are only computed.
 
-    Raises UserError where no photo of the bank, or none that is asked about, has a class.
+    Raises UserError if no photo of the train set or of the validation set has a class.
     """
     device = next(network.parameters()).device
     kinds = INPUTS["cls+patches"]
-    how: dict[str, Any] = dict(batch=batch, workers=workers)
-    asked, answers = photo_features(network, val, kinds, **how, show="queries" if show else None)
-    kept: dict[str, Tensor] = {}
-    known = torch.empty(0)
+    reading: dict[str, Any] = dict(batch=batch, workers=workers)
+    val_features, val_labels = photo_features(network, val, kinds, **reading, progress="queries" if progress else None)
+    train_features: dict[str, Tensor] = {}
+    train_labels = torch.empty(0)
     if not protocol.augment:
-        kept, known = photo_features(network, bank, kinds, **how, show="photos" if show else None)
-    for photos, found in ((val, answers), (bank, known)):
-        if not len(found) and not (photos is bank and protocol.augment):
-            raise UserError(f"{photos.shards.folder}: no sound photo of a known class among {len(photos)}")
+        train_features, train_labels = photo_features(
+            network, train, kinds, **reading, progress="train photos" if progress else None
+        )
+    for photos, labels in ((val, val_labels), (train, train_labels)):
+        if not len(labels) and not (photos is train and protocol.augment):
+            raise UserError(
+                f"{photos.shards.folder}: none of the {len(photos)} photos is readable and has a known class"
+            )
     torch.manual_seed(protocol.seed)
     draws = torch.Generator().manual_seed(protocol.seed)
-    moved = LabeledPhotos(bank.shards, bank.size, bank.rows, bank.classes, augment=True)
+    augmented = LabeledPhotos(train.shards, train.size, train.ids, train.classes, augment=True)
 
     def epoch_of_batches() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         if protocol.augment:
-            yield from photo_batches(network, moved, kinds, batch=protocol.batch, workers=workers, shuffle=draws)
+            yield from photo_batches(network, augmented, kinds, batch=protocol.batch, workers=workers, shuffle=draws)
             return
-        for rows in torch.randperm(len(known), generator=draws).split(protocol.batch):
-            yield {kind: kept[kind][rows].to(device) for kind in kinds}, known[rows].to(device)
+        for rows in torch.randperm(len(train_labels), generator=draws).split(protocol.batch):
+            yield {kind: train_features[kind][rows].to(device) for kind in kinds}, train_labels[rows].to(device)
 
-    maps = Maps(network.width, len(bank.classes), protocol.rates).to(device)
-    # without weight decay a map's rate may as well stand before its loss: one optimizer for all
-    rates = protocol.batch / 256 * torch.tensor([rate for _, rate in maps.names], device=device)
-    optimizer = torch.optim.SGD(maps.parameters(), 1.0, momentum=0.9)
-    steps = protocol.epochs * -(-len(known if kept else bank) // protocol.batch)
+    probes = LinearProbes(network.width, len(train.classes), protocol.rates).to(device)
+    # without weight decay, scaling a probe's loss is the same as scaling its learning rate: one optimizer for all probes
+    rates = protocol.batch / 256 * torch.tensor([rate for _, rate in probes.names], device=device)
+    optimizer = torch.optim.SGD(probes.parameters(), 1.0, momentum=0.9)
+    steps = protocol.epochs * -(-len(train_labels if train_features else train) // protocol.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in shown(range(protocol.epochs), protocol.epochs, "linear maps" if show else None):
-        for made, labels in epoch_of_batches():
-            # cloned, for a tensor born in inference mode can enter no gradient
-            logits = maps({kind: features.clone() for kind, features in made.items()})  # [L,n,C]
+    for _ in progress_bar(range(protocol.epochs), protocol.epochs, "linear probes" if progress else None):
+        for features, labels in epoch_of_batches():
+            # cloned: a tensor made in inference mode cannot be used in autograd
+            logits = probes({kind: values.clone() for kind, values in features.items()})  # [L,n,C]
             losses = F.cross_entropy(logits.transpose(1, 2), labels.expand(len(rates), -1), reduction="none").mean(1)
             optimizer.zero_grad()
             (rates * losses).sum().backward()
             optimizer.step()
             schedule.step()
-    return judge(maps, asked, answers)
+    return evaluate(probes, val_features, val_labels)
 
 
 @torch.inference_mode()
-def judge(maps: Maps, asked: dict[str, Tensor], answers: Tensor, batch: int = 1024) -> list[Figures]:
-    """What each map scores on photos whose features are known."""
-    device = next(maps.parameters()).device
-    hits = torch.zeros(len(maps.names), 2)
-    for first in range(0, len(answers), batch):
-        rows = slice(first, first + batch)
-        logits = maps({kind: features[rows].to(device) for kind, features in asked.items()})
-        right = answers[rows].to(device)
-        hits += torch.tensor([top_accuracy(some, right, 5) for some in logits]) * len(right)
-    scores = (hits / len(answers)).tolist()
-    return [Figures(*name, *score) for name, score in zip(maps.names, scores, strict=True)]
+def evaluate(probes: LinearProbes, features: dict[str, Tensor], labels: Tensor, batch: int = 1024) -> list[ProbeScore]:
+    """The score of each probe on photos, given their features {kind: [n,D]} and labels [n]."""
+    device = next(probes.parameters()).device
+    hits = torch.zeros(len(probes.names), 2)
+    for start in range(0, len(labels), batch):
+        rows = slice(start, start + batch)
+        logits = probes({kind: values[rows].to(device) for kind, values in features.items()})
+        targets = labels[rows].to(device)
+        hits += torch.tensor([top_accuracy(scores, targets, 5) for scores in logits]) * len(targets)
+    accuracy = (hits / len(labels)).tolist()
+    return [ProbeScore(*name, *top) for name, top in zip(probes.names, accuracy, strict=True)]
 
 
-def best_of(figures: list[Figures]) -> Figures:
-    """The map of the highest top-1; the first of equal ones."""
-    return max(figures, key=lambda one: one.top1)
+def best_of(scores: list[ProbeScore]) -> ProbeScore:
+    """The probe with the highest top-1; the first one among equals."""
+    return max(scores, key=lambda score: score.top1)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m eval.linear", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("network", help="a run folder, a checkpoint, a backbone file or timm:NAME")
-    parser.add_argument("--bank", help="shards to train on (default: the run's training shards, less what it held out)")
-    parser.add_argument("--val", help="shards asked about (default: the run's data.val, else what it held out)")
-    parser.add_argument("--epochs", type=int, help="default: 10; small protocol: 100")
-    parser.add_argument("--batch", type=int, help="photos (default: 1024; small protocol: 128)")
-    parser.add_argument("--augment", action=argparse.BooleanOptionalAction, help="default: yes; small protocol: no")
-    parser.add_argument("--rates", help="learning rates for each 256 photos of a batch, as in .001,.01,.1")
-    parser.add_argument("--seed", type=int, help="of the maps' first weights, order and windows (default: 0)")
-    parser.add_argument("--size", type=int, help="side of a photo in pixels (default: the training view's)")
-    parser.add_argument("--untrained", action="store_true", help="the run's network before training")
-    parser.add_argument("--limit", type=int, help="at most so many photos of each set, evenly spread")
-    parser.add_argument("--workers", type=int, help="reading processes (default: by the number of photos read)")
-    args = parser.parse_args(argv)
-
-    began = time.perf_counter()
-    require_positive(args, "epochs", "batch", "size", "limit")
-    subject = EvalTarget(args.network)
-    network = subject.network(args.untrained)
-    size = args.size or network.image_size
+def run(
+    target: EvalTarget,
+    sets: PhotoSets | None,
+    *,
+    size: int | None = None,
+    untrained: bool = False,
+    limit: int | None = None,
+    workers: int | None = None,
+    **changes: Any,
+) -> int:
+    """The program: measure, print, record. `sets`: see `EvalTarget.photo_sets`; changes: of the protocol (None: unchanged);
+    the other options: `python -m eval linear`."""
+    start = time.perf_counter()
+    network = target.network(untrained)
+    size = size or network.image_size
     check_size(network, size)
-    protocol = Protocol.for_views(network.image_size)
-    for name in ("epochs", "batch", "augment", "seed"):
-        if getattr(args, name) is not None:
-            protocol = replace(protocol, **{name: getattr(args, name)})
-    if args.rates:
-        protocol = replace(protocol, rates=read_rates(args.rates))
-    photos = subject.photos(size, args.bank, args.val, args.limit)
-    if photos is None:
+    changes = {name: value for name, value in changes.items() if value is not None}
+    protocol = replace(Protocol.for_views(network.image_size), **changes)
+    if sets is None:
         print("linear classification skipped: these shards have no classes")
         return 0
-    bank, val = photos
-    workers = default_workers(len(bank) * (protocol.epochs if protocol.augment else 1))
-    figures = fit(network, bank, val, protocol, workers=workers if args.workers is None else args.workers, show=True)
+    train, val = sets.at_size(size)
+    if workers is None:
+        workers = default_workers(len(train) * (protocol.epochs if protocol.augment else 1))
+    scores = fit(network, train, val, protocol, workers=workers, progress=True)
 
-    best = best_of(figures)
-    title = f"linear classification, {subject.path}{', untrained' if args.untrained else ''}: {len(val):,} photos"
+    best = best_of(scores)
+    title = f"linear classification, {target.path}{', untrained' if untrained else ''}: {len(val):,} photos"
     table = Table(title=escape(title), title_justify="left")
-    table.add_column("top-1 % at the rate", justify="right")
+    table.add_column("top-1 % at the learning rate", justify="right")
     for features in INPUTS:
         table.add_column(features, justify="right")
     for rate in protocol.rates:
-        row = [one for one in figures if one.rate == rate]
-        table.add_row(f"{rate:g}", *(f"[bold]{f.top1:.2f}[/bold]" if f is best else f"{f.top1:.2f}" for f in row))
+        row = [score for score in scores if score.rate == rate]
+        table.add_row(f"{rate:g}", *(f"[bold]{s.top1:.2f}[/bold]" if s is best else f"{s.top1:.2f}" for s in row))
     Console().print(table)
-    print(f"best: {best.top1:.2f} ({best.top5:.2f} among five), {best.features} at the rate {best.rate:g}")
-    sets = dict(bank=str(bank.shards.folder), val=str(val.shards.folder), photos=len(bank), queries=len(val))
-    told = dict(untrained=args.untrained, size=size, limit=args.limit) | asdict(protocol) | sets
-    scores = dict(best=asdict(best), maps=[asdict(one) for one in figures])
-    print(subject.record("linear", **told, **scores, seconds=round(time.perf_counter() - began, 1)))
+    print(f"best: top-1 {best.top1:.2f}, top-5 {best.top5:.2f}, {best.features} at the learning rate {best.rate:g}")
+    data = dict(bank=str(train.shards.folder), val=str(val.shards.folder), photos=len(train), queries=len(val))
+    settings = dict(untrained=untrained, size=size, limit=limit) | asdict(protocol) | data
+    results = dict(best=asdict(best), maps=[asdict(score) for score in scores])
+    print(target.record("linear", **settings, **results, seconds=round(time.perf_counter() - start, 1)))
     return 0
-
-
-def read_rates(words: str) -> tuple[float, ...]:
-    """Learning rates as they are typed. Raises UserError."""
-    try:
-        rates = tuple(float(word) for word in words.split(","))
-    except ValueError:
-        raise UserError(f"--rates {words}: numbers with commas between, as in .001,.01,.1") from None
-    if min(rates) <= 0 or len(set(rates)) < len(rates):
-        raise UserError(f"--rates {words}: each more than 0, and none twice")
-    return rates
-
-
-if __name__ == "__main__":
-    run_cli(main)

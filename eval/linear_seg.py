@@ -1,31 +1,30 @@
-"""Linear segmentation with frozen features: a 1x1 convolution tells the class of every patch token.
+"""Linear segmentation with frozen features: a 1x1 convolution predicts the class of every patch token.
 
-    python -m eval.linear_seg RUN_OR_CHECKPOINT --data VOC_FOLDER [--protocol densedino|leopart] [--train-split trainaug]
+    python -m eval linear_seg RUN_OR_CHECKPOINT --data VOC_FOLDER [--protocol densedino|leopart] [--train-split trainaug]
         [--val-split val] [--classes N] [--size N] [--train-size N] [--[no-]augment] [--epochs 25] [--lr .01] [--batch 64]
         [--untrained]
 
 Paper section 4.1, the protocol of Leopart (Ziegler & Asano 2022) as the published eval_segment.py runs it: scenes of
-448 x 448, patch tokens of 28 x 28, upsampled to 100 x 100 to train on and to 448 x 448 to be judged; SGD with momentum
-.9 and weight decay 1e-4 for 25 epochs, learning rate .01 for each 60 scenes of a batch, a tenth of it from epoch 20 on.
+448 x 448 give 28 x 28 patch tokens, upsampled to 100 x 100 for training and to 448 x 448 for evaluation; SGD with momentum
+.9 and weight decay 1e-4 for 25 epochs, learning rate .01 per 60 scenes of a batch, divided by 10 after epoch 20.
 
-Two things are done otherwise than published, and mean the same: logits are upsampled instead of features, for a 1x1
-convolution and a bilinear upsampling can change places (its weights sum to one); and features that augmentation does
-not change are computed once.
+Two differences from the published code give the same result: logits are upsampled instead of features, because a 1x1
+convolution and bilinear upsampling commute (the weights of the upsampling sum to one); and without augmentation, features
+are computed once.
 
-`--protocol leopart`: as Leopart's own code does it (linear_finetune.py, eval_linear.py). Batches of 120 with what is left
-over dropped, a learning rate of .01 whatever the batch, torch's own first weights; and its best epoch is picked by 480
-validation scenes at 100 x 100, then judged on all of them at 448 x 448, where the other protocol's best epoch is simply
-the one that scores most.
+`--protocol leopart`: as in Leopart's own code (linear_finetune.py, eval_linear.py). Batches of 120, an incomplete last
+batch is dropped; a learning rate of .01 for any batch size; torch's default initialization. Its best epoch is selected on
+480 validation scenes at 100 x 100 and evaluated on all of them at 448 x 448; the best epoch of the other protocol is
+the one with the highest mIoU.
 
-The small protocol, for networks trained on views of less than 128 pixels: scenes of the view's own size, no
-augmentation, trained on logits and masks of half that size (4 for each patch of 8 pixels, about as many as published;
-twice as many cost four times the time and moved mIoU by 0.1), judged at full size. Features are cached, so that minutes
-become seconds; a network of little width may want a larger --lr to get to the end of its 25 epochs.
+The small protocol, for networks trained on views of less than 128 pixels: scenes of the view's size, no augmentation,
+training on logits and masks of half that size (4 per patch of 8 pixels, about as many as published; twice as many took
+four times as long and changed mIoU by 0.1), evaluation at full size. Features are cached, which takes seconds instead of
+minutes; a narrow network may need a larger --lr to converge in 25 epochs.
 
 n scenes · D width · h, w patches · C classes · S side of a scene, pixels.
 """
 
-import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -44,60 +43,53 @@ from eval.features import (
     SceneTokens,
     check_size,
     default_workers,
-    resized_masks,
+    progress_bar,
+    resize_masks,
     scene_batches,
     scene_tokens,
-    shown,
-    upsampled,
+    upsample,
 )
-from eval.miou import Score, confusion, score_rows, scored
-from eval.target import EvalTarget
+from eval.miou import Score, confusion, score_of, score_rows
+from eval.target import PROTOCOLS, EvalTarget, require_choice
 from model.vit import ViT
-from runtime.errors import UserError, require_positive, run_cli, suggest
-
-PROTOCOLS = ("densedino", "leopart")
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The published protocol; `for_views` gives the one that suits a network."""
+    """The published protocol; `for_views` gives the one for a network."""
 
     size: int = 448  # S
     train_size: int = 100  # side of the logits and masks that the loss compares
     augment: bool = True
     epochs: int = 25
     batch: int = 64  # 8 on each of 8 GPUs
-    lr: float = 0.01  # for each 60 scenes of a batch
+    lr: float = 0.01  # per 60 scenes of a batch
     seed: int = 0
-    drop_last: bool = False  # the scenes of an epoch that fill no batch
-    first_weights: Literal["small", "torch"] = "small"  # normal(0, .01) and no bias; or torch's own
-    picked_by: int = 0  # the best epoch is picked by so many val scenes at train_size; 0: by all of them, at full size
+    drop_last: bool = False  # an incomplete last batch of an epoch
+    first_weights: Literal["small", "torch"] = "small"  # normal(0, .01) and no bias; or torch's default
+    picked_by: int = 0  # select the best epoch on this many val scenes at train_size; 0: on all of them at full size
 
     @staticmethod
     def for_views(image_size: int, size: int | None = None, name: str = "densedino") -> "Protocol":
-        """The protocol for a network trained on views of `image_size`, perhaps with scenes of another size."""
-        if name not in PROTOCOLS:
-            raise UserError(f"protocol '{name}': one of {', '.join(PROTOCOLS)}{suggest(name, PROTOCOLS)}")
+        """The protocol for a network trained on views of `image_size` pixels; `size` overrides the side of a scene."""
+        require_choice("--protocol", name, PROTOCOLS)
         size, train_size = scene_sizes(image_size, size)
         protocol = Protocol(size, train_size, augment=size >= SMALL)
-        if name == "leopart":  # batches of 60 on each of 2 GPUs; .005 for each 60 of 120 scenes is .01
+        if name == "leopart":  # batches of 60 on each of 2 GPUs; .005 per 60 scenes is .01 for 120
             leopart: dict[str, Any] = dict(batch=120, lr=0.005, drop_last=True, first_weights="torch", picked_by=480)
             protocol = replace(protocol, **leopart)
         return protocol
 
 
 @dataclass(frozen=True)
-class Figures(Score):
-    """What an epoch scored on the validation scenes, in percent."""
+class EpochScore(Score):
+    """The score after an epoch on the validation scenes, in percent."""
 
     epoch: int
-    picked_by: float  # the mIoU by which the best epoch is picked
+    picked_by: float  # the mIoU by which the best epoch is selected
 
 
-# -------------------------------------------------------------------------------------------------------- the linear map
-
-
-@torch.random.fork_rng(devices=())  # what is drawn here is drawn from the protocol's seed and leaves no trace
+@torch.random.fork_rng(devices=())  # everything is drawn from the protocol's seed, and the global generator is restored
 def fit(
     network: ViT,
     train: VocSegmentation,
@@ -105,27 +97,29 @@ def fit(
     protocol: Protocol,
     *,
     workers: int = 0,
-    show: bool = False,
-) -> list[Figures]:
-    """Train the linear map on `train`; its figures on `val` after each epoch. A function of the seed (and of `workers`,
-    which draw the augmentation).
+    progress: bool = False,
+) -> list[EpochScore]:
+    """Train the linear classifier on `train`; its score on `val` after each epoch. Deterministic given the seed (and, with
+    augmentation, `workers`).
 
-    Raises UserError where the size is no multiple of the network's patch.
+    Raises UserError if the size is not a multiple of the network's patch size.
     """
     check_size(network, protocol.size)
     device = next(network.parameters()).device
-    told: dict[str, Any] = dict(batch=protocol.batch, workers=workers)
-    judged = scene_tokens(network, val, **told, show="val scenes" if show else None)
-    kept = None if train.augment else scene_tokens(network, train, **told, show="train scenes" if show else None)
+    reading: dict[str, Any] = dict(batch=protocol.batch, workers=workers)
+    val_tokens = scene_tokens(network, val, **reading, progress="val scenes" if progress else None)
+    cached = None
+    if not train.augment:
+        cached = scene_tokens(network, train, **reading, progress="train scenes" if progress else None)
     torch.manual_seed(protocol.seed)
     draws = torch.Generator().manual_seed(protocol.seed)
 
     def epoch_of_batches() -> Iterator[SceneTokens]:
-        if kept is None:
-            yield from scene_batches(network, train, **told, shuffle=draws)
+        if cached is None:
+            yield from scene_batches(network, train, **reading, shuffle=draws)
             return
         for rows in torch.randperm(len(train), generator=draws).split(protocol.batch):
-            yield SceneTokens(kept.tokens[rows].to(device), kept.masks[rows].to(device))
+            yield SceneTokens(cached.tokens[rows].to(device), cached.masks[rows].to(device))
 
     head = nn.Conv2d(network.width, train.classes, 1)
     if protocol.first_weights == "small":
@@ -138,40 +132,42 @@ def fit(
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=20, gamma=0.1)
 
     history = []
-    for epoch in shown(range(1, protocol.epochs + 1), protocol.epochs, "linear map" if show else None):
+    for epoch in progress_bar(
+        range(1, protocol.epochs + 1), protocol.epochs, "linear classifier" if progress else None
+    ):
         for tokens, masks in epoch_of_batches():
             if protocol.drop_last and len(masks) < protocol.batch <= len(train):
                 continue
-            logits = upsampled(head(tokens), protocol.train_size)
-            answers = resized_masks(masks, protocol.train_size).long()
-            loss = F.cross_entropy(logits, answers, ignore_index=IGNORE)
+            logits = upsample(head(tokens), protocol.train_size)
+            targets = resize_masks(masks, protocol.train_size).long()
+            loss = F.cross_entropy(logits, targets, ignore_index=IGNORE)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         schedule.step()
-        score = scored(judge(head, judged))
+        score = score_of(evaluate(head, val_tokens))
         picked_by = score.miou
         if protocol.picked_by:
-            some = SceneTokens(judged.tokens[: protocol.picked_by], judged.masks[: protocol.picked_by])
-            picked_by = scored(judge(head, some, size=protocol.train_size)).miou
-        history.append(Figures(**asdict(score), epoch=epoch, picked_by=picked_by))
+            subset = SceneTokens(val_tokens.tokens[: protocol.picked_by], val_tokens.masks[: protocol.picked_by])
+            picked_by = score_of(evaluate(head, subset, size=protocol.train_size)).miou
+        history.append(EpochScore(**asdict(score), epoch=epoch, picked_by=picked_by))
     return history
 
 
-def best_of(history: list[Figures]) -> Figures:
-    """The epoch that the protocol picks; the first of equal ones."""
-    return max(history, key=lambda figures: figures.picked_by)
+def best_of(history: list[EpochScore]) -> EpochScore:
+    """The epoch that the protocol selects; the first one among equals."""
+    return max(history, key=lambda score: score.picked_by)
 
 
 @torch.inference_mode()
-def judge(head: nn.Module, scenes: SceneTokens, batch: int = 32, size: int | None = None) -> Tensor:
+def evaluate(head: nn.Module, scenes: SceneTokens, batch: int = 32, size: int | None = None) -> Tensor:
     """Confusion matrix [C,C] of the head's predictions, at the masks' full size or at `size`."""
     device = next(head.parameters()).device
     counts = torch.zeros((), dtype=torch.int64, device=device)
     for tokens, masks in zip(scenes.tokens.split(batch), scenes.masks.split(batch), strict=True):
         logits = head(tokens.to(device))
-        masks = resized_masks(masks.to(device), size or masks.shape[-1])
-        predicted = upsampled(logits, masks.shape[-1]).argmax(1)
+        masks = resize_masks(masks.to(device), size or masks.shape[-1])
+        predicted = upsample(logits, masks.shape[-1]).argmax(1)
         counts = counts + confusion(masks, predicted, logits.shape[1])
     return counts
 
@@ -179,66 +175,51 @@ def judge(head: nn.Module, scenes: SceneTokens, batch: int = 32, size: int | Non
 def scenes_of(
     folder: str | Path, protocol: Protocol, train_split: str | None, val_split: str, classes: int | None = None
 ) -> tuple[VocSegmentation, VocSegmentation]:
-    """(train, val) of a folder in Pascal VOC's layout; the train split is by default `trainaug` where there is one."""
+    """(train, val) of a folder in Pascal VOC's layout; the train split is by default `trainaug` if there is one."""
     return voc_splits(folder, protocol.size, train_split, val_split, classes, augment=protocol.augment)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m eval.linear_seg", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("network", help="a run folder, a checkpoint, a backbone file or timm:NAME")
-    parser.add_argument("--data", help="folder in Pascal VOC's layout (default: the run's eval.voc)")
-    parser.add_argument("--protocol", default="densedino", help=f"{' or '.join(PROTOCOLS)} (default: densedino)")
-    parser.add_argument("--train-split", help="default: trainaug where it is listed, else train")
-    parser.add_argument("--val-split", default="val", help="default: val")
-    parser.add_argument("--classes", type=int, help="how many (default: see classes.txt or the train masks)")
-    parser.add_argument("--size", type=int, help="side of a scene in pixels (default: 448; small protocol: the view's)")
-    parser.add_argument(
-        "--train-size", type=int, help="side of the logits that are trained (default: 100/448 of --size)"
-    )
-    parser.add_argument("--augment", action=argparse.BooleanOptionalAction, help="default: yes; small protocol: no")
-    parser.add_argument("--epochs", type=int, help="default: the run's eval.seg_epochs, 25")
-    parser.add_argument("--lr", type=float, help="for each 60 scenes of a batch (default: the run's eval.seg_lr, .01)")
-    parser.add_argument("--batch", type=int, help=f"scenes (default: {Protocol.batch})")
-    parser.add_argument("--seed", type=int, help="of the map's first weights and of the order (default: 0)")
-    parser.add_argument("--untrained", action="store_true", help="the run's network before training")
-    parser.add_argument("--workers", type=int, help="reading processes (default: by the number of scenes read)")
-    args = parser.parse_args(argv)
-
-    began = time.perf_counter()
-    require_positive(args, "classes", "size", "train_size", "epochs", "lr", "batch")
-    subject = EvalTarget(args.network)
-    data = subject.scenes_folder(args.data)
-    network = subject.network(args.untrained)
-    protocol = Protocol.for_views(network.image_size, args.size, args.protocol)
-    given: dict[str, Any] = {}
-    if args.protocol == "densedino":
-        given = dict(epochs=subject.settings.seg_epochs, lr=subject.settings.seg_lr)
-    for name in ("train_size", "augment", "epochs", "lr", "batch", "seed"):
-        if getattr(args, name) is not None:
-            given[name] = getattr(args, name)
-    protocol = replace(protocol, **given)
-    check_size(network, protocol.size)
-    train, val = scenes_of(data, protocol, args.train_split, args.val_split, args.classes)
-    workers = default_workers(len(train) * (protocol.epochs if protocol.augment else 1))
-    history = fit(network, train, val, protocol, workers=workers if args.workers is None else args.workers, show=True)
+def run(
+    target: EvalTarget,
+    data: str,
+    *,
+    protocol: str = "densedino",
+    train_split: str | None = None,
+    val_split: str = "val",
+    classes: int | None = None,
+    size: int | None = None,
+    untrained: bool = False,
+    workers: int | None = None,
+    **changes: Any,
+) -> int:
+    """The program: measure, print, record. data: folder of scenes; changes: of the protocol (None: unchanged); the
+    other options: `python -m eval linear_seg`."""
+    start = time.perf_counter()
+    network = target.network(untrained)
+    if protocol == "densedino":
+        changes = {"epochs": target.settings.seg_epochs, "lr": target.settings.seg_lr} | _given(changes)
+    settings = replace(Protocol.for_views(network.image_size, size, protocol), **_given(changes))
+    check_size(network, settings.size)
+    train, val = scenes_of(data, settings, train_split, val_split, classes)
+    if workers is None:
+        workers = default_workers(len(train) * (settings.epochs if settings.augment else 1))
+    history = fit(network, train, val, settings, workers=workers, progress=True)
 
     last, best = history[-1], best_of(history)
-    title = f"linear segmentation, {subject.path}{', untrained' if args.untrained else ''}: {data}, {len(val)} scenes"
+    title = f"linear segmentation, {target.path}{', untrained' if untrained else ''}: {data}, {len(val)} scenes"
     table = Table(title=escape(title), title_justify="left")
     table.add_column("IoU %")
-    for figures, word in ((last, "last epoch"), (best, "best epoch")):
-        table.add_column(f"{word} ({figures.epoch})", justify="right")
+    for score, label in ((last, "last epoch"), (best, "best epoch")):
+        table.add_column(f"{label} ({score.epoch})", justify="right")
     for row in score_rows([train.name(label) for label in range(train.classes)], (last, best)):
         table.add_row(*map(escape, row), end_section=row[0] == train.name(train.classes - 1))
     Console().print(table)
-    sets = dict(data=str(data), train_split=train.split, val_split=val.split, scenes=len(train), classes=train.classes)
-    seconds = round(time.perf_counter() - began, 1)
-    scores = dict(last=asdict(last), best=asdict(best), seconds=seconds)
-    told = dict(protocol=args.protocol, untrained=args.untrained)
-    print(subject.record("linear_seg", **told, **asdict(protocol), **sets, **scores))
+    sets = dict(data=data, train_split=train.split, val_split=val.split, scenes=len(train), classes=train.classes)
+    described = dict(protocol=protocol, untrained=untrained) | asdict(settings) | sets
+    results = dict(last=asdict(last), best=asdict(best), seconds=round(time.perf_counter() - start, 1))
+    print(target.record("linear_seg", **described, **results))
     return 0
 
 
-if __name__ == "__main__":
-    run_cli(main)
+def _given(changes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in changes.items() if value is not None}

@@ -1,33 +1,32 @@
-"""k-NN while training: the teacher asked now and then about photos that no step sees.
+"""k-NN while training: the teacher is evaluated on photos that no training step uses.
 
-All processes ask together, each reads its share of the photos, and all get the same answer; nothing of the run's
-randomness is drawn, so a run is the same with and without.
+All processes take part, each reads its share of the photos, and all get the same result. No random number of the run is
+drawn, so a run trains the same with and without it. Imports no torch until the first evaluation.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from eval.datasets import LabeledPhotos, open_shards
-from eval.features import default_workers
-from eval.knn import photo_knn
-from eval.target import same_folder, spread
-from model.vit import ViT
-from pipeline.shards import Plan, Shards
+from eval.target import PhotoSets, open_shards, same_folder, subsample
+from pipeline.plan import Plan
+from pipeline.shards import Shards
 from runtime.config import Config
-from runtime.distributed import DistributedContext
 from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from model.vit import ViT
+    from runtime.distributed import DistributedContext
 
 
 class OnlineKnn:
-    """The photos that a run asks its teacher about: those of `data.val`, or what `data.holdout` keeps out; the bank is
-    what it trains on. At most `eval.limit` of each, evenly spread.
+    """k-NN on the photos of `data.val`, or on those that `data.holdout` keeps out; the train set is the run's own.
+    At most `eval.limit` photos of each, evenly spaced.
 
-    skipped: why nothing is asked where `eval.every` asks for it, else None. every: steps between two answers, 0: never.
+    skipped: the reason if `eval.every` is set and cannot be done, else None. every: steps between evaluations, 0: never.
     """
 
-    def __init__(self, config: Config, shards: Shards, plan: Plan, processes: DistributedContext):
+    def __init__(self, config: Config, shards: Shards, plan: Plan, processes: "DistributedContext"):
         self.config, self.processes = config, processes
         self.every = 0
         self.skipped: str | None = None
@@ -36,37 +35,44 @@ class OnlineKnn:
         held_out = plan.held_out()
         other = config.data.val is not None and not same_folder(config.data.val, shards.folder)
         val = open_shards(config.data.val, config) if other and config.data.val else shards
-        asked = np.arange(len(val)) if other else held_out
+        val_ids = np.arange(len(val)) if other else held_out
         if not shards.classes or not val.classes:
             self.skipped = "k-NN while training is skipped: these shards have no classes"
-        elif not len(asked):
+        elif not len(val_ids):
             self.skipped = "k-NN while training is skipped: data.holdout keeps no photo out, and there is no data.val"
         if self.skipped:
             return
         self.every = max(1, round(config.eval.every * plan.steps_per_epoch))
-        limit, size = config.eval.limit, config.image_size
-        voting = min(limit, len(shards))
-        rows = np.setdiff1d(np.arange(voting) * len(shards) // voting, held_out)  # never a list of all photos
-        self.bank = LabeledPhotos(shards, size, rows)
-        self.val = LabeledPhotos(val, size, spread(asked, limit), classes=shards.classes)
+        limit = config.eval.limit
+        count = min(limit, len(shards))
+        train_ids = np.setdiff1d(np.arange(count) * len(shards) // count, held_out)  # never a list of all photos
+        sets = PhotoSets(shards, train_ids, val, subsample(val_ids, limit))
+        self.train, self.val = sets.at_size(config.image_size)
 
     def due(self, done: int) -> bool:
-        """Whether the teacher is asked after `done` steps."""
+        """Whether to evaluate after `done` steps."""
         return self.every > 0 and done % self.every == 0
 
-    def __call__(self, backbone: ViT) -> float | None:
-        """Top-1 in percent; None where all that was read is damaged. The backbone keeps its mode, and what is compiled
-        of it is not compiled anew for the photos' size."""
+    def __call__(self, backbone: "ViT") -> float | None:
+        """Top-1 in percent; None if every photo is damaged. The backbone keeps its mode, and its compiled functions are not
+        compiled again for the photos' size."""
+        import torch
+
+        from eval.features import default_workers
+        from eval.knn import photo_knn
+
         training, backbone.precision = backbone.training, self.processes.dtype
         backbone.eval()
-        ask = self.config.eval
-        workers = default_workers(len(self.bank) // self.processes.world)
-        how: dict[str, Any] = dict(k=ask.k, temperature=ask.temperature, workers=workers)
+        settings, processes = self.config.eval, self.processes
+        workers = default_workers(len(self.train) // processes.world_size)
         try:
             with torch.compiler.set_stance("force_eager"):
-                top1, _ = photo_knn(backbone, self.bank, self.val, **how, processes=self.processes)["cls"]
-        except UserError:  # nothing but damage: the run has its own limit for that
+                accuracy = photo_knn(
+                    backbone, self.train, self.val, k=settings.k, temperature=settings.temperature, workers=workers,
+                    processes=processes,
+                )  # fmt: skip
+        except UserError:  # every photo is damaged: the run has its own limit for damage
             return None
         finally:
             backbone.train(training)
-        return top1
+        return accuracy["cls"][0]

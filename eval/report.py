@@ -1,142 +1,145 @@
-"""All figures of a run side by side: the trained teacher, the same network untrained, and no network at all.
+"""The main results of a run: the trained teacher, the same network before training, and raw pixels without a network.
 
-    python -m eval.report RUN [--data FOLDER] [--limit N] [--workers N] [--skip-existing]
+    python -m eval report RUN [--data FOLDER] [--limit N] [--workers N] [--skip-existing]
 
 k-NN (eval/knn.py) on [CLS], on the mean of the patch tokens and on raw pixels; linear segmentation (eval/linear_seg.py)
-of a folder in Pascal VOC's layout. Prints one table and writes RUN/results.json.
+on a folder in Pascal VOC's layout. Prints one table and writes RUN/results.json. Imports no torch until the arguments
+and the data are checked, and not at all if the results are up to date.
 """
 
-import argparse
 import json
 import time
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from eval.features import check_size, default_workers
-from eval.knn import photo_knn
-from eval.linear_seg import Protocol, fit, scenes_of
-from eval.target import EvalTarget
-from runtime.errors import UserError, require_positive, run_cli
+from eval.tables import result_table
+from eval.target import EvalTarget, PhotoSets
+from eval.voc import default_train_split, read_split
+from runtime.errors import UserError
+from runtime.files import write_atomic
 
-MOST_PIXELS = 100_000  # photos of a bank whose raw pixels are still compared: 12 kB each
+if TYPE_CHECKING:
+    from model.vit import ViT
 
+MAX_PIXEL_PHOTOS = 100_000  # in the train set, to compare raw pixels: 12 kB each
 
-def report(
-    subject: EvalTarget, voc: str | None, limit: int | None = None, workers: int | None = None
-) -> dict[str, Any]:
-    """The figures in percent as results.json keeps them; None for what was skipped. Says what it skips, and why."""
-    settings = subject.settings
-    networks = {"trained": subject.network(), "untrained": subject.network(untrained=True)}
-    image_size = networks["trained"].image_size
-    figures: dict[str, dict[str, float | None]]
-    figures = {who: dict.fromkeys(("knn_top1", "knn_top1_patches", "miou")) for who in networks}
-    figures["pixels"] = {"knn_top1": None}
-    told: dict[str, Any] = {}
-
-    photos = subject.photos(image_size, limit=limit)
-    if photos is None:
-        print("k-NN skipped: these shards have no classes")
-    else:
-        bank, val = photos
-        vote: dict[str, Any] = dict(k=settings.k, temperature=settings.temperature)
-        reading = default_workers(len(bank)) if workers is None else workers
-        kinds = {"trained": ("cls", "patches", "pixels"), "untrained": ("cls", "patches")}  # pixels: read on the way
-        if len(bank) > MOST_PIXELS:
-            print(f"k-NN on raw pixels skipped: more than {MOST_PIXELS:,} photos")
-            kinds["trained"] = kinds["untrained"]
-        for who, network in networks.items():
-            top = photo_knn(network, bank, val, kinds[who], **vote, workers=reading, show=True)
-            figures[who] |= {"knn_top1": top["cls"][0], "knn_top1_patches": top["patches"][0]}
-            if "pixels" in top:
-                figures["pixels"]["knn_top1"] = top["pixels"][0]
-        sets = dict(bank=str(bank.shards.folder), val=str(val.shards.folder), photos=len(bank), queries=len(val))
-        told["knn"] = sets | dict(classes=len(bank.classes), size=bank.size) | vote
-
-    if voc is None:
-        print("mIoU skipped: no scenes to segment (--data FOLDER, or eval.voc in the config)")
-    else:
-        protocol = replace(Protocol.for_views(image_size), epochs=settings.seg_epochs, lr=settings.seg_lr)
-        check_size(networks["trained"], protocol.size)
-        train, scenes = scenes_of(voc, protocol, None, "val")
-        reading = default_workers(len(train) * (protocol.epochs if protocol.augment else 1))
-        reading = reading if workers is None else workers
-        for who, network in networks.items():
-            history = fit(network, train, scenes, protocol, workers=reading, show=True)
-            figures[who] |= {"miou": history[-1].miou, "miou_present": history[-1].miou_present}
-            figures[who] |= {"miou_best": max(epoch.miou for epoch in history)}
-        sets = dict(data=str(voc), train_split=train.split, scenes=len(train), val_scenes=len(scenes))
-        told["segmentation"] = sets | dict(classes=train.classes) | asdict(protocol)
-
-    trained = figures.pop("trained")
-    return {**trained, **figures, "settings": told}
+Scores = dict[str, dict[str, float | None]]  # {"trained" | "untrained" | "pixels": {measure: percent}}
 
 
-def table_of(results: dict[str, Any], title: str) -> Table:
-    """One table: a row for each figure; trained, untrained, raw pixels."""
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("%")
-    for who in ("trained", "untrained", "raw pixels"):
-        table.add_column(who, justify="right")
-    rows = {
-        "knn_top1": "k-NN top-1, [CLS]",
-        "knn_top1_patches": "k-NN top-1, mean of the patch tokens",
-        "miou": "mIoU, a linear map on patch tokens",
+def run(
+    path: str,
+    *,
+    data: str | None = None,
+    limit: int | None = None,
+    workers: int | None = None,
+    skip_existing: bool = False,
+) -> int:
+    """The program: measure, print, write results.json. The options: `python -m eval report`.
+
+    Raises UserError if `path` is no run folder, or if its data cannot be used.
+    """
+    start = time.perf_counter()
+    target = EvalTarget(path)
+    if target.run is None:
+        raise UserError(
+            f"{path}: not a run folder (no config.yaml); for other networks use `python -m eval compare {path}`"
+        )
+    file = target.run / "results.json"
+    if skip_existing and is_fresh(file, target.run / "checkpoints"):
+        Console().print(result_table(json.loads(file.read_text()), str(target.path)))
+        print(f"from {file}")
+        return 0
+    results = measure(target, data or target.settings.voc, limit, workers)
+    results |= {
+        "network": str(target.path),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - start, 1),
     }
-    for key, words in rows.items():
-        values = (results[key], results["untrained"][key], results["pixels"].get(key))
-        table.add_row(escape(words), *("–" if v is None else f"{v:.2f}" for v in values))
-    return table
+    write_atomic(file, json.dumps(results, indent=1) + "\n")
+    Console().print(result_table(results, str(target.path)))
+    print(f"written to {file}")
+    return 0
 
 
 def is_fresh(results: Path, checkpoints: Path) -> bool:
-    """Whether there are results, and no checkpoint has been written since."""
+    """Whether there are results, and no checkpoint was written after them."""
     if not results.is_file():
         return False
     written = [path.stat().st_mtime for path in checkpoints.glob("*.safetensors")]
     return results.stat().st_mtime >= max(written, default=0.0)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m eval.report", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", help="a run folder")
-    parser.add_argument("--data", help="scenes in Pascal VOC's layout (default: the run's eval.voc)")
-    parser.add_argument("--limit", type=int, help="at most so many photos of each set in k-NN, evenly spread")
-    parser.add_argument("--workers", type=int, help="reading processes (default: by the number of photos)")
-    parser.add_argument(
-        "--skip-existing", action="store_true", help="measure only what was not, since the last checkpoint"
-    )
-    args = parser.parse_args(argv)
+def measure(
+    target: EvalTarget, voc: str | None, limit: int | None = None, workers: int | None = None
+) -> dict[str, Any]:
+    """The content of results.json: percentages, None for what is skipped. Prints what is skipped and why.
 
-    began = time.perf_counter()
-    require_positive(args, "limit")
-    subject = EvalTarget(args.run)
-    if subject.run is None:
-        raise UserError(
-            f"{args.run}: no run folder (no config.yaml); eval.knn and eval.linear_seg take a backbone file"
-        )
-    file = subject.run / "results.json"
-    if args.skip_existing and is_fresh(file, subject.run / "checkpoints"):
-        Console().print(table_of(json.loads(file.read_text()), str(subject.path)))
-        print(f"from {file}")
-        return 0
-    results = report(subject, args.data or subject.settings.voc, args.limit, args.workers)
-    results |= {
-        "network": str(subject.path),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    Console().print(table_of(results, str(subject.path)))
-    print(f"written to {file}")
-    return 0
+    Raises UserError if the photos or the scenes cannot be used.
+    """
+    sets = target.photo_sets(limit=limit)
+    if voc is not None:
+        for split in (default_train_split(voc), "val"):
+            read_split(voc, split)
+    networks = {"trained": target.network(), "untrained": target.network(untrained=True)}
+    scores: Scores = {name: dict.fromkeys(("knn_top1", "knn_top1_patches", "miou")) for name in networks}
+    scores["pixels"] = {"knn_top1": None}
+    settings: dict[str, Any] = {}
+    if sets is None:
+        print("k-NN skipped: these shards have no classes")
+    else:
+        settings["knn"] = _measure_knn(networks, target, sets, workers, scores)
+    if voc is None:
+        print("mIoU skipped: no scenes to segment (--data FOLDER, or eval.voc in the config)")
+    else:
+        settings["segmentation"] = _measure_segmentation(networks, target, voc, workers, scores)
+    trained = scores.pop("trained")
+    return {**trained, **scores, "settings": settings}
 
 
-if __name__ == "__main__":
-    run_cli(main)
+def _measure_knn(
+    networks: dict[str, "ViT"], target: EvalTarget, sets: PhotoSets, workers: int | None, scores: Scores
+) -> dict[str, Any]:
+    """Add k-NN to the scores; returns its settings."""
+    from eval.features import default_workers
+    from eval.knn import photo_knn
+
+    train, val = sets.at_size(networks["trained"].image_size)
+    vote: dict[str, Any] = dict(k=target.settings.k, temperature=target.settings.temperature)
+    workers = default_workers(len(train)) if workers is None else workers
+    kinds = {"trained": ("cls", "patches", "pixels"), "untrained": ("cls", "patches")}  # pixels: read once
+    if len(train) > MAX_PIXEL_PHOTOS:
+        print(f"k-NN on raw pixels skipped: more than {MAX_PIXEL_PHOTOS:,} photos")
+        kinds["trained"] = kinds["untrained"]
+    for name, network in networks.items():
+        top = photo_knn(network, train, val, kinds[name], **vote, workers=workers, progress=True)
+        scores[name] |= {"knn_top1": top["cls"][0], "knn_top1_patches": top["patches"][0]}
+        if "pixels" in top:
+            scores["pixels"]["knn_top1"] = top["pixels"][0]
+    data = dict(bank=str(train.shards.folder), val=str(val.shards.folder), photos=len(train), queries=len(val))
+    return data | dict(classes=len(train.classes), size=train.size) | vote
+
+
+def _measure_segmentation(
+    networks: dict[str, "ViT"], target: EvalTarget, voc: str, workers: int | None, scores: Scores
+) -> dict[str, Any]:
+    """Add linear segmentation to the scores; returns its settings."""
+    from eval.features import check_size, default_workers
+    from eval.linear_seg import Protocol, fit, scenes_of
+
+    trained = networks["trained"]
+    protocol = Protocol.for_views(trained.image_size)
+    protocol = replace(protocol, epochs=target.settings.seg_epochs, lr=target.settings.seg_lr)
+    check_size(trained, protocol.size)
+    train, val = scenes_of(voc, protocol, None, "val")
+    if workers is None:
+        workers = default_workers(len(train) * (protocol.epochs if protocol.augment else 1))
+    for name, network in networks.items():
+        history = fit(network, train, val, protocol, workers=workers, progress=True)
+        scores[name] |= {"miou": history[-1].miou, "miou_present": history[-1].miou_present}
+        scores[name] |= {"miou_best": max(epoch.miou for epoch in history)}
+    data = dict(data=str(voc), train_split=train.split, scenes=len(train), val_scenes=len(val))
+    return data | dict(classes=train.classes) | asdict(protocol)

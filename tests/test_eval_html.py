@@ -1,4 +1,4 @@
-"""The run in one page: a real run's, opened in a real browser, on a desk and on a phone, in the light and in the dark."""
+"""The run in one page: of a real run, opened in a real browser, at the width of a desktop and of a phone, light and dark."""
 
 import json
 import shutil
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from conftest import run_program
 
-from eval.html import POINTS, metrics_of, page
+from eval.curves import POINTS
+from eval.html import page, read_metrics
 from runtime.errors import UserError
 from runtime.metrics import read_jsonl
 
@@ -22,7 +23,7 @@ HOSTILE = '"><img src=x onerror=document.title="owned"><script>document.title="o
 
 @pytest.fixture(scope="module")
 def run(tiny_shards, tmp_path_factory) -> Path:
-    """A run with all that a page shows: trained, evaluated, painted; and with words that are no words."""
+    """A run with everything that a page shows: trained, evaluated, with pictures; and with hostile text."""
     folder = tmp_path_factory.mktemp("page") / "a <b>run"
     config = folder.with_name("run.yaml")
     config.write_text(
@@ -40,8 +41,8 @@ run: {{folder: "{folder}", log_every: 2}}
 """
     )
     run_program("train.py", config)
-    run_program("-m", "eval.report", folder)
-    run_program("-m", "tools.show.views", folder)
+    run_program("-m", "eval", "report", folder)
+    run_program("-m", "tools.show", "views", folder)
     rows = [
         {"time": "2026-01-01", "what": "knn", "network": HOSTILE, "top1": 12.5, "words": "x" * 300},
         {"time": "2026-01-02", "what": "knn", "network": "b", "top1": 14.25},
@@ -49,8 +50,8 @@ run: {{folder: "{folder}", log_every: 2}}
     ]
     with open(folder / "evaluations.jsonl", "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    told = run_program("-m", "eval.html", folder).stdout
-    assert told == f"the run in one page: {folder}/report.html\n"
+    stdout = run_program("-m", "eval", "html", folder).stdout
+    assert stdout == f"the run in one page: {folder}/report.html\n"
     return folder
 
 
@@ -63,46 +64,46 @@ def browser(tmp_path_factory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for word in (*BROWSER, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(word)
-    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield made
-    made.quit()
+    for option in (*BROWSER, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(option)
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
 
 
-def look(browser: Any, page: Path, width: int, dark: bool = False) -> None:
-    """Open the page on a screen of this width, every fold open."""
+def open_page(browser: Any, page: Path, width: int, dark: bool = False) -> None:
+    """Open the page on a screen of this width, with all details open."""
     screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
     browser.get(page.as_uri())
-    browser.execute_script("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    browser.execute_script("document.querySelectorAll('details').forEach(details => details.open = true)")
 
 
-def test_it_is_whole_and_asks_for_nothing(browser, run):
-    look(browser, run / "report.html", 1200)
+def test_it_is_complete_and_loads_nothing(browser, run):
+    open_page(browser, run / "report.html", 1200)
     text = browser.find_element("tag name", "body").text
     assert text.startswith(f"{run.parent.name}/a <b>run\n")
-    for words in ("What it has learned", "Learning", "Speed", "Pictures", "Configuration", "Made with"):
-        assert words in text
+    for title in ("Results", "Learning", "Speed", "Pictures", "Configuration", "Versions"):
+        assert title in text
     results = json.loads((run / "results.json").read_text())
-    last = metrics_of(run)[-1]
+    last = read_metrics(run)[-1]
     assert f"{results['knn_top1']:.2f}" in text
     assert f"3 of 3\nepochs, {last['step']} steps" in text
     assert f"{last['loss']:.2f}\nloss" in text
     assert "k-NN top-1, [CLS]" in text
-    assert "12.50 14.25" in text  # evaluations of a kind stand side by side
+    assert "12.50 14.25" in text  # evaluations of a kind are side by side
     assert "last miou" in text
     assert "prototypes: 40" in text
-    assert "torch" in text.split("Made with")[1]
-    assert HOSTILE in text  # as words, not as what they say
+    assert "torch" in text.split("Versions")[1]
+    assert HOSTILE in text  # as text, not as HTML
     assert browser.title == "a <b>run"
 
-    together = {"step", "epoch", "cls_loss", "reference_loss"}  # the losses share a drawing
+    not_alone = {"step", "epoch", "cls_loss", "reference_loss"}  # the losses share a chart
     curves = {
-        name for row in metrics_of(run) for name, value in row.items() if isinstance(value, int | float)
-    } - together
+        name for row in read_metrics(run) for name, value in row.items() if isinstance(value, int | float)
+    } - not_alone
     assert len(browser.find_elements("css selector", "figure > svg")) == len(curves)
     pictures = browser.find_elements("tag name", "img")
     assert len(pictures) == len(list((run / "pictures").glob("*.png")))
@@ -114,16 +115,18 @@ def test_it_is_whole_and_asks_for_nothing(browser, run):
 
 
 @pytest.mark.parametrize("width", [320, 390, 1200])
-def test_nothing_sticks_out(browser, run, width):
-    """No sideways scrolling, and nothing that hangs over an edge unseen."""
-    look(browser, run / "report.html", width)
-    across, shown = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
-    assert across <= shown == width
+def test_nothing_overflows(browser, run, width):
+    """No horizontal scrolling, and nothing is cut off at the edge."""
+    open_page(browser, run / "report.html", width)
+    page_width, window_width = browser.execute_script(
+        "return [document.documentElement.scrollWidth, window.innerWidth]"
+    )
+    assert page_width <= window_width == width
     script = """return [...document.querySelectorAll('h1, h2, p, figure, svg, img, .tiles div, .scroll')]
         .filter(e => e.getBoundingClientRect().right > window.innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
     assert browser.execute_script(script) == []
     sizes = "return [...document.querySelectorAll('figure svg text')].map(e => e.getBoundingClientRect().height)"
-    assert min(browser.execute_script(sizes)) > 7  # pixels: a curve's numbers can be read
+    assert min(browser.execute_script(sizes)) > 7  # pixels: the numbers of a chart are legible
 
 
 def test_light_and_dark(browser, run):
@@ -132,23 +135,23 @@ def test_light_and_dark(browser, run):
         r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
         return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
-    papers = []
+    backgrounds = []
     for dark in (False, True):
-        look(browser, run / "report.html", 390, dark)
+        open_page(browser, run / "report.html", 390, dark)
         script = "const s = getComputedStyle(arguments[0]); return [s.color, s.backgroundColor, s.fill, s.stroke]"
-        ink, paper, _, _ = browser.execute_script(script, browser.find_element("tag name", "body"))
+        text, background, _, _ = browser.execute_script(script, browser.find_element("tag name", "body"))
         tick = browser.find_element("css selector", "figure svg text")
         *_, fill, _ = browser.execute_script(script, tick)
-        for front in (ink, fill):  # WCAG's contrast of at least 4.5
-            bright, dim = sorted((luminance(front), luminance(paper)))[::-1]
+        for front in (text, fill):  # WCAG's contrast of at least 4.5
+            bright, dim = sorted((luminance(front), luminance(background)))[::-1]
             assert (bright + 0.05) / (dim + 0.05) > 4.5
-        papers.append(luminance(paper))
-    assert papers[0] > 0.9
-    assert papers[1] < 0.1
+        backgrounds.append(luminance(background))
+    assert backgrounds[0] > 0.9
+    assert backgrounds[1] < 0.1
 
 
-def test_whatever_is_there_yet(run, tmp_path):
-    """A run that has only begun, one cut off in the middle of a line, one that ran some steps twice."""
+def test_incomplete_runs(run, tmp_path):
+    """A run that has just started, files cut off in the middle of a line, steps that were run twice."""
     shutil.copy(run / "config.yaml", tmp_path)
     assert "No metrics yet." in page(tmp_path)
     assert "<svg" not in page(tmp_path)
@@ -158,26 +161,26 @@ def test_whatever_is_there_yet(run, tmp_path):
     ]
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "lo')
-    assert [(row["step"], row["loss"]) for row in metrics_of(tmp_path)] == [(2, 5.0), (4, 3.0), (6, 2.0)]
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(2, 5.0), (4, 3.0), (6, 2.0)]
     (tmp_path / "results.json").write_text('{"knn_top1": 5')
     (tmp_path / "measures.json").write_text('{"networks": {"one": {"linear_top1": 7.25}, "two": {"linear_top1": 8.5}}}')
     several = {"networks": {f"n{n}": {"linear_top1": n + 0.25} for n in range(8)}}
     several["means"] = {"n": {"of": 8, "linear_top1": 3.75, "spread": {"linear_top1": [0.25, 7.25]}}}
     (tmp_path / "measures.json").write_text(json.dumps(several))
-    made = page(tmp_path)
-    assert '<td class="n">3.75 (0.2 – 7.2)</td>' in made
-    assert all(f">{n}.25<" in made for n in range(8))  # none of them is left out
+    html = page(tmp_path)
+    assert '<td class="n">3.75 (0.2 – 7.2)</td>' in html
+    assert all(f">{n}.25<" in html for n in range(8))  # none is left out
     (tmp_path / "measures.json").write_text('{"networks": {"one": {"linear_top1": "x"}}}')  # of another version
     assert "linear top-1" not in page(tmp_path)
     (tmp_path / "measures.json").write_text('{"networks": {"one": {"linear_top1": 7.25}, "two": {"linear_top1": 8.5}}}')
     (tmp_path / "damaged.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
-    made = page(tmp_path)
-    assert made.count("<svg") == 1
-    assert ">7.25<" in made
-    assert ">8.50<" in made
-    assert "linear top-1, best map" in made
-    assert "2 damaged samples" in made
-    with open(tmp_path / "metrics.jsonl", "a") as file:  # a metric that the page has no place for gets one
+    html = page(tmp_path)
+    assert html.count("<svg") == 1
+    assert ">7.25<" in html
+    assert ">8.50<" in html
+    assert "linear top-1, best probe" in html
+    assert "2 damaged samples" in html
+    with open(tmp_path / "metrics.jsonl", "a") as file:  # a metric that the page does not know is shown
         file.write('\n{"step": 10, "epoch": 1.0, "loss": 2.0, "something_new": 33.0}\n')
     assert "Other metrics" in page(tmp_path)
     assert page(tmp_path).count("<svg") == 2
@@ -189,5 +192,5 @@ def test_whatever_is_there_yet(run, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert len(page(tmp_path)) < 200 * POINTS + 20_000
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 40_000
-    with pytest.raises(UserError, match=r"nothing: no run folder \(no config.yaml\)"):
+    with pytest.raises(UserError, match=r"nothing: not a run folder \(no config.yaml\)"):
         page(tmp_path / "nothing")

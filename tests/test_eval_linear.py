@@ -1,4 +1,4 @@
-"""Linear classification: many maps trained at once are the maps trained one by one."""
+"""Linear classification: probes trained together equal probes trained one by one."""
 
 import json
 
@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from eval.__main__ import main, read_rates
 from eval.datasets import LabeledPhotos
 from eval.features import photo_features
-from eval.linear import INPUTS, RATES, Figures, Protocol, best_of, fit, main, read_rates
+from eval.linear import INPUTS, RATES, ProbeScore, Protocol, best_of, fit
 from model.vit import ViT
 from pipeline.shards import Shards
 from runtime.errors import UserError
@@ -26,8 +27,8 @@ def network():
 
 @pytest.fixture
 def photos(home):  # noqa: F811
-    bank = LabeledPhotos(Shards(home / "shards"), 24)
-    return bank, LabeledPhotos(Shards(home / "val"), 24, classes=bank.classes)
+    train = LabeledPhotos(Shards(home / "shards"), 24)
+    return train, LabeledPhotos(Shards(home / "val"), 24, classes=train.classes)
 
 
 def test_the_protocol_is_the_published_one_for_published_views():
@@ -36,22 +37,22 @@ def test_the_protocol_is_the_published_one_for_published_views():
     assert Protocol.for_views(48) == Protocol(False, 100, 128, RATES, 0)
 
 
-def test_maps_trained_together_are_maps_trained_one_by_one(network, photos):
-    """Against torch's own SGD, a map and an optimizer of its own for each rate."""
-    bank, val = photos
-    together = fit(network, bank, val, SMALL)
-    assert [(one.features, one.rate) for one in together] == [(f, r) for f in INPUTS for r in SMALL.rates]
+def test_probes_trained_together_equal_probes_trained_one_by_one(network, photos):
+    """Against torch's SGD, with a layer and an optimizer of its own for each learning rate."""
+    train, val = photos
+    together = fit(network, train, val, SMALL)
+    assert [(score.features, score.rate) for score in together] == [(f, r) for f in INPUTS for r in SMALL.rates]
     kinds = ("cls", "patches")
-    seen, labels = photo_features(network, bank, kinds)
-    asked, answers = photo_features(network, val, kinds)
+    features, labels = photo_features(network, train, kinds)
+    val_features, val_labels = photo_features(network, val, kinds)
     torch.manual_seed(0)
-    first = {f: 0.01 * torch.randn(3, 24 * len(kinds_of), 3) for f, kinds_of in INPUTS.items()}
-    for one in together:
-        inputs = torch.cat([seen[kind] for kind in INPUTS[one.features]], 1)
+    initial = {f: 0.01 * torch.randn(3, 24 * len(kinds_of), 3) for f, kinds_of in INPUTS.items()}
+    for score in together:
+        inputs = torch.cat([features[kind] for kind in INPUTS[score.features]], 1)
         head = nn.Linear(inputs.shape[1], 3)
-        head.weight.data = first[one.features][SMALL.rates.index(one.rate)].T.clone()
+        head.weight.data = initial[score.features][SMALL.rates.index(score.rate)].T.clone()
         nn.init.zeros_(head.bias)
-        sgd = torch.optim.SGD(head.parameters(), one.rate * 32 / 256, momentum=0.9)
+        sgd = torch.optim.SGD(head.parameters(), score.rate * 32 / 256, momentum=0.9)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 20 * 3)
         draws = torch.Generator().manual_seed(0)
         for _ in range(20):
@@ -60,66 +61,66 @@ def test_maps_trained_together_are_maps_trained_one_by_one(network, photos):
                 F.cross_entropy(head(inputs[rows]), labels[rows]).backward()
                 sgd.step()
                 cosine.step()
-        logits = head(torch.cat([asked[kind] for kind in INPUTS[one.features]], 1))
-        assert one.top1 == pytest.approx(100 * float((logits.argmax(1) == answers).float().mean())), one
+        logits = head(torch.cat([val_features[kind] for kind in INPUTS[score.features]], 1))
+        assert score.top1 == pytest.approx(100 * float((logits.argmax(1) == val_labels).float().mean())), score
 
 
-def test_colors_are_linear(network, photos):
+def test_colors_are_linearly_separable(network, photos):
     before = torch.get_rng_state()
-    figures = fit(network, *photos, SMALL)
-    assert best_of(figures).top1 > 90
-    assert best_of(figures).top5 == 100  # of three classes
-    assert fit(network, *photos, SMALL) == figures
+    scores = fit(network, *photos, SMALL)
+    assert best_of(scores).top1 > 90
+    assert best_of(scores).top5 == 100  # of three classes
+    assert fit(network, *photos, SMALL) == scores
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_windows_are_drawn_anew_and_teach_as_well(network, photos):
-    bank, val = photos
-    moved = LabeledPhotos(bank.shards, 24, bank.rows[:2], augment=True)
+def test_random_crops_differ_and_train_as_well(network, photos):
+    train, val = photos
+    augmented = LabeledPhotos(train.shards, 24, train.ids[:2], augment=True)
     torch.manual_seed(0)
-    pictures = [moved[0][0] for _ in range(8)]
-    assert len({tuple(picture.flatten().tolist()) for picture in pictures}) == 8
+    images = [augmented[0][0] for _ in range(8)]
+    assert len({tuple(image.flatten().tolist()) for image in images}) == 8
     protocol = Protocol(augment=True, epochs=4, batch=32, rates=(0.1, 1.0))
-    figures = fit(network, bank, val, protocol)
-    assert best_of(figures).top1 > 90
-    assert fit(network, bank, val, protocol) == figures
+    scores = fit(network, train, val, protocol)
+    assert best_of(scores).top1 > 90
+    assert fit(network, train, val, protocol) == scores
 
 
-def test_the_best_is_the_first_of_equals():
-    equal = [Figures("cls", rate, top1, 100) for rate, top1 in ((0.1, 5.0), (0.2, 7.0), (0.3, 7.0))]
+def test_the_best_is_the_first_among_equals():
+    equal = [ProbeScore("cls", rate, top1, 100) for rate, top1 in ((0.1, 5.0), (0.2, 7.0), (0.3, 7.0))]
     assert best_of(equal).rate == 0.2
 
 
-def test_the_program_tells_and_records(run, capsys):  # noqa: F811
-    assert main([str(run), "--epochs", "10", "--batch", "16", "--rates", ".01,1"]) == 0
+def test_the_command_prints_and_records(run, capsys):  # noqa: F811
+    assert main(["linear", str(run), "--epochs", "10", "--batch", "16", "--rates", ".01,1"]) == 0
     assert "best: " in capsys.readouterr().out
     line = json.loads((run / "evaluations.jsonl").read_text())
     assert (line["what"], line["photos"], line["queries"], line["rates"]) == ("linear", 72, 18, [0.01, 1.0])
     assert len(line["maps"]) == 4
-    assert line["best"]["top1"] == max(one["top1"] for one in line["maps"]) > 90
+    assert line["best"]["top1"] == max(score["top1"] for score in line["maps"]) > 90
 
 
-def test_shards_without_classes_are_said(run, home, capsys):  # noqa: F811
-    assert main([str(run), "--val", str(home / "bare")]) == 0
+def test_shards_without_classes_are_reported(run, home, capsys):  # noqa: F811
+    assert main(["linear", str(run), "--val", str(home / "unlabeled")]) == 0
     assert "skipped: these shards have no classes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("options", "message"),
     [
-        (["--rates", "a,1"], "numbers with commas between"),
-        (["--rates", "0,1"], "each more than 0"),
-        (["--epochs", "0"], "--epochs 0: more than 0"),
+        (["--rates", "a,1"], "must be numbers separated by commas"),
+        (["--rates", "0,1"], "must be more than 0 and different"),
+        (["--epochs", "0"], "--epochs 0: must be more than 0"),
         (["--size", "30"], "the nearest is 32"),
     ],
 )
-def test_a_wrong_word_is_told(run, words, told):  # noqa: F811
-    with pytest.raises(UserError, match=told):
-        main([str(run), *words])
+def test_wrong_options_are_refused(run, options, message):  # noqa: F811
+    with pytest.raises(UserError, match=message):
+        main(["linear", str(run), *options])
     assert read_rates(".1,2") == (0.1, 2.0)
 
 
-def test_nothing_but_damage_is_told(network, photos, monkeypatch):
+def test_a_set_of_damaged_photos_is_refused(network, photos, monkeypatch):
     monkeypatch.setattr(Shards, "is_valid", lambda *_: False)
-    with pytest.raises(UserError, match="no sound photo of a known class among 10"):
+    with pytest.raises(UserError, match="none of the 10 photos is readable and has a known class"):
         fit(network, *photos, SMALL)

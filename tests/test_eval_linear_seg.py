@@ -1,4 +1,4 @@
-"""Linear segmentation: the score by hand and as published, scenes in Pascal VOC's layout, a map that learns."""
+"""Linear segmentation: the score by hand and as published, scenes in Pascal VOC's layout, a classifier that learns."""
 
 import json
 import os
@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import eval.target
-from eval import report
+from eval import __main__ as command_line
 from eval.datasets import IGNORE, VocSegmentation
-from eval.features import scene_batches, scene_tokens, upsampled
-from eval.linear_seg import Figures, Protocol, best_of, fit, main, scenes_of
-from eval.miou import confusion, intersection_over_union, scored
+from eval.features import scene_batches, scene_tokens, upsample
+from eval.linear_seg import EpochScore, Protocol, best_of, fit, scenes_of
+from eval.miou import confusion, intersection_over_union, score_of
 from model.vit import ViT
 from runtime.errors import UserError
 
@@ -28,36 +27,40 @@ SMALL = Protocol(size=48, train_size=24, augment=False, epochs=6, batch=8, lr=0.
 
 def test_miou_by_hand():
     truth = torch.tensor([[0, 0, 0, 1, 1, IGNORE]], dtype=torch.uint8)
-    predicted = torch.tensor([[0, 0, 1, 1, 3, 2]])  # of class 3 none is true, of class 2 nothing is there at all
+    predicted = torch.tensor(
+        [[0, 0, 1, 1, 3, 2]]
+    )  # class 3 is only predicted, class 2 is only where pixels are ignored
     counts = confusion(truth, predicted, 4)
     assert counts.tolist() == [[2, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert intersection_over_union(counts).tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=1e-6)
-    assert scored(counts).miou == pytest.approx(25, abs=1e-3)  # (2/3 + 1/3) / 4
-    assert scored(counts).miou_present == pytest.approx(50, abs=1e-3)  # / 2
+    assert score_of(counts).miou == pytest.approx(25, abs=1e-3)  # (2/3 + 1/3) / 4
+    assert score_of(counts).miou_present == pytest.approx(50, abs=1e-3)  # / 2
 
 
-def test_the_published_code_gives_the_same_miou(oracle, oracle_json):
-    masks, told = oracle("e_miou"), oracle_json("e_eval")["miou"]
+def test_miou_equals_the_published_code_s(oracle, oracle_json):
+    masks, published = oracle("e_miou"), oracle_json("e_eval")["miou"]
     counts = confusion(masks["case1.gt"], masks["case1.pred"], 21)
     assert torch.equal(counts.double(), masks["case1.confusion"])
-    figures = scored(counts)
-    assert figures.iou == pytest.approx([100 * iou for iou in told["case1"]["per_class_iou"]], abs=1e-9)
-    assert figures.miou == pytest.approx(100 * told["case1"]["StreamSegMetrics_mean_iou"], abs=1e-9)
-    assert figures.miou_present == pytest.approx(100 * told["case1"]["mean_iou_over_gt_present_classes"], abs=1e-9)
-    # Leopart's own code ends at the same; without its filter of ignored pixels it would not, and ours has no such mode
-    assert figures.miou == pytest.approx(100 * told["case1"]["PredsmIoU_valid_only"], abs=1e-6)
-    assert figures.miou > 100 * told["case1"]["PredsmIoU_without_ignore_filter"] + 1
-    right = 100 * counts.diagonal().sum() / counts.sum()
-    assert float(right) == pytest.approx(100 * told["case1"]["pixel_acc"], abs=1e-4)
-    clean = scored(confusion(masks["case2.gt"], masks["case2.pred"], 21))
-    assert clean.miou == pytest.approx(100 * told["case2_no_ignore_no_absent"]["StreamSegMetrics_mean_iou"], abs=1e-9)
+    score = score_of(counts)
+    assert score.iou == pytest.approx([100 * iou for iou in published["case1"]["per_class_iou"]], abs=1e-9)
+    assert score.miou == pytest.approx(100 * published["case1"]["StreamSegMetrics_mean_iou"], abs=1e-9)
+    assert score.miou_present == pytest.approx(100 * published["case1"]["mean_iou_over_gt_present_classes"], abs=1e-9)
+    # Leopart's code agrees; without its filter of ignored pixels it would not, and ours has no such mode
+    assert score.miou == pytest.approx(100 * published["case1"]["PredsmIoU_valid_only"], abs=1e-6)
+    assert score.miou > 100 * published["case1"]["PredsmIoU_without_ignore_filter"] + 1
+    accuracy = 100 * counts.diagonal().sum() / counts.sum()
+    assert float(accuracy) == pytest.approx(100 * published["case1"]["pixel_acc"], abs=1e-4)
+    clean = score_of(confusion(masks["case2.gt"], masks["case2.pred"], 21))
+    assert clean.miou == pytest.approx(
+        100 * published["case2_no_ignore_no_absent"]["StreamSegMetrics_mean_iou"], abs=1e-9
+    )
 
 
-def test_logits_upsampled_are_the_logits_of_features_upsampled():
+def test_upsampling_logits_equals_upsampling_features():
     torch.manual_seed(0)
     head, tokens = nn.Conv2d(12, 5, 1), torch.randn(2, 12, 6, 6)
     features_first = head(F.interpolate(tokens, (25, 25), mode="bilinear", align_corners=False))
-    torch.testing.assert_close(upsampled(head(tokens), 25), features_first)
+    torch.testing.assert_close(upsample(head(tokens), 25), features_first)
 
 
 def test_the_protocol_is_the_published_one_for_published_views():
@@ -75,20 +78,22 @@ def test_leoparts_protocol_is_the_published_one():
         Protocol.for_views(224, name="leopard")
 
 
-def test_the_best_epoch_is_the_one_that_the_protocol_picks():
+def test_the_best_epoch_is_the_one_that_the_protocol_selects():
     score = dict(miou_present=0.0, iou=[])
-    history = [Figures(miou=m, **score, epoch=e, picked_by=p) for e, (m, p) in enumerate([(5.0, 9.0), (7.0, 3.0)], 1)]
+    history = [
+        EpochScore(miou=m, **score, epoch=e, picked_by=p) for e, (m, p) in enumerate([(5.0, 9.0), (7.0, 3.0)], 1)
+    ]
     assert best_of(history).epoch == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- scenes
 
 
-def paint(folder: Path, counts: dict[str, int], size: tuple[int, int] = (60, 48)) -> None:
-    """Scenes in Pascal VOC's layout: a box of class 1 or 2 on ground, a color for each class, a frame of 255."""
+def write_scenes(folder: Path, counts: dict[str, int], size: tuple[int, int] = (60, 48)) -> None:
+    """Scenes in Pascal VOC's layout: a box of class 1 or 2 on a background, a color for each class, two rows of 255."""
     draw = np.random.default_rng(0)
-    for room in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (folder / room).mkdir(parents=True)
+    for subfolder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / subfolder).mkdir(parents=True)
     width, height = size
     for split, count in counts.items():
         names = [f"{split}{i}" for i in range(count)]
@@ -96,11 +101,13 @@ def paint(folder: Path, counts: dict[str, int], size: tuple[int, int] = (60, 48)
             mask = np.zeros((height, width), np.uint8)
             x, y = draw.integers(0, width // 2), draw.integers(0, height // 2)
             mask[y : y + 20, x : x + 24] = draw.integers(1, 3)
-            picture = COLORS[mask] + draw.integers(0, 20, (height, width, 3), dtype=np.uint8)
+            image = COLORS[mask] + draw.integers(0, 20, (height, width, 3), dtype=np.uint8)
             mask[:2] = IGNORE
-            Image.fromarray(picture).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
+            Image.fromarray(image).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
             indexed = Image.fromarray(mask).convert("P")
-            indexed.putpalette([7 * i % 256 for i in range(768)])  # the numbers count, not the palette's colors
+            indexed.putpalette(
+                [7 * i % 256 for i in range(768)]
+            )  # only the numbers matter, not the colors of the palette
             indexed.save(folder / "SegmentationClass" / f"{name}.png")
         (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
 
@@ -108,7 +115,7 @@ def paint(folder: Path, counts: dict[str, int], size: tuple[int, int] = (60, 48)
 @pytest.fixture(scope="module")
 def painted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("voc")
-    paint(folder / "voc", {"train": 40, "val": 10})
+    write_scenes(folder / "voc", {"train": 40, "val": 10})
     return folder / "voc"
 
 
@@ -125,34 +132,36 @@ def network():
 
 
 @pytest.mark.parametrize("augment", [False, True])
-def test_a_picture_and_its_mask_stay_together(voc, augment):
+def test_an_image_and_its_mask_stay_aligned(voc, augment):
     scenes = VocSegmentation(voc, "train", 48, augment=augment)
     assert scenes.classes == 3
     torch.manual_seed(0)
-    agreeing = []
+    agreement = []
     for i in range(len(scenes)):
-        picture, mask = scenes[i]
-        assert picture.shape == (3, 48, 48)
+        image, mask = scenes[i]
+        assert image.shape == (3, 48, 48)
         assert mask.shape == (48, 48)
         assert mask.dtype == torch.uint8
-        away = (picture[:, None].float() - torch.from_numpy(COLORS.T.copy()).float()[:, :, None, None]).square().sum(0)
+        distance = (
+            (image[:, None].float() - torch.from_numpy(COLORS.T.copy()).float()[:, :, None, None]).square().sum(0)
+        )
         known = mask != IGNORE
-        agreeing.append((away.argmin(0)[known] == mask[known]).float().mean())
-    assert min(agreeing) > 0.9
-    assert np.mean(agreeing) > 0.97
+        agreement.append((distance.argmin(0)[known] == mask[known]).float().mean())
+    assert min(agreement) > 0.9
+    assert np.mean(agreement) > 0.97
 
 
-def test_augmenting_flips_and_cuts(voc):
+def test_augmentation_flips_and_crops(voc):
     torch.manual_seed(0)
-    plain, moved = VocSegmentation(voc, "train", 48), VocSegmentation(voc, "train", 48, augment=True)
+    plain, augmented = VocSegmentation(voc, "train", 48), VocSegmentation(voc, "train", 48, augment=True)
     mask = plain[0][1]
-    draws = [moved[0][1] for _ in range(40)]
+    draws = [augmented[0][1] for _ in range(40)]
     assert len({tuple(d.flatten().tolist()) for d in draws}) > 30
     nearer_flipped = [((d != mask.flip(1)).sum() < (d != mask).sum()).item() for d in draws]
     assert 8 < sum(nearer_flipped) < 32
 
 
-def test_masks_of_trainaug_come_first_for_trainaug_only(voc):
+def test_masks_of_trainaug_are_preferred_for_trainaug_only(voc):
     lists = voc / "ImageSets" / "Segmentation"
     (lists / "trainaug.txt").write_text("train0\ntrain1\n")
     (voc / "SegmentationClassAug").mkdir()
@@ -165,68 +174,68 @@ def test_masks_of_trainaug_come_first_for_trainaug_only(voc):
     assert VocSegmentation(voc, "train", 48).masks[1].parent.name == "SegmentationClass"
 
 
-def test_classes_have_names_where_the_folder_tells_them(voc):
+def test_class_names_come_from_classes_txt(voc):
     assert VocSegmentation(voc, "val", 48).name(1) == "1"
-    (voc / "classes.txt").write_text("ground\nred box\nblue box\nnever\n")
+    (voc / "classes.txt").write_text("background\nred box\nblue box\nnever\n")
     scenes = VocSegmentation(voc, "val", 48)
     assert (scenes.classes, scenes.name(1)) == (4, "red box")
     assert VocSegmentation(voc, "val", 48, classes=21).classes == 21
 
 
-def test_what_is_wrong_with_a_folder_of_scenes_is_told(voc, tmp_path):
-    def told(message: str, **given):
+def test_a_wrong_folder_of_scenes_is_refused(voc, tmp_path):
+    def refused(message: str, **given):
         settings = {"folder": voc, "split": "val", "size": 48, "classes": 3} | given
         with pytest.raises(UserError, match=message):
             VocSegmentation(**settings)[0]
 
-    told("not in Pascal VOC's layout", folder=tmp_path / "nowhere")
-    told("no split 'vall', did you mean 'val'.*there are: train, val", split="vall")
-    told("val0.png: class 2, but there are 2 classes|val0.png: class 1, but", classes=1)
+    refused("not in Pascal VOC's layout", folder=tmp_path / "nowhere")
+    refused("no split 'vall', did you mean 'val'.*available: train, val", split="vall")
+    refused("val0.png: class 2, but there are 2 classes|val0.png: class 1, but", classes=1)
     (voc / "JPEGImages" / "val0.jpg").write_bytes(b"\xff\xd8 no photo")
-    told("val0.jpg: no picture")
+    refused("val0.jpg: cannot be decoded")
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(voc / "JPEGImages" / "val0.jpg")
-    told(r"val0.png: \(60, 48\) pixels, but the picture has \(9, 9\)")
+    refused(r"val0.png: \(60, 48\) pixels, but the image has \(9, 9\)")
     Image.fromarray(np.zeros((48, 60, 3), np.uint8)).save(voc / "SegmentationClass" / "val0.png")
-    told("a mask is a palette or gray PNG")
+    refused("a mask must be a palette or gray PNG")
     (voc / "SegmentationClass" / "val0.png").unlink()
-    told("val0.png: no such mask, and split 'val' names it")
+    refused("val0.png: no such mask, but split 'val' lists it")
     (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
-    told("names no scene")
+    refused("the split is empty")
 
 
-# ------------------------------------------------------------------------------------------------------------- the map
+# ---------------------------------------------------------------------------------------------------------- the classifier
 
 
-def test_tokens_lie_on_their_grid(voc, network):
-    """The token of a patch stands where the patch stands: it changes most where the picture is changed."""
+def test_tokens_are_on_their_grid(voc, network):
+    """A token has the position of its patch: it changes most where the image is changed."""
     scenes = VocSegmentation(voc, "val", 48)
     made = scene_tokens(network, scenes, batch=4)
     assert made.tokens.shape == (10, 24, 6, 6)
     assert torch.equal(made.masks[7], scenes[7][1])
-    picture = scenes[0][0].clone()
-    picture[:, 16:24, 40:48] ^= 128  # row 2, column 5
-    scenes.__class__ = type("Changed", (VocSegmentation,), {"__getitem__": lambda self, i: (picture, made.masks[0])})
+    image = scenes[0][0].clone()
+    image[:, 16:24, 40:48] ^= 128  # row 2, column 5
+    scenes.__class__ = type("Changed", (VocSegmentation,), {"__getitem__": lambda self, i: (image, made.masks[0])})
     changed = next(scene_batches(network, scenes, batch=1)).tokens
     assert divmod(int((changed[0] - made.tokens[0]).square().sum(0).argmax()), 6) == (2, 5)
 
 
-def test_the_map_learns_what_is_linear(voc, network):
+def test_the_classifier_learns_what_is_linear(voc, network):
     train, val = scenes_of(voc, SMALL, None, "val")
     history = fit(network, train, val, SMALL)
-    assert [figures.epoch for figures in history] == [1, 2, 3, 4, 5, 6]
-    assert history[-1].miou > 70  # colors alone tell the classes; 8-pixel patches blur their borders
+    assert [score.epoch for score in history] == [1, 2, 3, 4, 5, 6]
+    assert history[-1].miou > 70  # colors alone determine the classes; 8-pixel patches blur the borders
     assert history[-1].miou > history[0].miou + 20
     torch.manual_seed(7)
-    assert fit(network, train, val, SMALL)[-1] == history[-1]  # the protocol's seed decides all of it
+    assert fit(network, train, val, SMALL)[-1] == history[-1]  # depends on the protocol's seed only
 
 
-def test_leoparts_map_drops_a_last_batch_and_is_picked_by_some_scenes(voc, network):
+def test_leoparts_protocol_drops_the_last_batch_and_selects_on_some_scenes(voc, network):
     leopart = dict(drop_last=True, first_weights="torch", picked_by=4)
-    protocol = replace(SMALL, **leopart, batch=12, lr=0.4)  # 40 scenes: three batches, four scenes are left over
+    protocol = replace(SMALL, **leopart, batch=12, lr=0.4)  # 40 scenes: three batches, and four more scenes
     train, val = scenes_of(voc, protocol, None, "val")
     history = fit(network, train, val, protocol)
     assert history[-1].miou > 70
-    assert any(figures.picked_by != figures.miou for figures in history)
+    assert any(score.picked_by != score.miou for score in history)
     whole = fit(network, train, val, replace(protocol, drop_last=False))
     assert whole[-1] != history[-1]
     assert fit(network, train, val, replace(protocol, picked_by=0))[-1].miou == history[-1].miou
@@ -234,7 +243,7 @@ def test_leoparts_map_drops_a_last_batch_and_is_picked_by_some_scenes(voc, netwo
     assert fit(network, train, val, few)[-1].miou > history[0].miou - 50
 
 
-def test_the_map_learns_with_augmentation_and_workers(voc, network):
+def test_the_classifier_learns_with_augmentation_and_workers(voc, network):
     protocol = replace(SMALL, augment=True)
     train, val = scenes_of(voc, protocol, "train", "val")
     before = torch.get_rng_state()
@@ -244,16 +253,16 @@ def test_the_map_learns_with_augmentation_and_workers(voc, network):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_mistake_in_a_worker_is_one_line(voc, network):
+def test_an_error_in_a_worker_is_one_line(voc, network):
     (voc / "JPEGImages" / "train3.jpg").write_bytes(b"")
     train, val = scenes_of(voc, SMALL, None, "val")
-    with pytest.raises(UserError) as mistake:
+    with pytest.raises(UserError) as error:
         fit(network, train, val, SMALL, workers=1)
-    assert str(mistake.value).startswith(f"{voc / 'JPEGImages' / 'train3.jpg'}: no picture")
-    assert "\n" not in str(mistake.value)
+    assert str(error.value).startswith(f"{voc / 'JPEGImages' / 'train3.jpg'}: cannot be decoded")
+    assert "\n" not in str(error.value)
 
 
-def test_a_batch_of_nothing_but_ignored_pixels_spoils_nothing(voc, network):
+def test_a_batch_of_ignored_pixels_does_no_harm(voc, network):
     for i in range(0, 40, 4):
         Image.fromarray(np.full((48, 60), IGNORE, np.uint8)).save(voc / "SegmentationClass" / f"train{i}.png")
     protocol = replace(SMALL, batch=1, lr=4.0)
@@ -264,13 +273,17 @@ def test_a_batch_of_nothing_but_ignored_pixels_spoils_nothing(voc, network):
 # ------------------------------------------------------------------------------------------------------------ programs
 
 
+def main(options: list[str]) -> int:
+    return command_line.main(["linear_seg", *options])
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     def load(path, untrained=False):
         torch.manual_seed(1 if untrained else 0)
         return ViT(width=24, depth=1, heads=2, patch=8, image_size=48)
 
-    monkeypatch.setattr(eval.target, "load_backbone", load)
+    monkeypatch.setattr("model.weights.load_backbone", load)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(
         "data: {shards: nowhere, views: [{count: 2, size: 48, teacher: true}]}\n"
@@ -279,8 +292,8 @@ def run(tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-def test_the_program_tells_and_records(run, voc, capsys):
-    (voc / "classes.txt").write_text("ground\nred box\nblue box\n")
+def test_the_command_prints_and_records(run, voc, capsys):
+    (voc / "classes.txt").write_text("background\nred box\nblue box\n")
     words = ["--data", str(voc), "--epochs", "6", "--lr", "0.5", "--batch", "8"]
     assert main([str(run), *words]) == 0
     screen = capsys.readouterr().out
@@ -298,33 +311,32 @@ def test_the_program_tells_and_records(run, voc, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("options", "message"),
     [
         (["--data", "nowhere"], "nowhere: not in Pascal VOC's layout"),
-        ([], "which scenes"),
+        ([], "no scenes"),
         (["--data", "VOC", "--size", "60"], "size 60: not a multiple of the patch size 8; the nearest is 64"),
         (["--data", "VOC", "--val-split", "tarin"], "did you mean 'train'"),
-        (["--data", "VOC", "--epochs", "0"], "--epochs 0: more than 0"),
+        (["--data", "VOC", "--epochs", "0"], "--epochs 0: must be more than 0"),
         (["--data", "VOC", "--protocol", "dense"], "did you mean 'densedino'"),
     ],
 )
-def test_a_wrong_word_is_told(run, voc, words, told):
-    with pytest.raises(UserError, match=told):
-        main([str(run), *(str(voc) if word == "VOC" else word for word in words)])
+def test_wrong_options_are_refused(run, voc, options, message):
+    with pytest.raises(UserError, match=message):
+        main([str(run), *(str(voc) if option == "VOC" else option for option in options)])
 
 
-def test_the_report_holds_trained_untrained_and_pixels_side_by_side(run, voc, tmp_path, capsys):
-    from tests.test_eval_knn import make_shards
-    from tests.test_eval_knn import paint as paint_photos
+def test_the_report_compares_trained_untrained_and_pixels(run, voc, tmp_path, capsys):
+    from tests.test_eval_knn import make_shards, write_photos
 
-    paint_photos(tmp_path / "photos", 20, seed=0)
+    write_photos(tmp_path / "photos", 20, seed=0)
     make_shards(tmp_path / "photos", tmp_path / "shards")
     config = run / "config.yaml"
     config.write_text(
         config.read_text().replace("shards: nowhere", f"shards: {tmp_path / 'shards'}, holdout: 0.2")
         + f"eval: {{voc: {voc}, seg_epochs: 3, seg_lr: 0.5, k: 5}}\n"
     )
-    assert report.main([str(run)]) == 0
+    assert command_line.main(["report", str(run)]) == 0
     results = json.loads((run / "results.json").read_text())
     assert results["knn_top1"] > 90
     assert 0 < results["miou"] <= results["miou_best"] <= 100
@@ -337,25 +349,24 @@ def test_the_report_holds_trained_untrained_and_pixels_side_by_side(run, voc, tm
     screen = capsys.readouterr().out
     assert all(word in screen for word in ("trained", "untrained", "raw pixels", f"{results['miou']:.2f}"))
 
-    assert report.main([str(run), "--skip-existing"]) == 0  # told again, not measured again
+    assert command_line.main(["report", str(run), "--skip-existing"]) == 0  # printed again, not measured again
     assert f"{results['miou']:.2f}" in capsys.readouterr().out
     assert json.loads((run / "results.json").read_text()) == results
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "checkpoint-00000009.safetensors").touch()
-    os.utime(run / "results.json", (0, 0))  # trained on since
-    assert report.main([str(run), "--skip-existing"]) == 0
+    os.utime(run / "results.json", (0, 0))  # trained further since
+    assert command_line.main(["report", str(run), "--skip-existing"]) == 0
     assert "written to" in capsys.readouterr().out
 
 
-def test_a_report_says_what_it_leaves_out(run, voc, tmp_path, capsys):
-    from tests.test_eval_knn import make_shards
-    from tests.test_eval_knn import paint as paint_photos
+def test_a_report_names_what_it_skips(run, voc, tmp_path, capsys):
+    from tests.test_eval_knn import make_shards, write_photos
 
-    paint_photos(tmp_path / "photos", 10, seed=0)
-    make_shards(tmp_path / "photos", tmp_path / "bare", "--labels", "no")
+    write_photos(tmp_path / "photos", 10, seed=0)
+    make_shards(tmp_path / "photos", tmp_path / "unlabeled", "--labels", "no")
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("shards: nowhere", f"shards: {tmp_path / 'bare'}, holdout: 0.2"))
-    assert report.main([str(run)]) == 0
+    config.write_text(config.read_text().replace("shards: nowhere", f"shards: {tmp_path / 'unlabeled'}, holdout: 0.2"))
+    assert command_line.main(["report", str(run)]) == 0
     screen = capsys.readouterr().out
     assert screen.count("k-NN skipped: these shards have no classes") == 1
     assert screen.count("mIoU skipped") == 1

@@ -1,4 +1,4 @@
-"""k-NN while training: the figure of the program, on what no step sees, and no trace in the run."""
+"""k-NN while training: the result of `python -m eval knn`, on held-out photos, without side effects on the run."""
 
 import pytest
 import torch
@@ -6,13 +6,14 @@ import torch
 from eval.knn import photo_knn
 from eval.online import OnlineKnn
 from model.vit import ViT
-from pipeline.shards import Plan, Shards
+from pipeline.plan import Plan
+from pipeline.shards import Shards
 from runtime.config import load_config
 from runtime.distributed import DistributedContext
 from runtime.errors import UserError
 from tests.test_eval_knn import home  # noqa: F401 - a fixture
 
-ALONE = DistributedContext(0, 1, torch.device("cpu"), torch.float32)
+SINGLE = DistributedContext(0, 1, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def network():
 
 @pytest.fixture
 def online(home, tmp_path):  # noqa: F811
-    """Makes an OnlineKnn of photos of three colors, a fifth held out; takes changes of the config."""
+    """Makes an OnlineKnn on photos of three colors, a fifth held out; takes changes of the config."""
 
     def make(*changes: str, shards: str = "shards") -> OnlineKnn:
         path = tmp_path / "colors.yaml"
@@ -35,62 +36,61 @@ def online(home, tmp_path):  # noqa: F811
         config = load_config(path, changes)
         shards_of = Shards(home / shards)
         holdout = 0.0 if config.data.val else config.data.holdout
-        return OnlineKnn(config, shards_of, Plan(shards_of, batch=8, seed=0, holdout=holdout), ALONE)
+        return OnlineKnn(config, shards_of, Plan(shards_of, batch=8, seed=0, holdout=holdout), SINGLE)
 
     return make
 
 
-def test_the_figure_is_the_programs_on_what_no_step_sees(online, network):
-    ask = online()
-    assert (ask.skipped, len(ask.bank), len(ask.val)) == (None, 72, 18)
-    assert not set(ask.bank.rows) & set(ask.val.rows)
-    assert ask(network) == photo_knn(network.eval(), ask.bank, ask.val, k=5)["cls"][0]
-    assert ask(network) > 90  # three colors: a third by guessing
+def test_the_result_is_that_of_photo_knn_on_held_out_photos(online, network):
+    knn = online()
+    assert (knn.skipped, len(knn.train), len(knn.val)) == (None, 72, 18)
+    assert not set(knn.train.ids) & set(knn.val.ids)
+    assert knn(network) == photo_knn(network.eval(), knn.train, knn.val, k=5)["cls"][0]
+    assert knn(network) > 90  # three colors: chance is a third
 
 
-def test_it_asks_every_so_many_epochs(online):
+def test_it_is_due_every_so_many_epochs(online):
     assert [done for done in range(1, 20) if online().due(done)] == [4, 8, 12, 16]  # 9 steps an epoch, half of one
-    never = online("eval.every=0")  # and nothing is said about it
+    never = online("eval.every=0")  # and that is not reported as skipped
     assert never.skipped is None
     assert not any(never.due(done) for done in range(1, 20))
 
 
-def test_it_leaves_no_trace(online, network):
+def test_it_has_no_side_effects(online, network):
     network.train()
     before = torch.get_rng_state()
-    ask = online()
-    ask(network)
+    online()(network)
     assert network.training
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in network.parameters())
 
 
-def test_a_limit_spreads_over_both_sets(online, home):  # noqa: F811
-    ask = online("eval.limit=9", f"data.val={home / 'val'}")
-    assert (len(ask.bank), len(ask.val)) == (9, 9)
-    assert set(ask.bank.shards.index["label"][ask.bank.rows]) == {0, 1, 2}
-    assert ask.val.shards.folder == home / "val"
+def test_a_limit_holds_for_both_sets(online, home):  # noqa: F811
+    knn = online("eval.limit=9", f"data.val={home / 'val'}")
+    assert (len(knn.train), len(knn.val)) == (9, 9)
+    assert set(knn.train.shards.index["label"][knn.train.ids]) == {0, 1, 2}
+    assert knn.val.shards.folder == home / "val"
 
 
 @pytest.mark.parametrize(
     ("changes", "shards", "why"),
     [
-        ((), "bare", "no classes"),
+        ((), "unlabeled", "no classes"),
         (("data.holdout=0",), "shards", "keeps no photo out"),
     ],
 )
-def test_what_is_skipped_is_said(online, changes, shards, why):
-    ask = online(*changes, shards=shards)
-    assert why in ask.skipped
-    assert not any(ask.due(done) for done in range(1, 20))
+def test_the_reason_for_skipping_is_given(online, changes, shards, why):
+    knn = online(*changes, shards=shards)
+    assert why in knn.skipped
+    assert not any(knn.due(done) for done in range(1, 20))
 
 
-def test_nothing_but_damage_stops_no_run(online, network, monkeypatch):
+def test_damaged_photos_do_not_stop_a_run(online, network, monkeypatch):
     monkeypatch.setattr(Shards, "is_valid", lambda *_: False)
     assert online()(network) is None
 
 
-def test_what_cannot_be_is_told_before_anything_starts(online):
+def test_wrong_settings_are_refused(online):
     with pytest.raises(UserError, match=r"eval\.every: not below 0, this is -1"):
         online("eval.every=-1")
     with pytest.raises(UserError, match=r"eval\.limit: more than 0, this is 0"):

@@ -125,8 +125,8 @@ def test_missing_method(tiny_config):
 
 def test_export_and_evaluation(method, tiny_config, tmp_path):
     run_program("train.py", tiny_config, method, "optim.epochs=1", "optim.warmup_epochs=0")
-    assert "top-1" in run_program("-m", "eval.knn", tmp_path / "run").stdout
-    assert "top-1" in run_program("-m", "eval.knn", tmp_path / "run", "--untrained").stdout
+    assert "top-1" in run_program("-m", "eval", "knn", tmp_path / "run").stdout
+    assert "top-1" in run_program("-m", "eval", "knn", tmp_path / "run", "--untrained").stdout
 
 
 def test_starts_from_pretrained_weights(method, tiny_config, tmp_path):

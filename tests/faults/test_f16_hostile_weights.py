@@ -1,4 +1,5 @@
-"""F16: files that want to run code or fill the memory, as a checkpoint, as weights, as heads: refused, and no canary."""
+"""F16: files that try to run code or to fill the memory, as checkpoint, weights or heads: all refused, and no code
+is run."""
 
 import json
 import os
@@ -22,7 +23,7 @@ HEAD = {
 
 
 class Hostile:
-    """Unpickled, it makes a file."""
+    """Makes a file when it is unpickled."""
 
     def __init__(self, canary: Path):
         self.canary = canary
@@ -31,7 +32,7 @@ class Hostile:
         return os.system, (f"touch {self.canary}",)
 
 
-def both_kinds(folder: Path, content: object) -> list[Path]:
+def save_both_formats(folder: Path, content: object) -> list[Path]:
     """As torch.save writes it, and as a bare pickle."""
     torch.save(content, folder / "zip.pth")
     with open(folder / "plain.pth", "wb") as file:
@@ -44,51 +45,51 @@ UNSAFE = "not weights that can be read safely (Weights only load failed"
 
 @pytest.mark.fault("F16")
 @pytest.mark.fast
-def test_a_pickle_as_the_checkpoint_to_resume_from(tiny_config, tmp_path):
+def test_pickle_as_the_checkpoint_to_resume_from(tiny_config, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
-    for path in both_kinds(tmp_path, {"step": 7, "model": Hostile(tmp_path / "canary")}):
+    for path in save_both_formats(tmp_path, {"step": 7, "model": Hostile(tmp_path / "canary")}):
         target = folder / "checkpoint-00000007.safetensors"
         path.replace(target)
-        told = run_program("train.py", tiny_config, expect=2).stderr
-        assert told.startswith(f"error: {target}: not a safetensors file (")
-        assert f"no checkpoint in {folder} is valid: remove them to start the run again from step 0" in told
-        assert "Traceback" not in told
+        error = run_program("train.py", tiny_config, expect=2).stderr
+        assert error.startswith(f"error: {target}: not a safetensors file (")
+        assert f"no checkpoint in {folder} is valid: remove them to start the run again from step 0" in error
+        assert "Traceback" not in error
         assert target.is_file()
     assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.fault("F16")
 @pytest.mark.fast
-def test_a_pickle_among_pretrained_weights(tmp_path):
+def test_pickle_among_pretrained_weights(tmp_path):
     weights = {"cls_token": torch.ones(1, 1, 64), "pos_embed": Hostile(tmp_path / "canary")}
-    for path in both_kinds(tmp_path, {"state_dict": weights}):
-        with pytest.raises(UserError) as told:
+    for path in save_both_formats(tmp_path, {"state_dict": weights}):
+        with pytest.raises(UserError) as error:
             read_network(path, "student")
-        assert str(told.value).startswith(f"{path}: {UNSAFE}")
+        assert str(error.value).startswith(f"{path}: {UNSAFE}")
     assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.fault("F16")
-def test_a_pickle_to_evaluate(tmp_path, tiny_shards):
-    path = both_kinds(tmp_path, {"teacher": {"backbone.pos_embed": Hostile(tmp_path / "canary")}})[0]
-    told = run_program("-m", "eval.knn", path, "--bank", tiny_shards, "--val", tiny_shards, expect=2).stderr
-    assert told.startswith(f"error: {path}: {UNSAFE}")
-    assert "Traceback" not in told
+def test_pickle_to_evaluate(tmp_path, tiny_shards):
+    path = save_both_formats(tmp_path, {"teacher": {"backbone.pos_embed": Hostile(tmp_path / "canary")}})[0]
+    error = run_program("-m", "eval", "knn", path, "--train", tiny_shards, "--val", tiny_shards, expect=2).stderr
+    assert error.startswith(f"error: {path}: {UNSAFE}")
+    assert "Traceback" not in error
     assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.fault("F16")
 @pytest.mark.fast
-def test_a_pickle_inside_a_head(tmp_path):
+def test_pickle_inside_a_head(tmp_path):
     teacher = {f"head.{name}": t for name, t in HEAD.items()}
-    path = both_kinds(tmp_path, {"teacher": teacher})[0]
-    assert set(read_network(path)[0]) == {f"cls_head.{name}" for name in HEAD}  # without the hostile part it is one
+    path = save_both_formats(tmp_path, {"teacher": teacher})[0]
+    assert set(read_network(path)[0]) == {f"cls_head.{name}" for name in HEAD}  # without the hostile part it loads
     teacher["head.last_layer.weight_v"] = Hostile(tmp_path / "canary")
-    for path in both_kinds(tmp_path, {"teacher": teacher}):
-        with pytest.raises(UserError) as told:
+    for path in save_both_formats(tmp_path, {"teacher": teacher}):
+        with pytest.raises(UserError) as error:
             read_network(path)
-        assert str(told.value).startswith(f"{path}: {UNSAFE}")
+        assert str(error.value).startswith(f"{path}: {UNSAFE}")
     assert not (tmp_path / "canary").exists()
 
 
@@ -105,25 +106,25 @@ for path in sys.argv[1:]:
     before = peak()
     try:
         load_backbone(path)
-        told = "LOADED"
-    except UserError as mistake:
-        told = str(mistake)
-    print(peak() - before, told)
+        message = "LOADED"
+    except UserError as error:
+        message = str(error)
+    print(peak() - before, message)
 """
 
 
 def read_all(*paths: Path) -> list[str]:
-    """What each file is refused with; and none may take 30 MB of memory, in a process of its own."""
+    """The message that each file is refused with. None may take 30 MB of memory, in a separate process."""
     # the shell between resets the peak, which a child otherwise inherits from a large parent
     command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", READ, *map(str, paths)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
     assert len(lines) == len(paths)
-    for path, (grown, told) in zip(paths, lines, strict=True):
-        assert int(grown) < 30, (path, told)
-        assert told.startswith(f"{path}: "), told
-    return [told for _, told in lines]
+    for path, (grown, message) in zip(paths, lines, strict=True):
+        assert int(grown) < 30, (path, message)
+        assert message.startswith(f"{path}: "), message
+    return [message for _, message in lines]
 
 
 @pytest.mark.fault("F16")
@@ -138,7 +139,7 @@ def test_bombs(tmp_path):
     assert (tmp_path / "deflated.pth").stat().st_size < 300_000
     (tmp_path / "stored.pth").unlink()
 
-    overlapping = tmp_path / "overlapping.pth"  # many entries, one run of bytes
+    overlapping = tmp_path / "overlapping.pth"  # many entries that share the same bytes
     torch.save({f"blocks.{i}.norm1.weight": torch.zeros(2**20) + i for i in range(8)}, overlapping)
     content = bytearray(overlapping.read_bytes())
     entries = [m.start() for m in re.finditer(b"PK\x01\x02", content)]
@@ -146,25 +147,25 @@ def test_bombs(tmp_path):
     assert len(data) == 8
     with zipfile.ZipFile(overlapping) as whole:
         start = min(e.header_offset for e in whole.infolist() if e.file_size == 2**22)
-    for e in data:  # each claims the first one's 4 MB and the 28 MB behind them
+    for e in data:  # each claims the first one's 4 MB and the 28 MB after it
         content[e + 42 : e + 46] = start.to_bytes(4, "little")
         content[e + 20 : e + 24] = content[e + 24 : e + 28] = (2**25).to_bytes(4, "little")
     overlapping.write_bytes(content)
 
     claims = tmp_path / "claims.pth"  # four bytes, seen as 64 GB
     torch.save({"pos_embed": torch.ones(1).expand(1, 2**17, 2**17), "cls_token": torch.ones(1, 1, 64)}, claims)
-    wide = tmp_path / "wide.pth"  # little of a network that would be large
+    wide = tmp_path / "wide.pth"  # a small file that claims a large network
     torch.save({"pos_embed": torch.ones(1, 5, 2**17), "patch_embed.proj.weight": torch.ones(1, 3, 8, 8)}, wide)
     deep = tmp_path / "deep.pth"
     torch.save({"pos_embed": torch.ones(1, 5, 64), "patch_embed.proj.weight": torch.ones(64, 3, 8, 8),
                 "blocks.999999999.norm1.weight": torch.ones(64)}, deep)  # fmt: skip
 
-    told = read_all(tmp_path / "deflated.pth", overlapping, claims, wide, deep)
-    assert "its entries are compressed, which torch.save never does" in told[0]
-    assert "its entries promise more bytes than the file has" in told[1]
-    assert re.search(r"its tensors would take 68,719,[\d,]+ bytes, the file has", told[2])
-    assert re.search(r"'cls_token' is missing", told[3])
-    assert "is missing" in told[4]
+    messages = read_all(tmp_path / "deflated.pth", overlapping, claims, wide, deep)
+    assert "its entries are compressed, which torch.save never does" in messages[0]
+    assert "its entries claim more bytes than the file has" in messages[1]
+    assert re.search(r"its tensors would take 68,719,[\d,]+ bytes, the file has", messages[2])
+    assert re.search(r"'cls_token' is missing", messages[3])
+    assert "is missing" in messages[4]
 
 
 def safetensors(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
@@ -177,10 +178,10 @@ def tensor(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-HEADERS = {  # what: (header, bytes behind it, length told, what is told)
+HEADERS = {  # case: (header, bytes after it, claimed length, message)
     "huge length": ({}, b"", 2**62, r"the header would take 4,611,686,018,427,387,904"),
     "long header": (b'{"a":"' + 5_000_000 * b" " + b'"}', b"", None, r"the header would take 5,000,008"),
-    "behind the file": ({"cls_token": tensor([64], 0, 256)}, b"", None, r"not a safetensors file \("),
+    "beyond the file": ({"cls_token": tensor([64], 0, 256)}, b"", None, r"not a safetensors file \("),
     "overlapping": (
         {"cls_token": tensor([4], 0, 16), "pos_embed": tensor([4], 8, 24)}, 24 * b"\0", None, r"not a safetensors file \("
     ),
@@ -191,20 +192,20 @@ HEADERS = {  # what: (header, bytes behind it, length told, what is told)
     ),
     "unknown dtype": ({"cls_token": tensor([4], 0, 16, "PICKLE")}, 16 * b"\0", None, r"not a safetensors file \("),
     "brackets": (100_000 * b'{"a":', b"", None, r"not a safetensors file \("),
-    "no JSON": (b'{"' + 100 * b"\xff", b"", None, r"not a safetensors file \("),
-    "a list": (b"[]      ", b"", None, r"its header is no JSON object"),
-    "empty": (b"", b"", 0, r"its header is no JSON object"),
-    "about itself, wrongly": (
-        {"__metadata__": {"densedino": "[" * 100_000}}, b"", None, r"what it tells of itself is no JSON object"
+    "not JSON": (b'{"' + 100 * b"\xff", b"", None, r"not a safetensors file \("),
+    "a list": (b"[]      ", b"", None, r"its header is not a JSON object"),
+    "empty": (b"", b"", 0, r"its header is not a JSON object"),
+    "metadata is not JSON": (
+        {"__metadata__": {"densedino": "[" * 100_000}}, b"", None, r"its metadata 'densedino' is not a JSON object"
     ),
-    "heads that share nothing": (
+    "width not divisible by heads": (
         {
             "__metadata__": {"densedino": '{"heads": "many"}'}, "pos_embed": tensor([1, 5, 4], 0, 80),
             "patch_embed.proj.weight": tensor([4, 3, 1, 1], 80, 128),
         },
-        128 * b"\0", None, r"'many' heads do not share a width of 4",
+        128 * b"\0", None, r"a width of 4 is not divisible by 'many' heads",
     ),
-    "an attention of its own": (
+    "unknown attention": (
         {
             "__metadata__": {"densedino": '{"heads": 2, "attention": "patchs"}'}, "pos_embed": tensor([1, 5, 4], 0, 80),
             "patch_embed.proj.weight": tensor([4, 3, 1, 1], 80, 128),
@@ -223,16 +224,16 @@ def test_hostile_safetensors_headers(tmp_path):
     paths = []
     for n, (header, data, length, _) in enumerate(HEADERS.values()):
         paths.append(safetensors(tmp_path / f"{n}.safetensors", header, data, length))
-        paths.append(tmp_path / f"checkpoint-{n:08d}.safetensors")  # and as a checkpoint
+        paths.append(tmp_path / f"checkpoint-{n:08d}.safetensors")  # the same as a checkpoint
         paths[-1].write_bytes(paths[-2].read_bytes())
-    told = read_all(*paths)
-    for n, (what, (_, _, _, message)) in enumerate(HEADERS.items()):
-        assert re.search(message, told[2 * n]), (what, told[2 * n])
-        assert re.search("not a safetensors file|not a checkpoint", told[2 * n + 1]), (what, told[2 * n + 1])
+    messages = read_all(*paths)
+    for n, (case, (_, _, _, message)) in enumerate(HEADERS.items()):
+        assert re.search(message, messages[2 * n]), (case, messages[2 * n])
+        assert re.search("not a safetensors file|not a checkpoint", messages[2 * n + 1]), (case, messages[2 * n + 1])
 
 
-def test_a_good_file_is_taken(tmp_path):
-    """The same writer's files load where nothing is hostile."""
+def test_a_good_file_loads(tmp_path):
+    """Files of the same writer load if they are not hostile."""
     header = {"pos_embed": tensor([1, 5, 4], 0, 80), "patch_embed.proj.weight": tensor([4, 3, 1, 1], 80, 128)}
     path = safetensors(tmp_path / "w.safetensors", header, 128 * b"\0")
     assert set(read_network(path)[0]) == {"backbone.pos_embed", "backbone.patch_embed.proj.weight"}

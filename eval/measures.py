@@ -1,0 +1,96 @@
+"""The measures of `compare`: each protocol with its published settings, as entries of measures.json."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from eval import cluster_seg, linear, linear_seg, retrieval_seg
+from eval.datasets import VocSegmentation, scene_sizes, voc_splits
+from eval.features import default_workers
+from eval.knn import photo_knn
+from eval.target import EvalSpec
+from model.vit import ViT
+
+FEW = 128  # one in this many train scenes: if all are labeled, nearest raw pixels may already do well (docs/results.md)
+
+Measures = dict[str, Any]
+
+
+def _workers(spec: EvalSpec, items: int) -> int:
+    return default_workers(items) if spec.workers is None else spec.workers
+
+
+def measure_knn(network: ViT, spec: EvalSpec) -> Measures | None:
+    photos = spec.source.photos(network.image_size, spec.train, spec.val, spec.limit)
+    if photos is None:
+        return None
+    train, val = photos
+    settings = spec.source.settings
+    options: dict[str, Any] = dict(k=settings.k, temperature=settings.temperature, workers=_workers(spec, len(train)))
+    top = photo_knn(network, train, val, ("cls", "patches"), **options, progress=True)
+    return {"knn_top1": top["cls"][0], "knn_top1_patches": top["patches"][0]}
+
+
+def measure_linear(network: ViT, spec: EvalSpec) -> Measures | None:
+    photos = spec.source.photos(network.image_size, spec.train, spec.val, spec.limit)
+    if photos is None:
+        return None
+    protocol = linear.Protocol.for_views(network.image_size)
+    workers = _workers(spec, len(photos[0]) * (protocol.epochs if protocol.augment else 1))
+    best = linear.best_of(linear.fit(network, *photos, protocol, workers=workers, progress=True))
+    return {"linear_top1": best.top1, "linear_features": best.features, "linear_rate": best.rate}
+
+
+def measure_linear_seg(network: ViT, spec: EvalSpec) -> Measures | None:
+    if spec.data is None:
+        return None
+    settings = spec.source.settings
+    protocol = linear_seg.Protocol.for_views(network.image_size)
+    protocol = replace(protocol, epochs=settings.seg_epochs, lr=settings.seg_lr)
+    train, val = linear_seg.scenes_of(spec.data, protocol, None, "val")
+    workers = _workers(spec, len(train) * (protocol.epochs if protocol.augment else 1))
+    history = linear_seg.fit(network, train, val, protocol, workers=workers, progress=True)
+    last, best = history[-1], linear_seg.best_of(history)
+    measures = {"linear_seg_miou": last.miou, "linear_seg_miou_best": best.miou}
+    return measures | {"linear_seg_miou_present": last.miou_present, "linear_seg_iou": last.iou}
+
+
+def measure_cluster_seg(network: ViT, spec: EvalSpec) -> Measures | None:
+    if spec.data is None:
+        return None
+    size, map_size = scene_sizes(network.image_size)
+    scenes = VocSegmentation(spec.data, "val", size)
+    options: dict[str, Any] = dict(seeds=spec.seeds, workers=_workers(spec, len(scenes)))
+    many, few = cluster_seg.measure(network, scenes, map_size, [500, scenes.classes], **options, progress=True)
+    measures = {"cluster_seg_miou_500": many.miou, "cluster_seg_miou": few.miou}
+    return measures | {"spread": {"cluster_seg_miou_500": many.spread, "cluster_seg_miou": few.spread}}
+
+
+def measure_retrieval_seg(network: ViT, spec: EvalSpec) -> Measures | None:
+    if spec.data is None:
+        return None
+    train, val = voc_splits(spec.data, scene_sizes(network.image_size)[0])
+    score = retrieval_seg.measure(network, train, val, workers=_workers(spec, len(train)), progress=True)
+    few = train.subset(max(1, len(train) // FEW))
+    from_few = retrieval_seg.measure(network, few, val, workers=_workers(spec, len(val)), progress=True)
+    measures = {"retrieval_seg_miou": score.miou, "retrieval_seg_miou_present": score.miou_present}
+    measures |= {"retrieval_seg_miou_few": from_few.miou, "retrieval_seg_few": len(few)}
+    return measures | {"retrieval_seg_iou": score.iou}
+
+
+MEASURES: dict[str, Callable[[ViT, EvalSpec], Measures | None]] = {
+    "knn": measure_knn,
+    "linear": measure_linear,
+    "linear_seg": measure_linear_seg,
+    "cluster_seg": measure_cluster_seg,
+    "retrieval_seg": measure_retrieval_seg,
+}
+NO_CLASSES = "these shards have no classes"
+NO_SCENES = "no scenes to segment (--data FOLDER, or eval.voc in the config)"
+SKIP_REASONS = {  # if a measure returns None
+    "knn": NO_CLASSES,
+    "linear": NO_CLASSES,
+    "linear_seg": NO_SCENES,
+    "cluster_seg": NO_SCENES,
+    "retrieval_seg": NO_SCENES,
+}
