@@ -1,6 +1,6 @@
-"""One decoder: every odd format has the same pixels in each program that opens photos, and bad bytes the same error.
+"""One decoder: every format has the same pixels in each program that opens photos, and bad bytes give the same error.
 
-docs/data.md says what each format becomes. The references here do not come from pipeline/decode.py: they are the arrays
+docs/reference/formats.md says how each format is decoded. The references here do not come from pipeline/decode.py: they are the arrays
 that a lossless file was written from, and Pillow's own conversion of a lossy one.
 """
 
@@ -34,12 +34,14 @@ from pipeline.decode import (
     read_header,
     with_adobe_marker,
 )
+from pipeline.plan import Plan
 from pipeline.readers import webdataset
-from pipeline.shards import Plan, Shards
+from pipeline.readers.worker import crop_resize
+from pipeline.shards import Shards
 from runtime.config import load_config
 from runtime.errors import UserError
-from tools.show.figures import read_photo
-from tools.show.views import sound_samples
+from tools.show.photos import read_photo
+from tools.show.views import valid_samples
 
 HEIGHT, WIDTH = 60, 80
 RGB = pixels(1, HEIGHT, WIDTH)
@@ -51,8 +53,8 @@ SIZE = 32  # of a view, and of a picture for evaluation
 
 class Odd(NamedTuple):
     data: bytes
-    seen: np.ndarray  # [H,W,3] what the readers, evaluation and the picture tools see
-    made: np.ndarray  # [H,W,3] what is in the shards that `make shards` makes, up to JPEG
+    decoded: np.ndarray  # [H,W,3] for the readers, evaluation and the picture tools
+    made: np.ndarray  # [H,W,3] in the shards of `make shards`, up to JPEG
 
 
 # ----------------------------------------------------------------------------------------------- files with odd formats
@@ -103,7 +105,7 @@ def png_files() -> dict[str, Odd]:
     rgb16 = RGB.astype(int) * 256 + noise.integers(0, 256, RGB.shape)
     alpha16 = RAMP.astype(int) * 257
     gray, gray_clear, rgb_clear = three(GRAY), over_white(three(GRAY), RAMP), over_white(RGB, RAMP)
-    # name: samples, color type, bits a value, what is seen, what is made, chunks
+    # name: samples, color type, bits a value, decoded, made, chunks
     kinds: dict[str, tuple] = {
         "gray of 16 bits": (gray16[..., None], 0, 16, gray, gray),
         "color": (RGB, 2, 8, RGB, RGB),
@@ -206,8 +208,8 @@ FILES = odd_files()
 every_format = pytest.mark.parametrize("name", FILES)
 
 
-def far(ours: np.ndarray | Tensor, theirs: np.ndarray | Tensor) -> float:
-    """The mean difference of two pictures of the same shape, of 255."""
+def difference(ours: np.ndarray | Tensor, theirs: np.ndarray | Tensor) -> float:
+    """The mean difference of two images of the same shape, of 255."""
     assert ours.shape == theirs.shape
     return float(np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).mean())
 
@@ -235,7 +237,7 @@ class Programs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory) -> Programs:
-    """`make shards` and `make index` of all files, and what each reader makes of the latter's."""
+    """`make shards` and `make index` of all files, and each reader's views of the latter."""
     folder = tmp_path_factory.mktemp("decode")
     files, members = {}, {}
     for i, (name, odd) in enumerate(FILES.items()):
@@ -273,7 +275,7 @@ def programs(tmp_path_factory) -> Programs:
     return Programs(folder, indexed, photos, views)
 
 
-# ----------------------------------------------------------------------------------------- the same pixels for everyone
+# ------------------------------------------------------------------------------------- the same pixels in every program
 
 
 @every_format
@@ -281,9 +283,9 @@ def test_the_decoder(name, either_decoder):
     odd = FILES[name]
     pixels = decode(odd.data)
     assert pixels.dtype == torch.uint8
-    assert np.array_equal(pixels.permute(1, 2, 0), odd.seen)
-    assert np.array_equal(decode_with_pillow(odd.data), odd.seen)
-    assert check_header(odd.data) == odd.seen.shape[:2]
+    assert np.array_equal(pixels.permute(1, 2, 0), odd.decoded)
+    assert np.array_equal(decode_with_pillow(odd.data), odd.decoded)
+    assert check_header(odd.data) == odd.decoded.shape[:2]
 
 
 @every_format
@@ -291,26 +293,26 @@ def test_the_readers(name, programs):
     for reader, found in programs.views.items():
         windows, views = found[name]
         for window, view in zip(windows.numpy(), views, strict=True):
-            wanted = webdataset.cut(tensor(FILES[name].seen), window, SIZE)
+            expected = crop_resize(tensor(FILES[name].decoded), window, SIZE)
             if reader == "webdataset":
-                assert torch.equal(view, wanted)
+                assert torch.equal(view, expected)
             else:
-                assert far(view, wanted) <= 2, reader
+                assert difference(view, expected) <= 2, reader
 
 
 @every_format
 def test_make_shards(name, programs):
     odd, photo = FILES[name], programs.made[name]
     if photo == odd.data:
-        assert np.array_equal(decode(photo).permute(1, 2, 0), odd.seen)
-        assert np.array_equal(odd.made, odd.seen)
+        assert np.array_equal(decode(photo).permute(1, 2, 0), odd.decoded)
+        assert np.array_equal(odd.made, odd.decoded)
     else:
-        assert far(decode(photo).permute(1, 2, 0), odd.made) <= 1
+        assert difference(decode(photo).permute(1, 2, 0), odd.made) <= 1
 
 
 @every_format
 def test_evaluation(name, programs, tmp_path):
-    i, wanted = list(FILES).index(name), tensor(FILES[name].seen)
+    i, wanted = list(FILES).index(name), tensor(FILES[name].decoded)
     picture, label = LabeledPhotos(programs.indexed, SIZE)[i]
     assert label == i
     assert torch.equal(picture, center_crop(wanted, SIZE))
@@ -332,10 +334,10 @@ def test_evaluation(name, programs, tmp_path):
 
 @every_format
 def test_the_picture_tools(name, programs):
-    i, wanted = list(FILES).index(name), tensor(FILES[name].seen)
+    i, wanted = list(FILES).index(name), tensor(FILES[name].decoded)
     (path,) = (programs.folder / "source" / f"{i:03d}").iterdir()
     assert torch.equal(read_photo(path).picture, wanted)
-    ((_, photo),) = sound_samples(programs.indexed, [i], 1)
+    ((_, photo),) = valid_samples(programs.indexed, [i], 1)
     assert torch.equal(photo, wanted)
 
 
@@ -348,11 +350,11 @@ BAD = {
     "gif": (encoded(RGB, "GIF"), "neither JPEG, PNG nor WebP"),
     "tiff": (encoded(RGB, "TIFF"), "neither JPEG, PNG nor WebP"),
     "bmp": (encoded(RGB, "BMP"), "neither JPEG, PNG nor WebP"),
-    "animated webp": (encoded(RGB, "WEBP", **MOVING), "an animated WebP, and only still ones are read"),
+    "animated webp": (encoded(RGB, "WEBP", **MOVING), "an animated WebP; only still ones are supported"),
     "jpeg of no height": (lying_jpeg(40, 0), "its header says 0 x 40 pixels"),
-    "large jpeg": (lying_jpeg(65000, 65000), "65000 x 65000 pixels are more than a reader takes"),
-    "large png": (png_bomb(30000, 30000), "30000 x 30000 pixels are more than a reader takes"),
-    "large webp": (webp_bomb(), "16384 x 16384 pixels are more than a reader takes"),
+    "large jpeg": (lying_jpeg(65000, 65000), "65000 x 65000 pixels are more than the readers accept"),
+    "large png": (png_bomb(30000, 30000), "30000 x 30000 pixels are more than the readers accept"),
+    "large webp": (webp_bomb(), "16384 x 16384 pixels are more than the readers accept"),
     "cut jpeg": (JPEG[: len(JPEG) // 2], ""),
     "cut png": (PNG[: len(PNG) // 2], ""),
     "cut webp": (WEBP[: len(WEBP) // 2], ""),
@@ -376,12 +378,12 @@ def test_bad_bytes_have_one_error(name, either_decoder, tmp_path):
         read_photo(path)
 
 
-def test_headers_that_are_cut_anywhere():
-    """Never another error, and never another size."""
+def test_headers_truncated_at_any_byte():
+    """No other error, and no other size."""
     for name in ("jpeg", "png RGBA", "webp", "webp, lossless", "webp with alpha", "jpeg CMYK"):
         odd = FILES[name]
         for size in range(min(len(odd.data), 700)):
-            assert read_header(odd.data[:size]) in (None, odd.seen.shape[:2]), (name, size)
+            assert read_header(odd.data[:size]) in (None, odd.decoded.shape[:2]), (name, size)
             with_adobe_marker(odd.data[:size])
     assert read_header(JPEG[:2] + b"\xff\xff" + JPEG[2:]) == (HEIGHT, WIDTH)  # fill bytes
     assert MAX_PIXELS == 10_000**2
@@ -389,23 +391,23 @@ def test_headers_that_are_cut_anywhere():
 
 
 def test_shards_refuse_what_the_decoder_would(programs, monkeypatch):
-    """Also where the index holds the photo, so that DALI does not see it either."""
+    """Even if the index holds the photo, so DALI does not get it either."""
     moving, _ = BAD["animated webp"]
     record = np.zeros(1, programs.indexed.index.dtype)
     record["size"], record["crc32"], record["height"], record["width"] = len(moving), zlib.crc32(moving), HEIGHT, WIDTH
     monkeypatch.setattr(programs.indexed, "index", record)
-    assert programs.indexed.fault(0, moving) == "an animated WebP, and only still ones are read"
+    assert programs.indexed.validation_error(0, moving) == "an animated WebP; only still ones are supported"
 
 
 def test_adobes_marker_is_only_added_where_it_is_missing():
     for name, odd in FILES.items():
         marked = with_adobe_marker(odd.data)
         assert (marked == odd.data) == (name != "jpeg CMYK without Adobe's marker")
-        assert np.array_equal(decode_with_pillow(marked), odd.seen)
+        assert np.array_equal(decode_with_pillow(marked), odd.decoded)
 
 
 def test_the_header_and_the_indexer_need_no_torch():
-    """A process of `make shards` would take 500 MB more."""
+    """They would cost a process of `make shards` 500 MB."""
     program = (
         "import sys, pipeline.shards, tools.make_shards\n"
         "from pipeline.decode import decode_with_pillow\n"

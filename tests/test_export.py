@@ -1,4 +1,4 @@
-"""Weights in other people's hands: a process that knows torch and timm only gets the same features."""
+"""Exported weights: a process with torch and timm only gets the same features."""
 
 import json
 import subprocess
@@ -19,9 +19,9 @@ from model.vit import ARCHS, ViT
 from model.weights import load_backbone
 from runtime.checkpoint import save_backbone
 from runtime.errors import UserError
-from tools.export import export, hub_config, timm_form
+from tools.export.timm_folder import export, hub_config, timm_model
 
-# Evaluates each expression on the same images; torch and timm are all that it imports.
+# Evaluates each expression on the same images; imports torch and timm only.
 _ELSEWHERE = """
 import sys, timm, torch
 images = torch.load("images.pt")
@@ -36,7 +36,7 @@ assert not {"model", "runtime", "tools", "eval", "pipeline"} & sys.modules.keys(
 def a_vit(width=64, depth=2, heads=2, patch=8, image_size=32, attention="patches+self") -> ViT:
     torch.manual_seed(0)
     vit = ViT(width=width, depth=depth, heads=heads, patch=patch, image_size=image_size, attention=attention)
-    torch.nn.init.normal_(vit.pos_embed)  # far from each other: a position read wrongly is seen
+    torch.nn.init.normal_(vit.pos_embed)  # far apart, so that a misread position shows
     return vit.eval()
 
 
@@ -58,8 +58,8 @@ def same_elsewhere(vit: ViT, tmp_path: Path, *loads: str) -> bool:
     return True
 
 
-def test_the_papers_network(tmp_path):
-    """ViT-S/16 at 224 px: the line that the README promises, unchanged."""
+def test_vit_small(tmp_path):
+    """ViT-S/16 at 224 px: the line in the README, unchanged."""
     width, depth, heads = ARCHS["vit_small"]
     vit = a_vit(width, depth, heads, 16, 224)
     export(vit, tmp_path / "out", onnx=False)
@@ -68,14 +68,14 @@ def test_the_papers_network(tmp_path):
 
 
 def test_the_program_and_onnx(tmp_path):
-    """A custom network: the printed lines are all that one needs; ONNX takes any number of pictures."""
+    """A custom network: the printed lines load it; ONNX takes any batch size."""
     import onnx
     from onnxruntime import InferenceSession
 
     vit = a_vit(attention="none")
     save_backbone(tmp_path / "b.safetensors", vit, {"heads": 2, "attention": "none"})
-    told = run_program("-m", "tools.export", tmp_path / "b.safetensors", tmp_path / "out", "--onnx").stdout
-    lines = [line for line in told.splitlines() if line.startswith("timm.create_model")]
+    stdout = run_program("-m", "tools.export", tmp_path / "b.safetensors", tmp_path / "out", "--onnx").stdout
+    lines = [line for line in stdout.splitlines() if line.startswith("timm.create_model")]
     assert len(lines) == 2
     assert "embed_dim=64, depth=2, num_heads=2, patch_size=8, img_size=32" in lines[0]
     assert same_elsewhere(vit, tmp_path, *lines)
@@ -90,7 +90,7 @@ def test_the_program_and_onnx(tmp_path):
         got = session.run(["cls", "patches"], {"images": images[:n].numpy()})
         assert np.allclose(got[0], cls[:n], atol=1e-4)
         assert np.allclose(got[1], patches[:n], atol=1e-4)
-    # whole for us too, and without --onnx no model of other weights stays behind
+    # our own loader reads it too, and without --onnx no model of other weights is left
     again = load_backbone(tmp_path / "out" / "model.safetensors")
     assert (again.heads, again.attention) == (2, "none")
     export(a_vit(heads=1), tmp_path / "out", onnx=False)
@@ -99,13 +99,13 @@ def test_the_program_and_onnx(tmp_path):
 
 
 @pytest.mark.parametrize("size", [32, 48, 64, 96, 224])
-def test_timms_transform_cuts_photos_as_evaluation_does(size):
-    """By what config.json says of pictures: 55 pixels for 48, which a share of .875 would make 54."""
+def test_timms_transform_crops_photos_as_evaluation_does(size):
+    """With crop_pct of config.json: 55 pixels for 48; a share of .875 would give 54."""
     from timm.data import create_transform
 
-    told = hub_config(a_vit(image_size=size))["pretrained_cfg"]
+    settings = hub_config(a_vit(image_size=size))["pretrained_cfg"]
     words = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
-    theirs = create_transform(**{word: told[word] for word in words})
+    theirs = create_transform(**{word: settings[word] for word in words})
     coarse = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
     photo = Image.fromarray(coarse).resize((390, 270), Image.Resampling.BICUBIC)
     ours = normalized(center_crop(torch.from_numpy(np.array(photo)).permute(2, 0, 1), size)[None])[0]
@@ -113,15 +113,15 @@ def test_timms_transform_cuts_photos_as_evaluation_does(size):
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "vit_base"])
-def test_names_of_the_usual_networks(arch):
+def test_names_of_standard_networks(arch):
     with torch.device("meta"):
         vit = a_vit(*ARCHS[arch], 16, 224)
-        assert timm_form(vit) == (f"{arch}_patch16_224", {})
-        assert timm_form(a_vit(*ARCHS[arch], 8, 96)) == (f"{arch}_patch16_224", {"patch_size": 8, "img_size": 96})
+        assert timm_model(vit) == (f"{arch}_patch16_224", {})
+        assert timm_model(a_vit(*ARCHS[arch], 8, 96)) == (f"{arch}_patch16_224", {"patch_size": 8, "img_size": 96})
 
 
 def test_at_another_size_the_rules_differ(tmp_path):
-    """What the documentation says: timm resizes the grid by another rule, so features are near, and not equal."""
+    """As documented: timm resizes the position grid by another rule, so features are close, not equal."""
     vit = a_vit()
     export(vit, tmp_path / "out", onnx=False)
     load = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True, img_size=48)
@@ -145,5 +145,5 @@ def test_what_is_refused(tmp_path):
         export(a_vit(), tmp_path / "file", onnx=False)
     error = run_program("-m", "tools.export", tmp_path / "nothing", tmp_path / "out", expect=2).stderr
     assert error.startswith("error: ")
-    assert "nothing: no such file" in error
+    assert "nothing: no such run, checkpoint or backbone file" in error
     assert error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Painted scenes: the same bytes every time, masks that agree with their class, nothing that raw pixels could tell."""
+"""Painted scenes: the same bytes every time, masks that match their class, and classes that raw pixels do not give away."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def scenes(tmp_path_factory) -> Path:
 
 
 def salient(folder: Path, split: str) -> dict[str, int]:
-    """Class number, from 1, of each scene of a split, by the folder it lies in."""
+    """Class number, from 1, of each scene of a split, by the folder it is in."""
     names = (folder / "classes.txt").read_text().splitlines()
     return {p.stem: names.index(p.parent.name) for p in sorted(folder.glob(f"{split}/*/*.jpg"))}
 
@@ -65,7 +65,7 @@ def test_masks_agree_with_the_salient_class(scenes):
         assert pixels[1:].argmax() + 1 == kind
         assert pixels[0] > 0
         objects.append(int((pixels[1:] > 0).sum()))
-    assert set(objects) <= {1, 2, 3}  # a distractor may lie wholly under the salient object
+    assert set(objects) <= {1, 2, 3}  # the salient object may cover a distractor completely
     assert np.mean(objects) > 2
     assert np.bincount(list(kinds.values()), minlength=9)[1:].min() > 10
 
@@ -90,10 +90,10 @@ def test_splits_share_no_picture(scenes):
 
 
 def test_raw_pixels_do_badly(scenes):
-    """k-NN, k 20, on the cosine of whole pictures, every pixel standardized over the bank.
+    """k-NN, k 20, by the cosine of whole pictures, every pixel standardized over the train set.
 
-    No bound on every way to compare pixels: the correlation of center crops (eval/features.py) finds the hue pairs and
-    gets about twice as much, so what a network has learned is measured against that (eval/report.py).
+    This does not bound every comparison of pixels: the correlation of center crops (eval/features.py) recognizes the pairs
+    of hues and is about twice as good, so a network is compared with that (eval/report.py).
     """
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -101,12 +101,12 @@ def test_raw_pixels_do_badly(scenes):
         photos = [np.asarray(Image.open(scenes / "JPEGImages" / f"{name}.jpg"), np.float32) for name in kinds]
         return np.stack(photos).reshape(len(photos), -1), np.array(list(kinds.values()))
 
-    (bank, bank_kinds), (asked, kinds) = read("train"), read("val")
-    mean, spread = bank.mean(0), bank.std(0)
-    bank, asked = (bank - mean) / spread, (asked - mean) / spread
-    bank, asked = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, asked))
-    nearest = np.argsort(-asked @ bank.T, axis=1)[:, :20]
-    votes = np.stack([(bank_kinds[nearest] == k).sum(1) for k in range(9)], axis=1)
+    (train, train_kinds), (val, kinds) = read("train"), read("val")
+    mean, deviation = train.mean(0), train.std(0)
+    train, val = (train - mean) / deviation, (val - mean) / deviation
+    train, val = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, val))
+    nearest = np.argsort(-val @ train.T, axis=1)[:, :20]
+    votes = np.stack([(train_kinds[nearest] == k).sum(1) for k in range(9)], axis=1)
     assert (votes.argmax(1) == kinds).mean() < 0.5
 
 
@@ -117,20 +117,20 @@ def test_other_sizes(tmp_path):
         large, small = (Image.open(tmp_path / s / "SegmentationClass" / f"{name}.png") for s in ("large", "small"))
         assert large.size == (96, 96)
         halved = np.asarray(large)[::2, ::2]
-        assert (halved == np.asarray(small)).mean() > 0.95  # one scene, drawn finer
+        assert (halved == np.asarray(small)).mean() > 0.95  # the same scene at a higher resolution
 
 
-def test_a_whole_set_is_left_as_it_is(scenes):
+def test_a_complete_set_is_kept(scenes):
     before = {p: p.stat().st_mtime_ns for p in scenes.rglob("*")}
-    told = paint(scenes, "--train", 800, "--val", 200).stdout
-    assert "already painted" in told
-    assert told.count("\n") == 1
+    stdout = paint(scenes, "--train", 800, "--val", 200).stdout
+    assert "already painted" in stdout
+    assert stdout.count("\n") == 1
     error = paint(scenes, "--train", 800, "--val", 200, "--seed", 1, expect=2).stderr
-    assert "seed 0 there, 1 now" in error
+    assert "seed 0 saved, 1 given" in error
     assert {p: p.stat().st_mtime_ns for p in scenes.rglob("*")} == before
 
 
-def test_a_killed_painter_leaves_no_half_set(tmp_path):
+def test_a_killed_program_leaves_no_partial_set(tmp_path):
     folder = tmp_path / "scenes"
     command = [sys.executable, "-m", "tools.make_scenes", str(folder), "--train", "20000"]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -168,7 +168,7 @@ def test_wrong_inputs(tmp_path, words, message):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "letter.txt", "mine"]
 
 
-def test_wrong_words(tmp_path):
+def test_wrong_options(tmp_path):
     for words in (("--tra", 5), ("--size", "big"), ("--color",)):
         assert "Traceback" not in paint(tmp_path / "new", *words, expect=2).stderr
     assert not (tmp_path / "new").exists()

@@ -1,8 +1,10 @@
-"""How long a checkpoint holds the step up:  python -m tools.bench.checkpoint [--config FILE] [--dst FOLDER] [--rounds N]
+"""How long a checkpoint delays the step.
+
+    python -m tools.bench checkpoint [--config FILE] [--dst FOLDER] [--rounds 5]
 
 The state of a whole run (student, teacher, centers, AdamW's moments) of a config's size, on the device that trains.
-`before` hashes, checks and writes it between two steps, as this trainer did at first; `pause` is what the step waits for
-now, the copy off the device; `on disk` is when the thread is done. In turns, each to the same disk, synced.
+`before` hashes, checks and writes it between two steps, as this trainer first did; `pause` is what the step waits for now,
+the copy off the device; `on disk` is when the writer thread is done. In turns, each to the same disk, synced.
 """
 
 import argparse
@@ -18,14 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.methods import build
-from runtime.checkpoint import Writer, state_of
+from runtime.checkpoint import Writer, training_state
 from runtime.config import dump_config, load_config
 from runtime.distributed import reuse_memory
-from runtime.errors import run_cli
 
 
-def between_two_steps(path: Path, state: dict[str, Tensor]) -> None:
-    """Hash, check, write, sync: all of it while the device waits."""
+def save_synchronously(path: Path, state: dict[str, Tensor]) -> None:
+    """Hash, check, write and sync, while the device waits."""
     state = {n: t.cpu().contiguous() for n, t in state.items()}
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -36,17 +37,8 @@ def between_two_steps(path: Path, state: dict[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--config", default="configs/densedino_vits16.yaml")
-    parser.add_argument("--dst", default=tempfile.gettempdir(), help="disk to write to; default: /tmp")
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="default 5; the first save, which makes its buffers, is apart"
-    )
-    options = parser.parse_args()
-    config = load_config(options.config)
+def run(args: argparse.Namespace) -> None:
+    config = load_config(args.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         reuse_memory()
@@ -58,25 +50,19 @@ def main() -> None:
     adamw.step()
     adamw.zero_grad()
     seconds: dict[str, list[float]] = {"before": [], "pause": [], "on disk": []}
-    with tempfile.TemporaryDirectory(dir=options.dst) as folder:
+    with tempfile.TemporaryDirectory(dir=args.dst) as folder:
         writer = Writer(Path(folder) / "checkpoints", 1, dump_config(config), {}, {})
-        for step in range(options.rounds + 1):
+        for step in range(args.rounds + 1):
             start = time.perf_counter()
             writer.save(step, model, adamw)
-            pause = time.perf_counter() - start
+            seconds["pause"].append(time.perf_counter() - start)
             writer.finish()
-            on_disk = time.perf_counter() - start
+            seconds["on disk"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            between_two_steps(Path(folder) / "before.safetensors", state_of(model, adamw))
-            before = time.perf_counter() - start
-            for name, value in (("before", before), ("pause", pause), ("on disk", on_disk)):
-                seconds[name].append(value)
+            save_synchronously(Path(folder) / "before.safetensors", training_state(model, adamw))
+            seconds["before"].append(time.perf_counter() - start)
         size = (Path(folder) / "before.safetensors").stat().st_size
-    print(f"{size / 1e6:,.0f} MB of {options.config} on {device}, torch {torch.__version__}")
+    print(f"{size / 1e6:,.0f} MB of {args.config} on {device}, torch {torch.__version__}")
     for name, (first, *values) in seconds.items():
         spread = f"{min(values):.3f} to {max(values):.3f}, {len(values)} rounds; first {first:.3f}"
         print(f"{name:8s} {statistics.median(values):6.3f} s  ({spread})")
-
-
-if __name__ == "__main__":
-    run_cli(main)

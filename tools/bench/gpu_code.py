@@ -1,24 +1,23 @@
-"""What a GPU would be given, counted without one: `python -m tools.bench.gpu_code [--images 256]`.
+"""Kernels, library calls and bytes of the class loss on an H200, counted without a GPU.
 
-torch's fake tensors stand for an H200's, inductor writes its Triton code for them, and the kernels, the matrix products and
-the bytes that they read and write are counted. Nothing is compiled by Triton and nothing runs: no figure here is a time.
+    python -m tools.bench gpu_code [--images 256] [--out rows.jsonl]
+
+Inductor writes its Triton code for fake tensors on an H200; kernels, matrix products and the bytes that they read and write
+are counted. Triton compiles nothing and nothing runs, so no figure here is a time.
 """
 
 import argparse
 import contextlib
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest import mock
 
 import torch
-from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.losses.cross_entropy import GROUP, Exponentials, Gradients
-from runtime.errors import run_cli
-from tools.bench.data import finish
+from tools.bench.rows import make_table, report_rows
 
 Spec = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of an argument
 
@@ -31,27 +30,27 @@ H200 = types.SimpleNamespace(
 
 @contextlib.contextmanager
 def pretend_h200() -> Iterator[None]:
-    """While inductor writes its code, torch.cuda describes an H200."""
+    """Within this context torch.cuda reports the properties of an H200."""
     from torch._inductor.runtime.hints import DeviceProperties
     from torch.utils import _triton
 
-    described = DeviceProperties(
+    properties = DeviceProperties(
         "cuda", 0, H200.multi_processor_count, 90, H200.major, H200.regs_per_multiprocessor,
         H200.max_threads_per_multi_processor, H200.max_threads_per_block, H200.warp_size,
     )  # fmt: skip
-    answers = {
+    values = {
         "get_device_properties": H200, "is_available": True, "device_count": 1, "current_device": 0,
         "get_device_capability": (H200.major, H200.minor), "get_device_name": H200.name, "is_bf16_supported": True,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
-        for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=answer))
-        stack.enter_context(mock.patch.object(DeviceProperties, "create", return_value=described))
+        for name, value in values.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=value))
+        stack.enter_context(mock.patch.object(DeviceProperties, "create", return_value=properties))
         stack.enter_context(mock.patch.object(_triton, "triton_hash_with_backend", return_value="none"))
         yield
 
 
-def count(function: Callable[..., object], *specs: Spec) -> tuple[int, int, int]:
+def count_code(function: Callable[..., object], *specs: Spec) -> tuple[int, int, int]:
     """(Triton kernels, library calls such as matrix products, bytes read and written) of a compiled function."""
     from torch._inductor import metrics
     from torch._inductor.debug import DebugContext
@@ -76,21 +75,21 @@ def count(function: Callable[..., object], *specs: Spec) -> tuple[int, int, int]
     return metrics.generated_kernel_count, code.value.count("extern_kernels."), total
 
 
-def cls_loss(images: int, teachers: int = 2, views: int = 4, k: int = 65_536, d: int = 256) -> dict[str, tuple]:
-    """The two compiled pieces of the class loss with all prototypes: [CLS] of `images` images in each view."""
+def count_cls_loss(images: int, teachers: int = 2, views: int = 4, k: int = 65_536, d: int = 256) -> dict[str, tuple]:
+    """{piece: counts} of the two compiled pieces of the class loss with all prototypes, for [CLS] [views,images,d]."""
     half, full, groups = torch.bfloat16, torch.float32, k // GROUP
     terms: Spec = ((teachers, views), full)
 
-    def gradients(e_t, e_s, part_t, part_s, terms, z, w, v, norm, gain, d_z, d_v) -> tuple[Tensor, Tensor]:
-        Gradients().forward(e_t, e_s, part_t, part_s, terms, z, w, v, norm, gain, d_z, d_v, None, True, True)
+    def gradients(e_t, e_s, p_scale, q_scale, terms, z, w, v, norm, gain, d_z, d_v) -> tuple[Tensor, Tensor]:
+        Gradients().forward(e_t, e_s, p_scale, q_scale, terms, z, w, v, norm, gain, d_z, d_v, None, True, True)
         return d_z, d_v
 
     return {
-        "exponentials": count(
+        "exponentials": count_code(
             Exponentials().forward, ((teachers, images, d), half), ((views, images, d), half), ((k, d), half),
             ((k, d), half), ((k, 1), full), ((k, 1), full), ((k, 1, 1), full), terms,
         ),
-        "gradients": count(
+        "gradients": count_code(
             gradients, ((groups, GROUP, teachers, images), half), ((groups, GROUP, views, images), half),
             ((groups, teachers, images), full), ((groups, views, images), full), terms, ((views, images, d), half),
             ((k, d), half), ((k, d), full), ((k, 1), full), ((k, 1), full), ((views, images, d), full), ((k, d), full),
@@ -98,20 +97,11 @@ def cls_loss(images: int, teachers: int = 2, views: int = 4, k: int = 65_536, d:
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--images", type=int, default=256, help="images of one chunk (default: 256)")
-    parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> None:
     rows = []
-    table = Table(title=f"class loss, {args.images} images, 4 views, K 65,536: inductor's code for an H200")
-    for name in ("piece", "kernels", "library calls", "MB read and written"):
-        table.add_column(name, justify="left" if name == "piece" else "right")
-    for piece, (kernels, calls, size) in cls_loss(args.images).items():
+    title = f"class loss, {args.images} images, 4 views, K 65,536: inductor's code for an H200"
+    table = make_table(title, ("piece", "kernels", "library calls", "MB read and written"), left=1)
+    for piece, (kernels, calls, size) in count_cls_loss(args.images).items():
         table.add_row(piece, str(kernels), str(calls), f"{size / 1e6:,.0f}")
         rows.append({"what": "gpu_code", "piece": piece, "kernels": kernels, "calls": calls, "mb": round(size / 1e6)})
-    finish(table, rows, args.out)
-
-
-if __name__ == "__main__":
-    run_cli(main)
+    report_rows(table, rows, args.out)

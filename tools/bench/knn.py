@@ -1,13 +1,13 @@
 """k-NN at ImageNet's size beside the bare matrix product and top-k: speed and resident memory.
 
-    python -m tools.bench.knn [--photos 1281167] [--queries 50000] [--width 384] [--k 20] [--minutes 8] [--out rows.jsonl]
+    python -m tools.bench knn [--photos 1281167] [--queries 50000] [--width 384] [--k 20] [--minutes 8] [--out rows.jsonl]
 
-The bank is random and lies in a float16 file that is mapped, as a user's own features may. Both sides take turns at
-pieces of the bank (16,384 photos against all queries) until the time is over; where that is before the end of the bank,
-the time for all of it is extrapolated, and said so. `bare`: `(queries @ bank.T).topk(k)` of the same pieces, float32,
-normalized, in memory, as many queries at once as is fastest; neither reading, nor normalizing, nor keeping the best of
-all pieces is counted. Resident memory is the peak after every page of the bank has been read (the kernel counts a mapped
-file's pages as the process's), with the answers of all queries.
+The train set is random and in a memory-mapped float16 file, as a user's own features may be. Both sides take turns on
+blocks of the train set (16,384 photos against all queries) until the time is over; if that is before the end of the train
+set, the total time is extrapolated, and the output says so. `bare`: `(queries @ train.T).topk(k)` of the same blocks,
+float32, normalized, in memory, with the fastest number of queries at once; reading, normalizing, and merging the blocks'
+best are not counted. Resident memory is the peak after every page of the train set has been read (the kernel counts a
+mapped file's pages as the process's), with the answers of all queries.
 """
 
 import argparse
@@ -17,24 +17,24 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.table import Table
+from torch import Tensor
 
-from eval.knn import BANK_ROWS, NearestNeighbors
+from eval.knn import BLOCK_ROWS, NearestNeighbors
 from runtime.distributed import reuse_memory
-from runtime.errors import require_positive, run_cli
-from tools.bench.data import cpu_name, finish
+from tools.bench.rows import cpu_name, make_table, report_rows
 
 
 def simulate(path: Path, photos: int, width: int) -> None:
     """Random float16 features [photos,width] as a .npy file."""
     draws = np.random.default_rng(0)
     features = np.lib.format.open_memmap(path, "w+", np.float16, (photos, width))
-    for first in range(0, photos, BANK_ROWS):
-        rows = min(BANK_ROWS, photos - first)
+    for first in range(0, photos, BLOCK_ROWS):
+        rows = min(BLOCK_ROWS, photos - first)
         features[first : first + rows] = draws.standard_normal((rows, width), np.float32)
     features.flush()
 
@@ -43,74 +43,62 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def bare(queries: torch.Tensor, bank: torch.Tensor, k: int, rows: int) -> float:
-    """Seconds for one piece of the bank, both sides normalized beforehand."""
-    began = time.perf_counter()
-    for some in queries.split(rows):
-        (some @ bank.T).topk(k, dim=1)
-    return time.perf_counter() - began
+def time_bare(queries: Tensor, train: Tensor, k: int, rows: int) -> float:
+    """Seconds for one block of the train set, both sides normalized beforehand; `rows` queries at once."""
+    start = time.perf_counter()
+    for chunk in queries.split(rows):
+        (chunk @ train.T).topk(k, dim=1)
+    return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--photos", type=int, default=1_281_167, help="of the bank")
-    parser.add_argument("--queries", type=int, default=50_000)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--k", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=8, help="for both sides together")
-    parser.add_argument("--folder", type=Path, help="where the bank's file is put (default: the temporary folder)")
-    parser.add_argument("--out", type=Path, help="append the row as a JSON line")
-    args = parser.parse_args()
-    require_positive(args, "photos", "queries", "width", "k", "minutes")
+def measure(args: argparse.Namespace, features: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Seconds per block of both sides and the peak memory. features [photos,width] float16, labels [photos]."""
+    before = peak_mb()
+    draws = torch.Generator().manual_seed(1)
+    neighbors = NearestNeighbors(torch.randn(args.queries, args.width, generator=draws), args.k)
+    block = F.normalize(features[:BLOCK_ROWS].float(), dim=1)
+    some = neighbors.queries[:4096]
+    sizes = {rows: min(time_bare(some, block, args.k, rows) for _ in range(2)) for rows in (256, 1024, 4096)}
+    rows = min(sizes, key=lambda rows: sizes[rows])
+    ours: list[float] = []
+    bare: list[float] = []
+    start = time.perf_counter()
+    whole = args.photos // BLOCK_ROWS * BLOCK_ROWS
+    for first in range(0, max(whole, BLOCK_ROWS), BLOCK_ROWS):
+        part = slice(first, min(first + BLOCK_ROWS, args.photos))
+        if time.perf_counter() - start > 60 * args.minutes and ours:
+            break
+        block_start = time.perf_counter()
+        neighbors.update(features[part], labels[part])
+        ours.append(time.perf_counter() - block_start)
+        bare.append(time_bare(neighbors.queries, F.normalize(features[part].float(), dim=1), args.k, rows))
+    few = NearestNeighbors(neighbors.queries[:64], args.k)
+    few.update(features, labels)  # reads the remaining pages of the train set, for the memory
+    return {"ours": ours, "bare": bare, "bare_rows": rows, "peak_mb_before": before, "peak_mb": peak_mb()}
+
+
+def run(args: argparse.Namespace) -> None:
     reuse_memory()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        file = Path(folder) / "bank.npy"
+        file = Path(folder) / "train.npy"
         simulate(file, args.photos, args.width)
         features = torch.from_numpy(np.load(file, mmap_mode="c"))  # copy on write: torch wants a writable array
-        labels = torch.arange(args.photos) % 1000
-        before = peak_mb()
-        draws = torch.Generator().manual_seed(1)
-        found = NearestNeighbors(torch.randn(args.queries, args.width, generator=draws), args.k)
-        piece = F.normalize(features[:BANK_ROWS].float(), dim=1)
-        some = found.queries[:4096]
-        sizes = {rows: min(bare(some, piece, args.k, rows) for _ in range(2)) for rows in (256, 1024, 4096)}
-        rows = min(sizes, key=lambda rows: sizes[rows])
-        ours: list[float] = []
-        theirs: list[float] = []
-        began = time.perf_counter()
-        whole = args.photos // BANK_ROWS * BANK_ROWS
-        for first in range(0, max(whole, BANK_ROWS), BANK_ROWS):
-            block = slice(first, min(first + BANK_ROWS, args.photos))
-            if time.perf_counter() - began > 60 * args.minutes and ours:
-                break
-            start = time.perf_counter()
-            found.meet(features[block], labels[block])
-            ours.append(time.perf_counter() - start)
-            theirs.append(bare(found.queries, F.normalize(features[block].float(), dim=1), args.k, rows))
-        met = len(ours) * BANK_ROWS
-        few = NearestNeighbors(found.queries[:64], args.k)
-        few.meet(features, labels)  # the rest of the bank's pages, for the memory
-        memory = peak_mb()
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    low, high = min(ratios), max(ratios)
-    per_piece, bare_piece = statistics.median(ours), statistics.median(theirs)
-    pieces = args.photos / BANK_ROWS
+        result = measure(args, features, torch.arange(args.photos) % 1000)
+    ours, bare = result["ours"], result["bare"]
+    ratios = [b / a for a, b in zip(ours, bare, strict=True)]
+    blocks = args.photos / BLOCK_ROWS
     row = {
         "what": "knn", "photos": args.photos, "queries": args.queries, "width": args.width, "k": args.k,
-        "measured_share": round(min(1.0, met / args.photos), 3), "seconds": round(per_piece * pieces, 1),
-        "bare_seconds": round(bare_piece * pieces, 1), "bare_rows": rows, "speed": round(sum(theirs) / sum(ours), 3),
-        "speed_spread": [round(low, 3), round(high, 3)], "peak_mb": round(memory), "peak_mb_before": round(before),
-        "threads": torch.get_num_threads(), "device": cpu_name(), "load": round(os.getloadavg()[0], 2),
+        "measured_share": round(min(1.0, len(ours) * BLOCK_ROWS / args.photos), 3),
+        "seconds": round(statistics.median(ours) * blocks, 1), "bare_seconds": round(statistics.median(bare) * blocks, 1),
+        "bare_rows": result["bare_rows"], "speed": round(sum(bare) / sum(ours), 3),
+        "speed_spread": [round(min(ratios), 3), round(max(ratios), 3)], "peak_mb": round(result["peak_mb"]),
+        "peak_mb_before": round(result["peak_mb_before"]), "threads": torch.get_num_threads(), "device": cpu_name(),
+        "load": round(os.getloadavg()[0], 2),
     }  # fmt: skip
-    table = Table(title=f"k-NN, {args.photos:,} x {args.queries:,} features of {args.width}, {cpu_name()}")
     names = ("seconds", "bare_seconds", "speed", "speed_spread", "measured_share", "peak_mb")
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
+    table = make_table(f"k-NN, {args.photos:,} x {args.queries:,} features of {args.width}, {cpu_name()}", names)
     table.add_row(*(str(row[name]) for name in names))
-    finish(table, [row], args.out)
+    report_rows(table, [row], args.out)
     if row["measured_share"] < 1:
-        print(f"seconds are extrapolated from {100 * row['measured_share']:.0f} % of the bank")
-
-
-if __name__ == "__main__":
-    run_cli(main)
+        print(f"seconds are extrapolated from {100 * row['measured_share']:.0f} % of the train set")

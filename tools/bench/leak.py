@@ -1,5 +1,10 @@
-"""Does a long run grow? `make bench WHAT=leak [CONFIG=…] [SHARDS=folder] [OUT=rows.jsonl]`: 2,000 steps of training with
-each reader; memory, threads and open files of the trainer and its reading processes on the way, seen from outside."""
+"""Memory, threads and open files of the trainer and its reading processes over 2,000 steps, for each reader.
+
+    python -m tools.bench leak [--config FILE] [--shards FOLDER] [--reader wds|dali] [--steps 2000] [--out rows.jsonl]
+
+They are read from /proc while train.py runs. A row for each quarter of the steps: figures that grow from row to row are a
+leak. `make bench WHAT=leak [CONFIG=…] [SHARDS=…] [OUT=…]`.
+"""
 
 import argparse
 import statistics
@@ -11,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from pipeline.loader import choose_reader
-from pipeline.shards import Plan, Shards
+from pipeline.plan import Plan
+from pipeline.shards import Shards
 from runtime.config import load_config
-from runtime.errors import UserError, run_cli
+from runtime.errors import UserError
 from runtime.metrics import read_jsonl
-from tools.bench.data import cpu_name, finish
+from tools.bench.rows import cpu_name, make_table, report_rows
 
-BEAT = 100  # steps between two rows of the run
+LOG_EVERY = 100  # steps between two lines of metrics.jsonl
+WARMUP = 200  # steps before the first quarter, not reported
 
 
-def look(pid: int) -> dict[str, float]:
-    """Of a process and all that descend from it: memory (MB, shared pages counted once), threads, open files."""
+def process_usage(pid: int) -> dict[str, float]:
+    """Of a process and all its descendants: memory (MB, shared pages counted once), threads, open files, processes."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -36,45 +42,45 @@ def look(pid: int) -> dict[str, float]:
         new = {child for child, parent in parents.items() if parent in new}
         family |= new
     memory = threads = files = 0
-    for one in family:
-        here = Path("/proc", str(one))
+    for member in family:
+        proc = Path("/proc", str(member))
         try:
-            rollup = (here / "smaps_rollup").read_text().splitlines()
-            threads += len(list((here / "task").iterdir()))
-            files += len(list((here / "fd").iterdir()))
+            rollup = (proc / "smaps_rollup").read_text().splitlines()
+            threads += len(list((proc / "task").iterdir()))
+            files += len(list((proc / "fd").iterdir()))
         except OSError:
             continue
         memory += sum(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
     return {"memory_mb": round(memory / 1024), "threads": threads, "open_files": files, "processes": len(family)}
 
 
-def run(path: str, shards: str, reader: str, steps: int, folder: Path) -> list[dict[str, Any]]:
-    """Train for `steps` steps; a row for each quarter of them, without the first 200: medians, for a step's own memory
-    comes and goes."""
+def measure_reader(path: str, shards: str, reader: str, steps: int, folder: Path) -> list[dict[str, Any]]:
+    """Train for `steps` steps; a row for each quarter of them after the warm-up. Medians, because memory varies within a
+    step. Raises UserError if the run fails."""
     config = load_config(path, [f"data.shards={shards}"])
     plan = Plan(Shards(shards), batch=config.optim.global_batch_size, seed=config.seed, holdout=config.data.holdout)
-    epochs = (steps + BEAT) / plan.steps_per_epoch
-    words = [
+    epochs = (steps + LOG_EVERY) / plan.steps_per_epoch
+    overrides = [
         f"data.shards={shards}", "data.val=null", f"optim.epochs={epochs}", f"speed.reader={reader}",
-        f"run.folder={folder}", f"run.log_every={BEAT}",
+        f"run.folder={folder}", f"run.log_every={LOG_EVERY}",
     ]  # fmt: skip
-    at = [200, *(steps * quarter // 4 for quarter in (1, 2, 3, 4))]
+    ends = [WARMUP, *(steps * quarter // 4 for quarter in (1, 2, 3, 4))]
     rows: list[dict[str, Any]] = []
-    looks: list[dict[str, float]] = []
-    with open(folder.with_suffix(".log"), "w+") as told:
-        trainer = subprocess.Popen([sys.executable, "train.py", path, *words], stdout=told, stderr=told)
+    usages: list[dict[str, float]] = []
+    with open(folder.with_suffix(".log"), "w+") as log:
+        trainer = subprocess.Popen([sys.executable, "train.py", path, *overrides], stdout=log, stderr=log)
         try:
-            while len(rows) < len(at):
+            while len(rows) < len(ends):
                 if trainer.poll() is not None:
-                    told.seek(0)
-                    raise UserError(f"the run ended before step {at[len(rows)]}: {told.read()[-500:]}")
+                    log.seek(0)
+                    raise UserError(f"the run ended before step {ends[len(rows)]}: {log.read()[-500:]}")
                 metrics = read_jsonl(folder / "metrics.jsonl")
-                looks.append(look(trainer.pid))
-                if metrics and metrics[-1]["step"] >= at[len(rows)]:
+                usages.append(process_usage(trainer.pid))
+                if metrics and metrics[-1]["step"] >= ends[len(rows)]:
                     row = {"what": "leak", "reader": reader, "config": path, "steps_to": metrics[-1]["step"]}
-                    medians = {name: round(statistics.median(seen[name] for seen in looks)) for name in looks[0]}
+                    medians = {name: round(statistics.median(usage[name] for usage in usages)) for name in usages[0]}
                     rows.append(row | medians | {"device": cpu_name()})
-                    looks.clear()
+                    usages.clear()
                 time.sleep(0.25)
         finally:
             trainer.terminate()
@@ -82,31 +88,18 @@ def run(path: str, shards: str, reader: str, steps: int, folder: Path) -> list[d
     return rows[1:]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("config", nargs="?", default="configs/demo.yaml")
-    parser.add_argument("--shards", default="data/scenes/shards/train")
-    parser.add_argument("--reader", choices=("wds", "dali"), help="only this one")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for reader in (args.reader,) if args.reader else ("wds", "dali"):
             try:
                 choose_reader(reader, torch.device("cpu"))
-            except UserError as missing:
-                print(f"no row: {missing}")
+            except UserError as error:
+                print(f"no row: {error}")
                 continue
-            rows += run(args.config, args.shards, reader, args.steps, Path(folder, reader))
+            rows += measure_reader(args.config, args.shards, reader, args.steps, Path(folder, reader))
     names = ("reader", "steps_to", "memory_mb", "threads", "open_files", "processes")
-    table = Table(title=f"{args.config}: {args.steps} steps, medians of each quarter")
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="left" if name == "reader" else "right")
+    table = make_table(f"{args.config}: {args.steps} steps, medians of each quarter", names, left=1)
     for row in rows:
         table.add_row(*(str(row[name]) for name in names))
-    finish(table, rows, args.out)
-
-
-if __name__ == "__main__":
-    run_cli(main)
+    report_rows(table, rows, args.out)

@@ -1,14 +1,16 @@
-"""How much slower making shards is than decoding alone:  python -m tools.bench.shards SRC [--processes P] [--json]
+"""Making shards beside decoding alone: images per second of both, and their ratio.
 
-Both read the same photos with the same decoder in the same number of processes, started and warm before the clock runs,
-turn about in interleaved rounds. `decode` reads a photo and decodes it; `make` also checks its header, sums its bytes
-(crc32, sha256) and writes shards, synced to the disk, and their records. The figure of interest is make / decode, per round.
+    python -m tools.bench shards [--shards SRC] [--dst FOLDER] [--processes P] [--photos 4000] [--rounds 5] [--json]
+
+SRC is a folder or tar of JPEGs. Both read the same photos with the same decoder in the same number of processes, started
+and warm before the clock starts, in interleaved rounds. `decode` reads a photo and decodes it; `make` also checks its
+header, computes checksums (crc32, sha256) and writes shards, synced to disk, and their records. The result is make /
+decode, per round. `make bench WHAT=shards SHARDS=SRC [OUT=rows.jsonl]`.
 """
 
 import argparse
 import json
 import multiprocessing
-import os
 import shutil
 import statistics
 import tempfile
@@ -24,30 +26,30 @@ from PIL import Image
 
 from pipeline.prepare.folder import WORK
 from pipeline.prepare.sources import Source, list_photos
-from pipeline.prepare.work import MB, set_up_worker
-from runtime.errors import run_cli
-from tools.make_shards import Job, Settings, make_shard, share_out
+from pipeline.prepare.work import MB, init_worker
+from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
+from tools.make_shards import Job, Settings, make_shard, plan_shards
 
 
 def decode_only(job: Job) -> None:
-    """Read and decode a shard's photos; nothing is kept."""
+    """Read and decode a shard's photos, and write nothing."""
     with closing(Source(job.src)) as source:
         for photo in job.photos:
             Image.open(BytesIO(source.read(photo, at_most=1 << 30)), formats=("JPEG",)).load()
 
 
 def measure(src: Path, dst: Path, processes: int, photos: int, rounds: int) -> dict[str, Any]:
-    """Images per second of both, per round. SRC's photos are taken again and again until there are `photos` of them."""
+    """Images per second of both, per round. SRC's photos are repeated until there are `photos` of them."""
     listing = list_photos(src.resolve(), "auto")
     listing.photos = (listing.photos * (photos // len(listing.photos) + 1))[:photos]
     size = sum(p.size for p in listing.photos)
     settings = Settings(size / MB / (4 * processes), 0, "auto", None, 95, 10**8)  # four shards for every process
-    jobs = share_out(listing, src.resolve(), dst, settings)
+    jobs = plan_shards(listing, src.resolve(), dst, settings)
     speed: dict[str, list[float]] = {"decode": [], "make": []}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=set_up_worker) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=init_worker) as pool:
 
-        def clock(work: Callable[[Job], object]) -> float:
+        def images_per_second(work: Callable[[Job], object]) -> float:
             (dst / WORK).mkdir(parents=True)
             start = time.perf_counter()
             list(pool.map(work, jobs))
@@ -55,36 +57,28 @@ def measure(src: Path, dst: Path, processes: int, photos: int, rounds: int) -> d
             shutil.rmtree(dst)
             return photos / seconds
 
-        clock(decode_only)  # starts the processes and fills the page cache
+        images_per_second(decode_only)  # starts the processes and fills the page cache
         for _ in range(rounds):
-            speed["decode"].append(clock(decode_only))
-            speed["make"].append(clock(make_shard))
+            speed["decode"].append(images_per_second(decode_only))
+            speed["make"].append(images_per_second(make_shard))
     ratios = [m / d for m, d in zip(speed["make"], speed["decode"], strict=True)]
     return {"photos": photos, "mean_bytes": size // photos, "processes": processes, **speed, "make / decode": ratios}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("src", type=Path, help="a folder or tar of JPEGs")
-    parser.add_argument("--dst", type=Path, default=Path(tempfile.gettempdir()), help="disk to write to; default: /tmp")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--photos", type=int, default=4000, help="per round; default 4000")
-    parser.add_argument("--rounds", type=int, default=5, help="default 5")
-    parser.add_argument("--json", action="store_true", help="print the measurements as one line of JSON")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.dst) as folder:
-        found = measure(options.src, Path(folder) / "shards", options.processes, options.photos, options.rounds)
-    if options.json:
-        print(json.dumps(found))
+def run(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=args.dst) as folder:
+        result = measure(Path(args.shards), Path(folder) / "shards", args.processes, args.photos, args.rounds)
+    if args.json:
+        print(json.dumps(result))
         return
-    print(f"{found['photos']:,} photos of {found['mean_bytes']:,} bytes, {found['processes']} processes")
-    for name, unit in (("decode", "images/s"), ("make", "images/s"), ("make / decode", "")):
-        values = found[name]
-        middle = statistics.median(values)
-        print(f"{name:14s} {middle:10,.2f} {unit}  ({min(values):,.2f} to {max(values):,.2f}, {len(values)} rounds)")
-
-
-if __name__ == "__main__":
-    run_cli(main)
+    about = {"what": "shards", "photos": result["photos"], "mean_bytes": result["mean_bytes"]}
+    row = about | {"processes": result["processes"], "device": cpu_name()}
+    title = f"{result['photos']:,} photos of {result['mean_bytes']:,} bytes, {result['processes']} processes"
+    table = make_table(title, ("", "median", "least – most", "rounds"), left=1)
+    for name, unit, key in (("decode", "images/s", "decode_img_per_s"), ("make", "images/s", "make_img_per_s"),
+                            ("make / decode", "", "make_per_decode")):  # fmt: skip
+        values = result[name]
+        row |= median_and_range(key, values)
+        spread = f"{min(values):,.2f} – {max(values):,.2f}"
+        table.add_row(f"{name} {unit}".strip(), f"{statistics.median(values):,.2f}", spread, str(len(values)))
+    report_rows(table, [row], args.out)

@@ -1,11 +1,12 @@
-"""Paint what [CLS] looks at: its attention in a block, the last one, head by head, over the image (paper figure 6).
+"""Draw the attention of [CLS] in one block, head by head, over the image (figure 6 of the DenseDINO paper).
 
-    python -m tools.show.attention NETWORK [IMAGE | FOLDER ...] [--compare NETWORK ...]
+    python -m tools.show attention NETWORK [IMAGE | FOLDER ...] [--compare NETWORK ...]
         [--block N] [--out FILE] [--images 4] [--size PIXELS] [--skip-existing]
 
-A cell is one patch, the more opaque the more weight; every map is scaled to its own largest weight. The number over it is
-the share that falls on the patches, the rest [CLS] keeps to itself. Networks, images and places: tools/show/figures.py.
-H heads · R reference tokens · N = hw patches · d = D/H.
+A cell is one patch; the more opaque it is, the more weight it has. Every map is scaled to its own largest weight. The
+number above a map is the share of the weight on the patches; the rest stays on [CLS] itself.
+
+H heads · R reference tokens · N = h*w patches · d width of a head.
 """
 
 import argparse
@@ -18,101 +19,79 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from model.vit import ViT
-from runtime.errors import UserError, run_cli
-from tools.show.figures import (
-    COLORS,
-    TEXT,
-    Networks,
-    Photo,
-    normalized,
-    shade,
-    sheet,
-    show,
-    side,
-    titled,
-    whole_picture,
-)
+from runtime.errors import UserError
+from tools.show.figures import COLORS, TEXT, Networks, figure_grid, figure_title, grayscale
+from tools.show.photos import Photo, input_size, normalized, resize_to_patches
 
 LEGEND = "the yellower a patch, the more attention it gets; each map by its own largest"
-YELLOW = ListedColormap([COLORS[6]])  # stands out from gray for every eye; a map is all in its opacity
+YELLOW = ListedColormap([COLORS[6]])  # distinct from gray for color-blind readers too; a map is all in its opacity
 
 
 @torch.no_grad()
 def attention(
     network: ViT, picture: Tensor, points: Tensor | None = None, block: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weights on the patches in a block (from 1; the last one), of [CLS] [H,N] and of reference tokens at points [H,R,N].
+    """Attention weights on the patches in one block: of [CLS] [H,N] and of the reference tokens at `points` [H,R,N].
 
-    picture uint8 [3,h*p,w*p]; points [R,2] in the picture's [0,1] frame. What a row lacks to 1 the token gives to what else
-    its mode lets it see (`reference.attend`): itself, [CLS], or other reference tokens.
+    picture uint8 [3,h*p,w*p]; points [R,2] in the picture's [0,1] frame; block counts from 1, by default the last one.
+    What a row lacks to 1 is on the other tokens that its mode may attend to (`model/reference.py`): itself, [CLS], or
+    other reference tokens.
     """
-    seen: list[Tensor] = []
-    asked: Any = network.blocks[block - 1 if block else -1]
-    hook = asked.attn.qkv.register_forward_hook(lambda module, given, qkv: seen.append(qkv))
+    captured: list[Tensor] = []
+    chosen: Any = network.blocks[block - 1 if block else -1]
+    hook = chosen.attn.qkv.register_forward_hook(lambda module, inputs, qkv: captured.append(qkv))
     try:
         images = normalized(picture, network)
         network(images, None if points is None else points[None].to(images))
     finally:
         hook.remove()
-    q, k, _ = seen[0].unflatten(-1, (3, network.heads, -1)).permute(1, 2, 0, 3)  # [H,1+N+R,d] each
+    q, k, _ = captured[0].unflatten(-1, (3, network.heads, -1)).permute(1, 2, 0, 3)  # [H,1+N+R,d] each
     scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
     references = 0 if points is None else len(points)
     tokens = scores.shape[-1]
     image = tokens - references
-    may = torch.zeros(tokens, tokens, dtype=torch.bool)  # who may see whom: a few tokens, so a mask will do
-    may[:, :image] = True
+    allowed = torch.zeros(tokens, tokens, dtype=torch.bool)  # [query, key]; few tokens, so a mask is affordable
+    allowed[:, :image] = True
     if network.attention == "none":
-        may[:] = True
+        allowed[:] = True
     elif network.attention != "patches+cls":
-        may[image:, 0] = False
+        allowed[image:, 0] = False
         if network.attention in ("patches+self", "all_query"):
-            may.fill_diagonal_(True)
-    weights = scores.masked_fill(~may.to(scores.device), -torch.inf).softmax(-1).cpu()
+            allowed.fill_diagonal_(True)
+    weights = scores.masked_fill(~allowed.to(scores.device), -torch.inf).softmax(-1).cpu()
     return weights[:, 0, 1:image], weights[:, image:, 1:image]
 
 
-def lay_over(axes: Axes, picture: Tensor, heat: Tensor, title: str) -> None:
-    """A map [h,w] over the picture in gray, the more opaque the more weight."""
-    high, wide = picture.shape[1:]
-    axes.imshow(shade(picture), cmap="gray", vmin=0, vmax=1, extent=(0, wide, high, 0))
-    strength = (heat / heat.max()).numpy()
-    axes.imshow(strength, cmap=YELLOW, vmin=0, vmax=1, alpha=0.75 * strength, extent=(0, wide, high, 0))
+def overlay(axes: Axes, picture: Tensor, heat: Tensor, title: str) -> None:
+    """Draw a map [h,w] over the picture in gray: the larger a weight, the more opaque the cell."""
+    height, width = picture.shape[1:]
+    axes.imshow(grayscale(picture), cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
+    opacity = (heat / heat.max()).numpy()
+    axes.imshow(opacity, cmap=YELLOW, vmin=0, vmax=1, alpha=0.75 * opacity, extent=(0, width, height, 0))
     axes.set_title(title, fontsize=TEXT)
 
 
-def check_block(networks: Networks, block: int | None) -> str:
-    """How a title names the block. Raises UserError where a network has no such block."""
+def block_name(networks: Networks, block: int | None) -> str:
+    """The block's name in a title. Raises UserError if a network has no such block."""
     for title, network in networks:
         if block is not None and not 1 <= block <= len(network.blocks):
             raise UserError(f"--block {block}: {title} has blocks 1 to {len(network.blocks)}")
     return "the last block" if block is None else f"block {block}"
 
 
-def words(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--block", type=int, help="which block, from 1 (default: the last)")
-
-
 def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> Figure:
-    """A row for each image and network: the image, then one map for each head, then their mean."""
+    """A row for each image and network: the image, one map for each head, and the mean of the heads."""
     heads = max(network.heads for _, network in networks)
     rows = [(photo, name, network) for photo in photos for name, network in networks]
-    title = titled(networks, f"Attention of [CLS] in {check_block(networks, args.block)}") + f"\n{LEGEND}"
-    figure, table = sheet(len(rows), heads + 2, title, photos)
-    for (photo, name, network), row in zip(rows, table, strict=True):
-        picture = whole_picture(photo.picture, side(network, args), network.patch)
+    title = figure_title(networks, f"Attention of [CLS] in {block_name(networks, args.block)}") + f"\n{LEGEND}"
+    figure, grid = figure_grid(len(rows), heads + 2, title, photos)
+    for (photo, name, network), row in zip(rows, grid, strict=True):
+        picture = resize_to_patches(photo.picture, input_size(network, args), network.patch)
         weights, _ = attention(network, picture, block=args.block)
         maps = weights.unflatten(1, (picture.shape[1] // network.patch, -1))  # [H,h,w]
         row[0].imshow(picture.permute(1, 2, 0).numpy())
         row[0].set_title(f"{name}\n{photo.name}" if len(networks) > 1 else photo.name, fontsize=TEXT)
-        named = [*(f"head {head + 1}" for head in range(len(maps))), "mean"]
-        for axes, what, heat in zip(row[1:], named, [*maps, maps.mean(0)], strict=False):
-            lay_over(axes, picture, heat, f"{what} · {100 * heat.sum():.0f} % on patches")
+        titles = [*(f"head {head + 1}" for head in range(len(maps))), "mean"]
+        for axes, map_title, heat in zip(row[1:], titles, [*maps, maps.mean(0)], strict=False):
+            overlay(axes, picture, heat, f"{map_title} · {100 * heat.sum():.0f} % on patches")
     return figure
-
-
-def main(argv: list[str] | None = None) -> None:
-    show("attention", __doc__, draw, words, argv=argv)
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -1,34 +1,22 @@
-"""Paint all pictures of a run: views, attention, points, components, likeness, and segmentation where it has scenes.
+"""Draw all pictures of a run in one process.
 
-    python -m tools.show.run RUN [--skip-existing]
+    python -m tools.show run RUN [--skip-existing]
 
-One process for what `python -m tools.show_…` paint one by one, into RUN/pictures/.
+Views, attention, principal components and similarity; points if the run has reference tokens; segmentation if it has
+scenes (`eval.voc`). The pictures go to RUN/pictures/.
 """
 
-import argparse
 from pathlib import Path
 
 from runtime.config import load_config
-from runtime.errors import UserError, run_cli
-from tools.show import attention, pca, points, segmentation, similarity, views
+from runtime.errors import UserError
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m tools.show.run", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--skip-existing", action="store_true", help="leave pictures that are there alone")
-    args = parser.parse_args(argv)
-
-    if not (args.run / "config.yaml").is_file():
-        raise UserError(f"{args.run}: no run folder (no config.yaml)")
-    config = load_config(args.run / "config.yaml")
-    shows = [views, attention, pca, similarity]
-    shows += [points] if config.points else []
-    shows += [segmentation] if config.eval.voc else []
-    for tool in shows:
-        tool.main([str(args.run), *(["--skip-existing"] if args.skip_existing else [])])
-
-
-if __name__ == "__main__":
-    run_cli(main)
+def pictures_of(run: Path) -> list[str]:
+    """Names of the pictures that a run has, each a subcommand of `tools.show`. Raises UserError if it is no run folder."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: no run folder (no config.yaml)")
+    config = load_config(run / "config.yaml")
+    names = ["views", "attention", "pca", "similarity"]
+    names += ["points"] if config.points else []
+    return names + (["segmentation"] if config.eval.voc else [])

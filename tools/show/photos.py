@@ -1,0 +1,170 @@
+"""Which photos a picture shows, at which points, and how a network is given them.
+
+Images are files or a folder in Pascal VOC's layout (its val split). If none are named, a run shows its own scenes.
+
+h, w patches of a picture's height and width · p pixels of a patch's side · D width of the network.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transform
+
+from eval.datasets import IGNORE, VocSegmentation
+from eval.features import tokens
+from eval.target import EvalTarget, open_shards, subsample
+from eval.voc import IMAGE_SUFFIXES
+from model.vit import ViT
+from pipeline.augment.recipe import MEAN, STD
+from pipeline.decode import DecodeError, decode
+from runtime.errors import UserError
+from tools.show.files import check_images
+
+MAX_NAME = 26  # letters of a photo's name that are shown
+
+
+class Photo(NamedTuple):
+    name: str
+    picture: Tensor  # uint8 [3,H,W]
+    mask: Path | None = None  # the class of each pixel, if it is known
+
+
+# ---------------------------------------------------------------------------------------------------- choosing photos
+
+
+def read_photo(path: Path, mask: Path | None = None) -> Photo:
+    """Raises UserError if there is no such file, or it cannot be decoded."""
+    check_images([path])
+    try:
+        return Photo(shorten(path.name), decode(path.read_bytes()), mask)
+    except DecodeError as error:
+        raise UserError(f"{path}: cannot be decoded: {error}") from None
+
+
+def shorten(name: str) -> str:
+    """A name that fits above its picture: the beginning and the end of a long one."""
+    half = MAX_NAME // 2
+    return name if len(name) <= MAX_NAME else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def choose_photos(paths: list[Path], target: EvalTarget, count: int) -> list[Photo]:
+    """The images named; else `count` of the run's scenes, else of the photos it was evaluated on or trained with.
+
+    Raises UserError if a path holds no images, or if none are named and the network lies in no run folder.
+    """
+    config = target.config
+    if not paths and config and config.eval.voc:
+        paths = [Path(config.eval.voc)]
+    photos: list[Photo] = []
+    for path in paths:
+        if (path / "ImageSets").is_dir():
+            scenes = VocSegmentation(path, "val", 1, classes=1)
+            photos += [read_photo(scenes.images[i], scenes.masks[i]) for i in subsample(np.arange(len(scenes)), count)]
+        elif path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not files:
+                raise UserError(f"{path}: neither photos nor Pascal VOC's layout (no ImageSets/)")
+            photos += [read_photo(files[i]) for i in subsample(np.arange(len(files)), count)]
+        else:
+            photos.append(read_photo(path))
+    return photos or _photos_of_run(target, count)
+
+
+def _photos_of_run(target: EvalTarget, count: int) -> list[Photo]:
+    """`count` photos of the run's validation shards, else of its training shards; corrupt ones are left out."""
+    config = target.config
+    folder = (config.data.val or config.data.shards) if config else None
+    if folder is None:
+        raise UserError(f"{target.path}: not in a run folder; name the images to show")
+    shards = open_shards(folder, config)
+    photos = []
+    for sample in subsample(np.arange(len(shards)), count).tolist():
+        photo = shards.read(sample)
+        if shards.is_valid(sample, photo):
+            try:
+                photos.append(Photo(f"sample {sample}", decode(photo)))
+            except DecodeError:
+                continue
+    if not photos:
+        raise UserError(f"{folder}: every photo that was read is corrupt; `make verify DST={folder}` lists the damage")
+    return photos
+
+
+# ------------------------------------------------------------------------------------------------ photos to a network
+
+
+def input_size(network: ViT, args: argparse.Namespace) -> int:
+    """The shorter side of a photo as the network gets it, pixels."""
+    return args.size or args.scale * network.image_size
+
+
+def resize_to_patches(photo: Tensor, size: int, patch: int) -> Tensor:
+    """The whole photo, its shorter side about `size`, both sides whole patches: uint8 [3,H,W] -> [3,h*p,w*p]."""
+    shorter = min(photo.shape[1:])
+    sides = [max(1, round(side * size / shorter / patch)) * patch for side in photo.shape[1:]]
+    return transform.resize(photo, sides, InterpolationMode.BICUBIC, antialias=True)
+
+
+def normalized(picture: Tensor, network: ViT) -> Tensor:
+    """uint8 [3,H,W] -> a normalized batch [1,3,H,W] on the network's device."""
+    device = network.pos_embed.device
+    mean, std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (MEAN, STD))
+    return ((picture.to(device).float() / 255 - mean) / std)[None]
+
+
+def patch_tokens(network: ViT, picture: Tensor) -> Tensor:
+    """uint8 [3,h*p,w*p] -> patch tokens after the final norm on their grid [h,w,D], on the CPU."""
+    _, patches = tokens(network, picture[None].to(network.pos_embed.device))
+    return patches[0].cpu().unflatten(0, (picture.shape[1] // network.patch, -1))
+
+
+# ------------------------------------------------------------------------------------------------------ query points
+
+
+def query_points(photo: Photo, count: int) -> NDArray[np.float64]:
+    """At most `count` query points, (x, y) as shares of the photo's width and height: [P,2].
+
+    If the classes of the pixels are known, the innermost pixel of each of the largest objects, class 0 (the background)
+    last; else a regular pattern.
+    """
+    if photo.mask is None:
+        pattern = np.array([[0.3, 0.3], [0.7, 0.7], [0.7, 0.3], [0.3, 0.7]])
+        return np.array([[0.5, 0.5]]) if count == 1 else pattern[:count]
+    centers = class_centers(np.asarray(Image.open(photo.mask)))
+    ranked = sorted((label == 0, -depth, x, y) for label, depth, x, y in centers)
+    chosen = ranked[: count - 1] + ranked[-1:] if len(ranked) > count > 1 else ranked[:count]
+    return np.array([(x, y) for *_, x, y in chosen])
+
+
+def class_centers(mask: NDArray) -> list[tuple[int, float, float, float]]:
+    """(class, pixels to the nearest other class, x, y) of the innermost pixel of each class in a mask [H,W], x and y as
+    shares of its width and height."""
+    centers = []
+    for label in np.setdiff1d(mask, [IGNORE]):
+        depth = distance_transform_edt(np.pad(mask == label, 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(depth.argmax(), depth.shape)
+        centers.append((int(label), float(depth.max()), (x + 0.5) / mask.shape[1], (y + 0.5) / mask.shape[0]))
+    return centers
+
+
+def parse_points(words: list[str] | None) -> NDArray[np.float64] | None:
+    """['0.5,0.25', ...] -> [P,2]; None if no points are given. Raises UserError for anything else."""
+    if words is None:
+        return None
+    try:
+        points = np.array([[float(number) for number in word.split(",")] for word in words])
+    except ValueError:
+        points = np.empty((0,))
+    if points.shape[1:] != (2,) or not ((points >= 0) & (points < 1)).all():
+        raise UserError(
+            f"--points {' '.join(words)}: write each point as x,y, shares of the photo's width and height from 0 to 1"
+        )
+    return points
