@@ -1,4 +1,4 @@
-"""A real HTTP server over a folder that misbehaves where it is told to."""
+"""A real HTTP server over a folder that misbehaves on request."""
 
 import re
 import threading
@@ -10,18 +10,18 @@ from itertools import repeat
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-Behavior = Callable[
-    ["_Handler", bytes, int, bool], None
-]  # (handler, the whole file, first byte asked for, asked a part)
+# (handler, the whole file, first requested byte, whether a range was requested)
+Behavior = Callable[["_Handler", bytes, int, bool], None]
 
 
 class FaultyServer:
-    """Serves `folder` at `address`. `behave(name, *behaviors)`: the next requests for a file go wrong in these ways, one
-    each, and later ones go well; `always(name, behavior)`: all of them. `asked`: (file, first byte) of every request;
-    `sent`: bytes of bodies, by file."""
+    """Serves `folder` at `address`. `behave(name, *behaviors)`: the next requests for a file fail in these ways, one each,
+    and later ones succeed; `always(name, behavior)`: all of them fail. `requests`: (file, first byte) of every request;
+    `sent`:
+    bytes of bodies, by file."""
 
     def __init__(self, folder: Path):
-        self.folder, self.asked, self.sent = folder, list[tuple[str, int]](), Counter[str]()
+        self.folder, self.requests, self.sent = folder, list[tuple[str, int]](), Counter[str]()
         self._behavior: dict[str, Iterator[Behavior]] = defaultdict(lambda: iter(()))
         self.closing = threading.Event()
         self.lock = threading.Lock()
@@ -42,8 +42,8 @@ class FaultyServer:
             return next(self._behavior[name], good)
 
     def starts(self, name: str) -> list[int]:
-        """First bytes asked for, request by request."""
-        return [at for asked, at in self.asked if asked == name]
+        """First requested bytes of a file, request by request."""
+        return [start for file, start in self.requests if file == name]
 
     def __enter__(self) -> "FaultyServer":
         self._thread.start()
@@ -61,12 +61,12 @@ class _Handler(BaseHTTPRequestHandler):
     name = ""
 
     def do_GET(self) -> None:
-        asked = unquote(urlsplit(self.path).path)
-        self.name, path = asked.rpartition("/")[2], self.site.folder / asked.lstrip("/")
+        url_path = unquote(urlsplit(self.path).path)
+        self.name, path = url_path.rpartition("/")[2], self.site.folder / url_path.lstrip("/")
         part = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         at = int(part[1]) if part else 0
         with self.site.lock:
-            self.site.asked.append((self.name, at))
+            self.site.requests.append((self.name, at))
         if not path.is_file():
             return status(404)(self, b"", 0, False)
         return self.site.next_behavior(self.name)(self, path.read_bytes(), at, bool(part))
@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(piece)
                 with self.site.lock:
                     self.site.sent[self.name] += len(piece)
-        except OSError:  # who asked has gone
+        except OSError:  # the client has closed the connection
             self.close_connection = True
 
     def log_message(self, *_: object) -> None:
@@ -92,8 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _begin(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
     if part:
-        told = f"bytes {at}-{len(whole) - 1}/{len(whole)}"
-        handler.head(206, Content_Length=len(whole) - at, Content_Range=told)
+        content_range = f"bytes {at}-{len(whole) - 1}/{len(whole)}"
+        handler.head(206, Content_Length=len(whole) - at, Content_Range=content_range)
     else:
         handler.head(200, Content_Length=len(whole))
 
@@ -122,11 +122,11 @@ def cut(after: int) -> Behavior:
 
 
 def no_length(after: int | None = None) -> Behavior:
-    """Nothing says how long the body is: it ends with the connection, after so many bytes or when it is whole."""
+    """No header says how long the body is: it ends with the connection, after so many bytes or when it is complete."""
 
     def answer(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
-        told = {"Content_Range": f"bytes {at}-{len(whole) - 1}/*"} if part else {}
-        handler.head(206 if part else 200, Connection="close", **told)
+        headers = {"Content_Range": f"bytes {at}-{len(whole) - 1}/*"} if part else {}
+        handler.head(206 if part else 200, Connection="close", **headers)
         handler.body([whole[at:] if after is None else whole[at : at + after]])
         handler.close_connection = True
 
@@ -134,7 +134,7 @@ def no_length(after: int | None = None) -> Behavior:
 
 
 def stall(after: int | None) -> Behavior:
-    """Not one byte more after so many of the body (None: not even a head), with the connection open."""
+    """No byte after so many of the body (None: not even headers), with the connection open."""
 
     def answer(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
         if after is not None:
@@ -147,7 +147,7 @@ def stall(after: int | None) -> Behavior:
 
 
 def slow(piece: int, pause: float) -> Behavior:
-    """A trickle."""
+    """A body in small pieces with pauses."""
 
     def pieces(whole: bytes) -> Iterator[bytes]:
         for i in range(0, len(whole), piece):
@@ -162,29 +162,29 @@ def slow(piece: int, pause: float) -> Behavior:
 
 
 def no_ranges(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
-    """The whole file, whatever was asked for."""
+    """The whole file, whatever was requested."""
     good(handler, whole, 0, False)
 
 
 def other_range(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
-    """Another part than the one that was asked for, and it says so."""
+    """Another range than the requested one, with the right header."""
     _begin(handler, whole, at // 2, part)
     handler.body([whole[at // 2 :]])
 
 
 def lying_range(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
-    """Another part than the one that was asked for, under the name of that one."""
+    """Another range than the requested one, with the header of the requested one."""
     _begin(handler, whole, at, part)
     handler.body([whole[: len(whole) - at]])
 
 
 def damaged(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
-    """One bit is another one."""
+    """One bit is flipped."""
     good(handler, whole[:-1] + bytes([whole[-1] ^ 1]), at, part)
 
 
 def longer(handler: _Handler, whole: bytes, at: int, part: bool) -> None:
-    """A body that does not end where the file ends, and whose length nobody tells."""
+    """A body that continues after the end of the file, without a length."""
     handler.head(200, Connection="close")
     handler.body([whole, *repeat(bytes(1 << 16), 1000)])
     handler.close_connection = True

@@ -1,4 +1,4 @@
-"""Pictures, tars and damage that tests make: every format, headers that lie, bytes that are not what they were."""
+"""Images, tars and damage for tests: every format, headers with wrong sizes, changed bytes."""
 
 import io
 import struct
@@ -18,9 +18,9 @@ def pixels(seed: int, height: int = 30, width: int = 40) -> np.ndarray:
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def encoded(image: Image.Image | np.ndarray, kind: str = "JPEG", **how: object) -> bytes:
+def encoded(image: Image.Image | np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
     out = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(out, kind, **how)
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(out, kind, **options)
     return out.getvalue()
 
 
@@ -48,11 +48,11 @@ def tar_of(files: dict[str, bytes], path: Path | None = None) -> bytes:
     return out.getvalue()
 
 
-# ---- headers that promise more than there is
+# ---- headers with more pixels than the file holds
 
 
 def packed_zeros(block: int, times: int) -> bytes:
-    """zlib's stream of block x times zeros, a thousandth of that in bytes; made without going through them all."""
+    """zlib's stream of block x times zeros, a thousandth of that in bytes; made without compressing all of them."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     one = packer.compress(bytes(block)) + packer.flush(zlib.Z_FULL_FLUSH)  # after which a copy may follow
     adler = (block * times % 65521) << 16 | 1
@@ -60,7 +60,7 @@ def packed_zeros(block: int, times: int) -> bytes:
 
 
 def png_bomb(width: int, height: int) -> bytes:
-    """A gray PNG of width x height black pixels, a thousandth of that in bytes: what DALI took 12 GB for."""
+    """A gray PNG of width x height black pixels, a thousandth of that in bytes: DALI took 12 GB for it."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -71,7 +71,7 @@ def png_bomb(width: int, height: int) -> bytes:
 
 
 def lying_jpeg(width: int, height: int) -> bytes:
-    """A small JPEG whose frame header promises width x height pixels."""
+    """A small JPEG whose frame header says width x height pixels."""
     data = bytearray(photo(1))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", height, width)
@@ -103,8 +103,8 @@ def tiff_bomb(side: int = 30000) -> bytes:
 
 
 def overwrite(folder: Path, sample: int, data: bytes, *, indexed: bool = False) -> bytes:
-    """Other bytes in a sample's place, as long as those before: padded with zeros. `indexed`: as if they had been there
-    when the index was written. Returns what was there."""
+    """Overwrite a sample, padded with zeros to its size. `indexed`: write the index as if it had always held these bytes.
+    Returns the bytes before."""
     shards = Shards(folder, max_missing=None)
     row = shards.index[sample]
     size = int(row["size"])

@@ -1,4 +1,4 @@
-"""Photos become shards: every source and kind of photo, bad and hostile ones, kill -9, verify and index."""
+"""`make_shards`: every source and kind of photo, bad and hostile photos, kill -9, verify and index."""
 
 import fcntl
 import io
@@ -25,7 +25,7 @@ REPO = Path(__file__).parent.parent
 
 
 def tool(*words: object, ok: bool = True, cwd: Path = REPO, **more: object) -> str:
-    """Run the program in one process; what it says. A wrong input must end with code 2 and one clear line."""
+    """Run the program in one process and return its output. For wrong input it must exit with code 2 and one line."""
     command = [sys.executable, "-m", "tools.make_shards", *map(str, words)]
     if "--processes" not in words:
         command += ["--processes", "1"]
@@ -46,7 +46,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def samples(folder: Path) -> list[tuple[bytes, int]]:
-    """(photo, label) of every sample, read as the trainer does; all must be sound."""
+    """(photo, label) of every sample, read as the trainer does; all must be valid."""
     shards = Shards(folder)
     photos = [shards.read(i) for i in range(len(shards))]
     assert all(shards.is_valid(i, p) for i, p in enumerate(photos))
@@ -64,9 +64,9 @@ def test_class_folders(tmp_path: Path) -> None:
     (src / "b/link.jpg").symlink_to(src / "a/0.jpg")
     (src / "c").symlink_to(src / "a")
     os.mkfifo(src / "b/fifo.jpg")
-    said = tool("make", src, dst)
-    assert "6 photos" in said
-    assert "2 classes: the folders in" in said
+    output = tool("make", src, dst)
+    assert "6 photos" in output
+    assert "2 classes: the folders in" in output
     shards = Shards(dst)
     assert shards.classes == ["a", "b"]
     assert sorted(samples(dst)) == sorted((data, "ab".index(name[0])) for name, data in CLASSES.items())
@@ -76,13 +76,13 @@ def test_class_folders(tmp_path: Path) -> None:
     assert shards.manifest["skipped"] == {"links": 2, "not photos": 2, "special files": 1}
     assert shards.manifest["photos"]["max_bytes"] == max(map(len, CLASSES.values()))
     assert sorted(os.listdir(dst)) == ["index.npy", "manifest.json", "shard-000000.tar"]
-    assert "already whole: 6 samples in 1 shards" in tool("make", src, dst)
+    assert "already complete: 6 samples in 1 shard" in tool("make", src, dst)
 
 
 @pytest.mark.parametrize(
     ("files", "options", "labels"),
     [
-        (["x.jpg", "a/y.jpg", "b/z.jpg"], [], None),  # one lies directly in it
+        (["x.jpg", "a/y.jpg", "b/z.jpg"], [], None),  # one is directly in it
         (["a/x.jpg", "a/b/y.jpg", "a/c/z.jpg"], [], None),  # one folder: nested, not classes
         (["a/x.jpg", "a/y.jpg"], ["--labels", "yes"], [0, 0]),
         (["a/x.jpg", "b/c/y.jpg"], [], [0, 1]),
@@ -113,7 +113,7 @@ def test_imagenet_as_it_is(tmp_path: Path) -> None:
 
     val = {f"ILSVRC2012_val_{i:08d}.JPEG": photo(i) for i in range(1, 5)}
     tar_of(val, tmp_path / "ILSVRC2012_img_val.tar")
-    assert "no ILSVRC2012_devkit_t12.tar.gz beside it" in tool(
+    assert "ILSVRC2012_devkit_t12.tar.gz is not next to it" in tool(
         "make", tmp_path / "ILSVRC2012_img_val.tar", tmp_path / "none"
     )
     assert {label for _, label in samples(tmp_path / "none")} == {-1}
@@ -142,7 +142,7 @@ def test_imagenet_as_it_is(tmp_path: Path) -> None:
     )
 
 
-# ---- what becomes of a photo
+# ---- conversion
 
 
 def test_rarer_kinds_of_photo(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_rarer_kinds_of_photo(tmp_path: Path) -> None:
         "TIFF RGB rotated": (encoded(rgb, "TIFF", exif=exif), np.rot90(rgb, -1)),
     }
     bad = {"TIFF F": encoded(Image.fromarray(gray.astype(np.float32)), "TIFF")}
-    every = {f"{i}.jpg": data for i, (data, _) in enumerate((kept | converted).values())}  # names can lie
+    every = {f"{i}.jpg": data for i, (data, _) in enumerate((kept | converted).values())}  # names may be wrong
     src = tree(tmp_path / "src", every | {"bad.tif": bad["TIFF F"]})
     dst = tmp_path / "dst"
     tool("make", src, dst, "--max-bad", 0.2)
@@ -177,14 +177,14 @@ def test_rarer_kinds_of_photo(tmp_path: Path) -> None:
     rest = [(data, row) for data, row in by_bytes.items() if data not in [d for d, _ in kept.values()]]
     for kind, (_, wanted) in converted.items():
         wanted = np.asarray(wanted)
-        near = []
+        candidates = []
         for data, row in rest:
             got = Image.open(io.BytesIO(data))
             assert got.format == "JPEG"
             assert (got.height, got.width) == (row["height"], row["width"])
             if np.asarray(got).shape == wanted.shape:
-                near.append(np.abs(np.asarray(got).astype(int) - wanted).mean())
-        assert min(near) < (8 if "1" in kind.split() else 2), kind
+                candidates.append(np.abs(np.asarray(got).astype(int) - wanted).mean())
+        assert min(candidates) < (8 if "1" in kind.split() else 2), kind
     assert shards.manifest["converted"] == dict.fromkeys(converted, 1)
     assert shards.manifest["kept"] == {"JPEG RGB": 1}
     assert "mode F" in (dst / "rejected.jsonl").read_text()
@@ -208,20 +208,20 @@ def test_bad_photos_are_listed_and_bounded(tmp_path: Path) -> None:
         "empty.jpg": (b"", "empty"),
         "cut.jpg": (photo(1)[:-2], "truncated"),
         "header.jpg": (photo(1)[:200], "Truncated"),
-        "garbage.jpg": (bytes(range(256)), "no JPEG"),
-        "bomb.png": (png_bomb(30000, 30000), "900000000 pixels by its header"),
-        "bomb.jpg": (lying_jpeg(65000, 65000), "4225000000 pixels by its header"),
+        "garbage.jpg": (bytes(range(256)), "not a JPEG"),
+        "bomb.png": (png_bomb(30000, 30000), "its header says 900000000 pixels"),
+        "bomb.jpg": (lying_jpeg(65000, 65000), "its header says 4225000000 pixels"),
         "thin.png": (png_bomb(70000, 100), "at most 65500"),
         "\u2028line\n\udcff.jpg": (b"GIF89a", ""),
     }
     good = {f"good{i}.jpg": photo(i) for i in range(6)}
     src, dst = tmp_path / "src", tmp_path / "dst"
     tree(src, good | {name: data for name, (data, _) in bad.items()})
-    said = tool("make", src, dst, "--max-bad", 0.5, ok=False)
-    assert "9 of the first 15 photos are bad, more than --max-bad 0.5 of all 15" in said
+    output = tool("make", src, dst, "--max-bad", 0.5, ok=False)
+    assert "9 of the first 15 photos are bad, more than --max-bad 0.5 of all 15" in output
     assert not (dst / "manifest.json").exists()
-    said = tool("make", src, dst, "--max-bad", 0.7)  # what is done is kept
-    assert "going on: 1 of 1" in said
+    output = tool("make", src, dst, "--max-bad", 0.7)  # the finished shard is kept
+    assert "resuming: 1 of 1 shard finished" in output
     assert sorted(data for data, _ in samples(dst)) == sorted(good.values())
     reasons = {r["source"]: r["reason"] for r in map(json.loads, (dst / "rejected.jsonl").read_text().splitlines())}
     assert set(reasons) == {name for name in bad if name.isascii()} | {"\\u2028line\\n\\xff.jpg"}
@@ -230,13 +230,13 @@ def test_bad_photos_are_listed_and_bounded(tmp_path: Path) -> None:
     again = tmp_path / "again"
     tool("make", src, again, "--max-bad", 0.7, "--processes", 2, "--shard-mb", 0.004)
     assert (again / "rejected.jsonl").read_text().count("\n") == 9
-    assert Shards(again).manifest["samples"] == 6  # shards without a sound photo are not there
+    assert Shards(again).manifest["samples"] == 6  # shards without a valid photo are not written
 
 
-# ---- the same bytes, whatever happens
+# ---- the same bytes, for any number of processes, and after kill -9
 
 
-def test_processes_do_not_show_and_the_seed_does(tmp_path: Path) -> None:
+def test_the_bytes_depend_on_the_seed_and_not_on_processes(tmp_path: Path) -> None:
     src = tree(tmp_path / "src", {f"{c}/{i}.jpg": photo(10 * c + i) for c in range(4) for i in range(10)})
     for dst, *options in (("one", "--processes", 1), ("three", "--processes", 3), ("seed", "--seed", 1)):
         tool("make", src, tmp_path / dst, "--shard-mb", 0.02, *options)
@@ -252,10 +252,10 @@ def test_processes_do_not_show_and_the_seed_does(tmp_path: Path) -> None:
     )
 
 
-def test_killed_anywhere_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_killed_at_any_moment_the_same_command_resumes(tmp_path: Path) -> None:
     src = tree(tmp_path / "src", {f"{i}.jpg": photo(i, 300, 400) for i in range(60)} | {"bad.jpg": b"bad"})
     options = ["--shard-mb", "0.05", "--max-bad", "0.1", "--processes", "2"]
-    tool("make", src, tmp_path / "whole", *options)
+    tool("make", src, tmp_path / "uninterrupted", *options)
     dst = tmp_path / "dst"
     kills = 0
     for shards_before in (0, 1, 4, 9, 14):
@@ -269,18 +269,18 @@ def test_killed_anywhere_the_same_command_goes_on(tmp_path: Path) -> None:
     for name in ("shard-000000.tar.1.draft", "index.npy.1.draft"):
         (dst / ".make_shards" / name).write_bytes(b"half a file")
     cut = dst / "shard-000000.tar"
-    cut.write_bytes(cut.read_bytes()[:-1000])  # not what its record says: made again
-    said = tool("make", src, dst, *options)
-    assert "going on:" in said
-    assert content(dst) == content(tmp_path / "whole")
+    cut.write_bytes(cut.read_bytes()[:-1000])  # not the size in its record: made again
+    output = tool("make", src, dst, *options)
+    assert "resuming:" in output
+    assert content(dst) == content(tmp_path / "uninterrupted")
 
 
-def test_a_full_disk_is_one_line_and_no_loss(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_can_be_resumed(tmp_path: Path) -> None:
     src, dst = tree(tmp_path / "src", {f"{i}.jpg": photo(i) for i in range(20)}), tmp_path / "dst"
-    said = tool(
+    output = tool(
         "make", src, dst, ok=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
     )
-    assert "File too large" in said
+    assert "File too large" in output
     assert not list(dst.glob("*.tar"))
     tool("make", src, dst)
     assert len(samples(dst)) == 20
@@ -289,24 +289,24 @@ def test_a_full_disk_is_one_line_and_no_loss(tmp_path: Path) -> None:
 def test_other_photos_or_settings_are_refused(tmp_path: Path) -> None:
     src, dst = tree(tmp_path / "src", CLASSES), tmp_path / "dst"
     tool("make", src, dst)
-    assert "seed 0 there, 1 now" in tool("make", src, dst, "--seed", 1, ok=False)
-    assert "shard_mb 256.0 there, 1.0 now" in tool("make", src, dst, "--shard-mb", 1, ok=False)
+    assert "seed (saved: 0, current: 1)" in tool("make", src, dst, "--seed", 1, ok=False)
+    assert "shard_mb (saved: 256.0, current: 1.0)" in tool("make", src, dst, "--shard-mb", 1, ok=False)
     (src / "a/0.jpg").unlink()
-    assert "6 photos there, 5 now" in tool("make", src, dst, ok=False)
+    assert "(saved: 6 photos, current: 5)" in tool("make", src, dst, ok=False)
     fd = os.open(dst, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    assert "another make_shards is at work" in tool("make", src, dst, ok=False)
+    assert "another make_shards is writing here" in tool("make", src, dst, ok=False)
     os.close(fd)
 
 
-# ---- what others make of it
+# ---- other programs
 
 
 def test_webdataset_reads_it(tmp_path: Path) -> None:
     tool("make", tree(tmp_path / "src", CLASSES), tmp_path / "dst", "--shard-mb", 0.005)
     tars = sorted(map(str, (tmp_path / "dst").glob("*.tar")))
     assert len(tars) > 1
-    import webdataset  # brings torch, seconds that the other tests need not wait for
+    import webdataset  # imports torch, which takes seconds
 
     read = [(s["jpg"], int(s["cls"])) for s in webdataset.WebDataset(tars, shardshuffle=False)]
     assert read == samples(tmp_path / "dst")
@@ -316,20 +316,20 @@ def test_webdataset_reads_it(tmp_path: Path) -> None:
         assert all((m.mtime, m.uid, m.gid, m.mode) == (0, 0, 0, 0o644) for m in tar)
 
 
-def test_verify_names_what_is_damaged(tmp_path: Path) -> None:
+def test_verify_lists_what_is_damaged(tmp_path: Path) -> None:
     dst = tmp_path / "dst"
     tool("make", tree(tmp_path / "src", CLASSES), dst, "--shard-mb", 0.005)
     shards = Shards(dst)
     n = len(shards.shards)
     assert f"{n} shards, 6 samples: all agree" in tool("verify", dst, "--processes", 2)
-    whole = content(dst)
+    intact = content(dst)
 
     def after(name: str, change: "object") -> str:
-        raw = bytearray(whole[name])
+        raw = bytearray(intact[name])
         (dst / name).write_bytes(change(raw) or raw)  # type: ignore[operator]
-        said = tool("verify", dst, ok=False)
-        (dst / name).write_bytes(whole[name])
-        return said
+        output = tool("verify", dst, ok=False)
+        (dst / name).write_bytes(intact[name])
+        return output
 
     row = shards.index[5]
     last = shards.shards[row["shard"]]["name"]
@@ -337,21 +337,21 @@ def test_verify_names_what_is_damaged(tmp_path: Path) -> None:
     def flip(at: int) -> "object":
         return lambda raw: raw.__setitem__(at, raw[at] ^ 1)
 
-    said = after(last, flip(int(row["offset"]) + 100))
-    assert f"{last}: sample 5 (00000005.jpg) is damaged: {row['size']} bytes at byte {row['offset']}" in said
-    assert "1 problem;" in said
-    assert "photos are sound" in after(last, flip(-1))
+    output = after(last, flip(int(row["offset"]) + 100))
+    assert f"{last}: sample 5 (00000005.jpg) is damaged: {row['size']} bytes at byte {row['offset']}" in output
+    assert "1 problem;" in output
+    assert "photos are intact" in after(last, flip(-1))
     cut = after(last, lambda raw: raw[: int(row["offset"]) + 100])
     assert "the manifest says" in cut
-    assert f"1 of its 1 samples are lost, from sample 5 (byte {row['offset']}) on" in cut
-    assert "index.npy: wrong about 1 samples" in after("index.npy", flip(-1))
+    assert f"1 of its 1 sample is lost, from sample 5 (byte {row['offset']}) on" in cut
+    assert "index.npy: differs from 1 sample of" in after("index.npy", flip(-1))
     (dst / last).unlink()
-    assert "samples are lost" in tool("verify", dst, ok=False)
+    assert "1 of its 1 sample is lost" in tool("verify", dst, ok=False)
     with pytest.raises(UserError, match="is missing"):
         Shards(dst)
 
 
-# ---- tars that others made
+# ---- tars of other programs
 
 
 def test_index_of_foreign_tars(tmp_path: Path) -> None:
@@ -368,23 +368,23 @@ def test_index_of_foreign_tars(tmp_path: Path) -> None:
         tmp_path / "b.tar",
     )  # fmt: skip
     tar_of({"v1.2.webp": encoded(pixels(1), "WEBP"), "5.webp": encoded(pixels(6, 20, 10), "WEBP")}, tmp_path / "a.tar")
-    said = tool("index", tmp_path)
-    assert "4 samples in 2 shards" in said
+    output = tool("index", tmp_path)
+    assert "4 samples in 2 shards" in output
     assert samples(tmp_path)[1:] == [(photo(1), 7), (png, 3), (photo(3), -1)]
     shards = Shards(tmp_path)
     assert tuple(shards.index[0])[3:6] == (20, 10, -1)
     assert shards.classes == [str(i) for i in range(8)]
     assert shards.manifest["skipped"] == {
-        "labels that are no number": 1,
+        "non-numeric labels": 1,
         "not photos": 6,
         "samples without a photo": 2,
-        "twice in a sample": 1,
+        "duplicates in a sample": 1,
     }
     assert not canary.exists()
     assert "all agree" in tool("verify", tmp_path)
 
 
-def test_index_of_our_own_keeps_the_names_of_classes(tmp_path: Path) -> None:
+def test_index_keeps_the_names_of_classes(tmp_path: Path) -> None:
     dst = tmp_path / "dst"
     tool("make", tree(tmp_path / "src", CLASSES), dst, "--shard-mb", 0.005)
     index = (dst / "index.npy").read_bytes()
@@ -398,22 +398,22 @@ def test_index_of_our_own_keeps_the_names_of_classes(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda raw: raw[:1500], "the member at byte 0 has"),
-        (lambda raw: raw[: raw.index(b"b.jpg") + 300], "cut at byte"),
-        (lambda raw: raw[: raw.index(b"b.jpg")], "the tar has no end"),
-        (lambda raw: raw.replace(b"b.jpg", b"x.jpg"), "is no tar header"),
+        (lambda raw: raw[: raw.index(b"b.jpg") + 300], "truncated at byte"),
+        (lambda raw: raw[: raw.index(b"b.jpg")], "(two empty blocks of 512 bytes) is missing"),
+        (lambda raw: raw.replace(b"b.jpg", b"x.jpg"), "is not a tar header"),
         (lambda raw: b"", "empty (0 bytes)"),
         (lambda raw: bytes(10240), "no photos in this tar"),
-        (lambda raw: b"\x1f\x8b" + raw, "byte 0 is no tar header"),
+        (lambda raw: b"\x1f\x8b" + raw, "byte 0 is not a tar header"),
     ],
 )
-def test_damaged_tars_are_named(tmp_path: Path, damage: "object", message: str) -> None:
+def test_damaged_tars_are_refused(tmp_path: Path, damage: "object", message: str) -> None:
     raw = tar_of({"a.jpg": photo(1), "b.jpg": photo(2)})
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "whole.tar").write_bytes(raw)
+    (tmp_path / "x" / "intact.tar").write_bytes(raw)
     (tmp_path / "x" / "bad.tar").write_bytes(damage(raw))  # type: ignore[operator]
-    said = tool("index", tmp_path / "x", ok=False)
-    assert "bad.tar: " in said
-    assert message in said
+    output = tool("index", tmp_path / "x", ok=False)
+    assert "bad.tar: " in output
+    assert message in output
     assert not (tmp_path / "x" / "manifest.json").exists()
 
 
@@ -422,25 +422,25 @@ def test_damaged_tars_are_named(tmp_path: Path, damage: "object", message: str) 
 
 WRONG = {
     "make photo dst": "did you mean 'photos'?",
-    "make empty dst": "no photos here (found: nothing at all)",
+    "make empty dst": "no photos here (found: nothing)",
     "make texts dst": "no photos here (found: 1 not photos); photos end in .jpg",
     "make links dst": "links are not followed",
-    "make text.tar dst": "no tar",
+    "make text.tar dst": "not a tar",
     "make zipped.tar.gz dst": "gunzip",
     "make zero.tar dst": "empty (0 bytes)",
     "make none.tar dst": "no photos here",
     "make tars dst": "`make index DST=",
-    "make photos photos/dst": "lies in SRC",
-    "make photos .": "lies in SRC",
+    "make photos photos/dst": "is inside SRC",
+    "make photos .": "is inside SRC",
     "make photos text.tar": "File exists",
     "make photos text.tar/dst": "Not a directory",
-    "make photos tars": "did not make",
+    "make photos tars": "holds tars of another program",
     "make photos dst --shard-mb 0": "--shard-mb 0",
     "make photos dst --shard-mb nan": "--shard-mb nan",
     "make photos dst --quality 101": "--quality 101",
     "make photos dst --max-bad 2": "--max-bad 2",
     "make photos dst --processes 0": "--processes 0",
-    "make photos dst --labels yes": "lies directly in",
+    "make photos dst --labels yes": "is directly in",
     "make photos dst --devkit x": "does not hold ImageNet's validation photos",
     "make splits dst": "holds train and val: give one of them",
     "verify nowhere": "no shards here",
@@ -463,8 +463,8 @@ def test_wrong_inputs(tmp_path: Path) -> None:
     (tmp_path / "zero.tar").write_bytes(b"")
     (tmp_path / "zipped.tar.gz").write_bytes(b"\x1f\x8b" + bytes(1000))
     tar_of({"x.txt": b""}, tmp_path / "none.tar")
-    with ThreadPoolExecutor(2) as pool:  # every one starts an interpreter
-        all_said = pool.map(lambda words: tool(*words.split(), ok=False, cwd=tmp_path), WRONG)
-    for (words, message), said in zip(WRONG.items(), all_said, strict=True):
-        assert message in said, words
+    with ThreadPoolExecutor(2) as pool:  # each call starts an interpreter
+        outputs = pool.map(lambda words: tool(*words.split(), ok=False, cwd=tmp_path), WRONG)
+    for (words, message), output in zip(WRONG.items(), outputs, strict=True):
+        assert message in output, words
     assert not (tmp_path / "dst").exists()

@@ -8,8 +8,9 @@ index   writes manifest and index for WebDataset tars of other programs, and doe
 Every photo is decoded once, whole, so an index holds only photos that decode. An upright 8-bit JPEG keeps its bytes,
 everything else is converted to one (`pipeline/prepare/photo.py` says how); the manifest counts both by kind.
 --resize-short N also re-encodes photos with more than N pixels on the short side; shards are split by the sizes of the
-sources, so their own size then differs from --shard-mb. A photo that does not decode, has more than --max-pixels (by its header, before anything is
-decoded) or is not a photo goes to rejected.jsonl; the program stops if more than --max-bad of all photos do.
+sources, so their own size then differs from --shard-mb. A photo that does not decode, has more than --max-pixels (by its
+header, before anything is decoded) or is not a photo goes to rejected.jsonl; the program stops if more than --max-bad of
+all photos do.
 
 Samples are shuffled, so every shard holds all classes; a tar is therefore read in random order, which needs an SSD.
 The same photos and settings give the same bytes, for any --processes. If the program is killed, the same command resumes:

@@ -1,8 +1,9 @@
-"""F07: odd picture formats. Each has a defined result, docs/data.md's table, and the readers agree on it.
+"""F07: unusual image formats. Each has a defined result, the table in docs/reference/formats.md, and the readers
+agree on it.
 
-`make` turns what is no plain upright JPEG into one; `index` adopts a tar's JPEG, PNG and still WebP files as they are, and
-refuses the rest by name. Every view of what is in a shard differs by at most 2 of 255 in the mean between DALI (on the CPU)
-and the WebDataset reader; so does the whole picture from what the table says.
+`make` converts everything but plain upright JPEGs; `index` keeps a tar's JPEG, PNG and still WebP files unchanged, and lists
+the rest as rejected. Views from DALI (on the CPU) and the WebDataset reader differ by at most 2 of 255 in the mean; so does
+the whole image from what the table says.
 """
 
 import importlib.util
@@ -20,8 +21,9 @@ from pictures import encoded, pixels, tar_of, tree
 from PIL import Image
 
 from pipeline import decode as decoding
+from pipeline.plan import Plan
 from pipeline.readers import webdataset
-from pipeline.shards import Plan, Shards
+from pipeline.shards import Shards
 from runtime.config import load_config
 
 
@@ -29,8 +31,8 @@ class Format(NamedTuple):
     data: bytes
     ending: str
     kind: str  # in the manifest, what it was
-    made: np.ndarray  # [H,W,3] what is in the shards that `make` made
-    adopted: np.ndarray | str  # the same for `index`; or why it refuses
+    made: np.ndarray  # [H,W,3] in the shards of `make`
+    indexed: np.ndarray | str  # the same for `index`; or why it refuses the photo
     kept: bool = False  # byte for byte, by `make`
 
 
@@ -39,18 +41,18 @@ def formats() -> dict[str, Format]:
     image = Image.fromarray(rgb)
     gray = np.asarray(image.convert("L"))
     gray3 = np.asarray(image.convert("L").convert("RGB"))
-    see_through = np.where(np.arange(80) < 40, 255, 0)[None].repeat(60, 0).astype(np.uint8)
-    half = Image.fromarray(np.dstack([rgb, see_through]))
-    over_white = np.where(see_through[..., None] > 0, rgb, 255)
+    alpha = np.where(np.arange(80) < 40, 255, 0)[None].repeat(60, 0).astype(np.uint8)
+    half = Image.fromarray(np.dstack([rgb, alpha]))
+    over_white = np.where(alpha[..., None] > 0, rgb, 255)
     deep = np.linspace(0, 65535, 60 * 80).astype(np.uint16).reshape(60, 80)
     high = (deep >> 8).astype(np.uint8)[..., None].repeat(3, 2)
     palette = Image.fromarray(pixels(2, 1, 80).repeat(60, 0)).quantize(256)  # 80 colors, none of them lost
     of_palette = np.asarray(palette.convert("RGB"))
-    turned = Image.Exif()
-    turned[0x0112] = 6  # turn clockwise to view
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # turn clockwise to view
     long = pixels(3, 5000, 1)
     moving = {"save_all": True, "append_images": [palette.rotate(180)]}
-    convert = "readers take JPEG, PNG and still WebP; `make` of the photos converts it"
+    convert = "readers accept JPEG, PNG and still WebP; `make` converts other formats"
     return {
         "png": Format(encoded(rgb, "PNG"), "png", "PNG RGB", rgb, rgb),
         "png called jpg": Format(encoded(rgb, "PNG"), "jpg", "PNG RGB", rgb, rgb),
@@ -66,7 +68,7 @@ def formats() -> dict[str, Format]:
         "webp": Format(encoded(rgb, "WEBP", quality=95), "webp", "WEBP RGB", rgb, rgb),
         "tiff": Format(encoded(rgb, "TIFF"), "tif", "TIFF RGB", rgb, f"TIFF RGB: {convert}"),
         "bmp": Format(encoded(rgb, "BMP"), "bmp", "BMP RGB", rgb, f"BMP RGB: {convert}"),
-        "exif 6": Format(encoded(rgb, exif=turned, quality=95), "jpg", "JPEG RGB rotated", np.rot90(rgb, -1), rgb),
+        "exif 6": Format(encoded(rgb, exif=rotated, quality=95), "jpg", "JPEG RGB rotated", np.rot90(rgb, -1), rgb),
         "progressive": Format(encoded(rgb, progressive=True, quality=95), "jpg", "JPEG RGB", rgb, rgb, True),
         "1 x 5000": Format(encoded(long, quality=95), "jpg", "JPEG RGB", long, long, True),
     }
@@ -82,7 +84,7 @@ class Seen(NamedTuple):
 
 
 def read(folder: Path, config_of: Path) -> dict[int, Seen]:
-    """{label: what the readers make of the photo}, each photo a batch of its own, so that none stands in for another."""
+    """{label: what the readers return}, each photo a batch of its own, so that none replaces another."""
     config = load_config(
         config_of, ["optim.global_batch_size=1", "data.holdout=0", "speed.dali_threads=1", f"data.shards={folder}"]
     )
@@ -103,7 +105,7 @@ def read(folder: Path, config_of: Path) -> dict[int, Seen]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny_shards):
-    """One `make` and one `index` of all formats, each a class of its own, and what the readers see."""
+    """One `make` and one `index` of all formats, each a class of its own, and what the readers return."""
     folder = tmp_path_factory.mktemp("formats")
     names = sorted(FORMATS)
     tree(folder / "src", {f"{name}/0.{FORMATS[name].ending}": FORMATS[name].data for name in names})
@@ -112,21 +114,26 @@ def folders(tmp_path_factory, tiny_shards):
     for i, name in enumerate(names):
         ending = FORMATS[name].ending if FORMATS[name].ending in ("jpg", "png", "webp") else "jpg"
         files |= {f"{i}.{ending}": FORMATS[name].data, f"{i}.cls": b"%d" % i}
-    tar_of(files, folder / "adopted" / "all.tar")
-    told = run_program("-m", "tools.make_shards", "index", folder / "adopted", "--max-bad", "0.5", "--processes", "1")
+    tar_of(files, folder / "indexed" / "all.tar")
+    output = run_program("-m", "tools.make_shards", "index", folder / "indexed", "--max-bad", "0.5", "--processes", "1")
     config = folder / "views.yaml"
     config.write_text(
         "data: {views: [{count: 2, size: 32, scale: [0.4, 1.0], teacher: true}, {count: 2, size: 16}]}\n"
         "model: {arch: custom, patch: 8, width: 24, depth: 2, heads: 2}\nspeed: {compile: false, workers: 0}\n"
     )
-    made, adopted = read(folder / "made", config), read(folder / "adopted", config)
-    return folder, {n: made.get(i) for i, n in enumerate(names)}, {n: adopted.get(i) for i, n in enumerate(names)}, told
+    made, indexed = read(folder / "made", config), read(folder / "indexed", config)
+    return (
+        folder,
+        {n: made.get(i) for i, n in enumerate(names)},
+        {n: indexed.get(i) for i, n in enumerate(names)},
+        output,
+    )
 
 
-def check(seen: Seen, wanted: np.ndarray) -> None:
-    got = webdataset.decode(seen.photo).permute(1, 2, 0).numpy()
-    assert got.shape == wanted.shape
-    assert np.abs(got.astype(int) - wanted).mean() <= 2
+def check(seen: Seen, expected: np.ndarray) -> None:
+    got = decoding.decode(seen.photo).permute(1, 2, 0).numpy()
+    assert got.shape == expected.shape
+    assert np.abs(got.astype(int) - expected).mean() <= 2
     for reader in seen.views:
         for ours, theirs in zip(seen.views["wds"], seen.views[reader], strict=True):
             assert np.abs(ours - theirs).mean((2, 3, 4)).max() <= 2, reader
@@ -134,36 +141,37 @@ def check(seen: Seen, wanted: np.ndarray) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_format(name, folders, monkeypatch):
-    folder, made, adopted, told = folders
-    wanted = FORMATS[name]
-    check(made[name], wanted.made)
+    folder, made, indexed, output = folders
+    expected = FORMATS[name]
+    check(made[name], expected.made)
     assert made[name].photo.startswith(b"\xff\xd8\xff")
-    assert (made[name].photo == wanted.data) == wanted.kept
+    assert (made[name].photo == expected.data) == expected.kept
     manifest = Shards(folder / "made").manifest
-    assert manifest["kept" if wanted.kept else "converted"][wanted.kind] >= 1
-    if isinstance(wanted.adopted, str):
-        assert adopted[name] is None
-        reasons = dict(json.loads(line).values() for line in (folder / "adopted/rejected.jsonl").open())
-        assert reasons[f"all.tar/{sorted(FORMATS).index(name)}.jpg"] == wanted.adopted
-        assert "rejected 4 (rejected.jsonl)" in told.stdout
+    assert manifest["kept" if expected.kept else "converted"][expected.kind] >= 1
+    if isinstance(expected.indexed, str):
+        assert indexed[name] is None
+        reasons = dict(json.loads(line).values() for line in (folder / "indexed/rejected.jsonl").open())
+        assert reasons[f"all.tar/{sorted(FORMATS).index(name)}.jpg"] == expected.indexed
+        assert "rejected 4 (rejected.jsonl)" in output.stdout
     else:
-        assert adopted[name].photo == wanted.data
-        assert Shards(folder / "adopted").manifest["kept"][wanted.kind] >= 1
-        check(adopted[name], wanted.adopted)
-        with monkeypatch.context() as patch, warnings.catch_warnings():  # Pillow stands in where torchcodec is missing
+        assert indexed[name].photo == expected.data
+        assert Shards(folder / "indexed").manifest["kept"][expected.kind] >= 1
+        check(indexed[name], expected.indexed)
+        with monkeypatch.context() as patch, warnings.catch_warnings():  # Pillow decodes if torchcodec is missing
             patch.setattr(decoding, "load_torchcodec", lambda: None)
-            check(adopted[name], wanted.adopted)
+            check(indexed[name], expected.indexed)
 
 
-def test_what_adopted_photos_lack_is_said(folders):
-    assert "1 photos carry an EXIF rotation that no reader here applies; `make` of the photos does" in folders[3].stdout
+def test_index_reports_exif_rotation(folders):
+    line = "1 photo with EXIF rotation, which the readers do not apply; `make` from photos does"
+    assert line in folders[3].stdout
 
 
 def exif(entries: bytes, count: int, marker: bytes = b"Exif\0\0") -> bytes:
-    """A JPEG with this as the first of its segments: `count` EXIF entries are promised, these bytes come."""
-    told = marker + b"II*\0" + struct.pack("<IH", 8, count) + entries
+    """A JPEG with this as the first of its segments: it says `count` EXIF entries and holds these bytes."""
+    segment = marker + b"II*\0" + struct.pack("<IH", 8, count) + entries
     data = encoded(pixels(1, 60, 80), quality=95)
-    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(told) + 2) + told + data[2:]
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + data[2:]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +184,7 @@ def exif(entries: bytes, count: int, marker: bytes = b"Exif\0\0") -> bytes:
         exif(struct.pack("<HHIHHI", 0x0112, 3, 1, 6, 0, 0), 1, b"other\0"),
     ],
 )
-def test_exif_turns_no_photo_in_a_reader(data):
-    """Nor does EXIF that Pillow, torchcodec and DALI understand each in another way."""
-    want = np.asarray(Image.open(io.BytesIO(encoded(pixels(1, 60, 80), quality=95))))
-    assert np.array_equal(webdataset.decode(data).permute(1, 2, 0).numpy(), want)
+def test_readers_do_not_apply_exif(data):
+    """Nor EXIF that Pillow, torchcodec and DALI each interpret differently."""
+    expected = np.asarray(Image.open(io.BytesIO(encoded(pixels(1, 60, 80), quality=95))))
+    assert np.array_equal(decoding.decode(data).permute(1, 2, 0).numpy(), expected)

@@ -1,6 +1,6 @@
-"""F09: a network that misbehaves. What can come comes, bit for bit; what cannot is told once, and nothing ever hangs.
+"""F09: a faulty network. A download that can succeed does, bit for bit; one that cannot gives one message; nothing hangs.
 
-A real HTTP server that goes wrong on purpose (tests/faulty_server.py), and moto's S3, both on loopback.
+A real HTTP server that fails on purpose (tests/faulty_server.py), and moto's S3, both on loopback.
 """
 
 import os
@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from pipeline.batch import Batch
+from pipeline.plan import Plan
 from pipeline.readers import webdataset
-from pipeline.remote import cache
-from pipeline.shards import Plan, Shards
+from pipeline.remote import download
+from pipeline.shards import Shards
 from runtime.config import Config, load_config
 from runtime.errors import UserError
 from tests import faulty_server as faulty
@@ -26,9 +27,9 @@ STALL = 0.5  # seconds
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def short_waits(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(cache, "FIRST_WAIT", 0.002)
+    monkeypatch.setattr(download, "MIN_BACKOFF", 0.002)
 
 
 @pytest.fixture
@@ -50,10 +51,10 @@ def batches(config: Config, shards: str) -> list[Batch]:
     return list(webdataset.read(config, opened, plan, start=0, stop=3))
 
 
-def comes_through(config: Config, server: FaultyServer) -> None:
+def check_download(config: Config, server: FaultyServer) -> None:
     """The reader's batches from the server are the folder's, and so are the files."""
-    near, far = batches(config, str(server.folder)), batches(config, server.address)
-    for a, b in zip(near, far, strict=True):
+    local, remote = batches(config, str(server.folder)), batches(config, server.address)
+    for a, b in zip(local, remote, strict=True):
         assert torch.equal(a.ids, b.rows)
         assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
     tars = list(Path(str(config.speed.cache)).glob("*/*.tar"))
@@ -61,18 +62,18 @@ def comes_through(config: Config, server: FaultyServer) -> None:
     assert all(tar.read_bytes() == (server.folder / tar.name).read_bytes() for tar in tars)
 
 
-def told(config: Config, server: FaultyServer) -> str:
-    """What the reader says; nothing that could be taken for a shard is left of it."""
-    with pytest.raises(UserError) as mistake:
+def message(config: Config, server: FaultyServer) -> str:
+    """The reader's error message."""
+    with pytest.raises(UserError) as error:
         batches(config, server.address)
-    return str(mistake.value)
+    return str(error.value)
 
 
 def needed_shard(config: Config, server: FaultyServer) -> dict:
-    """The one that the first sample of the first step is in."""
-    near = Shards(server.folder)
-    plan = Plan(near, batch=16, seed=config.seed, holdout=config.data.holdout)
-    return near.shards[int(near.index["shard"][plan.samples_of(0)[0]])]
+    """The shard of the first sample of the first step."""
+    local = Shards(server.folder)
+    plan = Plan(local, batch=16, seed=config.seed, holdout=config.data.holdout)
+    return local.shards[int(local.index["shard"][plan.samples_of(0)[0]])]
 
 
 # --------------------------------------------------------------------------------------------------------------- HTTP
@@ -80,15 +81,15 @@ def needed_shard(config: Config, server: FaultyServer) -> dict:
 
 @F09
 def test_http_404(config, server, tiny_config, tmp_path):
-    """A shard that the manifest names is not there: through the trainer."""
+    """A shard of the manifest is missing: through the trainer."""
     shard = needed_shard(config, server)
     server.always(shard["name"], faulty.status(404))
     words = [f"data.shards={server.address}", f"speed.cache={tmp_path / 'cache'}", "speed.workers=2"]
     done = run_program("train.py", tiny_config, *words, expect=2)
-    wrong = f"{server.address}/{shard['name']}: is missing (404 Not Found); upload it from where the shards were made"
-    assert done.stderr == f"error: {wrong}\n"
+    advice = "upload it from the folder in which the shards were made"
+    assert done.stderr == f"error: {server.address}/{shard['name']}: is missing (404 Not Found); {advice}\n"
     assert not list((tmp_path / "run").glob("checkpoints/*"))
-    assert len(server.starts(shard["name"])) <= 3  # asked again by nobody who waited; there is nothing to wait for
+    assert len(server.starts(shard["name"])) <= 3  # processes that waited do not request it again
 
 
 @F09
@@ -97,16 +98,16 @@ def test_http_503(config, server):
     shard = needed_shard(config, server)
     for name in ("manifest.json", "index.npy", shard["name"]):
         server.behave(name, *[faulty.status(code) for code in (503, 500, 429)])
-    comes_through(config, server)
+    check_download(config, server)
     assert len(server.starts(shard["name"])) == 4
 
     config.speed.cache += "-2"
     server.always(shard["name"], faulty.status(503))
-    said = told(config, server)
-    assert f"{server.address}/{shard['name']}: did not come in 8 tries and " in said
-    assert f"503 Service Unavailable (8 x); 0 of {shard['bytes']:,} bytes are here; is the address right" in said
+    error = message(config, server)
+    assert f"{server.address}/{shard['name']}: download failed after 8 tries and " in error
+    assert f"503 Service Unavailable (8 x); 0 of {shard['bytes']:,} bytes have arrived; check the address" in error
     server.always("manifest.json", faulty.status(503))
-    assert "manifest.json: did not come in 4 tries" in told(config, server)
+    assert "manifest.json: download failed after 4 tries" in message(config, server)
 
 
 @F09
@@ -116,16 +117,18 @@ def test_http_cut_body(config, server):
     server.always(shard["name"], faulty.cut(20_000))
     server.behave("index.npy", faulty.cut(100))
     server.behave("manifest.json", faulty.cut(10))
-    comes_through(config, server)
-    assert server.starts(shard["name"]) == list(range(0, size, 20_000))  # from where it broke, no byte twice
+    check_download(config, server)
+    assert server.starts(shard["name"]) == list(
+        range(0, size, 20_000)
+    )  # from the byte where it broke off, no byte twice
     assert server.sent[shard["name"]] == size
     assert server.starts("index.npy") == [0, 100]
 
     config.speed.cache += "-2"
     server.always(shard["name"], faulty.cut(0))
-    said = told(config, server)
-    assert f"{shard['name']}: did not come in 8 tries" in said
-    assert f"0 of {size:,} bytes are here" in said
+    error = message(config, server)
+    assert f"{shard['name']}: download failed after 8 tries" in error
+    assert f"0 of {size:,} bytes have arrived" in error
 
 
 @F09
@@ -135,13 +138,13 @@ def test_http_no_length(config, server):
     for name in ("manifest.json", "index.npy"):
         server.behave(name, faulty.no_length(50), faulty.no_length())
     server.behave(shard["name"], faulty.no_length(30_000), faulty.no_length())
-    comes_through(config, server)
+    check_download(config, server)
     assert server.starts(shard["name"]) == [0, 30_000]
 
     config.speed.cache += "-2"
     server.always(shard["name"], faulty.longer)
-    assert f"more bytes than the manifest's {size} (8 x)" in told(config, server)
-    assert server.sent[shard["name"]] < 100_000_000  # of 500 MB: nobody waited for the end
+    assert f"more bytes than the manifest's {size} (8 x)" in message(config, server)
+    assert server.sent[shard["name"]] < 100_000_000  # of 500 MB: the download was stopped
 
 
 @F09
@@ -151,31 +154,31 @@ def test_http_stall(config, server):
     config.speed.read_timeout = 0.2
     server.behave(shard["name"], faulty.stall(25_000), faulty.stall(None))
     server.behave("manifest.json", faulty.stall(None))
-    comes_through(config, server)
+    check_download(config, server)
     assert server.starts(shard["name"]) == [0, 25_000, 25_000]
 
     config.speed.cache += "-2"
     server.behave(shard["name"], faulty.stall(25_000), *[faulty.stall(0)] * 6, faulty.stall(10))
-    said = told(config, server)
-    assert f"{shard['name']}: did not come in 8 tries" in said
-    assert f"no byte for 0.2 s (8 x); 25,010 of {shard['bytes']:,} bytes are here; is the address right" in said
-    assert said.endswith("is the server up? The same command goes on once it is")
+    error = message(config, server)
+    assert f"{shard['name']}: download failed after 8 tries" in error
+    assert f"no byte for 0.2 s (8 x); 25,010 of {shard['bytes']:,} bytes have arrived; check the address" in error
+    assert error.endswith("check the address and the server; the same command resumes")
 
 
 @F09
 @pytest.mark.fast
 def test_http_slow(config, server):
-    """Slower than `read_timeout` as a whole, but never silent for so long: it may take its time."""
+    """Slower than `read_timeout` as a whole, but never silent for so long: accepted."""
     shard = needed_shard(config, server)
     config.speed.read_timeout = 0.4
     server.behave(shard["name"], faulty.slow(shard["bytes"] // 15, 0.05))
-    comes_through(config, server)
+    check_download(config, server)
     assert server.starts(shard["name"]) == [0]
 
     config.speed.cache += "-2"
     config.speed.read_timeout = 0.1
     server.always(shard["name"], faulty.slow(shard["bytes"], 0.3))
-    assert "no byte for 0.1 s (8 x)" in told(config, server)
+    assert "no byte for 0.1 s (8 x)" in message(config, server)
 
 
 @F09
@@ -183,28 +186,28 @@ def test_http_slow(config, server):
 def test_http_wrong_range(config, server):
     shard, size = needed_shard(config, server), needed_shard(config, server)["bytes"]
     name = shard["name"]
-    for answer, asked in {
-        faulty.other_range: [0, 20_000, 0],  # says so: the whole file is asked for, without ranges
-        faulty.lying_range: [0, 20_000, 0],  # found by the sha256
-        faulty.no_ranges: [0, 20_000],  # the whole file comes again, what is here of it is passed over
+    for behavior, starts in {
+        faulty.other_range: [0, 20_000, 0],  # the header shows it: the whole file is requested, without ranges
+        faulty.lying_range: [0, 20_000, 0],  # the sha256 shows it
+        faulty.no_ranges: [0, 20_000],  # the whole file is sent again, and the bytes that have arrived are skipped
         faulty.status(416): [0, 20_000, 0],
     }.items():
-        server.asked.clear()
-        server.behave(name, faulty.cut(20_000), answer)
-        comes_through(config, server)
-        assert server.starts(name) == asked, answer
+        server.requests.clear()
+        server.behave(name, faulty.cut(20_000), behavior)
+        check_download(config, server)
+        assert server.starts(name) == starts, behavior
         config.speed.cache += "-2"
 
     server.always(name, faulty.damaged)
     assert (
-        f"{server.address}/{name}: came whole 3 times and has another sha256 than the manifest says; `make verify` where"
-        in told(config, server)
+        f"{server.address}/{name}: downloaded 3 times, and its sha256 is not the manifest's; run `make verify` where"
+        in message(config, server)
     )
     (server_file := server.folder / name).rename(server.folder / "kept")
     try:
         server_file.write_bytes(b"<html>another file</html>")
         server.behave(name)
-        assert f"{name}: has 25 bytes, the manifest says {size} bytes; upload it again" in told(config, server)
+        assert f"{name}: has 25 bytes, the manifest says {size} bytes; upload it again" in message(config, server)
     finally:
         (server.folder / "kept").rename(server_file)
 
@@ -213,14 +216,14 @@ def test_http_wrong_range(config, server):
 
 
 class Bucket:
-    """moto's S3 with the shards in s3://photos/tiny. `failing`: so many of the next requests for shards answer 503."""
+    """moto's S3 with the shards in s3://photos/tiny. `failing`: number of the next requests for shards that get 503."""
 
     def __init__(self, folder: Path):
         import boto3
         from moto.server import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import make_server
 
-        self.moto, self.failing, self.asked = DomainDispatcherApplication(create_backend_app), 0, list[str]()
+        self.moto, self.failing, self.requests = DomainDispatcherApplication(create_backend_app), 0, list[str]()
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -234,15 +237,15 @@ class Bucket:
     def _answer(self, environ, start_response):
         name = environ["PATH_INFO"].rpartition("/")[2]
         if environ["REQUEST_METHOD"] == "GET" and name.endswith(".tar"):
-            self.asked.append(name)
+            self.requests.append(name)
             if self.failing > 0:
                 self.failing -= 1
                 start_response("503 Slow Down", [("Content-Type", "application/xml")])
                 return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
         return self.moto(environ, start_response)
 
-    def ask_who(self) -> None:
-        """From now on moto checks keys and rights."""
+    def check_access(self) -> None:
+        """From now on moto checks keys and permissions."""
         import requests
 
         requests.post(f"{self.endpoint}/moto-api/reset-auth", data=b"0", timeout=10).raise_for_status()
@@ -275,24 +278,25 @@ def bucket(tiny_shards, monkeypatch) -> Iterator[Bucket]:
 
 @F09
 def test_s3_5xx(config, bucket, tiny_shards, tiny_config, tmp_path):
-    """A bucket that is too busy now and then: the trainer's weights are those of the folder, bit for bit."""
+    """A bucket that is sometimes too busy: the trainer's weights are those of the folder, bit for bit."""
     words = ["speed.workers=1", "optim.epochs=2", f"speed.cache={tmp_path / 'cache'}"]
-    run_program("train.py", tiny_config, f"run.folder={tmp_path / 'near'}", *words)
+    run_program("train.py", tiny_config, f"run.folder={tmp_path / 'local'}", *words)
     bucket.failing = 5
     done = run_program(
-        "train.py", tiny_config, f"run.folder={tmp_path / 'far'}", "data.shards=s3://photos/tiny", *words
+        "train.py", tiny_config, f"run.folder={tmp_path / 'remote'}", "data.shards=s3://photos/tiny", *words
     )
     assert "finished: " in done.stdout
     assert done.stderr == ""
     assert bucket.failing == 0
-    near, far = ((tmp_path / run / "backbone.safetensors").read_bytes() for run in ("near", "far"))
-    assert near == far
-    assert len(bucket.asked) == 5 + len(Shards(tiny_shards).shards)
+    local, remote = ((tmp_path / run / "backbone.safetensors").read_bytes() for run in ("local", "remote"))
+    assert local == remote
+    assert len(bucket.requests) == 5 + len(Shards(tiny_shards).shards)
 
     bucket.failing = 10**6
     config.speed.cache += "-2"
     with pytest.raises(
-        UserError, match=r"s3://photos/tiny/shard-\d+.tar: did not come in 8 tries and .*503 SlowDown: Please.* \(8 x\)"
+        UserError,
+        match=r"s3://photos/tiny/shard-\d+.tar: download failed after 8 tries and .*503 SlowDown: Please.* \(8 x\)",
     ):
         batches(config, "s3://photos/tiny")
 
@@ -304,27 +308,29 @@ def test_s3_denied(config, bucket, monkeypatch):
     guest = iam.create_access_key(UserName="guest")["AccessKey"]
     with pytest.raises(UserError, match=r"s3://photos/nowhere: no shards here \(no manifest.json: 404 NoSuchKey"):
         batches(config, "s3://photos/nowhere")
-    with pytest.raises(UserError, match=r"s3://nobody: no shards here \(no manifest.json: 404 NoSuchBucket"):
-        batches(config, "s3://nobody")
-    bucket.ask_who()
-    which = "which credentials\\? AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; AWS_ENDPOINT_URL"
-    with pytest.raises(UserError, match=rf"tiny/manifest.json: denied \(403 InvalidAccessKeyId: .*\); {which}"):
+    with pytest.raises(UserError, match=r"s3://missing: no shards here \(no manifest.json: 404 NoSuchBucket"):
+        batches(config, "s3://missing")
+    bucket.check_access()
+    credentials = "check the credentials: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; AWS_ENDPOINT_URL"
+    with pytest.raises(
+        UserError, match=rf"tiny/manifest.json: access denied \(403 InvalidAccessKeyId: .*\); {credentials}"
+    ):
         batches(config, "s3://photos/tiny")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", guest["AccessKeyId"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", guest["SecretAccessKey"])
-    with pytest.raises(UserError, match=rf"tiny/manifest.json: denied \(403 AccessDenied: .*\); {which}"):
+    with pytest.raises(UserError, match=rf"tiny/manifest.json: access denied \(403 AccessDenied: .*\); {credentials}"):
         batches(config, "s3://photos/tiny")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(UserError, match=rf"denied \(Unable to locate credentials\); {which}"):
+    with pytest.raises(UserError, match=rf"access denied \(Unable to locate credentials\); {credentials}"):
         batches(config, "s3://photos/tiny")
 
 
-# ---------------------------------------------------------------------------------------------- beside the nine cases
+# ------------------------------------------------------------------------------------- not counted among the nine cases
 
 
 @pytest.mark.skipif(os.environ.get("FAULTS") != "all", reason="starts DALI's processes; part of make faults")
-def test_through_dali_too(config, server):
+def test_dali_with_a_faulty_network(config, server):
     dali = pytest.importorskip("pipeline.readers.dali")
     shard = needed_shard(config, server)
     config.speed.dali_threads = config.speed.workers = 1
@@ -338,8 +344,8 @@ def test_through_dali_too(config, server):
         assert torch.equal(a.ids, b.rows)
         assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
     config.speed.cache += "-2"
-    server.asked.clear()
+    server.requests.clear()
     server.always(shard["name"], faulty.status(404))
     with pytest.raises(UserError, match=rf"{shard['name']}: is missing \(404 Not Found\)"):
         read(server.address)
-    assert len(server.starts(shard["name"])) <= 6  # once for each batch that was under way, not for each sample
+    assert len(server.starts(shard["name"])) <= 6  # once for each batch in flight, not for each sample

@@ -1,11 +1,11 @@
-"""F14: the same twice, whatever the machine: threads, workers, prefetch, clock and time zone change no bit; processes and
-accumulation change no sample, window, point or color, and no loss beyond rounding; another seed changes all."""
+"""F14: reproducibility. Threads, workers, prefetch, clock and time zone change no bit; processes and gradient accumulation
+change no sample, window, point or color, and the loss only by rounding; another seed changes everything."""
 
 import pytest
 
 from runtime.metrics import read_jsonl
 from tests.conftest import write_config
-from tests.faults.program import Program, equal, final, has_dali, hurt, log
+from tests.faults.program import Program, equal, final, has_dali, log, with_fault
 
 pytestmark = pytest.mark.fault("F14")
 
@@ -13,8 +13,8 @@ WORDS = ("optim.epochs=2", "optim.warmup_epochs=0")  # 10 steps
 DRAWN = """
     with open(os.environ["DRAWN"] + str(rank), "a") as file:
         for i, sample in enumerate(batch.ids.tolist()):
-            what = [batch.windows[i].tolist(), batch.view_points[i].tolist(), batch.color[i].tolist()]
-            print(json.dumps({"step": step, "sample": sample, "drawn": what}), file=file)
+            draws = [batch.windows[i].tolist(), batch.view_points[i].tolist(), batch.color[i].tolist()]
+            print(json.dumps({"step": step, "sample": sample, "draws": draws}), file=file)
 """
 CLOCK = """
 import datetime
@@ -48,7 +48,7 @@ def test_twice(same, tmp_path):
 
 
 def test_threads(same, tmp_path):
-    """Of DALI, the one reader that has some."""
+    """Of DALI, the only reader that has decoder threads."""
     if not has_dali():
         pytest.skip("DALI is not installed here")
     config, _ = same
@@ -68,24 +68,24 @@ def test_prefetch(same, tmp_path):
         assert is_same(run(config, tmp_path / str(ahead), "speed.workers=2", f"speed.prefetch={ahead}"), first)
 
 
-@pytest.mark.parametrize("how", ["processes", "accumulation"])
-def test_processes_and_accumulation(same, tmp_path, monkeypatch, how):
-    """Keyed by (seed, epoch, sample): the draws are equal whichever process or piece of a step holds the sample."""
+@pytest.mark.parametrize("split", ["processes", "accumulation"])
+def test_processes_and_accumulation(same, tmp_path, monkeypatch, split):
+    """Draws are keyed by (seed, epoch, sample): they do not depend on the process or piece of a step that has the sample."""
     config, _ = same
     words = ["model.drop_path=0", "speed.precision=float64"]
     other = (
         {"options": {"processes": 2}, "words": []}
-        if how == "processes"
+        if split == "processes"
         else {"options": {}, "words": ["speed.grad_accum_steps=2"]}
     )
 
     def drawn(name, *extra, **options):
         monkeypatch.setenv("DRAWN", str(tmp_path / f"{name}-drawn-"))
-        losses = run(config, tmp_path / name, *words, *extra, script=hurt(tmp_path, DRAWN.strip()), **options)[0][
+        losses = run(config, tmp_path / name, *words, *extra, script=with_fault(tmp_path, DRAWN.strip()), **options)[0][
             "losses"
         ]
-        told = [row for path in tmp_path.glob(f"{name}-drawn-*") for row in read_jsonl(path)]
-        return losses, {(row["step"], row["sample"]): row["drawn"] for row in told}
+        rows = [row for path in tmp_path.glob(f"{name}-drawn-*") for row in read_jsonl(path)]
+        return losses, {(row["step"], row["sample"]): row["draws"] for row in rows}
 
     losses, draws = drawn("one")
     their_losses, their_draws = drawn("other", *other["words"], **other["options"])
@@ -98,12 +98,12 @@ def test_processes_and_accumulation(same, tmp_path, monkeypatch, how):
 def test_clock_and_time_zone(same, tmp_path, monkeypatch):
     config, first = same
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")
-    assert is_same(run(config, tmp_path / "back", script=hurt(tmp_path, before=CLOCK)), first)
+    assert is_same(run(config, tmp_path / "back", script=with_fault(tmp_path, setup=CLOCK)), first)
 
 
 def test_another_seed_is_another_run(same, tmp_path):
     config, first = same
-    told, state = run(config, tmp_path / "other", "seed=1")
-    assert told["samples.jsonl"] != first[0]["samples.jsonl"]
-    assert told["losses"] != first[0]["losses"]
+    logged, state = run(config, tmp_path / "other", "seed=1")
+    assert logged["samples.jsonl"] != first[0]["samples.jsonl"]
+    assert logged["losses"] != first[0]["losses"]
     assert not equal(state, first[1])

@@ -1,7 +1,7 @@
-"""F17: hostile tars, through `make SRC=tar` and through `index`. Members are read where they lie, by the headers alone:
-nothing is written but the shards, nothing is followed, unpickled or executed, and no header makes the program large.
+"""F17: hostile tars, through `make SRC=tar` and through `index`. Members are read at their offset, by the headers alone:
+only the shards are written, nothing is followed, unpickled or executed, and no header makes memory grow.
 
-webdataset executes a `.pyd` member when a user decodes samples as the manual says; no trainer tests any of this.
+webdataset executes a `.pyd` member when samples are decoded as its manual says; no trainer tests any of this.
 """
 
 import io
@@ -18,12 +18,12 @@ from pictures import photo
 from pipeline.shards import Shards
 
 GOOD = [photo(1), photo(2)]
-EVIL = b"cposix\nsystem\n(S'touch canary'\ntR."  # a pickle that runs a command where it is loaded
+EVIL = b"cposix\nsystem\n(S'touch canary'\ntR."  # a pickle that runs a command when it is loaded
 PROGRAM = "from tools.make_shards import main; code = main()"
 
 
 class Tar:
-    """A tar in the making: two good photos, and between them what the case adds."""
+    """A tar that is being written: two good photos, and between them what the case adds."""
 
     def __init__(self, path: Path, outside: Path):
         path.parent.mkdir(parents=True)
@@ -58,7 +58,7 @@ def absolute(tar: Tar) -> None:
 def symlink(tar: Tar) -> None:
     tar.add("link.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd")
     tar.add("folder", kind=tarfile.SYMTYPE, link=str(tar.outside))
-    tar.add("folder/through.jpg", photo(3))  # who extracts, writes it outside; its bytes are a photo like others
+    tar.add("folder/through.jpg", photo(3))  # extracting it would write outside; its bytes are a valid photo
 
 
 def hardlink(tar: Tar) -> None:
@@ -88,8 +88,8 @@ def huge_header(tar: Tar) -> None:
 
 
 def sparse(tar: Tar) -> None:
-    told = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(10**12)}
-    tar.add("new.jpg", photo(3), **told)
+    pax = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(10**12)}
+    tar.add("new.jpg", photo(3), **pax)
     old = tarfile.TarInfo("old.jpg")
 
     def of_a_terabyte(raw: bytearray) -> None:
@@ -102,17 +102,17 @@ def sparse(tar: Tar) -> None:
 def code(tar: Tar) -> None:
     for ending in ("pyd", "pkl", "pth"):
         tar.add(f"0.{ending}", EVIL)
-    tar.add("evil.jpg", EVIL)  # a name can lie
+    tar.add("evil.jpg", EVIL)  # the name is wrong
 
 
-# (what is added, what `make` says it passed over, what `index` does, photos taken of those added, refused)
+# (what is added, what `make` reports as skipped, what `index` does, number of added photos that are kept, rejected)
 CASES = {
     "../": (leads_up, "2 (unsafe names 2)", "2 (unsafe names 2)", 0, 0),
     "absolute": (absolute, "1 (unsafe names 1)", "1 (unsafe names 1)", 0, 0),
     "symlink": (symlink, "2 (links 2)", "2 (links 2)", 1, 0),
     "hardlink": (hardlink, "2 (links 2)", "2 (links 2)", 0, 0),
     "fifo, devices": (special, "3 (special files 3)", "3 (special files 3)", 0, 0),
-    "names twice": (twice, "1 (names twice 1)", "1 (twice in a sample 1)", 0, 0),
+    "duplicate names": (twice, "1 (duplicate names 1)", "1 (duplicates in a sample 1)", 0, 0),
     "odd names": (odd_names, "0", "0", 2, 1),
     "huge PAX header": (huge_header, "1 (huge headers 1)", "1 (huge headers 1)", 0, 0),
     "sparse, 1 TB": (sparse, "2 (sparse members 2)", "2 (sparse members 2)", 0, 0),
@@ -121,19 +121,19 @@ CASES = {
 
 
 def run(folder: Path, *words: object) -> tuple[str, int]:
-    """(what the program says, the most memory it had, MB), run in `folder`, where anything it writes would be found."""
+    """(the program's output, its peak memory in MB), run in `folder`, where anything it writes would be found."""
     done, peak = run_measured(PROGRAM, *words, "--max-bad", "0.5", "--processes", "1", cwd=folder, timeout=60)
     assert done.stderr == ""
     return done.stdout, peak
 
 
-def there(folder: Path) -> set[str]:
+def files(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*")}
 
 
 @pytest.fixture(scope="module")
 def ordinary(tmp_path_factory) -> int:
-    """Peak memory of a tar with nothing in it but photos."""
+    """Peak memory, in MB, for a tar that holds only photos."""
     folder = tmp_path_factory.mktemp("ordinary")
     tar = Tar(folder / "tars" / "t.tar", folder)
     for i, data in enumerate(GOOD):
@@ -142,21 +142,21 @@ def ordinary(tmp_path_factory) -> int:
     return max(run(folder, "make", tar.path, folder / "dst")[1], run(folder, "index", folder / "tars")[1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure the peak")
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.fault("F17"), pytest.mark.fast]) for k in CASES])
 def test_a_hostile_tar(kind, ordinary, tmp_path):
-    add, skipped_by_make, skipped_by_index, taken, refused = CASES[kind]
-    home = tmp_path / "a" / "b" / "home"  # what leads out of here, leads into tmp_path
+    add, skipped_by_make, skipped_by_index, kept, rejected = CASES[kind]
+    home = tmp_path / "a" / "b" / "home"  # paths that lead outside lead into tmp_path
     (tmp_path / "outside").mkdir()
     tar = Tar(home / "tars" / "hostile.tar", tmp_path / "outside")
     tar.add("0.jpg", GOOD[0])
     add(tar)
     tar.add("1.jpg", GOOD[1])
     tar.tar.close()
-    before = there(tmp_path)
+    before = files(tmp_path)
 
     made, peak = run(home, "make", tar.path, home / "made")
-    adopted, peak_of_index = run(home, "index", home / "tars")
+    indexed, peak_of_index = run(home, "index", home / "tars")
 
     new = {
         "made",
@@ -166,33 +166,33 @@ def test_a_hostile_tar(kind, ordinary, tmp_path):
         "tars/manifest.json",
         "tars/index.npy",
     }
-    new |= {"made/rejected.jsonl", "tars/rejected.jsonl"} if refused else set()
-    assert there(tmp_path) - before == {f"a/b/home/{name}" for name in new}
+    new |= {"made/rejected.jsonl", "tars/rejected.jsonl"} if rejected else set()
+    assert files(tmp_path) - before == {f"a/b/home/{name}" for name in new}
     assert max(peak, peak_of_index) < ordinary + 50
 
-    for said, folder, skipped in ((made, "made", skipped_by_make), (adopted, "tars", skipped_by_index)):
-        assert f"{2 + taken} samples in 1 shards" in said
-        assert re.search(rf"rejected {refused}\b", said)
-        assert f"passed over {skipped}\n" in said
+    for output, folder, skipped in ((made, "made", skipped_by_make), (indexed, "tars", skipped_by_index)):
+        assert f"{2 + kept} samples in 1 shard " in output
+        assert re.search(rf"rejected {rejected}\b", output)
+        assert f"skipped {skipped}\n" in output
         shards = Shards(home / folder)
         photos = [shards.read(i) for i in range(len(shards))]
         assert all(shards.is_valid(i, p) for i, p in enumerate(photos))
         assert {*photos} >= {*GOOD}
         assert {*photos} <= {*GOOD, photo(3), photo(4)}
-        if refused:
+        if rejected:
             (line,) = (home / folder / "rejected.jsonl").read_text().splitlines()
-            told = json.loads(line)
+            row = json.loads(line)
             assert (
-                told["source"].removeprefix("hostile.tar/") == {"odd names": "new\\nline.jpg", "code": "evil.jpg"}[kind]
+                row["source"].removeprefix("hostile.tar/") == {"odd names": "new\\nline.jpg", "code": "evil.jpg"}[kind]
             )
-            assert "it begins with b'" in told["reason"]
+            assert "it begins with b'" in row["reason"]
 
 
 @pytest.mark.parametrize(
     "size", [b"77777777777\0", b"\x80" + bytes(5) + b"\x01" + bytes(5), b"-0000000512\0", b"\xff" * 12]
 )
-def test_a_size_that_lies(size, tmp_path):
-    """More than the tar holds, or below nothing: the tar is refused, and the byte named."""
+def test_a_false_size(size, tmp_path):
+    """More than the tar holds, or negative: the tar is refused, and the message has the byte."""
     tar = Tar(tmp_path / "tars" / "hostile.tar", tmp_path)
     tar.add("0.jpg", GOOD[0])
     at = tar.tar.offset

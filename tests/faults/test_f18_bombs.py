@@ -1,5 +1,5 @@
-"""F18: pictures whose header promises a thousand times what they weigh. Refused from the header: when shards are made, when
-tars are adopted, and in training, whatever the index says of them; memory grows by less than 200 MB.
+"""F18: decompression bombs: small files whose header says very many pixels. They are refused by the header: when shards are
+made, when tars are indexed, and in training, whatever the index says; memory grows by less than 200 MB.
 
 DALI takes 12.3 GB and 41 s for the first of them.
 """
@@ -26,8 +26,9 @@ MAKE = "from tools.make_shards import main; code = main()"
 TRAIN = "from train import main; code = main()"
 READ = """
 import importlib.util
+from pipeline.plan import Plan
 from pipeline.readers import webdataset
-from pipeline.shards import Plan, Shards
+from pipeline.shards import Shards
 from runtime.config import load_config
 readers = {"wds": webdataset.read}
 if importlib.util.find_spec("nvidia.dali"):
@@ -43,11 +44,13 @@ for folder in sys.argv[2:]:
 code = 0
 """
 BOMBS = {
-    "png": {"bomb.png": (lambda: png_bomb(30000, 30000), "900000000 pixels by its header", "30000 x 30000 pixels")},
-    "jpeg": {"bomb.jpg": (lambda: lying_jpeg(65000, 65000), "4225000000 pixels by its header", "65000 x 65000 pixels")},
+    "png": {"bomb.png": (lambda: png_bomb(30000, 30000), "its header says 900000000 pixels", "30000 x 30000 pixels")},
+    "jpeg": {
+        "bomb.jpg": (lambda: lying_jpeg(65000, 65000), "its header says 4225000000 pixels", "65000 x 65000 pixels")
+    },
     "webp, tiff": {
-        "bomb.webp": (webp_bomb, "268435456 pixels by its header", "16384 x 16384 pixels"),
-        "bomb.tif": (tiff_bomb, "900000000 pixels by its header", "it is no JPEG, PNG or WebP"),
+        "bomb.webp": (webp_bomb, "its header says 268435456 pixels", "16384 x 16384 pixels"),
+        "bomb.tif": (tiff_bomb, "its header says 900000000 pixels", "it is not a JPEG, PNG or WebP"),
     },
 }
 PHOTOS, SIDE = 12, 850
@@ -57,9 +60,9 @@ SHORT = ["optim.epochs=2", "optim.warmup_epochs=0", "optim.global_batch_size=4",
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> Path:
-    """Shards of photos as heavy as the bombs: noise."""
-    folder, rng = tmp_path_factory.mktemp("sound"), np.random.default_rng(0)
+def intact(tmp_path_factory) -> Path:
+    """Shards of photos with as many bytes as the bombs: noise."""
+    folder, rng = tmp_path_factory.mktemp("intact"), np.random.default_rng(0)
     noise = [encoded(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8), quality=97) for _ in range(PHOTOS)]
     assert min(map(len, noise)) > 900_000
     src = tree(folder / "src", {f"{i:02d}.jpg": data for i, data in enumerate(noise)})
@@ -68,23 +71,23 @@ def sound(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ordinary(sound, tmp_path_factory) -> dict[str, int]:
-    """MB that each program has where nothing is wrong."""
+def ordinary(intact, tmp_path_factory) -> dict[str, int]:
+    """Peak memory of each program, in MB, for valid photos."""
     folder = tmp_path_factory.mktemp("ordinary")
     config = folder / "config.yaml"
     config.write_text(CONFIG)
     _, make = run_measured(MAKE, "make", tree(folder / "good", GOOD), folder / "dst", *MORE)
-    _, read = run_measured(READ, config, sound)
-    _, train = run_measured(TRAIN, config, *SHORT, f"data.shards={sound}", f"run.folder={folder / 'run'}")
+    _, read = run_measured(READ, config, intact)
+    _, train = run_measured(TRAIN, config, *SHORT, f"data.shards={intact}", f"run.folder={folder / 'run'}")
     return {"make": make, "read": read, "train": train}
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure the peak")
 @pytest.mark.fault("F18")
 @pytest.mark.parametrize("kind", BOMBS)
-def test_a_bomb(kind, sound, ordinary, tmp_path):
-    bombs = {name: (made(), *told) for name, (made, *told) in BOMBS[kind].items()}
-    # made into shards, and in a tar that is adopted (by a name that `index` takes)
+def test_a_bomb(kind, intact, ordinary, tmp_path):
+    bombs = {name: (make_bomb(), *reasons) for name, (make_bomb, *reasons) in BOMBS[kind].items()}
+    # made into shards, and in a tar that is indexed (by a name that `index` accepts)
     src = tree(tmp_path / "src", GOOD | {name: bomb for name, (bomb, *_) in bombs.items()})
     as_jpg = {name.replace(".", "-") + ".jpg": bomb for name, (bomb, *_) in bombs.items()}
     tar_of(GOOD | as_jpg, tmp_path / "tars" / "t.tar")
@@ -101,33 +104,32 @@ def test_a_bomb(kind, sound, ordinary, tmp_path):
         for name, row in zip(names, refused, strict=True):
             assert bombs[name if name in bombs else f"{name}.jpg"][1] + ", more than --max-pixels" in row["reason"]
 
-    # in the place of indexed photos, with the right crc32: once under an index that says so, once under one that
-    # says what the header does
-    bombed = Path(shutil.copytree(sound, tmp_path / "bombed"))
+    # in place of indexed photos, with the right crc32: once with the photo's size in the index, once with the header's
+    bombed = Path(shutil.copytree(intact, tmp_path / "bombed"))
     places = {}
-    for i, (name, (bomb, _, told)) in enumerate(sorted(bombs.items())):
+    for i, (name, (bomb, _, reason)) in enumerate(sorted(bombs.items())):
         overwrite(bombed, 2 * i, bomb, indexed=True)
         overwrite(bombed, 2 * i + 1, bomb, indexed=True)
         places |= {
-            2 * i: f"its header promises {told}, the index {SIDE} x {SIDE}",
-            2 * i + 1: f"{told} are more than a reader takes",
+            2 * i: f"its header says {reason}, the index {SIDE} x {SIDE}",
+            2 * i + 1: f"{reason} are more than the readers accept",
         }
         if name == "bomb.tif":
-            places |= dict.fromkeys((2 * i, 2 * i + 1), told)
+            places |= dict.fromkeys((2 * i, 2 * i + 1), reason)
     index = np.load(bombed / "index.npy")
     side = {"png": 30000, "jpeg": 65000, "webp, tiff": 16384}[kind]
     index["height"][1::2], index["width"][1::2] = side, side
     index["height"][2 * len(bombs) :], index["width"][2 * len(bombs) :] = SIDE, SIDE
     np.save(bombed / "index.npy", index)
     shards = Shards(bombed)
-    assert {i: w for i in range(PHOTOS) if (w := shards.fault(i, shards.read(i)).split(" (")[0])} == places
+    assert {i: w for i in range(PHOTOS) if (w := shards.validation_error(i, shards.read(i)).split(" (")[0])} == places
 
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG)
-    done, peak = run_measured(READ, config, sound, bombed)
+    done, peak = run_measured(READ, config, intact, bombed)
     assert peak < ordinary["read"] + 200
-    whole, replaced = done.stdout.splitlines()  # the readers agree, or there were more lines
-    assert set(range(PHOTOS)) == {int(i) for i in whole.strip("()").split(",")}
+    original, replaced = done.stdout.splitlines()  # one line each: the readers agree
+    assert set(range(PHOTOS)) == {int(i) for i in original.strip("()").split(",")}
     assert not {int(i) for i in replaced.strip("()").split(",")} & set(places)
 
     # and by the trainer
