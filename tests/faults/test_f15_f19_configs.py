@@ -50,11 +50,11 @@ data:
     - {count: 2, size: 32, scale: [0.4, 1.0], teacher: true}
     - {count: 2, size: 16, scale: [0.2, 0.5]}
 model: {arch: custom, patch: 8, width: 24, depth: 2, heads: 2}
-optim: {batch: 16, epochs: 4, warmup: 1}
+optim: {global_batch_size: 16, epochs: 4, warmup_epochs: 1}
 """
 MISTAKES = {  # what: (text of the config; {what to change of GOOD: into what}, words after it, what is told)
     "typo": ({"optim:": "optm:"}, [], ["optm: no such key, did you mean 'optim'?"]),
-    "nested typo": ({"batch: 16": "bacth: 16"}, [], ["optim.bacth: no such key, did you mean 'batch'?"]),
+    "nested typo": ({"global_batch_size: 16": "bacth: 16"}, [], ["optim.bacth: no such key, did you mean 'batch'?"]),
     "typo on the command line": ({}, ["loss.aplha=1"], ["loss.aplha: no such key, did you mean 'alpha'?"]),
     "abbreviation": (
         {}, ["--epoch", "3", "--dry"],
@@ -65,7 +65,7 @@ MISTAKES = {  # what: (text of the config; {what to change of GOOD: into what}, 
     ),
     "wrong type": ({"epochs: 4": "epochs: four"}, [], ["optim.epochs: expected a number, this is the text 'four'"]),
     "a number as text": (
-        {"batch: 16": "batch: 16, lr: '1e-3'"}, [],
+        {"global_batch_size: 16": "global_batch_size: 16, lr: '1e-3'"}, [],
         ["optim.lr: expected a number, this is the text '1e-3' (without quotes it is a number)"],
     ),
     "no as text": (
@@ -75,7 +75,7 @@ MISTAKES = {  # what: (text of the config; {what to change of GOOD: into what}, 
     "key twice": ({"optim:": "seed: 1\nseed: 2\noptim:"}, [], ["line 9: 'seed' stands there twice (and in line 8)"]),
     "negative learning rate": ({}, ["optim.lr=-1e-3"], ["optim.lr: more than 0, this is -0.001"]),
     "epochs < warm-up": (
-        {"warmup: 1": "warmup: 10"}, [], ["optim.warmup: 10 epochs of warm-up do not fit into optim.epochs: 4"]
+        {"warmup_epochs: 1": "warmup_epochs: 10"}, [], ["optim.warmup_epochs: 10 epochs of warm-up do not fit into optim.epochs: 4"]
     ),
     "no loss on": ({}, ["method=dino", "loss.alpha=0"], ["loss.alpha: 0 leaves no loss at all"]),
     "patch does not divide the size": (
@@ -88,8 +88,8 @@ MISTAKES = {  # what: (text of the config; {what to change of GOOD: into what}, 
         {"size: 16": "size: 4"}, [], ["data.views.1.size: 4 is no multiple of model.patch: 8 (nearest: 8)"]
     ),
     "batch does not fall into processes": (
-        {"batch: 16": "batch: 17"}, [],
-        ["optim.batch: 17 images do not fall into 4 processes x speed.accumulate: 1 equal pieces (nearest: 16)"],
+        {"global_batch_size: 16": "global_batch_size: 17"}, [],
+        ["optim.global_batch_size: 17 images do not fall into 4 processes x speed.accumulate: 1 equal pieces (nearest: 16)"],
     ),
     "unknown architecture": ({}, ["model.arch=vit_smal"], ["model.arch: one of vit_tiny, ", "did you mean 'vit_small'?"]),
     "missing file": (None, [], ["run.yml: no such config, did you mean ", "run.yaml'?"]),
@@ -129,7 +129,7 @@ def test_a_mistake_is_told(what, tmp_path):
 
 def test_without_a_mistake_the_photos_are_asked_for(tmp_path):
     """What MISTAKES starts from is right: the program goes on to the next question, still without torch."""
-    (tmp_path / "run.yaml").write_text(GOOD.replace("batch: 16", "batch: 16, lr: 1e-3"))
+    (tmp_path / "run.yaml").write_text(GOOD.replace("global_batch_size: 16", "global_batch_size: 16, lr: 1e-3"))
     refused(start(tmp_path / "run.yaml"), "nowhere: no shards here")
 
 

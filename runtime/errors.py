@@ -1,0 +1,44 @@
+"""Errors that a user can act on: one clear message, an exit code, no traceback."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """A wrong input. The message names it and the nearest valid one. The program ends with exit code 2."""
+
+
+class RunError(Exception):
+    """A failure that no input caused and no traceback explains, such as a killed process. The message says what happened
+    and what is kept. The program ends with exit code 1."""
+
+
+def suggest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """The end of a message: `, did you mean 'x'?` for the known word closest to `word`, or nothing."""
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=cutoff)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise UserError where one of these options is given and is not above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be more than 0")
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a program's `main` and exit. UserError prints its message and exits with 2, RunError with 1, Ctrl-C with 130."""
+    try:
+        code = main() or 0
+    except (UserError, RunError) as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"[process {rank}] error: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        code = 130
+    sys.exit(code)
