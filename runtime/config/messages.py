@@ -10,8 +10,10 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
+from pydantic import AfterValidator
 from pydantic_core import ErrorDetails
 
+from runtime.config.bounds import METHODS
 from runtime.config.schema import Config
 from runtime.config.yaml import NUMBER
 from runtime.errors import UserError, suggest
@@ -88,6 +90,9 @@ def hint_of(path: Iterable[str | int]) -> Any:
 def expected(hint: Any) -> str:
     """A type and its bounds in words: "a number from 0 to 1", "one of auto, cuda, cpu"."""
     kind, metadata = unwrap(hint)
+    for rule in metadata:
+        if isinstance(rule, AfterValidator):  # the schema's own bounds, see bounds.rule
+            return rule.func.__doc__ or ""
     if dataclasses.is_dataclass(kind):
         return "a mapping"
     if typing.get_origin(kind) is Literal:
@@ -97,7 +102,7 @@ def expected(hint: Any) -> str:
         return f"{len(inner)} numbers{_bounds(unwrap(inner[0])[1])}"
     if typing.get_origin(kind) is list:
         element, bounds = unwrap(inner[0])
-        return "a list of mappings" if dataclasses.is_dataclass(element) else f"numbers{_bounds(bounds)}"
+        return "a list of groups" if dataclasses.is_dataclass(element) else f"numbers{_bounds(bounds)}"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     return names[kind] + _bounds(metadata)
 
@@ -106,7 +111,9 @@ def _bounds(metadata: list[Any]) -> str:
     found: dict[str, Any] = {}
     for item in metadata:
         for rule in (item, *getattr(item, "metadata", ())):  # Field(ge=0, le=1) holds several
-            found |= {name: getattr(rule, name) for name in ("gt", "ge", "lt", "le") if getattr(rule, name, None) is not None}
+            found |= {
+                name: getattr(rule, name) for name in ("gt", "ge", "lt", "le") if getattr(rule, name, None) is not None
+            }
     low, high = found.get("ge"), found.get("le")
     below = {2**63: "2^63"}.get(found.get("lt", 0), str(found.get("lt")))
     if low is not None and high is not None:
@@ -141,9 +148,6 @@ def explain(error: ErrorDetails) -> tuple[str, str, str]:
     if error["type"] == "unexpected_keyword_argument":
         meant = suggest_key(key)
         return key, "no such key" + (f", did you mean '{meant}'?" if meant else ""), meant
-    if error["type"] == "value_error":  # one of the schema's own checks
-        known = re.sub(".*one of |, or .*", "", str(error["ctx"]["error"])).split(", ")
-        return key, f"{error['ctx']['error']}, found {found(value)}{_nearest(value, known)}", ""
     if not path:
         return key, error["msg"], ""
     hint = hint_of(path)
@@ -159,6 +163,8 @@ def _meant(hint: Any, value: Any) -> str:
     kind, _ = unwrap(hint)
     if typing.get_origin(kind) is Literal:
         return _nearest(value, typing.get_args(kind))
+    if kind is str:
+        return _nearest(value, METHODS)
     if kind is bool and isinstance(value, (str, int)):
         switch = {"no": "false", "off": "false", "0": "false", "yes": "true", "on": "true", "1": "true"}
         word = str(value).lower()

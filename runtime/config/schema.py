@@ -5,53 +5,22 @@ pydantic reads all four. `docs/reference/config.md` and `configs/schema.json` ar
 table numbers are those of the DenseDINO paper (arXiv:2306.04654).
 """
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt,
-)  # fmt: skip
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-METHODS = ("densedino", "dino")
+from runtime.config.bounds import METHOD, RATIO, WINDOW, Pair, Share, ShareBelowOne, Shares, Text, as_list
+
 TEACHERS = 2  # T: the method has two teacher views (eq. 2, eq. 3)
 RESULT_SECTIONS = ("method", "seed", "data", "model", "reference", "head", "loss", "optim")
-NON_RESULT_KEYS = ("data.shards", "data.val", "data.max_corrupt", "data.max_missing")  # where images are, when to give up
+NON_RESULT_KEYS = (
+    "data.shards",
+    "data.val",
+    "data.max_corrupt",
+    "data.max_missing",
+)  # where images are, when to give up
 SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-def _as_list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-def _as_text(value: Any) -> Any:
-    """A folder may be called 2026."""
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-
-
-def _window(value: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < value[0] <= value[1] <= 1:
-        raise ValueError("expected two numbers 0 < low <= high <= 1")
-    return value
-
-
-def _ratio(value: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < value[0] <= value[1]:
-        raise ValueError("expected two numbers 0 < low <= high")
-    return value
-
-
-def _method(value: str) -> str:
-    if value not in METHODS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-        raise ValueError(f"expected one of {', '.join(METHODS)}, or module:Class")
-    return value
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
-ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-Shares = Annotated[list[Share], BeforeValidator(_as_list, json_schema_input_type=Share | list[Share])]
-Text = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | float)]
-Pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # yaml has no tuples
 
 # ------------------------------------------------------------------------------------------ sections that change results
 
@@ -64,7 +33,7 @@ class Views:
     """Number of views in this group."""
     size: PositiveInt = 224
     """Height and width of a view, in pixels. It must be a multiple of `model.patch`."""
-    scale: Annotated[tuple[float, float], Pair, AfterValidator(_window)] = (0.25, 1.0)
+    scale: Annotated[tuple[float, float], Pair, WINDOW] = (0.25, 1.0)
     """Smallest and largest area of a view's window, as a share of the image (Table 2: global views 0.4 to 1, local views
     0.05 to 0.4; the published command: 0.25 to 1)."""
     teacher: bool = False
@@ -101,7 +70,7 @@ class Data:
     """Shards to evaluate on: a folder or an address. Without it, `data.holdout` of the training shards is held out."""
     holdout: ShareBelowOne = 0.02
     """Share of the training samples that is held out for evaluation. It is used only where `data.val` is not set."""
-    views: Annotated[list[Views], BeforeValidator(_as_list)] = Field(
+    views: Annotated[list[Views], BeforeValidator(as_list)] = Field(
         default_factory=lambda: [
             Views(2, 224, (0.25, 1.0), True, [1.0, 0.1], [0.0, 0.2]),
             Views(2, 224, (0.25, 1.0), False, [0.5], [0.0]),
@@ -112,7 +81,7 @@ class Data:
     min_overlap: Share = 0.01
     """Smallest area that a teacher view shares with any other view, as a share of the image. Two teacher views share at
     least twice as much. 0 allows any windows (section 3.3 asks for a lower bound; 0.01 is the published code's)."""
-    aspect: Annotated[tuple[float, float], Pair, AfterValidator(_ratio)] = (3 / 4, 4 / 3)
+    aspect: Annotated[tuple[float, float], Pair, RATIO] = (3 / 4, 4 / 3)
     """Smallest and largest ratio of a window's width to its height (DINO)."""
     flip: Share = 0.5
     """Probability that a view is mirrored horizontally (DINO)."""
@@ -154,9 +123,9 @@ class Reference:
     points: int = 4
     """Number of reference points for each ordered pair of a teacher view and another view, M (section 4.1: 4)."""
     attention: Literal["none", "patches+cls", "patches", "patches+self", "all_query"] = "patches+self"
-    """Tokens that a reference token attends to. `patches`, `patches+cls` and `patches+self` name them, and nothing attends to
-    reference tokens. `none`: every token attends to all. `all_query`: as `patches+self`, and patches do not attend to [CLS]
-    (Figure 3; the published command: patches+self)."""
+    """Tokens that a reference token attends to. `patches`, `patches+cls` and `patches+self` name them, and no token attends
+    to reference tokens. `none`: every token attends to all. `all_query`: as `patches+self`, and patches do not attend to
+    [CLS] (Figure 3; the published command: patches+self)."""
     border: Literal["zeros", "border"] = "zeros"
     """Value of the position embedding outside its grid: zero, or that of the nearest patch (published code: zeros)."""
     views: Literal["all", "teacher"] = "all"
@@ -310,7 +279,7 @@ class Eval:
 class Config:
     """A whole training run."""
 
-    method: Annotated[str, AfterValidator(_method)] = "densedino"
+    method: Annotated[str, METHOD] = "densedino"
     """Training method: densedino, dino, or module:Class for a method of your own (model/methods/base.py)."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random: weights, order of samples, windows, points, colors, drop path."""

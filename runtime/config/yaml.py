@@ -1,5 +1,6 @@
-"""Text <-> the tree of a config. Scalars are those of YAML 1.2: `true` and `false` are the only booleans, `1e-3` is a number.
+"""Text <-> the tree of a config.
 
+Scalars are those of YAML 1.2: `true` and `false` are the only booleans, `1e-3` is a number.
 Aliases and tags are refused, repeated keys are reported, and nothing is looked up anywhere: `${oc.env:HOME}` is a text.
 """
 
@@ -10,7 +11,9 @@ import yaml
 
 from runtime.errors import UserError
 
-MAX_SIZE = 100_000  # characters or bytes of a config; ours have 4,000 at most, and the parser needs a second for so many
+MAX_SIZE = (
+    100_000  # characters or bytes of a config; ours have 4,000 at most, and the parser needs a second for so many
+)
 NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
 
 
