@@ -191,11 +191,12 @@ def test_errors_of_every_kind_in_one_list(tmp_path):
     for line, words in zip(
         lines[1:],
         (
-            "--x: no such option", "'seed' appears twice (first in line 1)", "'sed': an override is written a.b=c",
+            "command line: --x: no such option",
+            "'seed' appears twice (first in line 1)", "'sed': an override is written a.b=c",
             "'seed' is 2, it has no 'a'", "optim.warmpu: no such key, did you mean 'optim.warmup_epochs'?",
             "optim.global_batch_size: expected a whole number", "head.prototypes: expected a whole number, 2 or more",
             "data.flip: expected a number from 0 to 1, found 3", "loss.alhpa: no such key, did you mean 'loss.alpha'?",
-            "--allow-change optim.lrr: no such key, did you mean 'optim.lr'?", "custom needs all three",
+            "command line: --allow-change optim.lrr: no such key, did you mean 'optim.lr'?", "custom needs all three",
             "data.shards: which shards?",
         ),
         strict=True,

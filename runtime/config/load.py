@@ -11,11 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from runtime.config import yaml
 from runtime.config.checks import check, check_training
-from runtime.config.messages import ConfigErrors, dotted, explain, flatten, found, suggest_key
+from runtime.config.messages import COMMAND_LINE, ConfigErrors, dotted, explain, flatten, found, suggest_key
 from runtime.config.schema import NON_RESULT_KEYS, RESULT_SECTIONS, Config
 from runtime.errors import UserError, suggest
-
-COMMAND_LINE = "command line"
 
 
 def load_config(
@@ -25,7 +23,7 @@ def load_config(
     """The config of a yaml file with `a.b=c` words applied over it. Raises one UserError that lists all errors.
 
     processes: how many are going to train with it; None: it is only read. allowed: keys whose values may differ from a
-    checkpoint's (--allow-change). errors: messages of errors that the caller has found.
+    checkpoint's (--allow-change). errors: what the caller found wrong on its command line.
     """
     path = Path(path)
     listed = ConfigErrors(str(path), errors)
@@ -38,10 +36,8 @@ def load_config(
     keys = flatten(config)
     for key in allowed:
         if key not in keys:
-            near = suggest_key(key)
-            listed.messages.append(
-                f"{path}: --allow-change {key}: no such key" + (f", did you mean '{near}'?" if near in keys else "")
-            )
+            near = f", did you mean '{suggest_key(key)}'?" if suggest_key(key) in keys else ""
+            listed.messages.append(f"{COMMAND_LINE}: --allow-change {key}: no such key{near}")
     listed.add_problems(check(config), sources)
     if processes is not None:
         listed.add_problems(check_training(config, processes), sources)

@@ -18,6 +18,8 @@ from runtime.config.schema import Config
 from runtime.config.yaml import NUMBER
 from runtime.errors import UserError, suggest
 
+COMMAND_LINE = "command line"
+
 
 class Problem(NamedTuple):
     """Something wrong with the value of a key, or with several values together."""
@@ -28,11 +30,11 @@ class Problem(NamedTuple):
 
 
 class ConfigErrors:
-    """All errors of a config, and the keys whose values are unknown because of them."""
+    """All errors of a config, and the keys whose values are unknown because of them. `found`: those of the command line."""
 
     def __init__(self, config: str, found: Iterable[str] = ()):
         self.config = config
-        self.messages = [f"{config}: {message}" for message in found]
+        self.messages = [f"{COMMAND_LINE}: {message}" for message in found]
         self.unknown: set[str] = set()
 
     def add(self, where: str, key: str, text: str, meant: str = "") -> None:

@@ -93,7 +93,7 @@ ERRORS = {  # what: (text of the config, or {what to replace in GOOD: by what}; 
         {}, ["reference.points=500"], ["reference.points: 500 make 1500 reference tokens in a view of 16 patches"]
     ),
     "local crop < patch": (
-        {"size: 16": "size: 4"}, [], ["data.views.1.size: 4 is not a multiple of model.patch: 8 (nearest: 8)"]
+        {"size: 16, scale": "size: 4, scale"}, [], ["data.views.1.size: 4 is not a multiple of model.patch: 8 (nearest: 8)"]
     ),
     "batch is not divisible by processes": (
         {"global_batch_size: 16": "global_batch_size: 17"}, [],
