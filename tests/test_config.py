@@ -121,6 +121,9 @@ WRONG = [
     ("", [], "a config is a mapping 'key: value', this file is empty"),
     ("- a", [], "a config is a mapping 'key: value', this file is a list"),
     ("base: c.yaml", [], "base: c.yaml leads in a circle"),
+    ("base: d.yaml", [], "base: d.yaml: no such config, did you mean 'c.yaml'"),
+    ("base: [c.yaml]", [], "base: expected the path of another config, found "),
+    ("1: 2", [], "1: no such key$"),
     ("a: &x [1]\nb: *x", [], r"line 2: aliases \(\*x\) are not allowed"),
     ("a: !!python/object/apply:os.system [ls]", [], r"line 1: tags \(.*os\.system\) are not allowed"),
     ("seed: !!int 5", [], r"line 1: tags \(.*int\) are not allowed"),
@@ -128,7 +131,7 @@ WRONG = [
     ("[" * 20_000, [], "too deep for a config"),
     ("a: \x00", [], "special characters are not allowed"),
     ("a: " + 100_000 * "b", [], "bytes are too many for a config"),
-    ('run: {folder: "\\ud800"}', [], "c.yaml"),
+    ('run: {folder: "\\ud800"}', [], "half a character"),
 ]  # fmt: skip
 
 

@@ -111,9 +111,14 @@ def _read(path: Path, errors: ConfigErrors, seen: tuple[Path, ...] = ()) -> tupl
         raise UserError(f"{path}: a config is a mapping 'key: value', this file is {kind}")
     base, sources = tree.pop("base", None), Sources(str(path))
     if base is not None:
-        base_path = path.parent / str(base)
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base: expected the path of another config, found {found(base)}")
+        base_path = path.parent / base
         if base_path.resolve() in (path.resolve(), *seen):
             raise UserError(f"{path}: base: {base} leads in a circle")
+        if not base_path.is_file():
+            known = sorted(p.name for p in path.parent.glob("*.yaml"))
+            raise UserError(f"{path}: base: {base}: no such config{suggest(base, known)}")
         below, below_sources = _read(base_path, errors, (*seen, path.resolve()))
         sources.given = below_sources.given
         own, tree = tree, merge(below, tree)

@@ -151,7 +151,7 @@ def explain(error: ErrorDetails) -> tuple[str, str, str]:
         meant = suggest_key(key)
         return key, "no such key" + (f", did you mean '{meant}'?" if meant else ""), meant
     if not path:
-        return key, error["msg"], ""
+        return key, "a text has half a character (\\ud800 to \\udfff)", ""  # the one thing that JSON refuses
     hint = hint_of(path)
     return key, f"expected {expected(hint)}, found {found(value)}{_meant(hint, value)}", ""
 
@@ -205,6 +205,8 @@ def suggest_key(word: str) -> str:
     word of a command line (`--lr=0.1`)."""
     word = word.lstrip("-").partition("=")[0].replace("-", "_").lower()
     section, _, name = word.rpartition(".")
+    if not name or name.isdecimal():
+        return ""
     place = re.search(r"\.(\d+)$", section)  # in a list: the schema knows places 0 and 1 only
     section = re.sub(r"\.\d+$", ".0", section)
     score, best = max(((_likeness(section, name, key), key) for key in all_keys()), key=lambda pair: pair[0])

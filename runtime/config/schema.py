@@ -131,7 +131,8 @@ class Reference:
     views: Literal["all", "teacher"] = "all"
     """Student views in the reference loss, x' of eq. 3: all views, or the teacher's only."""
     center: Literal["loss", "published"] = "loss"
-    """Tokens that move the reference center: those that enter the loss, or those that the published code takes."""
+    """Tokens that move the reference center. `loss`: those that enter the loss (section 4.1: as the class token).
+    `published`: those of all pairs of the two teacher views, a view paired with itself too."""
 
 
 @dataclass(config=SETTINGS)
@@ -145,11 +146,12 @@ class Head:
     prototypes: Annotated[int, Field(ge=2)] = 65536
     """Number of prototypes, K: the outputs of the last layer."""
     norm: Literal["none", "batch"] = "none"
-    """Normalization after each hidden layer: none, or batch normalization."""
+    """Normalization after each hidden layer: none, or batch normalization (an option of DINO)."""
     norm_last_layer: bool = True
     """Whether the gain of the last layer's weight norm stays 1, so that prototypes keep unit norm (DINO)."""
     shared: bool = False
-    """Whether class and reference tokens share one head and one center. The published code has two (section 3.2)."""
+    """Whether class and reference tokens share one head and one center. Section 3.2 ("a shared projection head") can be read
+    either way; the published code has two."""
 
 
 @dataclass(config=SETTINGS)
@@ -166,7 +168,7 @@ class Loss:
     teacher_temperature: Annotated[tuple[PositiveFloat, PositiveFloat], Pair] = (0.04, 0.04)
     """Softmax temperature of the teacher, at the start of the warmup and after it (section 3.1; DINO)."""
     teacher_temperature_warmup: NonNegativeFloat = 0
-    """Epochs in which the teacher's temperature goes from its first value to its second."""
+    """Epochs in which the teacher's temperature goes linearly from its first value to its second."""
     center_momentum: Share = 0.9
     """Momentum of the centers of the teacher's logits, per step (DINO)."""
 
@@ -213,7 +215,8 @@ class Speed:
     activation_checkpointing: bool = False
     """Whether activations are computed again in the backward pass. It needs less memory and about a third more work."""
     reader: Literal["auto", "dali", "wds"] = "auto"
-    """Program that reads and decodes images: NVIDIA DALI, or WebDataset on the CPU. `auto` takes DALI for a GPU."""
+    """Program that reads and decodes images: NVIDIA DALI, or WebDataset on the CPU. `auto` takes DALI for a GPU,
+    where it is installed."""
     workers: NonNegativeInt = 1
     """Reading processes for each device. 0 means a thread of the training process."""
     prefetch: PositiveInt = 2
