@@ -26,7 +26,7 @@ export GOMP_SPINCOUNT ?= 10000
 need = $(if $($(1)),,$(error $(1)=… is missing: $(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup scenes shards verify index pretrain eval export bench test test-slow faults check lock clean
+.PHONY: help setup scenes shards verify index pretrain eval export bench test test-slow faults check lock docs-reference clean
 
 help: ## this list
 	@echo "DenseDINO: photos -> shards -> pretraining -> what it learned"
@@ -103,6 +103,9 @@ check: $(READY) ## ruff and mypy
 lock: $(READY) # write requirements.lock from pyproject.toml
 	@$(PY) -m uv pip compile pyproject.toml --extra dev --extra dali13 --extra remote --extra onnx --universal --python-version 3.11 \
 	  --generate-hashes --quiet --no-header -o requirements.lock
+
+docs-reference: $(READY) # write docs/reference/config.md and configs/schema.json from runtime/config/schema.py
+	@$(PY) -m runtime.config.reference
 
 clean: ## remove caches (runs, data and .venv are kept)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache

@@ -144,7 +144,7 @@ def test_the_strength_of_a_blur_is_a_draw_of_its_own(probability: float):
     """DINO, utils.GaussianBlur: one random() says whether, then random.uniform(0.1, 2) how strong. So however rare the
     blur is, its sigma is uniform from 0.1 to 2: every fifth of that range has a fifth of the sigmas."""
     n = 20_000
-    d = draw_color(hash64(3, np.arange(n)), Data(), [Views(1, 32, blur=[probability])])[:, 0, augment.SIGMA]
+    d = draw_color(hash64(3, np.arange(n)), Data(), [Views(1, 32, blur=[probability])])[:, 0, recipe.SIGMA]
     shares = np.histogram(d[d > 0], bins=5, range=(0.1, 2))[0] / (probability * n)
     assert np.abs(shares - 1 / 5).max() < 0.06  # their deviation is at most 0.01
 
@@ -182,7 +182,7 @@ def test_a_blurred_view_is_solarized_after_it(apply: Callable[..., torch.Tensor]
     picture = torch.zeros(1, 1, 16, 20, 3, dtype=torch.uint8)
     picture[..., 10:, :] = 255
     draws = torch.tensor(PLAIN).float()
-    draws[augment.SIGMA], draws[augment.SOLARIZE] = 1, 1
+    draws[recipe.SIGMA], draws[recipe.SOLARIZE] = 1, 1
     out = apply(picture, draws.view(1, 1, 8))[0, 0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     dark = [0.0] * 6 + [0.0001, 0.0046, 0.0586, 0.3005]
     torch.testing.assert_close(out, torch.tensor(dark + dark[::-1]).expand(3, 16, 20), rtol=0, atol=1e-4)

@@ -1,0 +1,39 @@
+"""The config of a run: yaml (+ base) + a.b=c -> one typed, checked Config.
+
+schema.py     every value: type, bounds, default, meaning
+bounds.py     the types that it uses beside pydantic's
+checks.py     rules between values
+messages.py   errors in words, nearest keys
+yaml.py       text <-> tree: YAML 1.2 scalars; no aliases, no tags, no repeated keys
+load.py       base files, overrides, all errors in one list; the resolved copy; what differs between two configs
+reference.py  writes docs/reference/config.md and configs/schema.json
+
+Nothing here imports torch: an error is reported before anything heavy loads.
+"""
+
+from runtime.config.bounds import METHODS
+from runtime.config.load import diff, dump_config, load_config, merge, parse_config
+from runtime.config.messages import ConfigErrors, flatten, suggest_key, unknown_option
+from runtime.config.schema import (
+    NON_RESULT_KEYS,
+    RESULT_SECTIONS,
+    TEACHERS,
+    Config,
+    Data,
+    Eval,
+    Head,
+    Jitter,
+    Loss,
+    Model,
+    Optim,
+    Reference,
+    Run,
+    Speed,
+    Views,
+)
+
+__all__ = [
+    "METHODS", "NON_RESULT_KEYS", "RESULT_SECTIONS", "TEACHERS", "Config", "ConfigErrors", "Data", "Eval", "Head", "Jitter",
+    "Loss", "Model", "Optim", "Reference", "Run", "Speed", "Views", "diff", "dump_config", "flatten", "load_config", "merge",
+    "parse_config", "suggest_key", "unknown_option",
+]  # fmt: skip

@@ -1,0 +1,118 @@
+"""Rules between values. The bounds of one value stand with it in schema.py.
+
+They are functions that list what is wrong, not pydantic's model validators: a validator reports one error, and none where
+another value is wrong. Each Problem names the keys it depends on, so that it is left out where one of these is unknown.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from runtime.config.messages import Problem
+from runtime.config.schema import TEACHERS, Config
+
+
+def check(c: Config) -> list[Problem]:
+    """What is wrong with values that are each valid by themselves."""
+    return [*_optim(c), *_model(c), *_views(c), *_reference(c)]
+
+
+def _optim(c: Config) -> Iterator[Problem]:
+    epochs, warmup, pieces = c.optim.epochs, c.optim.warmup_epochs, c.speed.grad_accum_steps
+    if warmup >= epochs:
+        text = f"{warmup:g} epochs of warmup do not fit into optim.epochs: {epochs:g}"
+        yield Problem("optim.warmup_epochs", text, ("optim.epochs",))
+    if c.optim.global_batch_size % pieces:
+        text = f"{c.optim.global_batch_size} is not divisible by speed.grad_accum_steps: {pieces}"
+        yield Problem("optim.global_batch_size", text, ("speed.grad_accum_steps",))
+    if c.method == "dino" and c.loss.alpha == 0:
+        text = "0 leaves no loss at all. method: dino has the class loss alone, which is alpha: 1"
+        yield Problem("loss.alpha", text, ("method",))
+
+
+def _model(c: Config) -> Iterator[Problem]:
+    keys = "model.width, model.depth, model.heads"
+    width, heads = c.model.width, c.model.heads
+    given = [d is not None for d in (width, c.model.depth, heads)]
+    if c.model.arch != "custom":
+        if any(given):
+            text = f"model.arch: {c.model.arch} has its own. Only model.arch: custom takes them"
+            yield Problem(keys, text, ("model.arch",))
+        return
+    if not all(given):
+        yield Problem(keys, "model.arch: custom needs all three", ("model.arch",))
+    if width and heads and width % heads:
+        yield Problem("model.width", f"{width} is not divisible by model.heads: {heads}", ("model.arch", "model.heads"))
+
+
+def _views(c: Config) -> Iterator[Problem]:
+    groups, patch = c.data.views, c.model.patch
+    if not groups:
+        yield Problem("data.views", "a config needs views, this list is empty")
+        return
+    teachers = sum(g.count for g in groups if g.teacher)
+    if teachers != TEACHERS:
+        text = f"{teachers} teacher views, the method has {TEACHERS} (one group with teacher: true, count: 2)"
+        yield Problem("data.views", text)
+    roles = [g.teacher for g in groups]
+    if roles != sorted(roles, reverse=True):
+        yield Problem("data.views", "groups with teacher: true must come first")
+    sizes = [g.size for g in groups]
+    if len(set(sizes)) != sum(a != b for a, b in zip(sizes, [None, *sizes], strict=False)):
+        yield Problem("data.views", f"groups of one size must be next to each other, found sizes {sizes}")
+    for i, g in enumerate(groups):
+        at = f"data.views.{i}"
+        if g.size % patch:
+            nearest = max(1, round(g.size / patch)) * patch
+            text = f"{g.size} is not a multiple of model.patch: {patch} (nearest: {nearest})"
+            yield Problem(f"{at}.size", text, ("model.patch", "data.views"))
+        least = c.data.min_overlap * (2 if g.teacher else 1)
+        if g.scale[1] <= least:
+            text = f"windows of at most {g.scale[1]:g} of the image cannot share {least:g} of it (data.min_overlap)"
+            yield Problem(f"{at}.scale", text, ("data.min_overlap", "data.views"))
+        for name, values in (("blur", g.blur), ("solarize", g.solarize)):
+            if len(values) not in (1, g.count):
+                text = f"expected one probability or {g.count} (count), found {len(values)}"
+                yield Problem(f"{at}.{name}", text, ("data.views",))
+
+
+def _reference(c: Config) -> Iterator[Problem]:
+    if c.method != "densedino" or not c.data.views:
+        return
+    patches = (c.image_size // c.model.patch) ** 2
+    tokens = (sum(g.count for g in c.data.views) - 1) * c.reference.points
+    if c.reference.points < 1:
+        text = f"at least 1, found {c.reference.points} (method: dino is the same trainer without points)"
+        yield Problem("reference.points", text, ("method",))
+    if patches and tokens > 4 * patches:
+        text = f"{c.reference.points} make {tokens} reference tokens in a view of {patches} patches (at most {4 * patches})"
+        yield Problem("reference.points", text, ("method", "model.patch", "data.views"))
+    if c.data.min_overlap == 0:
+        text = "must be above 0, or views may share no point (method: dino allows 0)"
+        yield Problem("data.min_overlap", text, ("method",))
+    if c.head.shared and c.reference.center == "published":
+        text = "published has a center of its own, but head.shared: true has one center for both"
+        yield Problem("reference.center", text, ("method", "head.shared"))
+
+
+def check_training(c: Config, processes: int) -> Iterator[Problem]:
+    """What is wrong with a config that this many processes are going to train with."""
+    if c.data.shards is None:
+        text = "which shards? `make pretrain SHARDS=folder`, made by `make shards SRC=photos/ DST=folder`"
+        yield Problem("data.shards", text)
+    batch, pieces = c.optim.global_batch_size, processes * c.speed.grad_accum_steps
+    if processes > 1 and batch % pieces:
+        text = (
+            f"{batch} is not divisible by {processes} processes x speed.grad_accum_steps: {c.speed.grad_accum_steps}"
+            f" (nearest: {max(1, round(batch / pieces)) * pieces})"
+        )
+        yield Problem("optim.global_batch_size", text, ("speed.grad_accum_steps",))
+    run = Path(c.run.folder or "run").resolve()
+    for key, place in {"data.shards": c.data.shards, "data.val": c.data.val, "eval.voc": c.eval.voc}.items():
+        if place is None or "://" in place or "\0" in place + os.fspath(run):
+            continue
+        folder = Path(place).resolve()
+        if folder in (run, *run.parents):
+            where = "is" if folder == run else "is inside"
+            text = f"{c.run.folder} {where} {key}: {place}. A run needs a folder of its own"
+            yield Problem("run.folder", text, (key,))

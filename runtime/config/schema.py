@@ -1,0 +1,316 @@
+"""Every value of a config: its type, its bounds, its default, and one docstring that says what it means.
+
+pydantic reads all four. `docs/reference/config.md` and `configs/schema.json` are written from them by
+`make docs-reference`. Rules between several values are in checks.py. "DINO" is Caron et al. 2021; section, equation and
+table numbers are those of the DenseDINO paper (arXiv:2306.04654).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from runtime.config.bounds import METHOD, RATIO, WINDOW, Pair, Share, ShareBelowOne, Shares, Text, as_list
+
+TEACHERS = 2  # T: the method has two teacher views (eq. 2, eq. 3)
+RESULT_SECTIONS = ("method", "seed", "data", "model", "reference", "head", "loss", "optim")
+NON_RESULT_KEYS = (
+    "data.shards",
+    "data.val",
+    "data.max_corrupt",
+    "data.max_missing",
+)  # where images are, when to give up
+SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+# ------------------------------------------------------------------------------------------ sections that change results
+
+
+@dataclass(config=SETTINGS)
+class Views:
+    """A group of views that have one size and one recipe."""
+
+    count: PositiveInt = 2
+    """Number of views in this group."""
+    size: PositiveInt = 224
+    """Height and width of a view, in pixels. It must be a multiple of `model.patch`."""
+    scale: Annotated[tuple[float, float], Pair, WINDOW] = (0.25, 1.0)
+    """Smallest and largest area of a view's window, as a share of the image (Table 2: global views 0.4 to 1, local views
+    0.05 to 0.4; the published command: 0.25 to 1)."""
+    teacher: bool = False
+    """Whether the teacher sees these views too. The teacher has two views in all, and they come first (section 3.1)."""
+    blur: Shares = Field(default_factory=lambda: [0.5])
+    """Probability of Gaussian blur. Give one number for all views of the group, or one for each (DINO)."""
+    solarize: Shares = Field(default_factory=lambda: [0.0])
+    """Probability of solarization. Give one number for all views of the group, or one for each (DINO)."""
+
+
+@dataclass(config=SETTINGS)
+class Jitter:
+    """Color jitter, as in DINO."""
+
+    probability: Share = 0.8
+    """Probability that a view's colors are jittered."""
+    brightness: NonNegativeFloat = 0.4
+    """Largest relative change of brightness."""
+    contrast: NonNegativeFloat = 0.4
+    """Largest relative change of contrast."""
+    saturation: NonNegativeFloat = 0.2
+    """Largest relative change of saturation."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Largest change of hue, as a share of the full color circle."""
+
+
+@dataclass(config=SETTINGS)
+class Data:
+    """Images, views and augmentation."""
+
+    shards: Text | None = None
+    """Shards to train on: a folder, or an address such as s3://bucket/path or https://host/path."""
+    val: Text | None = None
+    """Shards to evaluate on: a folder or an address. Without it, `data.holdout` of the training shards is held out."""
+    holdout: ShareBelowOne = 0.02
+    """Share of the training samples that is held out for evaluation. It is used only where `data.val` is not set."""
+    views: Annotated[list[Views], BeforeValidator(as_list)] = Field(
+        default_factory=lambda: [
+            Views(2, 224, (0.25, 1.0), True, [1.0, 0.1], [0.0, 0.2]),
+            Views(2, 224, (0.25, 1.0), False, [0.5], [0.0]),
+        ]
+    )
+    """Groups of views. Groups of one size are next to each other, and those of the teacher come first (section 4.1:
+    4 views of 224 pixels)."""
+    min_overlap: Share = 0.01
+    """Smallest area that a teacher view shares with any other view, as a share of the image. Two teacher views share at
+    least twice as much. 0 allows any windows (section 3.3 asks for a lower bound; 0.01 is the published code's)."""
+    aspect: Annotated[tuple[float, float], Pair, RATIO] = (3 / 4, 4 / 3)
+    """Smallest and largest ratio of a window's width to its height (DINO)."""
+    flip: Share = 0.5
+    """Probability that a view is mirrored horizontally (DINO)."""
+    jitter: Jitter = Field(default_factory=Jitter)
+    """Color jitter (DINO)."""
+    grayscale: Share = 0.2
+    """Probability that a view loses its colors (DINO)."""
+    max_corrupt: Share = 0.001
+    """Largest share of an epoch's samples that may be corrupt. The run stops when there are more."""
+    max_missing: Share = 0.0
+    """Largest share of the samples that missing or truncated shards may hold. The run does not start when it is more."""
+
+
+@dataclass(config=SETTINGS)
+class Model:
+    """The vision transformer."""
+
+    arch: Literal["vit_tiny", "vit_small", "vit_base", "custom"] = "vit_small"
+    """Size of the network. `custom` takes `model.width`, `model.depth` and `model.heads` (section 4.1: ViT-Small for the
+    main results, ViT-Tiny for the ablations)."""
+    patch: PositiveInt = 16
+    """Height and width of a patch, in pixels (section 4.1: 16)."""
+    width: PositiveInt | None = None
+    """Width of a token, D. Only for `model.arch: custom`; it must be divisible by `model.heads`."""
+    depth: PositiveInt | None = None
+    """Number of transformer blocks. Only for `model.arch: custom`."""
+    heads: PositiveInt | None = None
+    """Number of attention heads. Only for `model.arch: custom`."""
+    drop_path: ShareBelowOne = 0.1
+    """Largest drop path rate of the student, reached in the last block (DINO)."""
+    init: Text | None = None
+    """Weights to start from: a file, a run folder or timm:NAME. Without it the network starts from random weights."""
+
+
+@dataclass(config=SETTINGS)
+class Reference:
+    """Reference tokens (section 3.2). Only `method: densedino` uses them."""
+
+    points: int = 4
+    """Number of reference points for each ordered pair of a teacher view and another view, M (section 4.1: 4)."""
+    attention: Literal["none", "patches+cls", "patches", "patches+self", "all_query"] = "patches+self"
+    """Tokens that a reference token attends to. `patches`, `patches+cls` and `patches+self` name them, and no token attends
+    to reference tokens. `none`: every token attends to all. `all_query`: as `patches+self`, and patches do not attend to
+    [CLS] (Figure 3; the published command: patches+self)."""
+    border: Literal["zeros", "border"] = "zeros"
+    """Value of the position embedding outside its grid: zero, or that of the nearest patch (published code: zeros)."""
+    views: Literal["all", "teacher"] = "all"
+    """Student views in the reference loss, x' of eq. 3: all views, or the teacher's only."""
+    center: Literal["loss", "published"] = "loss"
+    """Tokens that move the reference center. `loss`: those that enter the loss (section 4.1: as the class token).
+    `published`: those of all pairs of the two teacher views, a view paired with itself too."""
+
+
+@dataclass(config=SETTINGS)
+class Head:
+    """Projection heads onto prototypes (DINO; section 4.1: the same settings for class and reference tokens)."""
+
+    hidden: PositiveInt = 2048
+    """Width of the two hidden layers."""
+    bottleneck: PositiveInt = 256
+    """Width of the last layer's input, which has unit norm."""
+    prototypes: Annotated[int, Field(ge=2)] = 65536
+    """Number of prototypes, K: the outputs of the last layer."""
+    norm: Literal["none", "batch"] = "none"
+    """Normalization after each hidden layer: none, or batch normalization (an option of DINO)."""
+    norm_last_layer: bool = True
+    """Whether the gain of the last layer's weight norm stays 1, so that prototypes keep unit norm (DINO)."""
+    shared: bool = False
+    """Whether class and reference tokens share one head and one center. Section 3.2 ("a shared projection head") can be read
+    either way; the published code has two."""
+
+
+@dataclass(config=SETTINGS)
+class Loss:
+    """The two cross-entropies (section 3.2)."""
+
+    alpha: Share = 0.5
+    """Weight of the class loss; the reference loss has weight 1 - alpha (eq. 4; section 4.1: 0.5). `method: dino` has the
+    class loss alone."""
+    cls_views: Literal["all", "teacher"] = "all"
+    """Student views in the class loss, x' of eq. 2: all views, or the teacher's only."""
+    student_temperature: PositiveFloat = 0.1
+    """Softmax temperature of the student (eq. 1; DINO)."""
+    teacher_temperature: Annotated[tuple[PositiveFloat, PositiveFloat], Pair] = (0.04, 0.04)
+    """Softmax temperature of the teacher, at the start of the warmup and after it (section 3.1; DINO)."""
+    teacher_temperature_warmup: NonNegativeFloat = 0
+    """Epochs in which the teacher's temperature goes linearly from its first value to its second."""
+    center_momentum: Share = 0.9
+    """Momentum of the centers of the teacher's logits, per step (DINO)."""
+
+
+@dataclass(config=SETTINGS)
+class Optim:
+    """Optimizer and schedules (section 4.1: as DINO)."""
+
+    global_batch_size: PositiveInt = 256
+    """Images in one step, over all devices and all pieces of `speed.grad_accum_steps`."""
+    epochs: PositiveFloat = 100
+    """Length of the training, in epochs (section 4.1: 300 for ViT-Small, 100 for ViT-Tiny)."""
+    lr: PositiveFloat = 5e-4
+    """Highest learning rate for each 256 images of `optim.global_batch_size`. It is reached after the warmup."""
+    min_lr: NonNegativeFloat = 1e-6
+    """Learning rate at the end of the training. It is not scaled by the batch size."""
+    warmup_epochs: NonNegativeFloat = 10
+    """Epochs in which the learning rate grows linearly from 0."""
+    weight_decay: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Pair] = (0.04, 0.4)
+    """Weight decay at the start and at the end of the training. In between it follows a cosine."""
+    clip_grad: NonNegativeFloat = 3.0
+    """Largest norm of each gradient tensor, clipped one by one. 0 means no clipping."""
+    freeze_last_layer_epochs: NonNegativeFloat = 1
+    """Epochs at the start in which the last layer of the heads is not trained."""
+    teacher_momentum: Share = 0.996
+    """Momentum of the teacher's weights at the start, per step. It follows a cosine to 1 at the end."""
+
+
+# ---------------------------------------------------------------------------------- sections that do not change results
+
+
+@dataclass(config=SETTINGS)
+class Speed:
+    """Devices, precision and data loading. Nothing here changes which samples, windows and colors a step sees."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Device to train on. `auto` takes a GPU where there is one."""
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Arithmetic of the networks. `auto` is bfloat16 on a GPU that has it, and float32 elsewhere."""
+    compile: bool = True
+    """Whether the networks and losses are compiled by torch.compile."""
+    grad_accum_steps: PositiveInt = 1
+    """Number of equal pieces that a step's images are processed in. More pieces need less memory."""
+    activation_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass. It needs less memory and about a third more work."""
+    reader: Literal["auto", "dali", "wds"] = "auto"
+    """Program that reads and decodes images: NVIDIA DALI, or WebDataset on the CPU. `auto` takes DALI for a GPU,
+    where it is installed."""
+    workers: NonNegativeInt = 1
+    """Reading processes for each device. 0 means a thread of the training process."""
+    prefetch: PositiveInt = 2
+    """Batches that each worker keeps ready."""
+    dali_threads: PositiveInt = 4
+    """CPU threads of DALI for each device."""
+    hw_decoder_load: Share = 0.65
+    """Share of the images that the GPU's JPEG engine decodes, on a GPU that has one. Only for DALI."""
+    cache: Text | None = None
+    """Folder for shards from s3:// or https:// addresses. By default it is ~/.cache/densedino."""
+    cache_gb: PositiveFloat = 100
+    """Largest size of `speed.cache`, in GB. All processes of a machine share it."""
+    read_timeout: PositiveFloat = 30
+    """Seconds without a byte from the server after which a download is tried again."""
+
+
+@dataclass(config=SETTINGS)
+class Run:
+    """The run folder: logs, checkpoints and limits."""
+
+    folder: Text | None = None
+    """Folder that the run writes into. By default it is runs/ and the name of the config file."""
+    log_every: PositiveInt = 10
+    """Steps between two rows of metrics.jsonl. Metrics are read from the device only then."""
+    checkpoint_every: PositiveInt = 1000
+    """Steps between two checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of newest checkpoints that are kept."""
+    step_timeout: PositiveFloat = 600
+    """Seconds that one step, or one wait for a batch, may take before the run is ended. The first may take 10 times as
+    long."""
+    grace: NonNegativeFloat = 25
+    """Seconds that a run has to save itself after a stop signal. torchrun kills its processes after 30."""
+    log_samples: bool = False
+    """Whether samples.jsonl records the samples of each step (process r > 0: samples-r.jsonl)."""
+    max_nonfinite_steps: PositiveInt = 10
+    """The run stops after this many steps in a row whose loss or gradient is not finite."""
+    profile: bool = False
+    """Whether steps 10 to 12 of this start are profiled into profile/: a trace and a table of the time."""
+
+
+@dataclass(config=SETTINGS)
+class Eval:
+    """Evaluation of the teacher."""
+
+    voc: Text | None = None
+    """Folder in Pascal VOC's layout, for linear segmentation (section 4.1: Pascal VOC 2012)."""
+    every: NonNegativeFloat = 0
+    """Epochs between two k-NN evaluations during training. 0 means never."""
+    limit: PositiveInt = 20_000
+    """Largest number of training images, and of validation images, in k-NN evaluations during training."""
+    k: PositiveInt = 20
+    """Number of neighbors that vote in k-NN (section 4.1: 20)."""
+    temperature: PositiveFloat = 0.07
+    """Temperature of the neighbors' votes in k-NN (DINO)."""
+    seg_epochs: PositiveInt = 25
+    """Epochs of linear segmentation."""
+    seg_lr: PositiveFloat = 0.01
+    """Learning rate of linear segmentation, for each 60 images of a batch."""
+
+
+@dataclass(config=SETTINGS)
+class Config:
+    """A whole training run."""
+
+    method: Annotated[str, METHOD] = "densedino"
+    """Training method: densedino, dino, or module:Class for a method of your own (model/methods/base.py)."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of everything random: weights, order of samples, windows, points, colors, drop path."""
+    data: Data = Field(default_factory=Data)
+    model: Model = Field(default_factory=Model)
+    reference: Reference = Field(default_factory=Reference)
+    head: Head = Field(default_factory=Head)
+    loss: Loss = Field(default_factory=Loss)
+    optim: Optim = Field(default_factory=Optim)
+    speed: Speed = Field(default_factory=Speed)
+    run: Run = Field(default_factory=Run)
+    eval: Eval = Field(default_factory=Eval)
+
+    @property
+    def views(self) -> list[Views]:
+        """One entry (count 1) for each view, the two teacher views first."""
+        return [
+            Views(1, g.size, g.scale, g.teacher, [g.blur[i % len(g.blur)]], [g.solarize[i % len(g.solarize)]])
+            for g in self.data.views
+            for i in range(g.count)
+        ]
+
+    @property
+    def points(self) -> int:
+        """M, or 0 where the method has no reference tokens."""
+        return self.reference.points if self.method == "densedino" else 0
+
+    @property
+    def image_size(self) -> int:
+        """Size of the largest view. The position grid is made for it."""
+        return max(g.size for g in self.data.views)
