@@ -1,4 +1,4 @@
-"""Compiled training on several processes: parts above DDP's bucket size, static shapes, accumulation, checkpointing."""
+"""Compiled training on several processes: units above DDP's bucket size, static shapes, accumulation, checkpointing."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from tests.faults.program import Program, final, log
 
-# `train.py`, whose torch.compile also writes down what it is given: a line for each graph, with its symbolic sizes
+# train.py with a torch.compile that also writes one line for each graph: its nodes and symbolic sizes
 SCRIPT = """
 import functools, json, os, sys
 sys.path.insert(0, {root!r})
@@ -30,7 +30,7 @@ def main():
     torch.compile = functools.partial(torch.compile, backend=backend)
     return train.main()
 
-if __name__ == "__main__":  # reading processes import this file
+if __name__ == "__main__":  # worker processes import this file
     train.run_cli(main)
 """
 
@@ -45,7 +45,7 @@ def compiling(folder: Path, backend: str) -> tuple[Path, Path]:
 
 
 LARGE = ["model.arch=custom", "model.width=512", "model.depth=3", "model.heads=8"]  # 38 MB of blocks: two buckets
-MULTI_CROP: list[str] = []  # the tiny config's own views, two of 32 and two of 16 pixels
+MULTI_CROP: list[str] = []  # the views of the tiny config, two of 32 and two of 16 pixels
 FOUR_VIEWS = ["data.views.1.size=32"]
 
 
@@ -59,10 +59,10 @@ FOUR_VIEWS = ["data.views.1.size=32"]
         ("aot_eager", MULTI_CROP, ["speed.grad_accum_steps=2", "speed.activation_checkpointing=true"]),
         ("inductor", MULTI_CROP, ["speed.grad_accum_steps=2"]),
     ],
-    ids=["4-views", "multi-crop", "4-views-in-pieces", "multi-crop-in-pieces", "inductor"],
+    ids=["4-views", "multi-crop", "4-views-accumulated", "multi-crop-accumulated", "inductor"],
 )
-def test_a_large_part_compiled_on_two_processes(tiny_config, tmp_path, backend, views, speed):
-    """Losses are those of the same run not compiled, and no graph has a symbolic size."""
+def test_large_units_compiled_on_two_processes(tiny_config, tmp_path, backend, views, speed):
+    """The losses equal those of the same run without compilation, and no graph has a symbolic size."""
     words = [
         *LARGE,
         *views,

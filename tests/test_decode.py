@@ -375,7 +375,7 @@ def test_bad_bytes_have_one_error(name, either_decoder, tmp_path):
         assert not {"\n", "/", "0x"} & {*str(error.value)}
     path = tmp_path / "photo.jpg"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"^{path}: no picture: {reason}"):
+    with pytest.raises(UserError, match=f"^{path}: cannot be decoded: {reason}"):
         read_photo(path)
 
 

@@ -1,4 +1,4 @@
-"""The step as a whole: on a GPU nobody waits for it, and compiled nothing is compiled again after the first steps."""
+"""The training step as a whole: the host never waits for a GPU, and nothing is compiled again after the first steps."""
 
 import functools
 from collections import Counter
@@ -25,7 +25,7 @@ from runtime.schedule import Optimizer, make_schedules
 
 
 class Crossings(TorchDispatchMode):
-    """Counts the operations that have tensors of the host and of the device: each waits, or makes the other wait."""
+    """Counts the operations with tensors of both host and device: each makes one wait for the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Crossings(TorchDispatchMode):
 
 
 def small_config() -> Config:
-    """Two sizes of views, runs of views with other numbers of points, drop path, a last layer frozen at first."""
+    """Two sizes of views, groups of views with different numbers of points, drop path, a last layer frozen at first."""
     config = Config(model=Model("custom", 8, 16, 2, 2, 0.1), head=Head(24, 12, 20))
     config.data.views = [Views(2, 32, teacher=True), Views(1, 32), Views(2, 16)]
     config.reference.points = 2
@@ -48,11 +48,11 @@ def small_config() -> Config:
     return config
 
 
-@pytest.mark.parametrize("at", [0, 9])  # last layers frozen, and not
+@pytest.mark.parametrize("at", [0, 9])  # last layers frozen, and not frozen
 def test_on_a_gpu_the_host_waits_for_nothing(at: int, monkeypatch):
-    """Color, both networks, losses, clipping, AdamW, moving averages, on torch's fake GPU: it knows shapes and devices and
-    has no numbers, so whatever asks for one raises. Autograd's own engine refuses it: of the backward pass there is the
-    losses' part, which is ours."""
+    """Color, both networks, losses, clipping, AdamW and EMA on torch's fake GPU: its tensors have shapes and devices but no
+    data, so reading a value raises. Autograd's engine refuses fake tensors: of the backward pass, only our losses' own part
+    is run."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     config, images, gpu = small_config(), 4, torch.device("cuda", 0)
@@ -78,40 +78,40 @@ def test_on_a_gpu_the_host_waits_for_nothing(at: int, monkeypatch):
                 node.apply(*(torch.empty((), device=gpu) for _ in range(4)))
             for p in model.student.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
-            taken, norm = optimizer.step(schedules.at(at), log["loss"].detach().isfinite())
-            model.update_teacher(0.9, taken)
-            model.update_centers(means, taken)
-        results = [taken, norm, *log.values(), *means, *views]
+            applied, norm = optimizer.step(schedules.at(at), log["loss"].detach().isfinite())
+            model.update_teacher(0.9, applied)
+            model.update_centers(means, applied)
+        results = [applied, norm, *log.values(), *means, *views]
         assert {(t.device, t.dtype) for t in results} == {(gpu, torch.float32), (gpu, torch.bfloat16)}
         assert not crossings.seen
         with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
-            norm.item()  # this is how somebody who waits would be noticed
+            norm.item()  # a wait of the host would be noticed like this
         with crossings:
-            norm * torch.tensor(2.0)  # and this is how one who copies
+            norm * torch.tensor(2.0)  # and a copy like this
         assert crossings.seen
 
 
-def test_compiled_color_holds_no_tensor_of_the_host(monkeypatch):
-    """A constant that the compiler finds within the function would be copied to the device at every step."""
+def test_compiled_color_has_no_host_tensor(monkeypatch):
+    """A constant tensor created within the compiled function would be copied to the device at every step."""
     graphs = []
 
-    def look(graph, inputs):
+    def record(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=look))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=record))
     monkeypatch.setattr(numba_kernel, "available", False)
     views, draws = torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8), torch.ones(1, 2, 8)
     torch._dynamo.reset()
     color = select_augment(torch.device("cpu"), compile=True)
     assert torch.allclose(color(views, draws), recipe.apply_color(views, draws))
     (graph,) = graphs
-    made = [node for node in graph.graph.nodes if node.op == "get_attr" or node.target is torch.tensor]
-    assert not made
+    constants = [node for node in graph.graph.nodes if node.op == "get_attr" or node.target is torch.tensor]
+    assert not constants
 
 
 def test_nothing_is_compiled_after_the_first_steps(monkeypatch):
-    """With a non-finite step, too: graphs are counted, not timed. Traced as on any machine; no compiler is called."""
+    """Including after a non-finite step. Graphs are counted, not timed; they are traced, but no compiler is called."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr("runtime.compile.can_compile", lambda device: None)
     torch._dynamo.reset()
@@ -130,29 +130,29 @@ def test_nothing_is_compiled_after_the_first_steps(monkeypatch):
         batch = Batch(i, torch.from_numpy(ids), torch.from_numpy(ids), views, **draws.tensors())
         log, means = losses_of(model, batch, 0.04 + i / 1e3)
         log["loss"].backward()
-        taken, _ = optimizer.step(schedules.at(i), torch.tensor(float(i != 4)))
-        model.update_teacher(float(schedules.teacher_momentum[i]), taken)
-        model.update_centers(means, taken)
+        applied, _ = optimizer.step(schedules.at(i), torch.tensor(float(i != 4)))
+        model.update_teacher(float(schedules.teacher_momentum[i]), applied)
+        model.update_centers(means, applied)
         return counters["stats"]["unique_graphs"]
 
     counters.clear()
     after = [step(i) for i in range(9)]
     assert after[0] > 0
     assert after[2:] == [after[1]] * 7
-    assert step(9, images=5) > after[-1]  # another shape is seen: the count can rise
+    assert step(9, images=5) > after[-1]  # a new shape is noticed: the count can rise
 
 
 @pytest.mark.parametrize(
-    ("views", "rows", "pieces"),
+    ("views", "chunk", "parts"),
     [
         ([Views(2, 32, teacher=True), Views(2, 32)], None, 1),  # as 4 x 224
         ([Views(2, 32, teacher=True), Views(4, 16)], None, 1),  # as 2 x 224 + 4 x 96
-        ([Views(2, 32, teacher=True), Views(4, 16)], 2, 2),  # pieces, whose last rows and prototypes are fewer
+        ([Views(2, 32, teacher=True), Views(4, 16)], 2, 2),  # parts, with shorter last chunks of samples and prototypes
     ],
-    ids=["one-size", "multi-crop", "pieces"],
+    ids=["one-size", "multi-crop", "accumulated"],
 )
-def test_no_compiled_function_has_more_shapes_than_allowed(views, rows, pieces, monkeypatch):
-    """torch gives up compiling a function above the limit, with no more than a warning; and no shape is symbolic."""
+def test_compiled_functions_stay_below_the_recompile_limit(views, chunk, parts, monkeypatch):
+    """Above the limit torch stops compiling a function, with only a warning. And no shape is symbolic."""
     symbolic = []
 
     def backend(graph, inputs):
@@ -167,21 +167,21 @@ def test_no_compiled_function_has_more_shapes_than_allowed(views, rows, pieces, 
     config.data.views = views
     model = build(config)
     for loss in (model.cls_loss, model.reference_loss):
-        loss.rows, loss.columns = rows, 16 if rows else None
+        loss.sample_chunk, loss.prototype_chunk = chunk, 16 if chunk else None
     compile_parts(model.compile_units(), torch.device("cpu"))
-    for images in (6, 4):  # evaluation is not compiled; a run whose batch changes starts anew
+    for images in (6, 4):  # a change of the batch starts a new run; evaluation is not compiled
         ids = np.arange(images)
         draws = draw(config, 0, ids, np.full(images, 40), np.full(images, 50))
         pixels = [torch.randn(g.stop - g.start, images, 3, size, size) for size, g in size_groups(config)]
         batch = Batch(0, torch.from_numpy(ids), torch.from_numpy(ids), pixels, **draws.tensors())
-        for piece in batch.split(pieces):
-            losses_of(model, piece)[0]["loss"].backward()
+        for part in batch.split(parts):
+            losses_of(model, part)[0]["loss"].backward()
     shapes = {
-        type(part).__name__: len(torch._dynamo.eval_frame._debug_get_cache_entry_list(type(part).forward.__code__))
-        for part in model.compile_units()
+        type(unit).__name__: len(torch._dynamo.eval_frame._debug_get_cache_entry_list(type(unit).forward.__code__))
+        for unit in model.compile_units()
     }
     assert all(0 < n <= RECOMPILE_LIMIT / 2 for n in shapes.values()), shapes
-    if rows:
+    if chunk:
         assert max(shapes.values()) > 8  # torch's own limit
     assert symbolic
     assert not any(symbolic)
@@ -199,7 +199,7 @@ def test_attention_by_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "message"),
     [
         (
             ImportError("/tmp/torchinductor_me/ab/abc.main.so: file too short"),
@@ -212,14 +212,14 @@ def test_attention_by_gpu(monkeypatch):
         (ValueError(), "(ValueError: ); TORCH_LOGS=+dynamo prints more"),
     ],
 )
-def test_what_the_compiler_stumbled_over_is_told(raised: Exception, told: str):
+def test_compiler_failures_are_explained(raised: Exception, message: str):
     def backend(graph, inputs):
         raise raised
 
     with pytest.raises(RuntimeError) as failed:
         torch.compile(torch.nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
-    words = compile_failure(failed.value)
-    assert words is not None
-    assert told in words
-    assert "speed.compile=false trains without it" in words
+    explanation = compile_failure(failed.value)
+    assert explanation is not None
+    assert message in explanation
+    assert "speed.compile=false trains without it" in explanation
     assert compile_failure(RuntimeError("another")) is None

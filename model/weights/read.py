@@ -96,7 +96,7 @@ def select_network(contents: dict, role: str, source: str) -> tuple[dict[str, Te
     """(one network's tensors with our names, metadata that follows from their names) of a file's contents.
 
     The other role's network if the file has only that, as the checkpoint of a method without a teacher. Raises UserError if
-    there is no network, or if its tensors cannot be.
+    there is no network, or if its tensors claim more bytes than the file has.
     """
     roles = roles_of(contents)
     role = role if role in roles or not roles else roles[0]
