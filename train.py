@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.config import Config, dump_config, load_config, suggest_key
-from runtime.errors import UserError, run_cli, suggest
+from runtime.config import Config, dump_config, load_config, unknown_option
+from runtime.errors import UserError, run_cli
 
 OPTIONS = ("--dry-run", "--allow-change", "--help")
 
@@ -36,11 +36,10 @@ def main() -> int:
     )
     args, unknown = parser.parse_known_intermixed_args()
     words = [*args.overrides, *(word for word in unknown if not word.startswith("-"))]
-    wrong = [f"{word}: no such option{suggest_key(word.lstrip('-')) or suggest(word, OPTIONS)}"
-             for word in unknown if word.startswith("-")]  # fmt: skip
+    errors = [unknown_option(word, OPTIONS) for word in unknown if word.startswith("-")]
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in the Makefile; before torch starts its threads
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    config = load_config(args.config, words, processes=processes, forced=args.allow_change, wrong=wrong)
+    config = load_config(args.config, words, processes=processes, allowed=args.allow_change, errors=errors)
     return train(config, args.dry_run, args.allow_change)
 
 

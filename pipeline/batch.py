@@ -18,7 +18,6 @@ from pipeline.plan import Plan
 from pipeline.random import hash64
 from pipeline.shards import Shards
 from runtime.config import TEACHERS, Config
-from runtime.methods import count_points
 
 
 @dataclass
@@ -82,9 +81,7 @@ def draw(config: Config, epoch: int, ids: NDArray, height: NDArray, width: NDArr
         min_overlap=config.data.min_overlap,
         flip=config.data.flip,
     )
-    return Draws(
-        windows, draw_points(key, windows, count_points(config), TEACHERS), draw_color(key, config.data, views)
-    )
+    return Draws(windows, draw_points(key, windows, config.points, TEACHERS), draw_color(key, config.data, views))
 
 
 def draw_for(config: Config, shards: Shards, plan: Plan, step: int, ids: NDArray, rows: NDArray) -> Draws:

@@ -5,12 +5,9 @@ A config names a method by its key in METHODS, or as module:Class for a class ou
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from runtime.config import Config
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,3 @@ def uses_points(method: str) -> bool:
     """Whether the pipeline draws reference points for a method. Imports the module of a module:Class. Raises UserError as
     `load_class`."""
     return METHODS[method].uses_points if method in METHODS else bool(load_class(method).uses_points)
-
-
-def count_points(config: "Config") -> int:
-    """M, the points of each pair (teacher view, other view); 0 if the method has no reference tokens."""
-    return config.reference.points if uses_points(config.method) else 0

@@ -11,7 +11,7 @@ from pipeline.batch import Batch, draw
 from runtime import config as configs
 from runtime.checkpoint import save_backbone
 from runtime.config import load_config
-from runtime.methods import count_points, load_class, uses_points
+from runtime.methods import load_class, uses_points
 from runtime.schedule import StepValues
 from tests.faults.program import Program, equal, final, log, steps
 
@@ -35,7 +35,7 @@ def test_a_method_gets_the_points_that_it_uses(name, tiny_config):
     """A class outside this repository, too."""
     config = load_config(tiny_config, [f"method={name}"])
     draws = draw(config, 0, np.arange(3), np.full(3, 40), np.full(3, 50))
-    assert count_points(config) == draws.view_points.shape[3] == 2
+    assert config.points == draws.view_points.shape[3] == 2
     views, ids = [torch.randn(2, 3, 3, 32, 32), torch.randn(2, 3, 3, 16, 16)], torch.arange(3)
     method = build(config)
     metrics, _ = losses_of(method, Batch(0, ids, ids, views, **draws.tensors()))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.checkpoint.format import Checkpoint, CorruptCheckpoint, list_checkpoints, open_checkpoint
-from runtime.config import Config, differences, load_config, parse_config
+from runtime.config import Config, diff, load_config, parse_config
 from runtime.errors import UserError
 
 
@@ -51,7 +51,7 @@ def find_resume(
         saved = load_config(folder / "config.yaml")
     else:
         return None, []
-    changes = differences(saved, config)
+    changes = diff(saved, config)
     if found and found.data != data:
         old, new = (f"{d['samples']:,} samples in {_count(d['shards'], 'shard')}" for d in (found.data, data))
         what = f"saved {old}, current {new}" if old != new else f"saved and current have {old}, but the photos differ"

@@ -11,7 +11,6 @@ reference.py  writes docs/reference/config.md and configs/schema.json
 Nothing here imports torch: an error is reported before anything heavy loads.
 """
 
-from runtime.config.bounds import METHODS
 from runtime.config.load import diff, dump_config, load_config, merge, parse_config
 from runtime.config.messages import ConfigErrors, flatten, suggest_key, unknown_option
 from runtime.config.schema import (
@@ -31,6 +30,7 @@ from runtime.config.schema import (
     Speed,
     Views,
 )
+from runtime.methods import METHODS
 
 __all__ = [
     "METHODS", "NON_RESULT_KEYS", "RESULT_SECTIONS", "TEACHERS", "Config", "ConfigErrors", "Data", "Eval", "Head", "Jitter",

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-METHODS = ("densedino", "dino")
+from runtime.methods import METHODS
 
 
 def as_list(value: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runtime.config.messages import Problem
 from runtime.config.schema import TEACHERS, Config
+from runtime.methods import METHODS
 
 
 def check(c: Config) -> list[Problem]:
@@ -77,7 +78,7 @@ def _views(c: Config) -> Iterator[Problem]:
 
 
 def _reference(c: Config) -> Iterator[Problem]:
-    if c.method != "densedino" or not c.data.views:
+    if c.method not in METHODS or not METHODS[c.method].uses_points or not c.data.views:
         return
     patches = (c.image_size // c.model.patch) ** 2
     tokens = (sum(g.count for g in c.data.views) - 1) * c.reference.points

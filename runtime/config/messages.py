@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator
 from pydantic_core import ErrorDetails
 
-from runtime.config.bounds import METHODS
 from runtime.config.schema import Config
 from runtime.config.yaml import NUMBER
 from runtime.errors import UserError, suggest
+from runtime.methods import METHODS
 
 COMMAND_LINE = "command line"
 

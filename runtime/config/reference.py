@@ -10,10 +10,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from runtime.config.bounds import METHODS
 from runtime.config.load import adapter
 from runtime.config.messages import expected, unwrap
 from runtime.config.schema import RESULT_SECTIONS, Config
+from runtime.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 HEAD = """# Config reference

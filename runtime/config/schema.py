@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNe
 from pydantic.dataclasses import dataclass
 
 from runtime.config.bounds import METHOD, RATIO, WINDOW, Pair, Share, ShareBelowOne, Shares, Text, as_list
+from runtime.methods import uses_points
 
 TEACHERS = 2  # T: the method has two teacher views (eq. 2, eq. 3)
 RESULT_SECTIONS = ("method", "seed", "data", "model", "reference", "head", "loss", "optim")
@@ -307,8 +308,11 @@ class Config:
 
     @property
     def points(self) -> int:
-        """M, or 0 where the method has no reference tokens."""
-        return self.reference.points if self.method == "densedino" else 0
+        """M, the points of each pair (teacher view, other view); 0 if the method has no reference tokens.
+
+        Raises UserError if `method` is a module:Class that cannot be imported.
+        """
+        return self.reference.points if uses_points(self.method) else 0
 
     @property
     def image_size(self) -> int:
