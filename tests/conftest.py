@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.fork_server import Forked
+
 ROOT = Path(__file__).parents[1]
 ORACLE = Path(os.environ.get("ORACLE", Path(__file__).parents[2] / "shared" / "oracle"))
 torch.set_num_threads(1)
@@ -46,16 +48,25 @@ def oracle_json():
 
 
 def run_program(*words: object, expect: int = 0, **options) -> subprocess.CompletedProcess:
-    """Run a program as a user would. Its output is shown if its exit code is not the expected one."""
+    """Run a program as a user would. Its output is shown if its exit code is not the expected one.
+
+    It is forked from the warm server (tests/fork_server.py), or started afresh if it begins with an option of Python (-c,
+    -X importtime) or gets an input.
+    """
     command = [sys.executable, *(str(w) for w in words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+    if "input" in options or (command[1].startswith("-") and command[1] != "-m"):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+    else:
+        process = Forked(command[1:], **options)
+        stdout, stderr = process.communicate()
+        done = subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
     assert done.returncode == expect, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
 def difference(key: str, saved: object, current: object) -> str:
     """How a message writes that a value of the saved config is not the current one (runtime.config)."""
-    return f"{key}: {saved} there, {current} now"
+    return f"{key}: saved {saved}, current {current}"
 
 
 def losses_of(method, batch, temperature: float = 0.04):

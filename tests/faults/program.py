@@ -15,6 +15,7 @@ from runtime.checkpoint import latest_valid
 from runtime.errors import UserError
 from runtime.metrics import read_jsonl
 from tests.conftest import ROOT
+from tests.fork_server import Forked
 
 WITH_FAULT = """
 import json, os, sys, time
@@ -63,10 +64,7 @@ class Program:
         self.command = [*launcher, str(script), str(config), *fixed, *(str(word) for word in words)]
         self.folder = Path(next(w for w in map(str, words) if w.startswith("run.folder=")).removeprefix("run.folder="))
         self.begun = time.monotonic()
-        self.process = subprocess.Popen(
-            self.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-        )  # fmt: skip
+        self.process = Forked(self.command[1:], env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
 
     def reach(self, step: int, limit: float = 120) -> None:
         """Wait until so many steps are logged."""
