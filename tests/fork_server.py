@@ -165,7 +165,7 @@ def serve(listening: socket.socket, alive: int) -> list[str]:
         ):
             os.close(fd)
         sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stderr = sys.__stderr__ = open(
+        sys.stderr = sys.__stderr__ = open(  # noqa: SIM115
             2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False
         )
         os.environ.clear()

@@ -53,7 +53,7 @@ def draw_objects(seed: int, split: str, number: NDArray[np.int64]) -> dict[str, 
 def paint_background(seed: int, split: str, number: NDArray[np.int64], x: Floats, y: Floats) -> Floats:
     """A patchwork of soft-edged cells, each with its own hue and lightness, with grain: x, y [S,S] -> [P,S,S,3] in [0,1].
 
-    Every picture has all hues and all lightnesses, and the same mean and standard deviation: no background stands out.
+    Every picture has all hues and all lightnesses, and the same mean and standard deviation, so a background is no hint.
     """
     draw = uniform(seed, split, number, "ground", shape=(CELLS, 5)).astype(np.float32)
     draw = draw[:, :, None, None]  # [P,cells,1,1,(x, y, hue, lightness, size)]
