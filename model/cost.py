@@ -1,5 +1,6 @@
 """Cost of a training step for one image: arithmetic and memory, counted with torch's fake tensors."""
 
+import copy
 import itertools
 from dataclasses import dataclass
 
@@ -8,7 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.methods import Method, build
+from model.methods import METHODS, Method, build
+from model.vit import ARCHS
 from pipeline.batch import Batch
 from runtime.config import TEACHERS, Config
 from runtime.schedule import StepValues
@@ -25,6 +27,29 @@ class Cost:
 
 
 def count_cost(config: Config) -> Cost:
+    """The cost of a config's step.
+
+    Counted for networks of two and of three blocks: a block more costs the same each time, so a deep network takes no longer
+    to count. Methods outside this repository need not be so regular: they are counted at their own depth.
+    """
+    depth = config.model.depth if config.model.arch == "custom" else ARCHS[config.model.arch][1]
+    if config.method not in METHODS or depth is None or depth <= 3:
+        return _count(config)
+    two, three = (vars(_count(_with_depth(config, n))) for n in (2, 3))
+    return Cost(**{name: two[name] + (depth - 2) * (three[name] - two[name]) for name in two})
+
+
+def _with_depth(config: Config, depth: int) -> Config:
+    config = copy.deepcopy(config)
+    model = config.model
+    if model.arch != "custom":
+        model.width, _, model.heads = ARCHS[model.arch]
+        model.arch = "custom"
+    model.depth = depth
+    return config
+
+
+def _count(config: Config) -> Cost:
     """Run a step of one image on torch's fake tensors (real shapes, no data, no memory) and count."""
     with torch.device("meta"):
         method = build(config)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import run_program
 
-from eval.curves import POINTS
+from eval.curves import POINTS, curve, thin, ticks
 from eval.html import page, read_metrics
 from runtime.errors import UserError
 from runtime.metrics import read_jsonl
@@ -194,3 +195,29 @@ def test_incomplete_runs(run, tmp_path):
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 40_000
     with pytest.raises(UserError, match=r"nothing: not a run folder \(no config.yaml\)"):
         page(tmp_path / "nothing")
+
+
+def test_thinning_keeps_mean_and_range():
+    x, y = np.arange(1003.0), np.random.default_rng(0).normal(size=1003)
+    pieces = np.array_split(np.arange(1003), POINTS)
+    wanted = [[f(y[piece]) for piece in pieces] for f in (np.mean, np.min, np.max)]
+    at, *thinned = thin(x, y)
+    assert at.tolist() == [piece[-1] for piece in pieces]
+    for one, other in zip(thinned, wanted, strict=True):
+        np.testing.assert_allclose(one, other)
+    assert thin(x[:3], y[:3])[1].tolist() == y[:3].tolist()
+
+
+def test_ticks_are_round_and_within_the_range():
+    assert [text for _, text in ticks(0, 1, 5)] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert [text for _, text in ticks(-3, 27_000, 5)] == ["0", "10000", "20000"]
+    assert [text for _, text in ticks(0, 1e-4, 4)] == ["0", "2.5e-05", "5e-05", "7.5e-05", "0.0001"]
+
+
+def test_a_curve_has_a_gap_where_a_value_is_not_finite():
+    rows = [{"step": n, "loss": float("nan") if n == 4 else float("inf") if n == 7 else 0.0} for n in range(10)]
+    drawing = curve(rows, "Loss", "nats", ("loss",))
+    assert drawing.count("<polyline") == 3
+    assert "nan" not in drawing
+    assert "inf" not in drawing
+    assert curve([{"step": 1, "loss": float("nan")}], "Loss", "", ("loss",)).startswith("<svg")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import losses_of, run_program
 
+from model import cost
 from model.cost import count_cost
 from model.heads import Prototypes
 from model.losses.cross_entropy import GROUP, CrossEntropy
@@ -301,3 +302,12 @@ def test_cost_counts_the_matrix_products():
     less = count_cost(with_points)
     assert more.flops > count_cost(config).flops
     assert less.activations < 0.7 * more.activations
+
+
+@pytest.mark.parametrize("method", ["dino", "densedino"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_cost_of_a_deep_network_is_exact(method, checkpointing):
+    """The cost is counted on two and three blocks: it equals the count at the network's own depth."""
+    config = small(model__depth=5, model__drop_path=0.1)
+    config.method, config.speed.activation_checkpointing = method, checkpointing
+    assert count_cost(config) == cost._count(config)

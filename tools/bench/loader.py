@@ -2,8 +2,9 @@
 
     python -m tools.bench all [--config FILE] [--shards FOLDER] [--out rows.jsonl]
 
-Headspace (the term is SPDL's) is the ratio of the two: how much faster training could be with a perfect loader. Both take
-turns, so that other load on the machine slows both. `make bench WHAT=all [CONFIG=…] [SHARDS=…] [OUT=…]`.
+Headspace (the term is SPDL's) is the step time with a perfect loader divided by the step time with this one: 1 means that
+the loader costs nothing. Both take turns, so that other load on the machine slows both.
+`make bench WHAT=all [CONFIG=…] [SHARDS=…] [OUT=…]`.
 """
 
 import argparse
