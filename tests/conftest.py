@@ -4,8 +4,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,20 @@ def run_program(*words: object, expect: int = 0, **options) -> subprocess.Comple
         done = subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
     assert done.returncode == expect, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def run_processes(*words: object, processes: int = 2) -> None:
+    """Run a program in several processes that train together, with the variables that torchrun gives them: for tests of what
+    they compute. Tests of restarts, signals and exit codes start torchrun itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    started = [Forked([str(w) for w in words], env=os.environ | job | rank) for rank in ranks]
+    with ThreadPoolExecutor(processes) as pool:
+        outputs = list(pool.map(lambda process: process.communicate(), started))
+    assert all(process.returncode == 0 for process in started), outputs
 
 
 def difference(key: str, saved: object, current: object) -> str:

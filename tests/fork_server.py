@@ -43,7 +43,8 @@ def server() -> str:
     # the pipe's other end closes with this process, however it ends: the server's sign to end too
     alive, _held = os.pipe()
     command = [sys.executable, "-m", "tests.fork_server", str(listening.fileno()), str(alive)]
-    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # its threads start when NumPy is imported
+    # threads do not outlive a fork; one for each program, as torchrun gives them, and as two workers of pytest need it
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[listening.fileno(), alive], stdin=subprocess.DEVNULL)
     listening.close()
     os.close(alive)

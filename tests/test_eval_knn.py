@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_processes
 from PIL import Image
 
 import eval.target
@@ -310,9 +311,8 @@ def test_two_processes_get_the_result_of_one(home, tmp_path):
     command = ["eval", "knn", str(tmp_path / "b.safetensors")]
     command += ["--train", str(home / "shards"), "--val", str(home / "val")]
     command += ["--k", "7", "--limit", "87", "--features", "patches"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    for launch in (["-m"], torchrun):
-        subprocess.run([sys.executable, *launch, *command], cwd=HOME, check=True, capture_output=True, timeout=120)
+    for processes in (1, 2):
+        run_processes("-m", *command, processes=processes)
     one, two = map(json.loads, (tmp_path / "evaluations.jsonl").read_text().splitlines())
     for key in ("time", "seconds"):
         one.pop(key), two.pop(key)

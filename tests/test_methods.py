@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import losses_of, run_program
+from conftest import losses_of, run_processes, run_program
 
 from model.methods import METHODS, Method, build
 from model.weights import load_pretrained
@@ -108,8 +108,7 @@ def test_accumulation_and_processes_equal_one_process(method, tiny_config, tmp_p
     runs = {"one": ([], 1), "accumulated": (["speed.grad_accum_steps=2"], 1), "two": ([], 2)}
     for name, (words, processes) in runs.items():
         words = [method, *WORDS, *words, f"run.folder={tmp_path / name}"]
-        code, out, err = Program(tiny_config, *words, processes=processes).end()
-        assert code == 0, f"{out}\n{err}"
+        run_processes("train.py", tiny_config, *words, processes=processes)
     one = final(tmp_path / "one")
     for other in ("accumulated", "two"):
         theirs = final(tmp_path / other)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, difference, run_program
+from conftest import ROOT, difference, run_processes, run_program
 from safetensors.torch import load_file
 
 from runtime import distributed
@@ -93,10 +93,9 @@ def test_two_processes_and_accumulation_agree_with_one(tiny_config, tmp_path, pr
     words += ["optim.freeze_last_layer_epochs=0.4"]
     run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'one'}")
     run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'pieces'}", "speed.grad_accum_steps=2")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    run_program(*launcher, "train.py", tiny_config, *words, f"run.folder={tmp_path / 'two'}")
+    run_processes("train.py", tiny_config, *words, f"run.folder={tmp_path / 'two'}")
     both = (f"run.folder={tmp_path / 'two-pieces'}", "speed.grad_accum_steps=2")
-    run_program(*launcher, "train.py", tiny_config, *words, *both)
+    run_processes("train.py", tiny_config, *words, *both)
     one, of_one = metrics(tmp_path / "one"), final(tmp_path / "one")
     assert len(one) == 5
     for other in ("pieces", "two", "two-pieces"):
