@@ -142,6 +142,7 @@ def test_nothing_is_compiled_after_the_first_steps(monkeypatch):
     assert step(9, images=5) > after[-1]  # a new shape is noticed: the count can rise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("views", "chunk", "parts"),
     [

@@ -3,18 +3,17 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, difference, run_processes, run_program
+from conftest import difference, run_processes, run_program
 from safetensors.torch import load_file
 
 from runtime import distributed
 from runtime.checkpoint import latest_valid
+from tests.fork_server import Forked
 
 
 def final(folder: Path) -> dict:
@@ -58,9 +57,9 @@ def test_a_run_from_start_to_end(tiny_config, tmp_path):
 
 def test_stopped_and_resumed_is_equal_to_undisturbed(tiny_config, tmp_path):
     run_program("train.py", tiny_config, f"run.folder={tmp_path / 'whole'}")
-    command = [sys.executable, "train.py", str(tiny_config), f"run.folder={tmp_path / 'cut'}", "speed.workers=1"]
+    command = ["train.py", str(tiny_config), f"run.folder={tmp_path / 'cut'}", "speed.workers=1"]
     # a process group, as a terminal or torchrun makes one: the signal reaches the data workers too
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = Forked(command)
     rows = tmp_path / "cut" / "metrics.jsonl"
     while not (rows.is_file() and len(rows.read_text().splitlines()) >= 2) and process.poll() is None:
         time.sleep(0.002)
@@ -72,7 +71,7 @@ def test_stopped_and_resumed_is_equal_to_undisturbed(tiny_config, tmp_path):
     assert "the same command resumes from there" in out
     cut = int(max((tmp_path / "cut" / "checkpoints").iterdir()).stem.split("-")[1])
     assert 0 < cut < 20
-    resumed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    resumed = run_program(*command).stdout
     assert f"resumed at step {cut}" in resumed
     a, b = final(tmp_path / "whole"), final(tmp_path / "cut")
     assert a.keys() == b.keys()
@@ -206,10 +205,7 @@ def test_damaged_samples_are_listed_and_limited(tiny_config, tiny_shards, tmp_pa
 
 def test_a_killed_trainer_leaves_no_process(tiny_config, tmp_path):
     """kill -9 of the trainer only: its data worker, which ignores Ctrl-C and SIGTERM, exits by itself."""
-    command = [sys.executable, "train.py", str(tiny_config), "speed.workers=1", "optim.epochs=2000"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = Forked(["train.py", str(tiny_config), "speed.workers=1", "optim.epochs=2000"])
     rows = tmp_path / "run" / "metrics.jsonl"
     until = time.monotonic() + 60
     while not rows.is_file() and time.monotonic() < until:

@@ -8,14 +8,14 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_program
+from conftest import run_program
 
 from runtime.checkpoint import latest_valid
+from tests.fork_server import Forked
 
 EVERY = 20  # steps: writing takes a small part of the time between two checkpoints
 STATE = "head.prototypes=6000"  # 3.4 MB
@@ -37,9 +37,7 @@ class Run:
 
     def __init__(self, config: Path, folder: Path):
         self.checkpoints = folder / "checkpoints"
-        command = [sys.executable, "train.py", str(config), f"run.folder={folder}", *WORDS]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen(command, cwd=ROOT, **pipes)
+        self.process = Forked(["train.py", str(config), f"run.folder={folder}", *WORDS])
         until = time.monotonic() + 120
         while not saved(self.checkpoints) and self.process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)

@@ -8,19 +8,18 @@ only missing bytes are lost, because photos are read by offset.
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_program
+from conftest import run_program
 
 from pipeline.plan import Plan
 from pipeline.shards import Shards
 from runtime.config import load_config
 from runtime.errors import UserError
+from tests.fork_server import Forked
 
 SHORT = ["optim.epochs=1", "optim.warmup_epochs=0"]
 KINDS = ["truncated in a photo", "truncated between members", "truncated in a header", "random header", "empty"]
@@ -119,8 +118,7 @@ def test_damage_during_a_run(tiny_shards, tiny_config, tmp_path):
     """The photos' first bytes are overwritten during training: crc32 shows it, and the run stops at data.max_corrupt."""
     folder = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
     shards = Shards(folder)
-    command = [sys.executable, "train.py", str(tiny_config), f"data.shards={folder}", "optim.epochs=2000"]
-    trainer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    trainer = Forked(["train.py", str(tiny_config), f"data.shards={folder}", "optim.epochs=2000"])
     rows, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
     while not rows.is_file() and time.monotonic() < until:
         time.sleep(0.05)
