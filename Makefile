@@ -80,16 +80,17 @@ export: $(READY) ## RUN=runs/… DST=folder [ARGS=--onnx]: the backbone for timm
 # WHAT=step with several GPUS measures the scaling of training
 bench_what = $(if $(and $(GPUS),$(filter step,$(WHAT))),scale,$(WHAT))
 bench_args = $(if $(filter scale,$(bench_what)),$(GPUS)) \
-  $(if $(SHARDS),$(if $(filter data all scale leak shards,$(bench_what)),--shards $(SHARDS))) \
-  $(if $(filter all scale leak,$(bench_what)),--config $(CONFIG))
+  $(if $(SHARDS),$(if $(filter data all scale leak,$(bench_what)),--shards $(SHARDS))) \
+  $(if $(SRC),$(if $(filter shards,$(bench_what)),--src $(SRC))) \
+  $(if $(filter all scale leak $(if $(filter command,$(origin CONFIG)),checkpoint),$(bench_what)),--config $(CONFIG))
 
-bench: $(READY) $(if $(SHARDS),,$(if $(filter data all scale leak shards,$(bench_what)),scenes)) ## WHAT=data|all|step|leak|plan|shards [GPUS=n with step, SHARDS=… OUT=rows.jsonl]: images per second
+bench: $(READY) $(if $(SHARDS),,$(if $(filter data all scale leak shards,$(bench_what)),scenes)) ## WHAT=data|all|step|leak|plan|knn|checkpoint|gpu_code|shards [GPUS=n with step, SHARDS=…, SRC=… with shards, OUT=rows.jsonl]: images per second
 	@$(PY) -m tools.bench $(bench_what) $(bench_args) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-test: $(READY) ## all tests, on any machine
-	@$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+test: $(READY) ## the tests, on any machine (some minutes)
+	@$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-test-slow: $(READY) ## tests that take minutes (compiled training on two processes)
+test-slow: $(READY) ## the tests that take minutes (compilation, benchmark rows, compiled training on two processes)
 	@$(PY) -m pytest -n 2 -m slow $(ARGS)
 
 faults: $(READY) ## all 191 sub-cases of the fault plan (about 15 minutes)

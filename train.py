@@ -1,6 +1,6 @@
 """Pretrain a vision transformer: build, loop, save.
 
-    python train.py configs/demo.yaml data.shards=data/scenes/shards
+    python train.py configs/demo.yaml data.shards=data/scenes/shards/train
     torchrun --nproc-per-node=8 train.py configs/densedino_vits16.yaml data.shards=/data/imagenet/train
 
 The same command resumes a stopped run from its newest checkpoint.

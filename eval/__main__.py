@@ -62,7 +62,7 @@ def add_photos(parser: argparse.ArgumentParser, size: bool = True) -> None:
     parser.add_argument("--train", help="train set: shards (default: the run's own, without what it held out)")
     parser.add_argument("--val", help="validation set: shards (default: the run's data.val, else what it held out)")
     parser.add_argument("--limit", type=int, help="at most this many photos of each set, evenly spaced")
-    parser.add_argument("--workers", type=int, help="reading processes (default: by the number of photos)")
+    parser.add_argument("--workers", type=int, help="data workers (default: by the number of photos)")
     if size:
         parser.add_argument("--size", type=int, help="side of a photo in pixels (default: that of the training views)")
 
@@ -71,7 +71,7 @@ def add_scenes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help=f"{SCENES} (default: the run's eval.voc)")
     parser.add_argument("--classes", type=int, help="their number (default: from classes.txt, else from the masks)")
     parser.add_argument("--size", type=int, help="side of a scene in pixels (default: 448; small protocol: the view's)")
-    parser.add_argument("--workers", type=int, help="reading processes (default: by the number of scenes)")
+    parser.add_argument("--workers", type=int, help="data workers (default: by the number of scenes)")
 
 
 def add_splits(parser: argparse.ArgumentParser) -> None:
@@ -257,7 +257,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", metavar="RUN", help="a run folder")
     parser.add_argument("--data", help=f"scenes: {SCENES} (default: the run's eval.voc)")
     parser.add_argument("--limit", type=int, help="at most this many photos of each set in k-NN, evenly spaced")
-    parser.add_argument("--workers", type=int, help="reading processes (default: by the number of photos)")
+    parser.add_argument("--workers", type=int, help="data workers (default: by the number of photos)")
     parser.add_argument("--skip-existing", action="store_true", help="keep results newer than the last checkpoint")
 
 

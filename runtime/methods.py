@@ -20,8 +20,8 @@ class MethodEntry:
 
 
 METHODS = {
-    "dino": MethodEntry("model.methods.dino:DINO", uses_points=False),
     "densedino": MethodEntry("model.methods.densedino:DenseDINO", uses_points=True),
+    "dino": MethodEntry("model.methods.dino:DINO", uses_points=False),
 }
 
 

@@ -274,14 +274,14 @@ def test_a_batch_of_ignored_pixels_does_no_harm(voc, network):
 
 
 def epochs_won_by_class_1(folder: Path, share: float, protocol: Protocol) -> list[bool]:
-    """For each epoch, whether the map tells class 1 of every pixel, and not class 0.
+    """For each epoch, whether the map predicts class 1 for every pixel, and not class 0.
 
     One scene of two classes, of which `share` is class 1, and a network whose tokens are all 0. Then only the map's two
     biases learn, which begin at 0, and d = bias 1 - bias 0 decides.
     """
     (folder / "ImageSets" / "Segmentation").mkdir(parents=True)
-    for room in ("JPEGImages", "SegmentationClass"):
-        (folder / room).mkdir()
+    for name in ("JPEGImages", "SegmentationClass"):
+        (folder / name).mkdir()
     (folder / "ImageSets" / "Segmentation" / "train.txt").write_text("scene\n")
     mask = np.zeros((40, 40), np.uint8)
     mask[: round(40 * share)] = 1

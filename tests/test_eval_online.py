@@ -91,7 +91,7 @@ def test_damaged_photos_do_not_stop_a_run(online, network, monkeypatch):
 
 
 def test_wrong_settings_are_refused(online):
-    with pytest.raises(UserError, match=r"eval\.every: not below 0, this is -1"):
+    with pytest.raises(UserError, match=r"eval\.every: expected a number, 0 or more, found -1"):
         online("eval.every=-1")
-    with pytest.raises(UserError, match=r"eval\.limit: more than 0, this is 0"):
+    with pytest.raises(UserError, match=r"eval\.limit: expected a whole number above 0, found 0"):
         online("eval.limit=0")

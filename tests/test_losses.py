@@ -258,6 +258,7 @@ def test_naive_implementation_agrees():
         assert row["ours"] == pytest.approx(row["naive"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_step_benchmark_rows(tmp_path):
     """A row for each combination, its faster batch; what is counted and what is asked of the device beside it."""
     out, few = tmp_path / "rows.jsonl", "--arch=tiny --method=dino --dtype=float32 --rounds=1 --steps=1 --warmup=0"

@@ -110,6 +110,7 @@ def test_compiled_color_has_no_host_tensor(monkeypatch):
     assert not constants
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_steps(monkeypatch):
     """Including after a non-finite step. Graphs are counted, not timed; they are traced, but no compiler is called."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from conftest import run_program
+from conftest import run_processes, run_program
 
 from runtime import metrics, watchdog
 from runtime.errors import UserError
@@ -129,13 +129,11 @@ def test_a_collapse_is_reported_once(tmp_path, capsys, entropy, warned):
 
 def test_knn_while_training(tiny_config, tmp_path):
     """eval.every: the same run with one more metric; two processes report the same value."""
+    program = ["train.py", tiny_config, "run.log_every=1", "run.log_samples=true"]
     words = ["eval.every=2", "optim.epochs=4", "model.drop_path=0.1"]
     runs = {}
     for name, extra, processes in (("without", ["eval.every=0"], 1), ("with", [], 1), ("two", [], 2)):
-        code, _, err = Program(
-            tiny_config, *words, *extra, f"run.folder={tmp_path / name}", processes=processes
-        ).end()  # fmt: skip
-        assert code == 0, err
+        run_processes(*program, *words, *extra, f"run.folder={tmp_path / name}", processes=processes)
         runs[name] = log(tmp_path / name), read_jsonl(tmp_path / name / "metrics.jsonl")
     assert runs["with"][0] == runs["without"][0]
     evaluated = [row["step"] for row in runs["with"][1] if "knn_top1" in row]
@@ -144,6 +142,7 @@ def test_knn_while_training(tiny_config, tmp_path):
     assert not any("knn_top1" in row for row in runs["without"][1])
 
 
+@pytest.mark.slow
 def test_restarts_need_a_store_of_their_own(tiny_config):
     env = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]

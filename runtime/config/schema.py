@@ -219,7 +219,7 @@ class Speed:
     """Program that reads and decodes images: NVIDIA DALI, or WebDataset on the CPU. `auto` takes DALI for a GPU,
     where it is installed."""
     workers: NonNegativeInt = 1
-    """Reading processes for each device. 0 means a thread of the training process."""
+    """Data workers (processes that read and decode) for each device. 0 means a thread of the training process."""
     prefetch: PositiveInt = 2
     """Batches that each worker keeps ready."""
     dali_threads: PositiveInt = 4

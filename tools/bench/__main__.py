@@ -16,7 +16,7 @@ from runtime.config import load_config
 from runtime.errors import UserError, require_positive, run_cli
 from tools.docstring import add_command, make_parser
 
-SCENES = "data/scenes/shards/train"
+SCENES, PHOTOS = "data/scenes/shards/train", "data/scenes/train"
 MODULES = {"all": "loader"}  # of subcommands whose module has another name
 
 
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     leak.add_argument("--reader", choices=("wds", "dali"), help="only this one")
     leak.add_argument("--steps", type=int, default=2000, help="default %(default)s")
     add("plan", "index and plan at 1.28 and 100 million samples")
-    _add_shards_options(add("shards", "making shards, beside decoding alone", shards=True))
+    _add_shards_options(add("shards", "making shards, beside decoding alone"))
     _add_knn_options(add("knn", "k-NN at ImageNet's size, beside the bare product and top-k"))
     checkpoint = add("checkpoint", "how long a checkpoint delays the step", config="configs/densedino_vits16.yaml")
     checkpoint.add_argument("--dst", default=tempfile.gettempdir(), help="the disk to write to (default: %(default)s)")
@@ -77,6 +77,9 @@ def _add_step_options(step: argparse.ArgumentParser) -> None:
 
 
 def _add_shards_options(shards: argparse.ArgumentParser) -> None:
+    shards.add_argument(
+        "--src", default=PHOTOS, help="photos: a folder or a tar (default: those of the painted scenes)"
+    )
     shards.add_argument("--dst", default=tempfile.gettempdir(), help="the disk to write to (default: %(default)s)")
     shards.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default %(default)s")
     shards.add_argument("--photos", type=int, default=4000, help="in each round (default %(default)s)")
@@ -102,8 +105,8 @@ def check(args: argparse.Namespace) -> None:
     if "config" in args:
         load_config(args.config)
     if args.what == "shards":
-        if not Path(args.shards).exists():
-            raise UserError(f"{args.shards}: no such folder or tar")
+        if not Path(args.src).exists():
+            raise UserError(f"{args.src}: no such folder or tar")
     elif "shards" in args:
         from eval.target import open_shards
 

@@ -1,4 +1,4 @@
-"""Memory, threads and open files of the trainer and its reading processes over 2,000 steps, for each reader.
+"""Memory, threads and open files of the trainer and its data workers over 2,000 steps, for each reader.
 
     python -m tools.bench leak [--config FILE] [--shards FOLDER] [--reader wds|dali] [--steps 2000] [--out rows.jsonl]
 

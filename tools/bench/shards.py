@@ -67,7 +67,7 @@ def measure(src: Path, dst: Path, processes: int, photos: int, rounds: int) -> d
 
 def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.dst) as folder:
-        result = measure(Path(args.shards), Path(folder) / "shards", args.processes, args.photos, args.rounds)
+        result = measure(Path(args.src), Path(folder) / "shards", args.processes, args.photos, args.rounds)
     if args.json:
         print(json.dumps(result))
         return

@@ -2,13 +2,14 @@
 
     python -m tools.export NETWORK DST [--onnx]
 
-NETWORK is a run folder, a checkpoint, a backbone file, weights of DINO, DenseDINO, Leopart or timm, or timm:NAME.
+NETWORK is a run folder, a checkpoint, a backbone file, weights of DINO, DenseDINO, Leopart, MoCo-v3 or timm, or
+timm:NAME.
 
     DST/model.safetensors   the backbone under timm's names
     DST/config.json         architecture, its arguments, input size and normalization, in timm's hub format
     DST/model.onnx          --onnx: normalized images float32 [batch,3,S,S] -> cls [batch,D], patches [batch,N,D]
 
-The last line printed is the Python that loads it; it needs timm only. Before the program reports success, timm loads the
+The last lines printed are the Python that loads it; it needs timm only. Before the program reports success, timm loads the
 export, and its features are compared with those of the network here; with --onnx, ONNX Runtime's too.
 
 The features are equal for images of the size S that the network was trained for. For other sizes timm resizes the position
