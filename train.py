@@ -220,7 +220,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     if context.is_main:
         about = weights.about_backbone(method.backbone, steps, config.method)
         checkpoint.save_backbone(folder / "backbone.safetensors", method.backbone, about)
-        print(f"finished: {steps} steps; the teacher's backbone is {folder}/backbone.safetensors")
+        print(f"finished: {steps} steps; the backbone is {folder}/backbone.safetensors")
     return 0
 
 

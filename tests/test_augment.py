@@ -30,7 +30,7 @@ def colored(x: torch.Tensor, **columns: float) -> torch.Tensor:
     for name, value in columns.items():
         draws[getattr(recipe, name.upper())] = value
     views = x.permute(0, 2, 3, 1)[:, None]
-    out = apply_color(views, torch.tensor(draws).float().expand(len(x), 1, 8))[0]
+    out = apply_color(views, torch.tensor(draws).float().expand(len(x), 1, -1))[0]
     mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in (MEAN, STD))
     return (out * std + mean) * 255
 
@@ -102,7 +102,7 @@ def test_each_picture_has_its_own_draws():
 def test_views_keep_their_places():
     """[B,V,H,W,3] -> [V,B,3,H,W]."""
     x = pictures(6).view(3, 2, 3, 40, 40)
-    out = apply_color(x.permute(0, 1, 3, 4, 2), torch.tensor(PLAIN).float().expand(3, 2, 8))
+    out = apply_color(x.permute(0, 1, 3, 4, 2), torch.tensor(PLAIN).float().expand(3, 2, -1))
     mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
     for b, v in itertools.product(range(3), range(2)):
         assert torch.allclose(out[v, b], (x[b, v] / 255 - mean) / std, atol=1e-5)
@@ -113,7 +113,7 @@ def test_distribution_of_draws():
     views = [Views(1, 224, blur=[1.0]), Views(1, 224, blur=[0.1], solarize=[0.2]), Views(1, 224, blur=[0.5])]
     n = 20_000
     d = draw_color(hash64(0, 0, np.arange(n)), Data(), views).astype(np.float64)
-    assert d.shape == (n, 3, 8)
+    assert d.shape == (n, 3, recipe.COLUMNS)
 
     def share(mask: np.ndarray, p: float) -> None:
         assert abs(mask.mean() - p) < 4 * np.sqrt(p * (1 - p) / mask.size) + 1e-9
@@ -156,8 +156,8 @@ def test_no_two_draws_of_a_view_go_together():
     data.jitter.probability, data.grayscale = 1.0, 0.5  # what is always or never done would hide the others
     for blur in (0.5, 1.0):
         views = [Views(1, 32, blur=[blur], solarize=[0.5])] * 2
-        d = draw_color(hash64(4, np.arange(10_000)), data, views).reshape(10_000, 16)
-        others = np.corrcoef(d, rowvar=False) - np.eye(16)
+        d = draw_color(hash64(4, np.arange(10_000)), data, views).reshape(10_000, -1)
+        others = np.corrcoef(d, rowvar=False) - np.eye(d.shape[1])
         assert np.abs(others).max() < 0.06  # six deviations
 
 
@@ -183,7 +183,9 @@ def test_a_blurred_view_is_solarized_after_it(apply: Callable[..., torch.Tensor]
     picture[..., 10:, :] = 255
     draws = torch.tensor(PLAIN).float()
     draws[recipe.SIGMA], draws[recipe.SOLARIZE] = 1, 1
-    out = apply(picture, draws.view(1, 1, 8))[0, 0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    out = apply(picture, draws.view(1, 1, -1))[0, 0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(
+        3, 1, 1
+    )
     dark = [0.0] * 6 + [0.0001, 0.0046, 0.0586, 0.3005]
     torch.testing.assert_close(out, torch.tensor(dark + dark[::-1]).expand(3, 16, 20), rtol=0, atol=1e-4)
 

@@ -13,6 +13,9 @@ import pytest
 
 from runtime import config as package
 from runtime.config import (
+    METHODS,
+    OTHER_SECTIONS,
+    RESULT_SECTIONS,
     Config,
     Head,
     Model,
@@ -28,6 +31,7 @@ from runtime.config import (
     yaml,
 )  # fmt: skip
 from runtime.config.reference import FILES
+from runtime.config.schema import BY_VIEW
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +120,7 @@ WRONG = [
     ("seed: 9223372036854775808", [], r"a whole number, 0 or more and below 2\^63, found 9223372036854775808"),
     ("seed: ${oc.env:HOME}", [], "seed: expected a whole number"),
     ("method: dino\nloss: {alpha: 0}", [], r"loss\.alpha: 0 leaves no loss at all"),
-    ("method: mae", [], "method: expected one of densedino, dino, or module:Class, found the text 'mae'"),
+    ("method: mae", [], f"method: expected one of {', '.join(METHODS)}, or module:Class, found the text 'mae'"),
     ("method: desnedino", [], "did you mean 'densedino'"),
     ("", [], "a config is a mapping 'key: value', this file is empty"),
     ("- a", [], "a config is a mapping 'key: value', this file is a list"),
@@ -352,3 +356,23 @@ def test_every_value_is_documented():
 
 def test_exports():
     assert all(hasattr(package, name) for name in package.__all__)
+
+
+def test_every_section_changes_results_or_does_not():
+    """Or a resume would not notice a changed value of a new section."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    assert sorted(names) == sorted([*RESULT_SECTIONS, *OTHER_SECTIONS])
+
+
+def test_values_by_view_reach_each_view(tmp_path):
+    """Every list of probabilities of a group: one for all its views, or one for each."""
+    assert {"blur", "solarize"} <= set(BY_VIEW)
+    for name in BY_VIEW:
+        group = f"{{count: 3, size: 32, {name}: [0.1, 0.2, 0.3]}}"
+        text = f"data: {{views: [{{count: 2, size: 32, teacher: true, {name}: 0.5}}, {group}]}}"
+        config = load_config(write(tmp_path, text), ["model.patch=8"])
+        assert [getattr(view, name) for view in config.views] == [[0.5], [0.5], [0.1], [0.2], [0.3]]
+        with pytest.raises(
+            UserError, match=rf"data\.views\.1\.{name}: expected one probability or 3 \(count\), found 2"
+        ):
+            load_config(write(tmp_path, text.replace("[0.1, 0.2, 0.3]", "[0.1, 0.2]")), ["model.patch=8"])

@@ -8,7 +8,6 @@ from conftest import losses_of, run_processes, run_program
 from model.methods import METHODS, Method, build
 from model.weights import load_pretrained
 from pipeline.batch import Batch, draw
-from runtime import config as configs
 from runtime.checkpoint import save_backbone
 from runtime.config import load_config
 from runtime.methods import load_class, uses_points
@@ -17,10 +16,6 @@ from tests.faults.program import Program, equal, final, log, steps
 
 EVERY = [*METHODS, "tests.byol:BYOL"]  # the last is outside the registry, as a user's class is
 WORDS = ["model.drop_path=0", "optim.epochs=1", "optim.warmup_epochs=0", "speed.precision=float64", "run.log_every=1"]
-
-
-def test_the_config_knows_every_method():
-    assert set(configs.METHODS) == set(METHODS)
 
 
 @pytest.mark.parametrize("name", [*EVERY, "tests.byol:PointBYOL"])
@@ -84,7 +79,10 @@ def test_a_skipped_step_changes_nothing(method, tiny_config):
     method.after_step(statistics, at, torch.tensor(0.0))
     assert all(torch.equal(t, before[n]) for n, t in method.state_dict().items())
     method.after_step(statistics, at, torch.tensor(1.0))
-    assert not all(torch.equal(t, before[n]) for n, t in method.state_dict().items())
+    changed = {n for n, t in method.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed or all(
+        n.startswith("student.") for n in before
+    )  # a method without a teacher may have nothing to change
 
 
 def test_resumes_bit_equal(method, tiny_config, tmp_path):

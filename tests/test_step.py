@@ -101,7 +101,7 @@ def test_compiled_color_has_no_host_tensor(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=record))
     monkeypatch.setattr(numba_kernel, "available", False)
-    views, draws = torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8), torch.ones(1, 2, 8)
+    views, draws = torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8), torch.ones(1, 2, recipe.COLUMNS)
     torch._dynamo.reset()
     color = select_augment(torch.device("cpu"), compile=True)
     assert torch.allclose(color(views, draws), recipe.apply_color(views, draws))

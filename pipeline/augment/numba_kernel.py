@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.augment.recipe import (
     BRIGHTNESS,
+    COLUMNS,
     CONTRAST,
     GRAY,
     HUE,
@@ -188,6 +189,7 @@ def _views(views, draws, out, x, padded, orders, mean, std):
 def apply_color(views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """As recipe.apply_color: uint8 [B,V,H,W,3] and draws [B,V,8] on the CPU -> [V,B,3,H,W], normalized, in `dtype`."""
     b, v, h, w, _ = views.shape
+    assert draws.shape == (b, v, COLUMNS)  # numba reads out of bounds without an error
     out = torch.empty(v, b, 3, h, w)
     x, padded = np.empty((3, h * w), np.float32), np.empty((h + 2 * RADIUS) * w + w + 2 * RADIUS, np.float32)
     flat = out.view(v, b, 3, h * w).numpy()

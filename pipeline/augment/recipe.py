@@ -23,6 +23,7 @@ STD = (0.229, 0.224, 0.225)
 ORDERS = list(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
 # columns of the draws; any order and 1, 1, 1, 0, 0, 0, 0 change nothing
 ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, SIGMA, SOLARIZE = range(8)
+COLUMNS = 1 + SOLARIZE
 RADIUS = 6  # of the blur's window, pixels: three times the largest sigma
 MIN_SIGMA, MAX_SIGMA = 0.1, 2.0  # of the blur, pixels at the view's size
 

@@ -15,6 +15,7 @@ from runtime.config.load import diff, dump_config, load_config, merge, parse_con
 from runtime.config.messages import ConfigErrors, flatten, suggest_key, unknown_option
 from runtime.config.schema import (
     NON_RESULT_KEYS,
+    OTHER_SECTIONS,
     RESULT_SECTIONS,
     TEACHERS,
     Config,
@@ -33,7 +34,7 @@ from runtime.config.schema import (
 from runtime.methods import METHODS
 
 __all__ = [
-    "METHODS", "NON_RESULT_KEYS", "RESULT_SECTIONS", "TEACHERS", "Config", "ConfigErrors", "Data", "Eval", "Head", "Jitter",
-    "Loss", "Model", "Optim", "Reference", "Run", "Speed", "Views", "diff", "dump_config", "flatten", "load_config", "merge",
-    "parse_config", "suggest_key", "unknown_option",
+    "METHODS", "NON_RESULT_KEYS", "OTHER_SECTIONS", "RESULT_SECTIONS", "TEACHERS", "Config", "ConfigErrors", "Data",
+    "Eval", "Head", "Jitter", "Loss", "Model", "Optim", "Reference", "Run", "Speed", "Views", "diff", "dump_config",
+    "flatten", "load_config", "merge", "parse_config", "suggest_key", "unknown_option",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runtime.config.messages import Problem
-from runtime.config.schema import TEACHERS, Config
+from runtime.config.schema import BY_VIEW, TEACHERS, Config
 from runtime.methods import METHODS
 
 
@@ -71,7 +71,8 @@ def _views(c: Config) -> Iterator[Problem]:
         if g.scale[1] <= least:
             text = f"windows of at most {g.scale[1]:g} of the image cannot share {least:g} of it (data.min_overlap)"
             yield Problem(f"{at}.scale", text, ("data.min_overlap", "data.views"))
-        for name, values in (("blur", g.blur), ("solarize", g.solarize)):
+        for name in BY_VIEW:
+            values = getattr(g, name)
             if len(values) not in (1, g.count):
                 text = f"expected one probability or {g.count} (count), found {len(values)}"
                 yield Problem(f"{at}.{name}", text, ("data.views",))

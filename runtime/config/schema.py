@@ -5,7 +5,8 @@ pydantic reads all four. `docs/reference/config.md` and `configs/schema.json` ar
 table numbers are those of the DenseDINO paper (arXiv:2306.04654).
 """
 
-from typing import Annotated, Literal
+from dataclasses import fields, replace
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -14,7 +15,9 @@ from runtime.config.bounds import METHOD, RATIO, WINDOW, Pair, Share, ShareBelow
 from runtime.methods import uses_points
 
 TEACHERS = 2  # T: the method has two teacher views (eq. 2, eq. 3)
+# every key and section of Config is in one of the two; a resume refuses a changed value of the first
 RESULT_SECTIONS = ("method", "seed", "data", "model", "reference", "head", "loss", "optim")
+OTHER_SECTIONS = ("speed", "run", "eval")
 NON_RESULT_KEYS = (
     "data.shards",
     "data.val",
@@ -43,6 +46,9 @@ class Views:
     """Probability of Gaussian blur. Give one number for all views of the group, or one for each (DINO)."""
     solarize: Shares = Field(default_factory=lambda: [0.0])
     """Probability of solarization. Give one number for all views of the group, or one for each (DINO)."""
+
+
+BY_VIEW = tuple(field.name for field in fields(Views) if field.type is Shares)  # one value, or one for each view
 
 
 @dataclass(config=SETTINGS)
@@ -284,7 +290,7 @@ class Config:
     """A whole training run."""
 
     method: Annotated[str, METHOD] = "densedino"
-    """Training method: densedino, dino, or module:Class for a method of your own (model/methods/base.py)."""
+    """Training method: one of runtime/methods.py, or module:Class for a method of your own (model/methods/base.py)."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random: weights, order of samples, windows, points, colors, drop path."""
     data: Data = Field(default_factory=Data)
@@ -300,11 +306,13 @@ class Config:
     @property
     def views(self) -> list[Views]:
         """One entry (count 1) for each view, the two teacher views first."""
-        return [
-            Views(1, g.size, g.scale, g.teacher, [g.blur[i % len(g.blur)]], [g.solarize[i % len(g.solarize)]])
-            for g in self.data.views
-            for i in range(g.count)
-        ]
+        views: list[Views] = []
+        for group in self.data.views:
+            for i in range(group.count):
+                lists = ((name, getattr(group, name)) for name in BY_VIEW)
+                own: dict[str, Any] = {name: [values[i % len(values)]] for name, values in lists}
+                views.append(replace(group, count=1, **own))
+        return views
 
     @property
     def points(self) -> int:
