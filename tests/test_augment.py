@@ -1,6 +1,7 @@
 """The colour recipe: each operation beside torchvision's and Pillow's on the same draws, and the draws' distribution."""
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -136,6 +137,55 @@ def test_distribution_of_draws():
         sigma = d[:, v, augment.SIGMA]
         assert sigma[sigma > 0].min() >= 0.1
         assert sigma.max() <= 2.0
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 1.0])
+def test_the_strength_of_a_blur_is_a_draw_of_its_own(probability: float):
+    """DINO, utils.GaussianBlur: one random() says whether, then random.uniform(0.1, 2) how strong. So however rare the
+    blur is, its sigma is uniform from 0.1 to 2: every fifth of that range has a fifth of the sigmas."""
+    n = 20_000
+    d = draw_colour(hash64(3, np.arange(n)), Data(), [Views(1, 32, blur=[probability])])[:, 0, augment.SIGMA]
+    shares = np.histogram(d[d > 0], bins=5, range=(0.1, 2))[0] / (probability * n)
+    assert np.abs(shares - 1 / 5).max() < 0.06  # their deviation is at most 0.01
+
+
+def test_no_two_draws_of_a_view_go_together():
+    """DINO, DataAugmentationDINO: torchvision's ColorJitter, RandomGrayscale, GaussianBlur and Solarization, each with
+    random numbers of its own. The eight draws of a view are not correlated, nor with those of the next view."""
+    data = Data()
+    data.jitter.probability, data.grey = 1.0, 0.5  # what is always or never done would hide the others
+    for blur in (0.5, 1.0):
+        views = [Views(1, 32, blur=[blur], solarize=[0.5])] * 2
+        d = draw_colour(hash64(4, np.arange(10_000)), data, views).reshape(10_000, 16)
+        others = np.corrcoef(d, rowvar=False) - np.eye(16)
+        assert np.abs(others).max() < 0.06  # six deviations
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        pytest.param(apply_colour, id="torch"),
+        pytest.param(
+            augment_cpu.apply_colour,
+            id="numba",
+            marks=pytest.mark.skipif(not augment_cpu.available, reason="numba is not installed"),
+        ),
+    ],
+)
+def test_a_blurred_view_is_solarized_after_it(apply: Callable[..., torch.Tensor]):
+    """DINO, DataAugmentationDINO, second view: Compose([..., GaussianBlur(0.1), Solarization(0.2), normalize]).
+
+    A black half beside a white one, blurred with sigma 1: s pixels away from the edge the dark side has the sum of the
+    normal weights exp(-k^2 / 2) / sqrt(2 pi) for k >= s, which is 0.3005, 0.0586, 0.0046 and then nearly 0, the bright
+    side 1 less that. Solarized then, both sides are the same; solarized first, all would be black.
+    """
+    picture = torch.zeros(1, 1, 16, 20, 3, dtype=torch.uint8)
+    picture[..., 10:, :] = 255
+    draws = torch.tensor(PLAIN).float()
+    draws[augment.SIGMA], draws[augment.SOLARIZE] = 1, 1
+    out = apply(picture, draws.view(1, 1, 8))[0, 0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    dark = [0.0] * 6 + [0.0001, 0.0046, 0.0586, 0.3005]
+    torch.testing.assert_close(out, torch.tensor(dark + dark[::-1]).expand(3, 16, 20), rtol=0, atol=1e-4)
 
 
 @pytest.mark.skipif(not augment_cpu.available, reason="numba is not installed")

@@ -261,6 +261,69 @@ def test_a_batch_of_nothing_but_ignored_pixels_spoils_nothing(voc, network):
     assert fit(network, train, val, protocol)[-1].miou > 70
 
 
+# ------------------------------------------------------------------------------------------ the map's learning rate
+
+
+def epochs_won_by_class_1(folder: Path, share: float, protocol: Protocol) -> list[bool]:
+    """For each epoch, whether the map tells class 1 of every pixel, and not class 0.
+
+    One scene of two classes, of which `share` is class 1, and a network whose tokens are all 0. Then only the map's two
+    biases learn, which begin at 0, and d = bias 1 - bias 0 decides.
+    """
+    (folder / "ImageSets" / "Segmentation").mkdir(parents=True)
+    for room in ("JPEGImages", "SegmentationClass"):
+        (folder / room).mkdir()
+    (folder / "ImageSets" / "Segmentation" / "train.txt").write_text("scene\n")
+    mask = np.zeros((40, 40), np.uint8)
+    mask[: round(40 * share)] = 1
+    Image.fromarray(mask).save(folder / "SegmentationClass" / "scene.png")
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(folder / "JPEGImages" / "scene.jpg")
+    blind = ViT(width=8, depth=0, heads=2, patch=8, image_size=40).eval().requires_grad_(False)
+    nn.init.zeros_(blind.norm.weight)
+    scenes = VocSegmentation(folder, "train", 40)
+    history = fit(blind, scenes, scenes, protocol)
+    assert all(sorted(f.iou) == pytest.approx([0, 100 * (share if f.iou[1] else 1 - share)]) for f in history)
+    return [f.iou[1] > 0 for f in history]
+
+
+@pytest.mark.parametrize("batch", [15, 60, 240])
+@pytest.mark.parametrize(("rate", "still"), [(6.4, True), (6.85, False)])
+def test_the_learning_rate_is_for_each_60_scenes_of_a_batch(tmp_path, batch, rate, still):
+    """DenseDINO, eval_segment.py (after Leopart): SGD with lr * batch / 60 and momentum 0.9. So with lr = 60 rate / batch
+    the rate is the same for every batch.
+
+    Class 1 has 0.6 of the pixels. The slope of the loss for d is sigmoid(d) - 0.6 for one bias, and its negative for the
+    other, so d moves by 2 rate (0.6 - sigmoid(d)): first by 0.2 rate, to d1. With the momentum d is after the second
+    epoch d1 + rate (0.9 * 0.2 + 1.2 - 2 sigmoid(d1)) = rate (1.58 - 2 sigmoid(0.2 rate)). This is above 0, and class 1
+    wins still, where sigmoid(0.2 rate) < 0.79, which is where rate < 5 log(0.79 / 0.21) = 6.62.
+    """
+    protocol = Protocol(size=40, train_size=40, augment=False, epochs=2, batch=batch, lr=60 * rate / batch)
+    assert epochs_won_by_class_1(tmp_path / "voc", 0.6, protocol) == [True, still]
+
+
+def test_the_learning_rate_is_a_tenth_from_epoch_21_on(tmp_path):
+    """DenseDINO, eval_segment.py (after Leopart): StepLR(step_size=20, gamma=0.1) and 25 epochs, stepped after each. So
+    20 epochs have the whole rate and five a tenth of it; momentum 0.9, weight decay 1e-4.
+
+    Class 1 has 0.8 of the pixels, and the rate, 153, is so large that d swings from side to side. Its course, worked out
+    with a number for d and one for its speed, decides each epoch; it keeps far from 0, and other steps give other winners.
+    """
+
+    def course(whole: int) -> list[float]:
+        d, speed, all_of_them = 0.0, 0.0, []
+        for epoch in range(25):
+            speed = 0.9 * speed + 2 * (1 / (1 + np.exp(-d)) - 0.8) + 1e-4 * d
+            d -= (153 if epoch < whole else 15.3) * speed
+            all_of_them.append(d)
+        return all_of_them
+
+    winners = {whole: [d > 0 for d in course(whole)] for whole in (10, 19, 20, 21, 25)}
+    assert min(map(abs, course(20))) > 12
+    assert all(winners[whole] != winners[20] for whole in (10, 19, 21, 25))
+    protocol = Protocol(size=40, train_size=40, augment=False, batch=60, lr=153.0)
+    assert epochs_won_by_class_1(tmp_path / "voc", 0.8, protocol) == winners[20]
+
+
 # ------------------------------------------------------------------------------------------------------------ programs
 
 

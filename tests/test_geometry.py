@@ -100,6 +100,36 @@ def test_a_point_is_the_same_place_in_both_views():
     assert abs(u.mean() - 0.5) < 0.02  # a self pair's points are uniform over its own window
 
 
+def furthest_from_independent(*columns: np.ndarray) -> float:
+    """The largest |correlation| of any two of the columns [n]; for 4,000 rows chance alone gives each about 0.016."""
+    return float(np.abs(np.corrcoef(columns) - np.eye(len(columns))).max())
+
+
+def test_area_aspect_and_place_of_a_window_are_draws_of_their_own():
+    """DINO, main_dino.py: torchvision's RandomResizedCrop, whose get_params draws the area, the logarithm of the aspect,
+    the top and the left one after the other. So no two of them go together, within a view or from view to view; and each
+    sixteenth of the possible places gets its sixteenth of the windows."""
+    n, side = 4000, np.full(4000, 1000)
+    w = unflipped(draw_windows(hash64(11, np.arange(n)), side, side, scale=[(0.25, 0.5)] * 2, min_overlap=0.0))
+    wide, high = (w[..., 2:] - w[..., :2]).transpose(2, 0, 1).astype(np.float64)  # no shape of this scale is rejected
+    x, y = w[..., 0] / (1000 - wide), w[..., 1] / (1000 - high)
+    assert furthest_from_independent(*(wide * high).T, *np.log(wide / high).T, *x.T, *y.T) < 0.1
+    for v in range(2):
+        counts = np.histogram2d(x[:, v], y[:, v], bins=4, range=[(0, 1), (0, 1)])[0]
+        assert counts.min() > 0.7 * n / 16  # five deviations of the count below it
+        assert counts.max() < 1.3 * n / 16
+
+
+def test_x_and_y_of_a_point_are_draws_of_their_own():
+    """DenseDINO, paper section 3.2: M points are sampled in the overlap of two views. They lie all over it, not on a
+    diagonal, and one says nothing of the next."""
+    windows = np.tile(np.array([[0, 0, 80, 60], [40, 20, 120, 140]]), (4000, 1, 1))  # they share [40, 80] x [20, 60]
+    points = draw_points(hash64(12, np.arange(4000)), windows, 2)[:, 0, 1, :, 0].astype(np.float64)  # [B,M,2]
+    x, y = points[..., 0], points[..., 1]
+    np.testing.assert_allclose([x.min(), x.max(), y.min(), y.max()], [1 / 2, 1, 1 / 3, 1], atol=0.005)
+    assert furthest_from_independent(*x.T, *y.T) < 0.1
+
+
 def test_a_flip_mirrors_the_point():
     u = np.array([0.25, 0.5]).reshape(1, 1, 1, 1, 2).repeat(2, 1).repeat(2, 2)
     plain = np.array([[[0, 0, 100, 50], [0, 0, 100, 50]]])
