@@ -55,7 +55,7 @@ COMMANDS = {  # command line: exit code
     "tools.bench all --config no/such.yaml": 2,
     "tools.bench leak --shards no/such/shards": 2,
     "tools.bench scale two": 2,
-    "tools.bench shards --shards no/such/photos": 2,
+    "tools.bench shards --src no/such/photos": 2,
     "tools.bench checkpoint --config no/such.yaml": 2,
     "tools.make_scenes --help": 0,
     "tools.make_scenes scenes --train 0": 2,
