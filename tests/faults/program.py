@@ -17,6 +17,16 @@ from runtime.metrics import read_jsonl
 from tests.conftest import ROOT
 from tests.fork_server import Forked
 
+IMPORT_SECONDS = 2.2  # of torch, on the machine of the promises in seconds (two Zen 3 cores, otherwise idle)
+
+
+def slowness() -> float:
+    """How many times slower this machine is now than that of the promises, at least 1: by a known piece of work."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    return max(1.0, (time.monotonic() - began) / IMPORT_SECONDS)
+
+
 WITH_FAULT = """
 import json, os, sys, time
 sys.path.insert(0, {root!r})
