@@ -93,7 +93,7 @@ test: $(READY) ## the tests, on any machine (some minutes)
 test-slow: $(READY) ## the tests that take minutes (compilation, benchmark rows, compiled training on two processes)
 	@$(PY) -m pytest -n 2 -m slow $(ARGS)
 
-faults: $(READY) ## all 191 sub-cases of the fault plan (about 15 minutes)
+faults: $(READY) ## all 191 sub-cases of the fault plan (about 10 minutes)
 	@FAULTS=all $(PY) -m pytest tests/faults -n 2 --dist worksteal $(ARGS)
 
 check: $(READY) ## ruff and mypy

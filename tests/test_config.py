@@ -1,4 +1,7 @@
-"""Configs: valid ones are read; errors are reported in one list, each with the nearest valid name, and exit code 2."""
+"""Configs: valid ones are read; errors are reported in one list, each with the nearest valid name, and exit code 2.
+
+Long: most of it is one table of wrong inputs and their messages.
+"""
 
 import contextlib
 import copy

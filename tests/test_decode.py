@@ -1,8 +1,8 @@
 """One decoder: every format has the same pixels in each program that opens photos, and bad bytes give the same error.
 
-docs/reference/formats.md says how each format is decoded.
-The references here do not come from pipeline/decode.py: they are the arrays
-that a lossless file was written from, and Pillow's own conversion of a lossy one.
+docs/reference/formats.md says how each format is decoded. The references here do not come from pipeline/decode.py: they are
+the arrays that a lossless file was written from, and Pillow's own conversion of a lossy one. Long: half of it writes the
+files of odd formats that every case reads.
 """
 
 import importlib.util

@@ -1,4 +1,7 @@
-"""k-NN: the published vote; streaming the train set changes no result; photos from shards."""
+"""k-NN: the published vote; streaming the train set changes no result; photos from shards.
+
+Long: all cases share the photos and shards made here.
+"""
 
 import json
 import shutil

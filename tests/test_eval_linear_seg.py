@@ -1,4 +1,7 @@
-"""Linear segmentation: the score by hand and as published, scenes in Pascal VOC's layout, a classifier that learns."""
+"""Linear segmentation: the score by hand and as published, scenes in Pascal VOC's layout, a classifier that learns.
+
+Long: all cases share the painted folders of scenes made here.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""`make_shards`: every source and kind of photo, bad and hostile photos, kill -9, verify and index."""
+"""`make_shards`: every source and kind of photo, bad and hostile photos, kill -9, verify and index.
+
+Long: all cases share the sources of photos made here.
+"""
 
 import fcntl
 import io

@@ -1,6 +1,7 @@
 """Equal to the published reference, number by number: the tensors of ../shared/oracle were computed by the published code.
 
 One test for each a_small_<mode>.safetensors; more can be added there. $ORACLE names another folder.
+Long: `test_step` follows one published step from its views to the updated weights.
 """
 
 import re

@@ -1,4 +1,7 @@
-"""The DALI reader, on the CPU: the WebDataset reader's batches, all workers busy, photos and machine distinguished."""
+"""The DALI reader, on the CPU: the WebDataset reader's batches, all workers busy, photos and machine distinguished.
+
+Long: all cases share the shards and the broken pipelines made here.
+"""
 
 import io
 import json

@@ -1,4 +1,7 @@
-"""Remote shards: downloaded once for a machine, complete or not at all, within the cache's bound, equal to a folder's."""
+"""Remote shards: downloaded once for a machine, complete or not at all, within the cache's bound, equal to a folder's.
+
+Long: all cases share the servers and the caches made here.
+"""
 
 import json
 import os

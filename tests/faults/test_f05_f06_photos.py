@@ -55,14 +55,8 @@ def refused(folder: Path) -> list[tuple[str, str]]:
     return [(row["source"], row["reason"]) for row in rows]
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_a_corrupt_photo(kind, tiny_shards, tiny_config, tmp_path):
-    corrupt, why, why_in_training = CORRUPT[kind]
-    good = {f"{i}": photo(i) for i in range(9)}
-    bad = corrupt(photo(9))
-    ending = "json" if why is None else "jpg"
-
-    # made into shards
+def check_made(tmp_path: Path, good: dict[str, bytes], bad: bytes, ending: str, why: str | None) -> None:
+    """`make shards` of nine good photos and this one."""
     src = tree(tmp_path / "src", {f"{n}.jpg": data for n, data in good.items()} | {f"bad.{ending}": bad})
     dst = tmp_path / "made"
     output = run_program("-m", "tools.make_shards", "make", src, dst, "--max-bad", "0.2", "--processes", "1").stdout
@@ -82,7 +76,9 @@ def test_a_corrupt_photo(kind, tiny_shards, tiny_config, tmp_path):
         assert (len(made), refused(dst)) == (10, [])
         assert bad in [made.read(i) for i in range(10)]
 
-    # in a tar that is indexed
+
+def check_indexed(tmp_path: Path, good: dict[str, bytes], bad: bytes, ending: str, why: str | None) -> None:
+    """`make index` of a tar with nine good photos and this one."""
     tars = tmp_path / "tars"
     files = {f"{n}.jpg": data for n, data in good.items()} | {f"bad.{ending}": bad, "bad.cls": b"1"}
     tar_of(files, tars / "some.tar")
@@ -98,6 +94,16 @@ def test_a_corrupt_photo(kind, tiny_shards, tiny_config, tmp_path):
         assert len(Shards(tars)) == 9
     else:
         assert len(Shards(tars)) == 10
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_corrupt_photo(kind, tiny_shards, tiny_config, tmp_path):
+    corrupt, why, why_in_training = CORRUPT[kind]
+    good = {f"{i}": photo(i) for i in range(9)}
+    bad = corrupt(photo(9))
+    ending = "json" if why is None else "jpg"
+    check_made(tmp_path, good, bad, ending, why)
+    check_indexed(tmp_path, good, bad, ending, why)
 
     # at two samples of shards, whose bytes are no longer those that were indexed; one is accepted, two are too many
     folder = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))

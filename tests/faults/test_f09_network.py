@@ -1,5 +1,7 @@
 """F09: a faulty network. A download that can succeed does, bit for bit; one that cannot gives one message; nothing hangs.
 
+Long: one case for each way in which a network fails.
+
 A real HTTP server that fails on purpose (tests/faulty_server.py), and moto's S3, both on loopback.
 """
 
