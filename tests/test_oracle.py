@@ -101,6 +101,41 @@ def scale_losses_as_published(model: Method) -> tuple[float, float]:
     return shares
 
 
+def check_steps(model: Method, batch: Batch, case: dict, steps: list[dict], want: dict[str, Tensor]) -> None:
+    """Losses, gradients, clipping, AdamW, teacher and centers of each step."""
+    schedules = schedules_of(steps)
+    optimizer = Optimizer(model.student, case.get("clip", 3.0), split_positions=True)
+    log, _ = losses_of(model, batch)
+    assert torch.isclose(log["loss"], 0.5 * (log["cls_loss"] + log["reference_loss"]), rtol=1e-6)
+    shares = scale_losses_as_published(model)
+    for i, step in enumerate(steps):
+        log, means = losses_of(model, batch)
+        cls, reference = (log[name] * share for name, share in zip(("cls_loss", "reference_loss"), shares, strict=True))
+        for ours, name in ((cls, "global_loss"), (reference, "ref_loss"), (log["loss"], "loss")):
+            assert name not in step or ours.item() == pytest.approx(step[name], rel=1e-5), name
+        log["loss"].backward()
+        if i == 0:
+            theirs = remap_keys({n[5:]: g for n, g in want.items() if n.startswith("grad.")})
+            ours = {n: p.grad for n, p in model.student.named_parameters() if p.requires_grad}
+            assert ours.keys() == theirs.keys()
+            for name in theirs:
+                if name.endswith("qkv.bias"):  # the key third is zero except for rounding
+                    width = case["embed"]
+                    ours[name][width : 2 * width] = theirs[name][width : 2 * width]
+                assert relative(ours[name], theirs[name]) < 1e-5, name
+        norms = torch._foreach_norm(optimizer._clipped())
+        assert "n_clipped" not in step or sum(float(n) > step["clip"] for n in norms) == step["n_clipped"]
+        optimizer.step(schedules.at(i))
+        model.update_teacher(step["m"])
+        model.update_centers(means)
+        assert relative(model.cls_center, want[f"step{i}.center"][0]) < 1e-5
+        assert relative(model.reference_center, want[f"step{i}.ref_center"][0]) < 1e-5
+        if i == 0:
+            for role, momentum in (("student", None), ("teacher", step["m"])):
+                own = {n.removeprefix(f"step0.{role}."): t for n, t in want.items() if n.startswith(f"step0.{role}.")}
+                check_updated(dict(getattr(model, role).state_dict()), remap_keys(own), step["lr"], momentum)
+
+
 @needs_oracle
 @pytest.mark.parametrize("mode", CASES)
 def test_step(mode: str, oracle, oracle_json):
@@ -177,38 +212,7 @@ def test_step(mode: str, oracle, oracle_json):
         points = [spheres[role, t, v].flatten(0, 1) for role in ("student", "teacher")]
         assert pair_loss("reference_head", *points) == pytest.approx(float(want["pair_ce.ref"][t, v]), rel=1e-5)
 
-    # three steps: losses, gradients, clipping, AdamW, teacher, centers
-    schedules = schedules_of(steps)
-    optimizer = Optimizer(model.student, case.get("clip", 3.0), split_positions=True)
-    log, _ = losses_of(model, batch)
-    assert torch.isclose(log["loss"], 0.5 * (log["cls_loss"] + log["reference_loss"]), rtol=1e-6)
-    shares = scale_losses_as_published(model)
-    for i, step in enumerate(steps):
-        log, means = losses_of(model, batch)
-        cls, reference = (log[name] * share for name, share in zip(("cls_loss", "reference_loss"), shares, strict=True))
-        for ours, name in ((cls, "global_loss"), (reference, "ref_loss"), (log["loss"], "loss")):
-            assert name not in step or ours.item() == pytest.approx(step[name], rel=1e-5), name
-        log["loss"].backward()
-        if i == 0:
-            theirs = remap_keys({n[5:]: g for n, g in want.items() if n.startswith("grad.")})
-            ours = {n: p.grad for n, p in model.student.named_parameters() if p.requires_grad}
-            assert ours.keys() == theirs.keys()
-            for name in theirs:
-                if name.endswith("qkv.bias"):  # the key third is zero except for rounding
-                    width = case["embed"]
-                    ours[name][width : 2 * width] = theirs[name][width : 2 * width]
-                assert relative(ours[name], theirs[name]) < 1e-5, name
-        norms = torch._foreach_norm(optimizer._clipped())
-        assert "n_clipped" not in step or sum(float(n) > step["clip"] for n in norms) == step["n_clipped"]
-        optimizer.step(schedules.at(i))
-        model.update_teacher(step["m"])
-        model.update_centers(means)
-        assert relative(model.cls_center, want[f"step{i}.center"][0]) < 1e-5
-        assert relative(model.reference_center, want[f"step{i}.ref_center"][0]) < 1e-5
-        if i == 0:
-            for role, momentum in (("student", None), ("teacher", step["m"])):
-                own = {n.removeprefix(f"step0.{role}."): t for n, t in want.items() if n.startswith(f"step0.{role}.")}
-                check_updated(dict(getattr(model, role).state_dict()), remap_keys(own), step["lr"], momentum)
+    check_steps(model, batch, case, steps, want)
 
 
 @needs_oracle
