@@ -113,9 +113,8 @@ def start(speed: Speed, timeout: float = 1800) -> DistributedContext:
     """
     rank, world_size = int(os.environ.get("RANK", 0)), env_world_size()
     shared, restarts = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("USE_AGENT_STORE", "MAX_RESTARTS"))
-    if (
-        shared == "True" and restarts != "0"
-    ):  # seen with gloo: after a restart, processes connect to one that has exited
+    # seen with gloo: after a restart, processes connect to one that has exited
+    if shared == "True" and restarts != "0":
         raise UserError(
             "--max-restarts: torchrun keeps the addresses of processes that exited, unless the environment has "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"

@@ -187,10 +187,8 @@ def test_step(mode: str, oracle, oracle_json):
         assert relative(logits[role].flatten(0, 1), want[f"{role}.head_cls"][:, 0]) < 1e-5
         their_tokens = want[f"{role}.ref"].view(rows[role] // case["B"], case["B"], -1, m, case["embed"])
         their_logits = want[f"{role}.head_ref"].view(*their_tokens.shape[:-1], -1)
-        for (
-            t,
-            v,
-        ) in model.reference_pairs:  # a teacher's row holds the slots v of its view t, a student's the slots t of v
+        # a teacher's row holds the slots v of its view t, a student's the slots t of v
+        for t, v in model.reference_pairs:
             view, slot = (t, v) if role == "teacher" else (v, t)
             assert relative(tokens[t, v], their_tokens[view, :, slot]) < 1e-5
             with torch.no_grad():

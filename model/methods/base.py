@@ -31,10 +31,10 @@ class Method(nn.Module):
     """
 
     student: nn.Module
-    uses_points: ClassVar[bool] = (
-        False  # whether the pipeline draws reference points; a batch has M = 0 of them otherwise
-    )
-    clip_positions_apart: ClassVar[bool] = False  # clip the gradients of [CLS]'s and the patches' positions separately
+    # whether the pipeline draws reference points; a batch has M = 0 of them otherwise
+    uses_points: ClassVar[bool] = False
+    # whether the gradients of [CLS]'s and the patches' positions are clipped separately
+    clip_positions_apart: ClassVar[bool] = False
 
     def forward(self, batch: Batch, at: StepValues) -> StepOutput:
         """batch: one step's batch, or a part of it. at: the schedules' values of this step. Changes no state: an accumulated
