@@ -86,9 +86,8 @@ def draw_windows(
         else:
             common = windows[todo, : min(v, teachers)]
             windows[todo, v] = np.concatenate([common[..., :2].max(axis=1), common[..., 2:].min(axis=1)], axis=1)
-        if (
-            v == 0
-        ):  # a sliver of a very long photo cannot overlap a second view enough: then the view is the whole photo
+        if v == 0:
+            # a sliver of a very long photo cannot overlap a second view enough: then the view is the whole photo
             small = (windows[:, 0, 2:] - windows[:, 0, :2]).prod(axis=1) <= 2 * bound
             windows[small, 0] = np.stack([0 * width, 0 * height, width, height], axis=1)[small]
     flipped = uniform(key, "flip", shape=(len(scale),)) < flip  # [B,V]

@@ -233,9 +233,8 @@ def _batches(pipeline: _Pipeline, fallback: BatchBuilder, start: int, stop: int)
                 print(f"step {step}: DALI refuses a photo that our decoder accepts ({why}); this batch, and others like it, "
                       "are decoded on the CPU, which is slower", file=sys.stderr)  # fmt: skip
                 reported = True
-            if (
-                refused == MAX_REFUSALS
-            ):  # once in a row of refusals: if a new pipeline refuses too, the photos are to blame
+            if refused == MAX_REFUSALS:
+                # once in a row of refusals: if a new pipeline refuses too, the photos are to blame
                 print(f"step {step}: DALI refused {refused} batches in a row; its pipeline is rebuilt", file=sys.stderr)
                 pipeline.drop()
         yield batch
