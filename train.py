@@ -168,7 +168,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         for batch in loader:
             step = batch.step
             watch.heartbeat(f"in step {step}", first=step == start)
-            torch.manual_seed(int(hash64(config.seed, "drop path", step, context.rank) >> 1))
+            torch.manual_seed(int(hash64(config.seed, "method", step, context.rank) >> 1))
             at, pieces = schedules.at(step), config.speed.grad_accum_steps
             run_log.add(step, batch.ids, train_step(batch, method, forward, optimizer, at, context, pieces))
             if profiler:

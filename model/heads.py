@@ -4,16 +4,17 @@ Letters: D width, K prototypes.
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.init import trunc_normal_
 
 
 class ProjectionHead(nn.Module):
     """[..., D] -> three-layer MLP -> unit sphere [..., bottleneck]. `logits` continues to the K prototypes: [..., K].
 
-    norm "batch": BatchNorm after both hidden layers, over all tokens given (an option of published DINO); it always uses
-    the statistics of the batch. norm_last_layer: the gain of the weight norm is fixed at 1 (DINO's norm_last_layer).
+    norm "batch": BatchNorm after both hidden layers (an option of published DINO). norm_last_layer: the gain of the weight norm is fixed at 1 (DINO's norm_last_layer).
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class ProjectionHead(nn.Module):
         for inputs in (width, hidden):
             layers.append(nn.Linear(inputs, hidden))
             if norm == "batch":
-                layers.append(nn.BatchNorm1d(hidden, track_running_stats=False))
+                layers.append(BatchNorm(hidden, track_running_stats=False))
             layers.append(nn.GELU())
         layers.append(nn.Linear(hidden, bottleneck))
         self.mlp = nn.Sequential(*layers)
@@ -47,6 +48,29 @@ class ProjectionHead(nn.Module):
     def logits(self, tokens: Tensor) -> Tensor:
         z = self(tokens)
         return F.linear(z, self.last_layer().to(z.dtype))
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the tokens [n,D] of all processes, as many in each. Without running statistics it always uses those of
+    the batch.
+
+    Not nn.SyncBatchNorm: it works on a GPU only, and a run should compute the same on any device.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        wide = x.to(self.weight.dtype)
+        mean, variance = _over_processes(wide.mean(0), wide.var(0, correction=0))
+        return ((wide - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+
+
+@torch.compiler.disable
+def _over_processes(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [D] over the tokens of all processes, from those over each one's own; with gradients."""
+    world_size = dist.get_world_size()
+    mean_of_all = all_reduce(mean) / world_size
+    return mean_of_all, all_reduce(variance + (mean - mean_of_all).square()) / world_size
 
 
 class Prototypes(nn.Module):

@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from model.reference import attend, point_embedding, resize_grid
 from runtime.config import Model
 
+# What each image's attention and MLP branch is multiplied by, [n] each: 0, or 1 / (1 - rate). None: nothing is dropped
+Scales = tuple[Tensor | None, Tensor | None]
+
 ARCHS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12)}  # width, depth, heads
 
 
@@ -69,6 +72,7 @@ class ViT(VisionTransformer):
         images: Tensor,
         points: Tensor | list[Tensor] | None = None,
         want: Collection[str] = ("cls", "patches"),
+        drop: Tensor | None = None,
     ) -> Tokens:
         """images [n,3,h,w] normalized, h and w multiples of the patch size. points [n,R,2]: (x, y) in each view's [0,1]
         frame, or a list of them for consecutive groups of images, starting at the first image, [n_i,R_i,2] each.
@@ -76,6 +80,8 @@ class ViT(VisionTransformer):
         want: "cls" and perhaps "patches". Without "patches" (training, if no loss uses patch tokens) the last block computes
         outputs for [CLS] and reference tokens only; the patches are still its keys and values. Reference tokens are
         returned if points are given.
+        drop [n,depth,2]: numbers in [0, 1) that decide which branches drop path leaves out, in training (drop_path.draw);
+        without them they come from torch's generator.
         """
         grid_side = self.image_size // self.patch
         grid = self.pos_embed[0, 1:].unflatten(0, (grid_side, grid_side))  # [g,g,D]
@@ -91,26 +97,42 @@ class ViT(VisionTransformer):
         # all tokens in one matrix: the images' [n,1+N], then each group's; each linear map is one product
         x = concat([torch.cat([cls, patches], 1).flatten(0, 1), *(r.flatten(0, 1) for r in references)])
         shapes = [(n, 1 + h * w), *((len(r), r.shape[1]) for r in references)]
+        branch_scales = self._drop_path(n, drop)
         run_block = self._block
         if self.activation_checkpointing:
             run_block = partial(checkpoint, self._block, use_reentrant=False)
         with_patches = "patches" in want
-        for block in self.blocks if with_patches else self.blocks[:-1]:
-            x = run_block(block, x, shapes, shapes)
+        for i, block in enumerate(self.blocks if with_patches else self.blocks[:-1]):
+            x = run_block(block, x, shapes, shapes, branch_scales[i])
         if not with_patches:
             query_shapes = [(n, 1), *shapes[1:]]
-            x, shapes = run_block(self.blocks[-1], x, shapes, query_shapes), query_shapes
+            x, shapes = run_block(self.blocks[-1], x, shapes, query_shapes, branch_scales[-1]), query_shapes
         x = self.norm(x)
         image, *outputs = (t.view(*shape, width) for t, shape in zip(split(x, shapes), shapes, strict=True))
         of_points = outputs if isinstance(points, list) else outputs[0] if outputs else None
         return Tokens(image[:, 0], image[:, 1:] if with_patches else None, of_points)
 
+    def _drop_path(self, n: int, draws: Tensor | None) -> list[Scales]:
+        """For each block, what its two branches are multiplied by (Huang et al. 2016)."""
+        rates = [getattr(block.drop_path1, "drop_prob", 0.0) * self.training for block in self.blocks]
+        if not any(rates):
+            return [(None, None)] * len(rates)
+        if draws is None:
+            draws = torch.rand(n, len(rates), 2, device=self.cls_token.device)
+        dtype, scales = self.cls_token.dtype, list[Scales]()
+        for i, rate in enumerate(rates):
+            attention, mlp = (draws[:, i] >= rate).to(dtype).div(1 - rate).unbind(1)
+            scales.append((attention, mlp) if rate else (None, None))
+        return scales
+
     def _block(
-        self, block: Any, x: Tensor, shapes: list[tuple[int, int]], query_shapes: list[tuple[int, int]]
-    ) -> Tensor:
+        self, block: Any, x: Tensor, shapes: list[tuple[int, int]], query_shapes: list[tuple[int, int]],
+        scales: Scales,
+    ) -> Tensor:  # fmt: skip
         """timm's block with our attention. x [all tokens, D]: parts of the given shapes (images, tokens of each).
 
-        query_shapes: the shapes of the tokens that are computed: all, or of the images [CLS] alone.
+        query_shapes: the shapes of the tokens that are computed: all, or of the images [CLS] alone. scales: of the
+        two branches.
         """
         width, heads = x.shape[-1], block.attn.num_heads
         normed, qkv = block.norm1(x), block.attn.qkv
@@ -134,8 +156,8 @@ class ViT(VisionTransformer):
             )
         outputs = attend(image, references, self.attention)
         flat = concat([t.transpose(1, 2).reshape(-1, width) for t in outputs])
-        x = _add_branch(x, block.attn.proj(flat), block.drop_path1, query_shapes)
-        return _add_branch(x, block.mlp(block.norm2(x)), block.drop_path2, query_shapes)
+        x = _add_branch(x, block.attn.proj(flat), scales[0], query_shapes)
+        return _add_branch(x, block.mlp(block.norm2(x)), scales[1], query_shapes)
 
 
 def split(x: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:
@@ -154,18 +176,15 @@ def _without_patches(x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
     return concat([image.view(*shapes[0], -1)[:, 0], *references])
 
 
-def _add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module, shapes: list[tuple[int, int]]) -> Tensor:
-    """x + branch, with drop path (Huang et al. 2016): all tokens of an image share one draw."""
-    probability = getattr(drop_path, "drop_prob", 0.0) or 0.0
-    if not probability or not drop_path.training:
+def _add_branch(x: Tensor, branch: Tensor, scale: Tensor | None, shapes: list[tuple[int, int]]) -> Tensor:
+    """x + branch, times the scale [n] of each image in all its tokens."""
+    if scale is None:
         return x + branch
-    n = shapes[0][0]
-    factor = branch.new_empty(n, dtype=x.dtype).bernoulli_(1 - probability) / (1 - probability)  # [n]
-    first, factors = 0, [factor.repeat_interleave(shapes[0][1])]
+    first, scales = 0, [scale.repeat_interleave(shapes[0][1])]
     for images, tokens in shapes[1:]:
-        factors.append(factor[first : first + images].repeat_interleave(tokens))
+        scales.append(scale[first : first + images].repeat_interleave(tokens))
         first += images
-    return torch.addcmul(x, branch.to(x.dtype), torch.cat(factors)[:, None])
+    return torch.addcmul(x, branch.to(x.dtype), torch.cat(scales).to(x.dtype)[:, None])
 
 
 def build_vit(model: Model, image_size: int, attention: str, border: str, drop_path: float) -> ViT:

@@ -156,8 +156,6 @@ def wrap_ddp(model: nn.Module, context: DistributedContext) -> nn.Module:
     """
     if context.world_size == 1:
         return model
-    if context.device.type == "cuda":  # BatchNorm in the heads, if any, over all devices (as published DINO)
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     with warnings.catch_warnings():  # torch 2.15 has a new name for it, which older versions do not know
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

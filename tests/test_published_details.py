@@ -108,19 +108,16 @@ def test_drop_path_keeps_the_mean():
 
 @pytest.mark.parametrize("method", ["dino", "densedino"])
 def test_the_teacher_has_no_drop_path(method: str):
-    """DINO, main_dino.py: the teacher is built without a drop path rate, and both networks stay in training mode. So of two
-    passes with other draws the loss differs, but what is read off the teacher (its mean logits, entropy) does not."""
+    """DINO, main_dino.py: the teacher is built without a drop path rate, and both networks stay in training mode. So in two
+    steps with the same batch the loss differs, but what is read off the teacher (its mean logits, entropy) does not."""
     config = Config(method=method, model=Model("custom", 8, 16, 3, 2, 0.5), head=Head(24, 12, 20))
     config.data.views = [Views(2, 16, teacher=True), Views(2, 16)]
     config.reference.points = 2
     torch.manual_seed(0)
     model = build(config).train()
     ids, sides = torch.arange(8), np.full(8, 40)
-    batch = Batch(0, ids, ids, [torch.randn(4, 8, 3, 16, 16)], **draw(config, 0, ids.numpy(), sides, sides).tensors())
-    outs = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        outs.append(model(batch, StepValues()))
+    views, draws = [torch.randn(4, 8, 3, 16, 16)], draw(config, 0, ids.numpy(), sides, sides).tensors()
+    outs = [model(Batch(step, ids, ids, views, **draws), StepValues()) for step in (0, 1)]
     assert outs[0].loss != outs[1].loss
     assert outs[0].metrics["teacher_entropy"] == outs[1].metrics["teacher_entropy"]
     assert outs[0].statistics

@@ -69,7 +69,10 @@ def test_on_a_gpu_the_host_waits_for_nothing(at: int, monkeypatch):
         draws = torch.empty(images, len(config.views), 8, device=gpu)
         groups = [(size, group.stop - group.start, draws[:, group]) for size, group in size_groups(config)]
         pixels = [torch.empty(images, n, size, size, 3, dtype=torch.uint8, device=gpu) for size, n, _ in groups]
-        points, ids = torch.empty(images, 2, len(config.views), 2, 2, 2, device=gpu), torch.empty(images)
+        points, ids = (
+            torch.empty(images, 2, len(config.views), 2, 2, 2, device=gpu),
+            torch.empty(images, dtype=int, device=gpu),
+        )
         with crossings:
             views = [color(p, d, dtype=torch.bfloat16) for p, (*_, d) in zip(pixels, groups, strict=True)]
             with processes.autocast():

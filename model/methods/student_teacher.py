@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from model import drop_path
 from model.methods.base import Method
 from model.vit import ViT
 from pipeline.batch import Batch
@@ -34,6 +35,7 @@ class StudentTeacher(Method):
     def __init__(self, config: Config, new_network: Callable[[float], Network]):
         """new_network: builds a network from its drop path rate; the teacher has none."""
         super().__init__()
+        self.seed, self.drop_path = config.seed, config.model.drop_path
         self.views, self.points = len(config.views), config.reference.points if self.uses_points else 0
         self.student = new_network(config.model.drop_path)
         self.student.backbone.activation_checkpointing = config.speed.activation_checkpointing
@@ -79,6 +81,9 @@ class StudentTeacher(Method):
         t and the student in view v.
         """
         view_points = batch.view_points[..., role, :]  # [B,T,V,M,2]
+        drops = role == STUDENT and self.drop_path > 0
+        shape = (self.views, len(network.backbone.blocks), 2)
+        draws = drop_path.draw(self.seed, batch.step, batch.ids, shape) if drops else None  # [B,V,depth,2]
         cls: list[Tensor] = []
         tokens: dict[Pair, Tensor] = {}
         first = 0
@@ -96,7 +101,8 @@ class StudentTeacher(Method):
                 group_points = torch.stack([view_points[:, t, v] for pairs_of_view in group for t, v in pairs_of_view])
                 group_points = group_points.unflatten(0, (len(group), -1)).transpose(1, 2)  # [G*S,B,M,2] -> [G,B,S,M,2]
                 points.append(group_points.flatten(2, 3).flatten(0, 1))  # [G*B,S*M,2]
-            out = network.backbone(images.flatten(0, 1), points, want=("cls",))
+            drop = None if draws is None else draws[:, views.start : views.stop].transpose(0, 1).flatten(0, 1)
+            out = network.backbone(images.flatten(0, 1), points, want=("cls",), drop=drop)
             cls.append(out.cls.unflatten(0, images.shape[:2]))
             for group, r in zip(groups, out.references, strict=True):
                 r = r.unflatten(1, (-1, self.points)).unflatten(0, (len(group), -1))  # [G,B,S,M,D]

@@ -26,6 +26,12 @@ def _optim(c: Config) -> Iterator[Problem]:
     if c.optim.global_batch_size % pieces:
         text = f"{c.optim.global_batch_size} is not divisible by speed.grad_accum_steps: {pieces}"
         yield Problem("optim.global_batch_size", text, ("speed.grad_accum_steps",))
+    if pieces > 1 and c.head.norm == "batch":
+        text = (
+            f"{pieces} pieces of a step would each have their own batch statistics (head.norm: batch), which changes what is "
+            "learned; speed.activation_checkpointing: true needs less memory too, and so do more devices"
+        )
+        yield Problem("speed.grad_accum_steps", text, ("head.norm",))
     if c.method == "dino" and c.loss.alpha == 0:
         text = "0 leaves no loss at all. method: dino has the class loss alone, which is alpha: 1"
         yield Problem("loss.alpha", text, ("method",))

@@ -209,7 +209,8 @@ class Optim:
 
 @dataclass(config=SETTINGS)
 class Speed:
-    """Devices, precision and data loading. Nothing here changes which samples, windows and colors a step sees."""
+    """Devices, precision and data loading. Nothing here changes what a step sees or learns, except by rounding and by the
+    reader's decoder (at most 2 of 255)."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device to train on. `auto` takes a GPU where there is one."""

@@ -37,7 +37,7 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F25": ("one odd file among many", 0),
     "F26": ("what the end of a run needs", 0),
     "F27": ("a run that was copied or moved", 0),
-    "F28": ("values that change only the speed", 0),
+    "F28": ("values that change only the speed", 21),
     "F29": ("derived files of other weights", 0),
     "F30": ("training longer", 0),
     "F31": ("masks that measure nothing", 0),
