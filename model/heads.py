@@ -14,7 +14,8 @@ from torch.nn.init import trunc_normal_
 class ProjectionHead(nn.Module):
     """[..., D] -> three-layer MLP -> unit sphere [..., bottleneck]. `logits` continues to the K prototypes: [..., K].
 
-    norm "batch": BatchNorm after both hidden layers (an option of published DINO). norm_last_layer: the gain of the weight norm is fixed at 1 (DINO's norm_last_layer).
+    norm "batch": BatchNorm after both hidden layers (an option of published DINO). norm_last_layer: the gain of the weight
+    norm is fixed at 1 (DINO's norm_last_layer).
     """
 
     def __init__(

@@ -4,6 +4,8 @@ Letters: n images (views), N patches, D width, R reference tokens of an image, H
 Token order: [CLS], patches, reference tokens.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,6 +55,19 @@ def point_embedding(grid: Tensor, points: Tensor, border: str = "zeros") -> Tens
     return (weights.double() @ grid.flatten(0, 1).double()).to(grid.dtype)
 
 
+def locality_bias(points: Tensor, h: int, w: int, sigma: float) -> Tensor:
+    """A Gaussian prior on what a reference token attends to, as a bias of its attention's logits.
+
+    points [n,R,2]: (x, y) in the view's [0,1] frame -> [n,R,h*w]: -||point - center of the patch||^2 / (2 sigma^2), in
+    patches. No part of the paper, which names it as future work (section 5); sigma -> inf is the published method.
+    """
+    at = points.double()
+    columns, rows = (torch.arange(cells, device=at.device) + 0.5 for cells in (w, h))
+    dx, dy = at[..., :1] * w - columns, at[..., 1:] * h - rows  # [n,R,w], [n,R,h]
+    squared = dy.square().unsqueeze(-1) + dx.square().unsqueeze(-2)
+    return (squared / (-2 * sigma**2)).flatten(-2)
+
+
 def resize_grid(grid: Tensor, h: int, w: int) -> Tensor:
     """The position grid [gh,gw,D] for h x w patches -> [h,w,D], bicubic as in DINO: the sampling scale is (h + 0.1) / gh,
     edges are clamped (published code, VT:189). A grid of the right size is returned unchanged."""
@@ -67,11 +82,21 @@ def resize_grid(grid: Tensor, h: int, w: int) -> Tensor:
 QKV = tuple[Tensor, ...]  # q, k, v of some tokens, each [n,H,tokens,d]
 
 
-def attend(image: QKV, references: list[QKV], mode: str) -> list[Tensor]:
+class Group(NamedTuple):
+    """Consecutive images with equally many reference tokens."""
+
+    tokens: QKV  # of the reference tokens
+    k: Tensor  # [n_i,H,1+N,d] of the images' [CLS] and patches
+    v: Tensor
+    bias: Tensor | None  # [n_i,1,R_i,N]
+
+
+def attend(image: QKV, references: list[QKV], mode: str, biases: list[Tensor] | None = None) -> list[Tensor]:
     """Attention of n images' [CLS] and patches (q, k, v [n,H,1+N,d]) and of their reference tokens.
 
     references: q, k, v [n_i,H,R_i,d] for consecutive groups of images, starting at the first image. Images after the last
-    group have no reference tokens.
+    group have no reference tokens. biases [n_i,R_i,N]: of each group, added to the logits of its reference tokens over the
+    patches (`locality_bias`); only in the modes whose name begins with "patches".
     Returns the outputs: of the image tokens [n,H,1+N,d], whole or split into consecutive images, then of each group's
     reference tokens [n_i,H,R_i,d]. The image's q may be that of [CLS] alone, [n,H,1,d] (last block, if no patch tokens are
     wanted).
@@ -86,7 +111,8 @@ def attend(image: QKV, references: list[QKV], mode: str) -> list[Tensor]:
     (tests/test_reference.py).
     """
     q, k, v = image
-    groups = [(tokens, k_i, v_i) for tokens, k_i, v_i in zip(references, *_split_groups(k, v, references), strict=True)]
+    each_bias = [None] * len(references) if biases is None else [b.unsqueeze(1).to(q.dtype) for b in biases]
+    groups = [Group(*group) for group in zip(references, *_split_groups(k, v, references), each_bias, strict=True)]
     if mode == "none":
         return full_attention(q, groups) if groups else [attention(q, k, v)]
     patch_k, patch_v = k[:, :, 1:], v[:, :, 1:]
@@ -97,22 +123,25 @@ def attend(image: QKV, references: list[QKV], mode: str) -> list[Tensor]:
         return fused_reference_attention(q, k, v, groups)
     else:
         out = attention(q, k, v)
-    if mode == "patches+cls":
-        return [out, *(attention(tokens[0], k_i, v_i) for tokens, k_i, v_i in groups)]
+    if mode == "patches+cls":  # no bias for [CLS]
+        padded = [None if g.bias is None else F.pad(g.bias, (1, 0)) for g in groups]
+        return [out, *(attention(g.tokens[0], g.k, g.v, bias) for g, bias in zip(groups, padded, strict=True))]
     if mode == "patches":
-        return [out, *(attention(tokens[0], k_i[:, :, 1:], v_i[:, :, 1:]) for tokens, k_i, v_i in groups)]
-    return [out, *(_patches_and_self(tokens[0][:, :, :0], tokens, k_i, v_i)[1] for tokens, k_i, v_i in groups)]
+        return [out, *(attention(g.tokens[0], g.k[:, :, 1:], g.v[:, :, 1:], g.bias) for g in groups)]
+    return [out, *(_patches_and_self(g.tokens[0][:, :, :0], g)[1] for g in groups)]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v with the fastest implementation for the device. [n,H,a,d] x [n,H,b,d] -> [n,H,a,d].
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v with the fastest implementation for the device. [n,H,a,d] x [n,H,b,d] -> [n,H,a,d].
+    bias: [n,1,a,b].
 
     The choice was measured beforehand (docs/lab/2026-11.md, "Attention's form"), not at start-up: torch's fused attention
     everywhere except on a CPU in bfloat16, where the unfused one takes 0.4 of its time.
     """
     if not _use_unfused(q):
-        return F.scaled_dot_product_attention(q, k, v)
-    return apply_weights(_scores(q, k).softmax(-1), v)
+        return F.scaled_dot_product_attention(q, k, v, bias)
+    scores = _scores(q, k)
+    return apply_weights((scores if bias is None else scores + bias).softmax(-1), v)
 
 
 def _use_unfused(q: Tensor) -> bool:
@@ -137,10 +166,10 @@ def _split_groups(k: Tensor, v: Tensor, references: list[QKV]) -> list[tuple[Ten
     return [t[: sum(sizes)].split(sizes) if sizes else () for t in (k, v)]
 
 
-def full_attention(q: Tensor, groups: list[tuple[QKV, Tensor, Tensor]]) -> list[Tensor]:
+def full_attention(q: Tensor, groups: list[Group]) -> list[Tensor]:
     """Image and reference tokens in one attention, group by group."""
     images, references, first = [], [], 0
-    for (q_ref, k_ref, v_ref), k_i, v_i in groups:
+    for (q_ref, k_ref, v_ref), k_i, v_i, _ in groups:
         q_image = q[first : first + len(q_ref)]
         first += len(q_ref)
         keys, values = torch.cat([k_i, k_ref], 2), torch.cat([v_i, v_ref], 2)
@@ -150,16 +179,14 @@ def full_attention(q: Tensor, groups: list[tuple[QKV, Tensor, Tensor]]) -> list[
     return images + references
 
 
-def fused_reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[QKV, Tensor, Tensor]]
-) -> list[Tensor]:
+def fused_reference_attention(q: Tensor, k: Tensor, v: Tensor, groups: list[Group]) -> list[Tensor]:
     """Mode patches+self of `attend` where attention is unfused: the queries of an image's own tokens and of its reference
     tokens are rows of one product, instead of two extra small products (docs/lab/2026-11.md, "The references' attention").
     """
     images, references, first = [], [], 0
-    for tokens, k_i, v_i in groups:
-        out, out_ref = _patches_and_self(q[first : first + len(k_i)], tokens, k_i, v_i)
-        first += len(k_i)
+    for group in groups:
+        out, out_ref = _patches_and_self(q[first : first + len(group.k)], group)
+        first += len(group.k)
         images.append(out)
         references.append(out_ref)
     if first < len(q):
@@ -167,18 +194,19 @@ def fused_reference_attention(
     return images + references
 
 
-def _patches_and_self(q_image: Tensor, tokens: QKV, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Unfused attention of R reference tokens (q, k, v [n,H,R,d]) to the patches and to themselves.
+def _patches_and_self(q_image: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Unfused attention of a group's reference tokens to the patches and to themselves.
 
-    k, v [n,H,1+N,d] are those of [CLS] and patches. Reference tokens may not attend to [CLS]: its column is replaced by the
-    token's own key and value. q_image [n,H,a,d], a may be 0: queries that attend to all of k in the same product.
+    Reference tokens may not attend to [CLS]: its column is replaced by the token's own key and value. q_image [n,H,a,d], a
+    may be 0: queries that attend to all of k in the same product.
     Returns the outputs of q_image [n,H,a,d] and of the reference tokens [n,H,R,d].
     """
-    q, k_self, v_self = tokens
+    (q, k_self, v_self), k, v, bias = group
     counts = [q_image.shape[2], q.shape[2]]
     scores_image, scores = _scores(torch.cat([q_image, q], 2), k).split(counts, 2)
     score_self = (q * k_self).sum(-1, keepdim=True) * q.shape[-1] ** -0.5  # [n,H,R,1]
-    probabilities = torch.cat([score_self, scores[..., 1:]], -1).softmax(-1)
+    scores = scores[..., 1:] if bias is None else scores[..., 1:] + bias
+    probabilities = torch.cat([score_self, scores], -1).softmax(-1)
     weights = torch.cat([scores_image.softmax(-1), F.pad(probabilities[..., 1:], (1, 0))], 2)
     out, out_patches = apply_weights(weights, v).split(counts, 2)
     return out, out_patches + probabilities[..., :1] * v_self

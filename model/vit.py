@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
-from model.reference import attend, point_embedding, resize_grid
-from runtime.config import Model
+from model.reference import attend, locality_bias, point_embedding, resize_grid
+from runtime.config import Model, Reference
 
 # What each image's attention and MLP branch is multiplied by, [n] each: 0, or 1 / (1 - rate). None: nothing is dropped
 Scales = tuple[Tensor | None, Tensor | None]
@@ -36,7 +36,7 @@ class ViT(VisionTransformer):
     """A pre-norm ViT (DeiT's) whose forward pass also takes reference points.
 
     image_size: side of the images that the position grid is made for; it is resized for others (`resize_grid`).
-    attention, border: see `reference.attend`, `reference.point_embedding`.
+    attention, border, locality: see `reference.attend`, `reference.point_embedding`, `reference.locality_bias`.
     """
 
     cls_token: nn.Parameter  # [1,1,D]; optional in timm's class
@@ -45,14 +45,14 @@ class ViT(VisionTransformer):
 
     def __init__(
         self, *, width: int, depth: int, heads: int, patch: int, image_size: int, drop_path: float = 0.0,
-        attention: str = "patches+self", border: str = "zeros",
+        attention: str = "patches+self", border: str = "zeros", locality: float | None = None,
     ):  # fmt: skip
         super().__init__(
             img_size=image_size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=0,
             drop_path_rate=drop_path, weight_init="skip",
         )  # fmt: skip
         self.patch, self.width, self.heads, self.image_size = patch, width, heads, image_size
-        self.attention, self.border = attention, border
+        self.attention, self.border, self.locality = attention, border, locality
         self.precision: torch.dtype | None = None  # of matrix products in evaluation; None: the fastest of the device
         self.activation_checkpointing = False  # compute each block again in the backward pass
         self._initialize()
@@ -94,6 +94,8 @@ class ViT(VisionTransformer):
         groups = points if isinstance(points, list) else [] if points is None else [points]
         # a reference token's content is its position, always interpolated from the grid itself, whatever the view's size
         references = [point_embedding(grid, p, self.border) for p in groups]  # [n_i,R_i,D]
+        local = self.locality is not None
+        biases = [locality_bias(p, h, w, self.locality) for p in groups] if local else None  # type: ignore[arg-type]
         # all tokens in one matrix: the images' [n,1+N], then each group's; each linear map is one product
         x = concat([torch.cat([cls, patches], 1).flatten(0, 1), *(r.flatten(0, 1) for r in references)])
         shapes = [(n, 1 + h * w), *((len(r), r.shape[1]) for r in references)]
@@ -103,14 +105,19 @@ class ViT(VisionTransformer):
             run_block = partial(checkpoint, self._block, use_reentrant=False)
         with_patches = "patches" in want
         for i, block in enumerate(self.blocks if with_patches else self.blocks[:-1]):
-            x = run_block(block, x, shapes, shapes, branch_scales[i])
+            x = run_block(block, x, shapes, shapes, branch_scales[i], biases)
         if not with_patches:
             query_shapes = [(n, 1), *shapes[1:]]
-            x, shapes = run_block(self.blocks[-1], x, shapes, query_shapes, branch_scales[-1]), query_shapes
+            x, shapes = run_block(self.blocks[-1], x, shapes, query_shapes, branch_scales[-1], biases), query_shapes
         x = self.norm(x)
         image, *outputs = (t.view(*shape, width) for t, shape in zip(split(x, shapes), shapes, strict=True))
         of_points = outputs if isinstance(points, list) else outputs[0] if outputs else None
         return Tokens(image[:, 0], image[:, 1:] if with_patches else None, of_points)
+
+    def about(self) -> dict[str, Any]:
+        """What the shapes of its tensors do not tell: the metadata of its files."""
+        names = ("heads", "attention", "border", "locality")
+        return {name: getattr(self, name) for name in names}
 
     def _drop_path(self, n: int, draws: Tensor | None) -> list[Scales]:
         """For each block, what its two branches are multiplied by (Huang et al. 2016)."""
@@ -127,12 +134,12 @@ class ViT(VisionTransformer):
 
     def _block(
         self, block: Any, x: Tensor, shapes: list[tuple[int, int]], query_shapes: list[tuple[int, int]],
-        scales: Scales,
+        scales: Scales, biases: list[Tensor] | None,
     ) -> Tensor:  # fmt: skip
         """timm's block with our attention. x [all tokens, D]: parts of the given shapes (images, tokens of each).
 
         query_shapes: the shapes of the tokens that are computed: all, or of the images [CLS] alone. scales: of the
-        two branches.
+        two branches. biases: of the reference tokens' attention.
         """
         width, heads = x.shape[-1], block.attn.num_heads
         normed, qkv = block.norm1(x), block.attn.qkv
@@ -154,7 +161,7 @@ class ViT(VisionTransformer):
                 )
                 for q, kv, q_shape, shape in zip(q_parts, kv_parts, query_shapes, shapes, strict=True)
             )
-        outputs = attend(image, references, self.attention)
+        outputs = attend(image, references, self.attention, biases)
         flat = concat([t.transpose(1, 2).reshape(-1, width) for t in outputs])
         x = _add_branch(x, block.attn.proj(flat), scales[0], query_shapes)
         return _add_branch(x, block.mlp(block.norm2(x)), scales[1], query_shapes)
@@ -187,13 +194,13 @@ def _add_branch(x: Tensor, branch: Tensor, scale: Tensor | None, shapes: list[tu
     return torch.addcmul(x, branch.to(x.dtype), torch.cat(scales).to(x.dtype)[:, None])
 
 
-def build_vit(model: Model, image_size: int, attention: str, border: str, drop_path: float) -> ViT:
-    """The ViT of a config's `model` section."""
+def build_vit(model: Model, reference: Reference, image_size: int, drop_path: float) -> ViT:
+    """The ViT of a config's `model` and `reference` sections."""
     if model.arch == "custom":
         width, depth, heads = model.width or 0, model.depth or 0, model.heads or 0  # not None: the config was checked
     else:
         width, depth, heads = ARCHS[model.arch]
     return ViT(
         width=width, depth=depth, heads=heads, patch=model.patch, image_size=image_size, drop_path=drop_path,
-        attention=attention, border=border,
+        attention=reference.attention, border=reference.border, locality=reference.locality,
     )  # fmt: skip

@@ -1,10 +1,12 @@
 """Reference attention equals the published N x N mask; [CLS] and patches do not depend on reference tokens."""
 
+from math import exp
+
 import pytest
 import torch
 from torch import Tensor
 
-from model.reference import MODES, attend, attention, point_embedding
+from model.reference import MODES, attend, attention, locality_bias, point_embedding
 from model.vit import ViT
 
 
@@ -27,10 +29,12 @@ def dense_mask(patches: int, references: int, mode: str) -> Tensor:
     return allowed
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "locality"), [*((m, None) for m in MODES), *((m, 0.7) for m in MODES if m.startswith("patches"))]
+)
 @pytest.mark.parametrize("references", [0, 1, 7])
 @pytest.mark.parametrize("form", ["fused", "unfused"])
-def test_attend_equals_masked_attention(mode: str, references: int, form: str, monkeypatch):
+def test_attend_equals_masked_attention(mode: str, references: int, form: str, locality: float | None, monkeypatch):
     # the unfused form is otherwise used in bfloat16 only, which is too coarse for this comparison
     monkeypatch.setattr("model.reference._use_unfused", lambda q: form == "unfused")
     torch.manual_seed(0)
@@ -40,10 +44,18 @@ def test_attend_equals_masked_attention(mode: str, references: int, form: str, m
     # two groups of images; the last image has no reference tokens
     groups = [tuple(t[group, :, 1 + patches :] for t in (q, k, v)) for group in (slice(0, 2), slice(2, 3))]
     groups = groups if references else []
-    outputs = attend(image, groups, mode)
+    bias, biases = torch.zeros(3, references, patches, dtype=torch.float64), None
+    if locality and references:
+        points = torch.rand(3, references, 2)
+        bias = locality_bias(points, 3, 3, locality)
+        biases = [locality_bias(points[:2], 3, 3, locality), locality_bias(points[2:], 3, 3, locality)]
+    outputs = attend(image, groups, mode, biases)
     n_image = len(outputs) - len(groups)
     of_images, of_references = torch.cat(outputs[:n_image]), outputs[n_image:]
-    scores = (q @ k.transpose(-2, -1) / 8**0.5).masked_fill(~dense_mask(patches, references, mode), -torch.inf)
+    scores = q @ k.transpose(-2, -1) / 8**0.5
+    prior = torch.zeros(4, 1, *scores.shape[-2:], dtype=torch.float64)
+    prior[:3, 0, 1 + patches :, 1 : 1 + patches] = bias
+    scores = (scores + prior).masked_fill(~dense_mask(patches, references, mode), -torch.inf)
     expected = scores.softmax(-1) @ v
     n = 3 if mode == "none" else 4  # in mode none the masked form would give the last image reference tokens
     pairs = [(of_images[:n], expected[:n, :, : 1 + patches])]
@@ -124,6 +136,29 @@ def test_reference_tokens_do_not_depend_on_each_other(mode: str):
         together = network(images, points).references
         separate = torch.cat([network(images, points[:, i : i + 1]).references for i in range(6)], 1)
     assert (together - separate).abs().max() < 1e-5
+
+
+def test_locality_is_a_gaussian_around_the_point():
+    """sigma counts patches of the view, whatever its size and sides; weights exp(-d^2 / (2 sigma^2))."""
+    point = torch.tensor([[[2.5 / 6, 1.5 / 4]]])  # the center of column 2, row 1 of 4 x 6 patches
+    weights = locality_bias(point, 4, 6, sigma=0.8).exp().view(4, 6)
+    for y in range(4):
+        for x in range(6):
+            assert weights[y, x] == pytest.approx(exp(-((x - 2) ** 2 + (y - 1) ** 2) / (2 * 0.8**2)), rel=1e-5)
+
+
+def test_locality_reaches_reference_tokens_only():
+    """And a narrow one makes the token read what lies under its point: only changes near it reach the token."""
+    images, points = torch.randn(2, 3, 32, 32), torch.full((2, 1, 2), 3.5 / 4)  # the center of the last patch
+    with torch.no_grad():
+        published, local, wide = (vit("patches+self", locality=s)(images, points) for s in (None, 0.2, 1e6))
+        images[:, :, :16] += 1  # the upper half, three patches away
+        moved = [vit("patches+self", locality=s)(images, points).references for s in (None, 0.2)]
+    assert torch.equal(published.cls, local.cls)
+    assert torch.equal(published.patches, local.patches)
+    assert (published.references - wide.references).abs().max() < 1e-5
+    changes = [(a - b.references).norm() for a, b in zip(moved, (published, local), strict=True)]
+    assert changes[1] < 0.2 * changes[0]
 
 
 def test_embedding_at_a_patch_center_is_the_patch_position():

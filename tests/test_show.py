@@ -180,11 +180,11 @@ def test_all_pictures_of_a_run(run, scenes):
         assert (share(drawn, COLORS[kind - 1]) > 1e-3) or kind not in truth
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_attention_is_that_of_the_forward_pass(mode):
+@pytest.mark.parametrize(("mode", "locality"), [*((mode, None) for mode in MODES), ("patches+self", 0.8)])
+def test_attention_is_that_of_the_forward_pass(mode, locality):
     """The weights that the picture shows, times the values, give the output of the last block's attention."""
     torch.manual_seed(0)
-    network = ViT(width=24, depth=2, heads=2, patch=8, image_size=32, attention=mode).eval()
+    network = ViT(width=24, depth=2, heads=2, patch=8, image_size=32, attention=mode, locality=locality).eval()
     torch.nn.init.normal_(network.blocks[1].attn.qkv.weight, std=0.5)
     picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     points = torch.tensor([[0.2, 0.3], [0.8, 0.6]])

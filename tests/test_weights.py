@@ -58,8 +58,9 @@ def test_every_checkpoint_format(vit, tmp_path, checkpoint_format):
         torch.save({"state_dict": {f"teacher.{n}": t for n, t in (plain | extra).items()}}, path)
     elif checkpoint_format == "ours":
         path = tmp_path / "backbone.safetensors"
-        save_backbone(path, vit, {"heads": 1, "attention": "patches", "border": "border"})
-        assert (load_backbone(path).attention, load_backbone(path).border) == ("patches", "border")
+        save_backbone(path, vit, {"heads": 1, "attention": "patches", "border": "border", "locality": 0.7})
+        saved = load_backbone(path).about()
+        assert saved == {"heads": 1, "attention": "patches", "border": "border", "locality": 0.7}
     else:
         extra = {"head.weight": torch.ones(10, 64), "head.bias": torch.ones(10)} if "class" in checkpoint_format else {}
         torch.save(plain | extra, path)

@@ -65,12 +65,15 @@ def _from_tensors(tensors: dict[str, Tensor], about: dict, source: str) -> ViT:
     heads = about.get("heads", max(1, width // 64))
     if not isinstance(heads, int) or not 1 <= heads <= width or width % heads:
         raise UserError(f"{source}: a width of {width} is not divisible by {heads!r} heads")
-    options = {}
+    options: dict[str, Any] = {}
     for name, default in {"attention": "patches+self", "border": "zeros"}.items():
         known = get_args(get_type_hints(Reference)[name])
         options[name] = about.get(name, default)
         if options[name] not in known:
             raise UserError(f"{source}: {name}: one of {', '.join(known)}{suggest(options[name], known)}")
+    locality = options["locality"] = about.get("locality")
+    if locality is not None and not (isinstance(locality, int | float) and 0 < locality < math.inf):
+        raise UserError(f"{source}: locality: expected a number above 0 or null, found {locality!r}")
     with torch.device("meta"):  # nothing is allocated before all shapes have been checked
         vit = ViT(
             width=width,
@@ -86,7 +89,7 @@ def _from_tensors(tensors: dict[str, Tensor], about: dict, source: str) -> ViT:
 
 def about_backbone(vit: ViT, steps: int, method: str) -> dict:
     """The metadata of a backbone file."""
-    return {"heads": vit.heads, "attention": vit.attention, "border": vit.border, "steps": steps, "method": method}
+    return vit.about() | {"steps": steps, "method": method}
 
 
 def load_pretrained(method: Method, source: str) -> str:

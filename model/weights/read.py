@@ -59,7 +59,13 @@ def _about_config(text: str, source: str) -> dict:
 
     config = parse_config(text, source)
     heads = config.model.heads or ARCHS[config.model.arch][2]
-    return {"heads": heads, "attention": config.reference.attention, "border": config.reference.border}
+    reference = config.reference
+    return {
+        "heads": heads,
+        "attention": reference.attention,
+        "border": reference.border,
+        "locality": reference.locality,
+    }
 
 
 def _read_torch(path: Path) -> object:

@@ -28,8 +28,8 @@ def _optim(c: Config) -> Iterator[Problem]:
         yield Problem("optim.global_batch_size", text, ("speed.grad_accum_steps",))
     if pieces > 1 and c.head.norm == "batch":
         text = (
-            f"{pieces} pieces of a step would each have their own batch statistics (head.norm: batch), which changes what is "
-            "learned; speed.activation_checkpointing: true needs less memory too, and so do more devices"
+            f"{pieces} pieces of a step would each have their own batch statistics (head.norm: batch), which changes what "
+            "is learned; speed.activation_checkpointing: true needs less memory too, and so do more devices"
         )
         yield Problem("speed.grad_accum_steps", text, ("head.norm",))
     if c.method == "dino" and c.loss.alpha == 0:
@@ -95,6 +95,9 @@ def _reference(c: Config) -> Iterator[Problem]:
     if patches and tokens > 4 * patches:
         text = f"{c.reference.points} make {tokens} reference tokens in a view of {patches} patches (at most {4 * patches})"
         yield Problem("reference.points", text, ("method", "model.patch", "data.views"))
+    if c.reference.locality is not None and not c.reference.attention.startswith("patches"):
+        text = f"only for tokens that attend to patches alone, not for reference.attention: {c.reference.attention}"
+        yield Problem("reference.locality", text, ("reference.attention",))
     if c.data.min_overlap == 0:
         text = "must be above 0, or views may share no point (method: dino allows 0)"
         yield Problem("data.min_overlap", text, ("method",))

@@ -133,6 +133,9 @@ class Reference:
     """Tokens that a reference token attends to. `patches`, `patches+cls` and `patches+self` name them, and no token attends
     to reference tokens. `none`: every token attends to all. `all_query`: as `patches+self`, and patches do not attend to
     [CLS] (Figure 3; the published command: patches+self)."""
+    locality: PositiveFloat | None = None
+    """Width σ, in patches of the view, of a Gaussian prior on what a reference token attends to: its logit for a patch gets
+    -d² / (2 σ²), d the distance from the point to the patch. None: no prior, the published method. Not in the paper."""
     border: Literal["zeros", "border"] = "zeros"
     """Value of the position embedding outside its grid: zero, or that of the nearest patch (published code: zeros)."""
     views: Literal["all", "teacher"] = "all"

@@ -1,7 +1,7 @@
 """F28: the speed section, and the number of processes, change how fast a run is and not what it learns.
 
-Every key of the section is walked, with drop path and with BatchNorm in the heads where the value allows it. Losses are equal
-to rounding; a reader that decodes differently (by at most 2 of 255) and a coarser precision change them by as much.
+Every key of the section is walked, with drop path and with BatchNorm in the heads where the value allows it. Losses are
+equal to rounding; a reader that decodes differently (by at most 2 of 255) and a coarser precision change them by as much.
 """
 
 from dataclasses import fields

@@ -51,9 +51,8 @@ def hub_config(vit: ViT) -> dict[str, Any]:
         "crop_pct": crop_pct(vit.image_size), "crop_mode": "center", "mean": list(MEAN), "std": list(STD),
         "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head",
     }  # fmt: skip
-    ours = {"heads": vit.heads, "attention": vit.attention, "border": vit.border}
     about = {"architecture": name, "num_classes": 0, "num_features": vit.width, "global_pool": "token"}
-    return about | {"model_args": arguments, "pretrained_cfg": pretrained, "densedino": ours}
+    return about | {"model_args": arguments, "pretrained_cfg": pretrained, "densedino": vit.about()}
 
 
 def load_with_timm(vit: ViT, weights: Path) -> nn.Module:

@@ -18,6 +18,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from model.reference import locality_bias
 from model.vit import ViT
 from runtime.errors import UserError
 from tools.show.figures import COLORS, TEXT, Networks, figure_grid, figure_title, grayscale
@@ -58,6 +59,9 @@ def attention(
         allowed[image:, 0] = False
         if network.attention in ("patches+self", "all_query"):
             allowed.fill_diagonal_(True)
+    if points is not None and network.locality is not None:
+        h, w = (side // network.patch for side in picture.shape[1:])
+        scores[:, image:, 1:image] += locality_bias(points[None], h, w, network.locality)[0].to(scores)
     weights = scores.masked_fill(~allowed.to(scores.device), -torch.inf).softmax(-1).cpu()
     return weights[:, 0, 1:image], weights[:, image:, 1:image]
 
