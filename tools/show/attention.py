@@ -10,15 +10,13 @@ H heads · R reference tokens · N = h*w patches · d width of a head.
 """
 
 import argparse
-from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from model.reference import locality_bias
+from eval.attention import attention_weights
 from model.vit import ViT
 from runtime.errors import UserError
 from tools.show.figures import COLORS, TEXT, Networks, figure_grid, figure_title, grayscale
@@ -28,42 +26,16 @@ LEGEND = "the yellower a patch, the more attention it gets; each map by its own 
 YELLOW = ListedColormap([COLORS[6]])  # distinct from gray for color-blind readers too; a map is all in its opacity
 
 
-@torch.no_grad()
 def attention(
     network: ViT, picture: Tensor, points: Tensor | None = None, block: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention weights on the patches in one block: of [CLS] [H,N] and of the reference tokens at `points` [H,R,N].
 
-    picture uint8 [3,h*p,w*p]; points [R,2] in the picture's [0,1] frame; block counts from 1, by default the last one.
-    What a row lacks to 1 is on the other tokens that its mode may attend to (`model/reference.py`): itself, [CLS], or
-    other reference tokens.
+    picture uint8 [3,h*p,w*p]; points [R,2] in the picture's [0,1] frame; block: see `attention_weights`.
     """
-    captured: list[Tensor] = []
-    chosen: Any = network.blocks[block - 1 if block else -1]
-    hook = chosen.attn.qkv.register_forward_hook(lambda module, inputs, qkv: captured.append(qkv))
-    try:
-        images = normalized(picture, network)
-        network(images, None if points is None else points[None].to(images))
-    finally:
-        hook.remove()
-    q, k, _ = captured[0].unflatten(-1, (3, network.heads, -1)).permute(1, 2, 0, 3)  # [H,1+N+R,d] each
-    scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
-    references = 0 if points is None else len(points)
-    tokens = scores.shape[-1]
-    image = tokens - references
-    allowed = torch.zeros(tokens, tokens, dtype=torch.bool)  # [query, key]; few tokens, so a mask is affordable
-    allowed[:, :image] = True
-    if network.attention == "none":
-        allowed[:] = True
-    elif network.attention != "patches+cls":
-        allowed[image:, 0] = False
-        if network.attention in ("patches+self", "all_query"):
-            allowed.fill_diagonal_(True)
-    if points is not None and network.locality is not None:
-        h, w = (side // network.patch for side in picture.shape[1:])
-        scores[:, image:, 1:image] += locality_bias(points[None], h, w, network.locality)[0].to(scores)
-    weights = scores.masked_fill(~allowed.to(scores.device), -torch.inf).softmax(-1).cpu()
-    return weights[:, 0, 1:image], weights[:, image:, 1:image]
+    images = normalized(picture, network)
+    cls, references = attention_weights(network, images, None if points is None else points[None].to(images), block)
+    return cls[0].cpu(), references[0].cpu()
 
 
 def overlay(axes: Axes, picture: Tensor, heat: Tensor, title: str) -> None:

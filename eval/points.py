@@ -1,0 +1,207 @@
+"""The point probe: what a reference token, the patch token under it and [CLS] know of what lies at a point.
+
+    python -m eval points NETWORK --data VOC_FOLDER [--train-split trainaug] [--val-split val] [--points 3] [--scenes N]
+        [--size N] [--seed 0] [--untrained]
+
+The paper says that a reference token attends to what lies at its point. Here that is measured: points are drawn on the
+largest thing of each scene, and as many on its other things, which are small. What lies under a point of a validation scene
+is then asked of each kind of token, by k-NN among the same kind of points of the train scenes and by a linear map (ridge
+regression on the classes). [CLS] is the same for all points of a scene: what it knows of small things is what agreeing on
+the whole picture gives. Further:
+
+within         share of the reference tokens' variance that lies within a scene; 0: a token does not depend on its point
+cosine to CLS  mean over reference tokens
+distance       mean distance of a reference token's attention from its point, in patches, last block, mean over heads
+entropy        of the same attention, in nats; ln N is attention to all N patches alike
+
+n scenes · R points of a scene · N patches · D width · S side of a scene, pixels.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from eval.attention import attention_weights
+from eval.datasets import IGNORE, VocSegmentation, scene_sizes, voc_splits
+from eval.features import batches, check_size, default_workers, normalized, progress_bar
+from eval.knn import knn_scores
+from eval.target import EvalTarget
+from model.vit import ViT
+from runtime.errors import UserError
+
+KINDS = ("reference", "patch", "cls")
+ON = ("large", "small")  # things that points lie on
+RIDGE = 1e-2  # weight of the squared norm, as a share of the features' variance
+
+
+@dataclass
+class PointFeatures:
+    """Tokens of all points of some scenes that lie on a thing."""
+
+    tokens: dict[str, Tensor]  # kind: float32 [points,D]
+    labels: Tensor  # int64 [points], the class under the point
+    small: Tensor  # bool [points], whether it lies on a small thing
+    within: float  # see above
+    cosine: float
+    distance: float
+    entropy: float
+
+
+@dataclass
+class PointScore:
+    """The results of a network; percentages by what points lie on and by kind of token."""
+
+    knn: dict[str, dict[str, float]] = field(default_factory=dict)  # {"large" | "small": {kind: top-1}}
+    linear: dict[str, dict[str, float]] = field(default_factory=dict)
+    within: float = 0.0
+    cosine: float = 0.0
+    distance: float = 0.0
+    entropy: float = 0.0
+    points: int = 0  # of the validation scenes
+
+
+def draw_points(masks: Tensor, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`count` pixels of the largest thing of each scene, then `count` of its other things.
+
+    masks uint8 [n,S,S]; class 0 is the ground. Returns (points float32 [n,2*count,2], the pixels' centers (x, y) in [0,1];
+    classes int64 [n,2*count], -1 where the scene has no such thing).
+    """
+    n, side, _ = masks.shape
+    flat = masks.flatten(1).long()
+    things = (flat > 0) & (flat != IGNORE)
+    areas = torch.zeros(n, 256, device=masks.device).scatter_add_(1, flat, things.float())
+    largest = areas.argmax(1, keepdim=True)
+    points, labels = [], []
+    for chosen in (things & (flat == largest), things & (flat != largest)):
+        noise = torch.rand(flat.shape, generator=draws).to(masks.device)
+        top = noise.where(chosen, -1.0).topk(count, dim=1)
+        points.append(torch.stack([top.indices % side, top.indices // side], -1).float().add(0.5) / side)
+        labels.append(flat.gather(1, top.indices).where(top.values >= 0, -1))
+    return torch.cat(points, 1), torch.cat(labels, 1)
+
+
+@torch.inference_mode()
+def point_features(
+    network: ViT, scenes: VocSegmentation, count: int, *, seed: int = 0, batch: int = 64, workers: int = 0,
+    progress: str | None = None,
+) -> PointFeatures:  # fmt: skip
+    """Tokens at `count` points on the largest thing of each scene, and at as many on its other things."""
+    device = next(network.parameters()).device
+    draws, grid = torch.Generator().manual_seed(seed), scenes.size // network.patch
+    centers = (torch.arange(grid, device=device) + 0.5).repeat(grid), (torch.arange(grid) + 0.5).repeat_interleave(grid)
+    kept: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    all_labels: list[Tensor] = []
+    references: list[Tensor] = []
+    sums = torch.zeros(3, dtype=torch.float64)  # cosine, distance, entropy
+    loaded = batches(scenes, batch, device, workers=workers)
+    for images, masks in progress_bar(loaded, -(-len(scenes) // batch), progress):
+        points, labels = draw_points(masks, count, draws)
+        pixels = normalized(images).to(network.pos_embed.dtype)
+        cls, patches, tokens = network(pixels, points)
+        under = (points * grid).long().clamp(max=grid - 1)  # [n,R,(x, y)]
+        index = (under[..., 1] * grid + under[..., 0])[..., None].expand(-1, -1, patches.shape[-1])
+        features = {"reference": tokens, "patch": patches.gather(1, index), "cls": cls[:, None].expand_as(tokens)}
+        valid = labels >= 0
+        for kind, x in features.items():
+            kept[kind].append(x[valid].float().cpu())
+        small = (torch.arange(2 * count, device=device) >= count).expand_as(labels)
+        all_labels.append(torch.stack([labels[valid], small[valid].long()], 1).cpu())
+        references.append(tokens.float().cpu())
+
+        weights = attention_weights(network, pixels, points)[1].mean(1)  # [n,R,N]
+        weights = weights / weights.sum(-1, keepdim=True)
+        dx, dy = (points[..., i, None] * grid - center.to(device) for i, center in enumerate(centers))
+        cosine = F.cosine_similarity(tokens.float(), cls[:, None].float(), dim=-1)
+        entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1)
+        sums += torch.stack([x.mean(1).sum() for x in (cosine, (weights * torch.hypot(dx, dy)).sum(-1), entropy)]).cpu()
+    labels, small = torch.cat(all_labels).unbind(1)
+    tokens = torch.cat(references).double()  # [n,R,D]
+    spread = (tokens - tokens.mean((0, 1))).square().mean()
+    within = float((tokens - tokens.mean(1, keepdim=True)).square().mean() / spread)
+    return PointFeatures(
+        {kind: torch.cat(x) for kind, x in kept.items()}, labels, small.bool(), within, *(sums / len(scenes)).tolist()
+    )
+
+
+def ridge_accuracy(train: Tensor, labels: Tensor, val: Tensor, targets: Tensor, classes: int) -> Tensor:
+    """Whether a linear map fitted by ridge regression names each of `val`'s classes: bool [v]. train [t,D], val [v,D]."""
+    mean, scale = train.double().mean(0), train.double().std(0).clamp(min=1e-6)
+    x, y = ((t.double() - mean) / scale for t in (train, val))
+    x, y = (torch.cat([t, torch.ones(len(t), 1, dtype=t.dtype)], 1) for t in (x, y))
+    one_hot = F.one_hot(labels, classes).double()
+    penalty = RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    penalty[-1, -1] = 0  # the constant is free
+    weights = torch.linalg.solve(x.T @ x + penalty, x.T @ one_hot)
+    return (y @ weights).argmax(1) == targets
+
+
+def measure(
+    network: ViT, train: VocSegmentation, val: VocSegmentation, *, points: int = 3, k: int = 20,
+    temperature: float = 0.07, seed: int = 0, workers: int = 0, progress: bool = False,
+) -> PointScore:  # fmt: skip
+    """The probe. Raises UserError if a split has no point on a large, or on a small thing."""
+    check_size(network, val.size)
+    reading: dict[str, Any] = dict(workers=workers)
+    known = point_features(network, train, points, seed=seed, **reading, progress="train points" if progress else None)
+    asked = point_features(network, val, points, seed=seed, **reading, progress="val points" if progress else None)
+    score = PointScore(within=asked.within, cosine=asked.cosine, distance=asked.distance, entropy=asked.entropy)
+    score.points = len(asked.labels)
+    for on, is_small in zip(ON, (False, True), strict=True):
+        from_train, from_val = known.small == is_small, asked.small == is_small
+        if not from_train.any() or not from_val.any():
+            raise UserError(f"{val.folder}: no scene has {'a second' if is_small else 'a'} thing to draw points on")
+        labels, targets = known.labels[from_train], asked.labels[from_val]
+        score.knn[on], score.linear[on] = {}, {}
+        for kind in KINDS:
+            keys, queries = known.tokens[kind][from_train], asked.tokens[kind][from_val]
+            votes = knn_scores(keys, labels, queries, min(k, len(keys)), temperature, val.classes)
+            score.knn[on][kind] = 100 * float((votes.argmax(1) == targets).double().mean())
+            right = ridge_accuracy(keys, labels, queries, targets, val.classes)
+            score.linear[on][kind] = 100 * float(right.double().mean())
+    return score
+
+
+def score_table(score: PointScore, title: str) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    for heading in ("top-1 %", "large, k-NN", "large, linear", "small, k-NN", "small, linear"):
+        table.add_column(heading, justify="left" if heading == "top-1 %" else "right")
+    for kind, name in zip(KINDS, ("reference token", "patch token under it", "[CLS]"), strict=True):
+        cells = [f"{result[on][kind]:.1f}" for on in ON for result in (score.knn, score.linear)]
+        table.add_row(escape(name), *cells)
+    return table
+
+
+def run(
+    target: EvalTarget, data: str, *, train_split: str | None = None, val_split: str = "val",
+    classes: int | None = None, points: int = 3, scenes: int | None = None, seed: int = 0, size: int | None = None,
+    untrained: bool = False, workers: int | None = None,
+) -> int:  # fmt: skip
+    """The program: measure, print, record. data: folder of scenes; the other options: `python -m eval points`."""
+    start = time.perf_counter()
+    network = target.network(untrained)
+    size, _ = scene_sizes(network.image_size, size)
+    check_size(network, size)
+    train, val = voc_splits(data, size, train_split, val_split, classes)
+    train = train.subset(scenes or len(train))
+    workers = default_workers(len(train)) if workers is None else workers
+    score = measure(network, train, val, points=points, seed=seed, workers=workers, progress=True)
+    name = f"{target.path}{', untrained' if untrained else ''}"
+    Console().print(score_table(score, f"what lies at {score.points:,} points, {name}: {data}"))
+    patches = (size // network.patch) ** 2
+    print(
+        f"reference tokens: {100 * score.within:.0f} % of their variance is within a scene; cosine to [CLS] "
+        f"{score.cosine:.2f}; attention {score.distance:.1f} patches from the point, entropy {score.entropy:.2f} of "
+        f"{math.log(patches):.2f}"
+    )
+    settings: dict[str, Any] = dict(untrained=untrained, size=size, points_drawn=points, seed=seed)
+    settings |= dict(data=data, train_split=train.split, val_split=val.split, scenes=len(train), classes=train.classes)
+    print(target.record("points", **settings, **asdict(score), seconds=round(time.perf_counter() - start, 1)))
+    return 0
