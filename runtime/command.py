@@ -1,0 +1,27 @@
+"""The command that the user typed, with more words at its end: for messages that end with a command to copy."""
+
+import os
+import shlex
+import sys
+
+# of `make pretrain`, in the order of its documentation; make exports those that were given
+VARIABLES = ("CONFIG", "SHARDS", "VAL", "GPUS", "RESTARTS", "RUN", "METHOD")
+
+
+def again(*more: str) -> str:
+    """The command that started this process, with `more` at its end. A word a.b=c replaces an earlier one of its key."""
+    started = os.environ.get("STARTED_BY")  # set by the Makefile, which gives train.py other words than the user typed
+    if started:
+        words = [f"{name}={shlex.quote(os.environ[name])}" for name in VARIABLES if os.environ.get(name)]
+        arguments = shlex.join(_replace(shlex.split(os.environ.get("ARGS", "")), more))
+        return " ".join([started, *words, f"ARGS={shlex.quote(arguments)}"]).replace("$", "$$")
+    program, *words = sys.argv
+    program = os.path.relpath(program) if os.path.isabs(program) else program
+    # what torchrun itself was given is not known here
+    launcher = "torchrun …" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    return f"{launcher} {shlex.join([program, *_replace(words, more)])}"
+
+
+def _replace(words: list[str], more: tuple[str, ...]) -> list[str]:
+    keys = {word.partition("=")[0] for word in more if "=" in word}
+    return [word for word in words if "=" not in word or word.partition("=")[0] not in keys] + [*more]
