@@ -47,7 +47,7 @@ class OnlineKnn:
         count = min(limit, len(shards))
         train_ids = np.setdiff1d(np.arange(count) * len(shards) // count, held_out)  # never a list of all photos
         ignored = config.eval.ignore_classes
-        check_classes(shards, val, ignored)
+        check_classes(shards, val, ignored, training=True)
         train_ids, val_ids = without(shards, train_ids, ignored), without(val, val_ids, ignored)
         sets = PhotoSets(shards, train_ids, val, subsample(val_ids, limit))
         self.train, self.val = sets.at_size(config.image_size)

@@ -64,7 +64,7 @@ def check_photos(config: Config, shards: Shards, plan: Plan) -> str:
     if not shards.classes or not val.classes:
         return f"the report will have no k-NN: {(val if shards.classes else shards).folder} has no classes"
     check_ignored(shards, val, config.eval.ignore_classes)
-    check_classes(shards, val, config.eval.ignore_classes)
+    check_classes(shards, val, config.eval.ignore_classes, training=True)
     return ""
 
 

@@ -4,6 +4,7 @@ Imports no torch, so that a wrong path is reported at once: `EvalTarget.network`
 """
 
 import json
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.plan import Plan
 from pipeline.remote import is_address
 from pipeline.shards import Shards
+from runtime.command import again
 from runtime.config import MIN_TEMPERATURE, Config, Eval, flatten, is_path, load_config, missing
 from runtime.errors import UserError, suggest, suggest_path
 from runtime.metrics import append_jsonl
@@ -218,9 +220,9 @@ def open_shards(folder: str | Path, config: Config | None = None) -> Shards:
     return Shards(folder, *((config.speed, config.data.max_missing) if config else ()))
 
 
-def check_classes(train: Shards, val: Shards, ignored: Sequence[str] = ()) -> None:
+def check_classes(train: Shards, val: Shards, ignored: Sequence[str] = (), *, training: bool = False) -> None:
     """Raises UserError for classes that only the validation set has, unless they are ignored. Classes without photos do not
-    count."""
+    count. training: the command that leaves them out is train.py's."""
     present = np.unique(val.index["label"])
     names = {val.classes[label] for label in present[present >= 0].tolist()}
     unknown = sorted(names - {*train.classes, *ignored})
@@ -232,9 +234,13 @@ def check_classes(train: Shards, val: Shards, ignored: Sequence[str] = ()) -> No
     if len(unknown) == len(names):
         raise UserError(f"{what}; the two have no class in common: is this the right folder?")
     near = suggest(unknown[0], train.classes) if len(unknown) == 1 else ""
-    words = shlex.quote(f"eval.ignore_classes={json.dumps(unknown, ensure_ascii=False)}")
-    options = " ".join(f"--ignore-class {shlex.quote(name)}" for name in unknown)
-    raise UserError(f"{what}{near}; to leave out their photos: {words} in training, {options} in `python -m eval`")
+    if training:
+        plain = all(re.fullmatch(r"[A-Za-z_]\w+", name) and name not in ("true", "false", "null") for name in unknown)
+        names = f"[{','.join(unknown)}]" if plain else json.dumps(unknown, ensure_ascii=False)
+        command = again(f"eval.ignore_classes={names}")
+    else:
+        command = " ".join(f"--ignore-class {shlex.quote(name)}" for name in unknown)
+    raise UserError(f"{what}{near}; to leave out their photos: `{command}`")
 
 
 def check_ignored(train: Shards, val: Shards, ignored: Sequence[str]) -> None:

@@ -14,12 +14,17 @@ def again(*more: str) -> str:
     if started:
         words = [f"{name}={shlex.quote(os.environ[name])}" for name in VARIABLES if os.environ.get(name)]
         arguments = shlex.join(_replace(shlex.split(os.environ.get("ARGS", "")), more))
-        return " ".join([started, *words, f"ARGS={shlex.quote(arguments)}"]).replace("$", "$$")
+        return " ".join([started, *words, f"ARGS={_quote(arguments)}"]).replace("$", "$$")
     program, *words = sys.argv
     program = os.path.relpath(program) if os.path.isabs(program) else program
     # what torchrun itself was given is not known here
     launcher = "torchrun …" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
     return f"{launcher} {shlex.join([program, *_replace(words, more)])}"
+
+
+def _quote(text: str) -> str:
+    """`shlex.quote`, in double quotes where that is easier to read."""
+    return f'"{text}"' if "'" in text and not {*text} & {*'"$`\\!'} else shlex.quote(text)
 
 
 def _replace(words: list[str], more: tuple[str, ...]) -> list[str]:

@@ -147,9 +147,7 @@ def test_a_valid_config_gets_to_the_shards(tmp_path):
 def test_errors_of_the_file_the_command_line_and_the_folders_in_one_list(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(GOOD.replace("optim:", "optm:").replace("size: 33", "size: 32"))
-    result = start(
-        path, "--dry", "loss.aplha=1", "model.arch=vit_smal", "data.flip=2", f"run.folder={ROOT}/tests/run"
-    )
+    result = start(path, "--dry", "loss.aplha=1", "model.arch=vit_smal", "data.flip=2", f"run.folder={ROOT}/tests/run")
     refused(result, "6 errors", "--dry:", "optm:", "loss.aplha:", "model.arch:", "data.flip:", "is inside data.shards:")
 
 
