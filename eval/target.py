@@ -232,12 +232,13 @@ def check_classes(train: Shards, val: Shards, ignored: Sequence[str] = (), *, tr
     count = f"{len(unknown)} class{'es' if len(unknown) > 1 else ''}"
     what = f"{val.folder}: {count} that {train.folder} does not have: {shown}"
     if len(unknown) == len(names):
-        raise UserError(f"{what}; the two have no class in common: is this the right folder?")
+        without = "; without data.val, a share of the training photos is held out (data.holdout)" if training else ""
+        raise UserError(f"{what}; the two have no class in common: is this the right folder?{without}")
     near = suggest(unknown[0], train.classes) if len(unknown) == 1 else ""
     if training:
         plain = all(re.fullmatch(r"[A-Za-z_]\w+", name) and name not in ("true", "false", "null") for name in unknown)
-        names = f"[{','.join(unknown)}]" if plain else json.dumps(unknown, ensure_ascii=False)
-        command = again(f"eval.ignore_classes={names}")
+        listed = f"[{','.join(unknown)}]" if plain else json.dumps(unknown, ensure_ascii=False)
+        command = again(f"eval.ignore_classes={listed}")
     else:
         command = " ".join(f"--ignore-class {shlex.quote(name)}" for name in unknown)
     raise UserError(f"{what}{near}; to leave out their photos: `{command}`")

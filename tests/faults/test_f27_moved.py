@@ -93,15 +93,19 @@ def test_a_moved_run_resumes_at_its_place(made, copy, tmp_path):
 
 
 @pytest.mark.fault("F27")
-@pytest.mark.fast
 def test_make_passes_the_folder_of_the_config(copy, tmp_path):
-    def commands(*words: str) -> str:
-        done = subprocess.run(["make", "-n", "pretrain", *words], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout
+    def refusal(*words: str) -> str:
+        ready = ["-o", ".venv/.ready", "-o", "requirements.lock"]  # an environment is there
+        words = ("make", *ready, "pretrain", f"CONFIG={copy}/config.yaml", *words)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        return done.stderr
 
-    assert f"tools.finish_run {copy} " in commands(f"CONFIG={copy}/config.yaml").replace('"', "")
-    assert "tools.finish_run runs/c " in commands(f"CONFIG={copy}/config.yaml", "RUN=runs/c").replace('"', "")
-    assert "tools.finish_run runs/tiny " in commands(f"CONFIG={tmp_path}/tiny.yaml").replace('"', "")
+    assert refusal("ARGS=loss.alpha=0.3").startswith(
+        f"error: {copy} holds another run (loss.alpha: saved 0.5, current 0.3)"
+    )
+    (tmp_path / "file").touch()
+    assert refusal(f"RUN={tmp_path}/file/run").startswith(f"error: {tmp_path}/file/run: cannot write there")
 
 
 @pytest.mark.fault("F27")
