@@ -19,7 +19,6 @@ def again(*more: str) -> str:
         arguments = shlex.join(_replace(shlex.split(os.environ.get("ARGS", "")), more))
         return " ".join([started, *words, f"ARGS={_quote(arguments)}"]).replace("$", "$$")
     program, *words = sys.argv
-    program = os.path.relpath(program) if os.path.isabs(program) else program
     # what torchrun itself was given is not known here
     launcher = "torchrun …" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
     return f"{launcher} {shlex.join([program, *_replace(words, more)])}"

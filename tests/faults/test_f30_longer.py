@@ -100,7 +100,7 @@ COMMANDS = {  # what: (environment, words of train.py, more words, the command)
         "python train.py 'my config.yaml' seed=1 --allow-change seed --allow-change optim.epochs",
     ),
     "torchrun": (
-        {"TORCHELASTIC_RUN_ID": "1"}, [f"{os.getcwd()}/train.py", "a.yaml", "optim.epochs=1"], ["optim.epochs=2"],
+        {"TORCHELASTIC_RUN_ID": "1"}, ["train.py", "a.yaml", "optim.epochs=1"], ["optim.epochs=2"],
         "torchrun … train.py a.yaml optim.epochs=2",
     ),
     "make": (
