@@ -12,7 +12,9 @@ SHARDS  ?=
 VAL     ?=
 WHAT    ?= data
 name    := $(basename $(notdir $(CONFIG)))$(if $(METHOD),-$(METHOD))
-RUN     ?= runs/$(name)
+# the config.yaml of a run means the folder that it is in
+own     := $(if $(filter config.yaml,$(notdir $(CONFIG))),$(wildcard $(dir $(CONFIG))versions.jsonl $(dir $(CONFIG))checkpoints/checkpoint-*))
+RUN     ?= $(if $(own),$(patsubst %/,%,$(dir $(CONFIG))),runs/$(name))
 SCENES  := data/scenes
 
 # one process, or torchrun for several devices
@@ -64,6 +66,7 @@ scenes: $(READY) # the demo's data: painted scenes and their shards
 	@$(PY) -m tools.make_shards make $(SCENES)/train $(SCENES)/shards/train
 	@$(PY) -m tools.make_shards make $(SCENES)/val $(SCENES)/shards/val
 
+pretrain: export STARTED_BY := make pretrain
 pretrain: $(READY) $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(CONFIG)),scenes)) ## train, evaluate, draw [CONFIG=… SHARDS=… VAL=… GPUS=n|all RESTARTS=n RUN=… METHOD=dino ARGS='a.b=c …']
 	@$(if $(filter-out 1,$(GPUS)),$(if $(filter-out all,$(GPUS)),WORLD_SIZE=$(GPUS)) $(PY) train.py $(CONFIG) $(overrides) --dry-run >/dev/null)
 	@$(launch) train.py $(CONFIG) $(overrides)

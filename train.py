@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.config import Config, dump_config, load_config, unknown_option
+from runtime.config import Config, dump_run_config, load_config, parse_config, unknown_option
 from runtime.errors import UserError, run_cli
 
 OPTIONS = ("--dry-run", "--allow-change", "--help")
@@ -80,9 +80,10 @@ def train_step(
 def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str, ...] = ()) -> int:
     """Train a run to its end, or until a stop signal; returns the exit code. allowed: keys of --allow-change."""
     # ------------------------------------------------------------------------------- checks, before torch is loaded
+    from eval import preflight
     from pipeline.plan import Plan
     from pipeline.shards import Shards
-    from runtime import checkpoint, watchdog
+    from runtime import checkpoint, command, watchdog
 
     assert config.data.shards is not None  # load_config requires it
     shards = Shards(config.data.shards, config.speed, config.data.max_missing)
@@ -90,17 +91,25 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     plan = Plan(shards, batch=config.optim.global_batch_size, seed=config.seed, holdout=holdout)
     folder, data = Path(config.run.folder or "run"), checkpoint.fingerprint(shards.manifest)
     resume, messages = checkpoint.find_resume(folder, config, data, allowed)
-    _lock = watchdog.lock(folder) if os.environ.get("RANK", "0") == "0" and not dry_run else None  # held until exit
+    is_main = os.environ.get("RANK", "0") == "0"
+    messages += preflight.check(config, shards, plan, folder, resuming=bool(resume)) if is_main else []
+    _lock = watchdog.lock(folder) if is_main and not dry_run else None  # held until exit
 
     import torch
 
     from model.cost import count_cost
     from runtime import distributed, metrics, schedule, summary
 
+    preflight.check_scene_size(config)
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)
     steps, start = len(schedules), resume.step if resume else 0
+    messages += schedule.short_run_notes(config, plan.steps_per_epoch)
+    if resume:
+        before = parse_config(resume.config, str(resume.path))
+        per_epoch = (plan.samples if resume.data == data else resume.data["samples"]) // before.optim.global_batch_size
+        messages.append(schedule.describe_change(schedule.make_schedules(before, per_epoch), schedules, start))
     if dry_run:
-        summary.print_summary(config, plan, steps, count_cost(config), distributed.env_world_size())
+        summary.print_summary(config, plan, steps, count_cost(config), distributed.env_world_size(), messages)
         return 0
 
     # ----------------------------------------------------------------------------------------------------- build
@@ -132,13 +141,17 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     if not context.all_equal(start):
         raise UserError(f"{folder}: processes find different checkpoints; all machines must share this folder")
     if resume and start >= steps and (folder / "backbone.safetensors").is_file():
-        print(f"{folder} is finished: {start} steps, {resume.path}. Start another run with RUN=another/folder.")
+        longer = command.again(f"optim.epochs={2 * config.optim.epochs:g}", "--allow-change", "optim.epochs")
+        print(
+            f"{folder} is finished: {start} steps, {resume.path}. Start another run with RUN=another/folder, or train "
+            f"longer (docs/howto/train-longer.md), e.g. twice as long: `{longer}`"
+        )
         return 0
     writer = None
     if context.is_main:  # before the loader starts: a folder that cannot be written to ends the run
         environment = metrics.environment(context, choose_reader(config.speed.reader, context.device)[0])
         messages += checkpoint.environment_changes(resume, environment)
-        keep, text = config.run.keep_checkpoints, dump_config(config)
+        keep, text = config.run.keep_checkpoints, dump_run_config(config)
         writer = checkpoint.Writer(folder / "checkpoints", keep, text, data, environment)
     run_log = RunLog(folder, config, shards, plan, steps, start, context, flops)
     compiled = compile_parts(method.compile_units(), context.device) if config.speed.compile else ""

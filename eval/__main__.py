@@ -62,9 +62,15 @@ def add_photos(parser: argparse.ArgumentParser, size: bool = True) -> None:
     parser.add_argument("--train", help="train set: shards (default: the run's own, without what it held out)")
     parser.add_argument("--val", help="validation set: shards (default: the run's data.val, else what it held out)")
     parser.add_argument("--limit", type=int, help="at most this many photos of each set, evenly spaced")
+    add_ignore_class(parser)
     parser.add_argument("--workers", type=int, help="data workers (default: by the number of photos)")
     if size:
         parser.add_argument("--size", type=int, help="side of a photo in pixels (default: that of the training views)")
+
+
+def add_ignore_class(parser: argparse.ArgumentParser) -> None:
+    help = "leave out the photos of a class; may be repeated (default: the run's eval.ignore_classes)"
+    parser.add_argument("--ignore-class", metavar="NAME", action="append", help=help)
 
 
 def add_scenes(parser: argparse.ArgumentParser) -> None:
@@ -91,8 +97,9 @@ def open_target(network: str, args: Options) -> EvalTarget:
 
 
 def open_photos(network: str, args: Options) -> tuple[EvalTarget, PhotoSets | None]:
-    """(target, its photos), taking --train and --val out of the options. Raises UserError."""
+    """(target, its photos), taking --train, --val and --ignore-class out of the options. Raises UserError."""
     target = open_target(network, args)
+    target.ignore_classes(args.pop("ignore_class"))
     return target, target.photo_sets(args.pop("train"), args.pop("val"), args["limit"])
 
 
@@ -257,6 +264,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", metavar="RUN", help="a run folder")
     parser.add_argument("--data", help=f"scenes: {SCENES} (default: the run's eval.voc)")
     parser.add_argument("--limit", type=int, help="at most this many photos of each set in k-NN, evenly spaced")
+    add_ignore_class(parser)
     parser.add_argument("--workers", type=int, help="data workers (default: by the number of photos)")
     parser.add_argument("--skip-existing", action="store_true", help="keep results newer than the last checkpoint")
 

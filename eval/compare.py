@@ -13,7 +13,6 @@ Imports no torch until the arguments, the networks' paths and the data are check
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from eval.tables import MEASURE_ROWS, mean_over_seeds, measure_markdown, measure
 from eval.target import MEASURES, EvalSpec, EvalTarget, best_device
 from eval.voc import default_train_split, read_split
 from runtime.errors import UserError
-from runtime.files import write_atomic
+from runtime.files import refusal, write_atomic
 
 if TYPE_CHECKING:
     from model.vit import ViT
@@ -49,6 +48,7 @@ def run(
     skip_existing: bool = False,
     out: Path | None = None,
     workers: int | None = None,
+    ignore_class: Sequence[str] | None = None,
 ) -> int:
     """The program: measure, write, print. The options: `python -m eval compare`.
 
@@ -60,7 +60,8 @@ def run(
         raise UserError(f"{max(names, key=names.count)}: given more than once; name each network once")
     targets = [EvalTarget(path) for path in paths]
     source = next((target for target in targets if target.run), targets[0])
-    spec = EvalSpec(source, train, val, data or source.settings.voc, limit, seeds, workers)
+    source.ignore_classes(ignore_class)
+    spec = EvalSpec(source, train, val, data or source.place("eval.voc"), limit, seeds, workers)
     measures = check_data(spec, measures)
     folder = out or source.run or Path("evaluation")
     check_writable(folder)
@@ -117,9 +118,8 @@ def check_data(spec: EvalSpec, measures: Sequence[str]) -> list[str]:
 
 def check_writable(folder: Path) -> None:
     """Raises UserError if files cannot be written to the folder, or if it cannot be made."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--out {folder}: {existing} is not a writable folder")
+    if reason := refusal(folder):
+        raise UserError(f"--out {folder}: nothing can be written there ({reason})")
 
 
 def load_networks(

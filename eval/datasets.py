@@ -62,7 +62,7 @@ class LabeledPhotos(Dataset[tuple[Tensor, int]]):
     ids: sample ids, by default all. classes: class names in the order of their labels (a validation set gets those of the
     train set); by default the shards' own. augment: `random_crop` instead of `center_crop`. A damaged photo is
     returned black and with the label NO_CLASS, so that it is left out.
-    Raises UserError if the shards have a class that `classes` lacks.
+    Raises UserError if one of the photos has a class that `classes` lacks.
     """
 
     def __init__(
@@ -78,10 +78,11 @@ class LabeledPhotos(Dataset[tuple[Tensor, int]]):
         self.ids = np.arange(len(shards)) if ids is None else ids
         self.classes = list(shards.classes if classes is None else classes)
         label_of = {name: label for label, name in enumerate(self.classes)}
-        for name in shards.classes:
-            if name not in label_of:
+        self._label = [label_of.get(name, NO_CLASS) for name in shards.classes]
+        for label in np.unique(shards.index["label"][self.ids]).tolist():
+            if label >= 0 and self._label[label] == NO_CLASS:
+                name = shards.classes[label]
                 raise UserError(f"{shards.folder}: class '{name}' is not in the train set{suggest(name, label_of)}")
-        self._label = [label_of[name] for name in shards.classes]
         load_torchcodec()  # once, before a loader forks its processes
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """k-NN classification with frozen features.
 
     python -m eval knn RUN_OR_CHECKPOINT [--train SHARDS] [--val SHARDS] [--features cls|patches|pixels] [--k 20]
-        [--temperature .07] [--size N] [--untrained] [--limit N] [--workers N]
+        [--temperature .07] [--size N] [--untrained] [--limit N] [--workers N] [--ignore-class NAME]
     torchrun --nproc-per-node=8 -m eval knn RUN_OR_CHECKPOINT ...
 
 Paper section 4.1, after DINO and Wu et al. 2018 ("Unsupervised feature learning via non-parametric instance
@@ -260,6 +260,8 @@ def run(
     Console().print(table)
     settings = dict(features=features, k=k, temperature=temperature, size=size, limit=limit, untrained=untrained)
     data = dict(bank=str(train.shards.folder), val=str(val.shards.folder), photos=len(train), queries=len(val))
+    if target.settings.ignore_classes:
+        settings["ignored_classes"] = target.settings.ignore_classes
     seconds = round(time.perf_counter() - start, 1)
     print(target.record("knn", **settings, **data, top1=top1, top5=top5, seconds=seconds))
     return 0

@@ -2,6 +2,7 @@
 
     python -m eval linear RUN_OR_CHECKPOINT [--train SHARDS] [--val SHARDS] [--epochs N] [--batch N] [--[no-]augment]
         [--rates .001,.01,.1] [--size N] [--untrained] [--limit N] [--workers N]
+        [--ignore-class NAME]
 
 The protocol of DINOv2 (Oquab et al. 2023): one probe for each learning rate and each choice of features ([CLS] alone;
 [CLS] concatenated with the mean of the patch tokens), all on the same batches; SGD with momentum .9 and no weight decay,
@@ -209,6 +210,8 @@ def run(
     print(f"best: top-1 {best.top1:.2f}, top-5 {best.top5:.2f}, {best.features} at the learning rate {best.rate:g}")
     data = dict(bank=str(train.shards.folder), val=str(val.shards.folder), photos=len(train), queries=len(val))
     settings = dict(untrained=untrained, size=size, limit=limit) | asdict(protocol) | data
+    if target.settings.ignore_classes:
+        settings["ignored_classes"] = target.settings.ignore_classes
     results = dict(best=asdict(best), maps=[asdict(score) for score in scores])
     print(target.record("linear", **settings, **results, seconds=round(time.perf_counter() - start, 1)))
     return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eval.target import PhotoSets, open_shards, same_folder, subsample
+from eval.target import PhotoSets, check_classes, open_shards, same_folder, subsample, without
 from pipeline.plan import Plan
 from pipeline.shards import Shards
 from runtime.config import Config
@@ -46,6 +46,9 @@ class OnlineKnn:
         limit = config.eval.limit
         count = min(limit, len(shards))
         train_ids = np.setdiff1d(np.arange(count) * len(shards) // count, held_out)  # never a list of all photos
+        ignored = config.eval.ignore_classes
+        check_classes(shards, val, ignored, training=True)
+        train_ids, val_ids = without(shards, train_ids, ignored), without(val, val_ids, ignored)
         sets = PhotoSets(shards, train_ids, val, subsample(val_ids, limit))
         self.train, self.val = sets.at_size(config.image_size)
 

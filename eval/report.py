@@ -1,6 +1,6 @@
 """The main results of a run: the trained teacher, the same network before training, and raw pixels without a network.
 
-    python -m eval report RUN [--data FOLDER] [--limit N] [--workers N] [--skip-existing]
+    python -m eval report RUN [--data FOLDER] [--ignore-class NAME] [--limit N] [--workers N] [--skip-existing]
 
 k-NN (eval/knn.py) on [CLS], on the mean of the patch tokens and on raw pixels; linear segmentation (eval/linear_seg.py)
 on a folder in Pascal VOC's layout. Prints one table and writes RUN/results.json. Imports no torch until the arguments
@@ -9,6 +9,7 @@ and the data are checked, and not at all if the results are up to date.
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from eval.tables import result_table
-from eval.target import EvalTarget, PhotoSets
+from eval.target import EvalTarget, NothingToTestOn, PhotoSets
 from eval.voc import default_train_split, read_split
 from runtime.errors import UserError
 from runtime.files import write_atomic
@@ -37,6 +38,7 @@ def run(
     limit: int | None = None,
     workers: int | None = None,
     skip_existing: bool = False,
+    ignore_class: Sequence[str] | None = None,
 ) -> int:
     """The program: measure, print, write results.json. The options: `python -m eval report`.
 
@@ -53,7 +55,8 @@ def run(
         Console().print(result_table(json.loads(file.read_text()), str(target.path)))
         print(f"from {file}")
         return 0
-    results = measure(target, data or target.settings.voc, limit, workers)
+    target.ignore_classes(ignore_class)
+    results = measure(target, data or target.place("eval.voc"), limit, workers)
     results |= {
         "network": str(target.path),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,16 +83,23 @@ def measure(
 
     Raises UserError if the photos or the scenes cannot be used.
     """
-    sets = target.photo_sets(limit=limit)
+    try:
+        sets, reason = target.photo_sets(limit=limit), "these shards have no classes"
+    except NothingToTestOn as error:
+        sets, reason = None, str(error)
     if voc is not None:
         for split in (default_train_split(voc), "val"):
             read_split(voc, split)
-    networks = {"trained": target.network(), "untrained": target.network(untrained=True)}
-    scores: Scores = {name: dict.fromkeys(("knn_top1", "knn_top1_patches", "miou")) for name in networks}
+    networks = {"trained": target.network()}
+    try:
+        networks["untrained"] = target.network(untrained=True)
+    except UserError as error:  # the weights that it started from (model.init) are gone
+        print(f"the untrained network is skipped: {error}")
+    scores: Scores = {n: dict.fromkeys(("knn_top1", "knn_top1_patches", "miou")) for n in ("trained", "untrained")}
     scores["pixels"] = {"knn_top1": None}
     settings: dict[str, Any] = {}
     if sets is None:
-        print("k-NN skipped: these shards have no classes")
+        print(f"k-NN skipped: {reason}")
     else:
         settings["knn"] = _measure_knn(networks, target, sets, workers, scores)
     if voc is None:
@@ -120,6 +130,8 @@ def _measure_knn(
         if "pixels" in top:
             scores["pixels"]["knn_top1"] = top["pixels"][0]
     data = dict(bank=str(train.shards.folder), val=str(val.shards.folder), photos=len(train), queries=len(val))
+    if target.settings.ignore_classes:
+        data["ignored_classes"] = target.settings.ignore_classes
     return data | dict(classes=len(train.classes), size=train.size) | vote
 
 

@@ -3,8 +3,11 @@
 Imports no torch, so that a wrong path is reported at once: `EvalTarget.network` and `PhotoSets.at_size` load it.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.voc import IMAGE_SUFFIXES
 from pipeline.plan import Plan
 from pipeline.remote import is_address
 from pipeline.shards import Shards
-from runtime.config import Config, Eval, load_config
-from runtime.errors import UserError, suggest
+from runtime.command import again
+from runtime.config import MIN_TEMPERATURE, Config, Eval, flatten, is_path, load_config, missing
+from runtime.errors import UserError, suggest, suggest_path
 from runtime.metrics import append_jsonl
 
 if TYPE_CHECKING:
@@ -50,6 +53,10 @@ class PhotoSets:
         return train, LabeledPhotos(self.val, size, self.val_ids, classes=self.train.classes)
 
 
+class NothingToTestOn(UserError):
+    """All photos are in the train set."""
+
+
 class EvalTarget:
     """The network at a path, and what its run knows: the photos it was trained on and those it never saw.
 
@@ -61,17 +68,33 @@ class EvalTarget:
         self.path = Path(path)
         from_timm = str(path).startswith(TIMM)
         if not from_timm and not self.path.exists():
-            siblings = self.path.parent.iterdir() if self.path.parent.is_dir() else ()
-            raise UserError(f"{path}: no such run, checkpoint or backbone file{suggest(str(path), map(str, siblings))}")
+            raise UserError(f"{path}: no such run, checkpoint or backbone file{suggest_path(path)}")
         folders = [] if from_timm else [self.path, *self.path.absolute().parents[:3]]
         self.run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
         self.config: Config | None = load_config(self.run / "config.yaml", []) if self.run else None
         self.settings = self.config.eval if self.config else Eval()
+        self._names_given = False  # eval.ignore_classes may name classes of the run's own sets only
 
     def check_untrained(self, untrained: bool) -> None:
         """Raises UserError if the untrained network is wanted of something that is no run."""
         if untrained and self.run is None:
             raise UserError(f"{self.path}: --untrained needs a run folder, and this path is in none")
+
+    def ignore_classes(self, names: Sequence[str] | None) -> None:
+        """Leave the photos of these classes out of both sets, instead of those of the run's eval.ignore_classes."""
+        if names:
+            self.settings = replace(self.settings, ignore_classes=list(names))
+            self._names_given = True
+
+    def place(self, key: str) -> str | None:
+        """The path or address that a key of the run's config names ("data.val"); None if there is none.
+
+        Raises UserError if it is a folder that does not exist (any more).
+        """
+        value = flatten(self.config)[key] if self.config else None
+        if is_path(value) and (problem := missing(value)):
+            raise UserError(f"{self.run}/config.yaml: {key}: {value}: {problem}; if it was moved, correct {key} there")
+        return value
 
     def network(self, untrained: bool = False) -> "ViT":
         """The teacher's backbone, frozen, on the best device; `untrained`: the run's network at step 0."""
@@ -91,11 +114,12 @@ class EvalTarget:
         """The shards and samples of the train and the validation set; None if the shards have no classes.
 
         train: shards, by default the run's training shards without the samples it holds out. val: shards, by default
-        the run's `data.val`, else the samples it holds out. limit: at most this many of each, evenly spaced.
-        Raises UserError if a set is missing or empty.
+        the run's `data.val`, else the samples it holds out. limit: at most this many of each, evenly spaced. Photos of
+        `eval.ignore_classes` are left out.
+        Raises UserError if a set is missing, and if the validation set has a class that the train set lacks;
+        NothingToTestOn if no photo is left to test on.
         """
-        data = self.config.data if self.config else None
-        train = train or (data.shards if data else None)
+        train = train or self.place("data.shards")
         if train is None:
             raise UserError(
                 f"{self.path}: in no run folder; name the shards to train on (--train) and to test on (--val)"
@@ -103,18 +127,23 @@ class EvalTarget:
         train_shards = open_shards(train, self.config)
         held_out = self._held_out(train_shards)
         train_ids = np.setdiff1d(np.arange(len(train_shards)), held_out)
-        val = val or (data.val if data else None)
+        val = val or self.place("data.val")
         if val is not None and not same_folder(val, train):
             val_shards = open_shards(val, self.config)
             val_ids = np.arange(len(val_shards))
         elif len(held_out):
             val_shards, val_ids = train_shards, held_out
         else:
-            raise UserError(
+            raise NothingToTestOn(
                 f"{train}: all photos are in the train set, none is left to test on; name other shards with --val"
             )
         if not train_shards.classes or not val_shards.classes:
             return None
+        ignored = self.settings.ignore_classes
+        if self._names_given:
+            check_ignored(train_shards, val_shards, ignored)
+        check_classes(train_shards, val_shards, ignored)
+        train_ids, val_ids = without(train_shards, train_ids, ignored), without(val_shards, val_ids, ignored)
         return PhotoSets(train_shards, subsample(train_ids, limit), val_shards, subsample(val_ids, limit))
 
     def photos(
@@ -126,11 +155,12 @@ class EvalTarget:
 
     def scenes_folder(self, data: str | None) -> str:
         """`data`, or the run's `eval.voc`. Raises UserError if there is neither."""
-        if data is None and self.settings.voc is None:
+        folder = data or self.place("eval.voc")
+        if folder is None:
             raise UserError(
                 "no scenes: name a folder in Pascal VOC's layout with --data, or eval.voc in the run's config"
             )
-        return data or str(self.settings.voc)
+        return folder
 
     def _held_out(self, shards: Shards) -> NDArray[np.int64]:
         """The samples of these shards that training held out (as train.py does); none if it had other shards to test on."""
@@ -172,8 +202,8 @@ def require_choice(option: str, value: str, choices: Iterable[str]) -> str:
 
 def check_temperature(temperature: float) -> None:
     """Raises UserError if a vote of k-NN, exp(1 / temperature), would overflow float32."""
-    if temperature < 1 / 80:
-        raise UserError(f"temperature {temperature}: must be at least 0.0125, or a vote overflows float32")
+    if temperature < MIN_TEMPERATURE:
+        raise UserError(f"temperature {temperature}: must be at least {MIN_TEMPERATURE:g}, or a vote overflows float32")
 
 
 def best_device() -> "torch.device":
@@ -185,19 +215,49 @@ def best_device() -> "torch.device":
 def open_shards(folder: str | Path, config: Config | None = None) -> Shards:
     """The shards in a folder or at an address, with the cache and the missing shards that a run's config allows.
 
-    Raises UserError; for a folder of photos, the message names the command that makes shards of them.
+    Raises UserError as `Shards`.
     """
-    allowed = (config.speed, config.data.max_missing) if config else ()
-    if is_address(folder):
-        return Shards(folder, *allowed)
-    folder = Path(folder)
-    if folder.is_dir() and not (folder / "manifest.json").is_file() and not any(folder.glob("*.tar")):
-        searched = [folder, *(d for d in sorted(folder.iterdir())[:20] if d.is_dir())]
-        if any(file.suffix.lower() in IMAGE_SUFFIXES for place in searched for file in place.iterdir()):
+    return Shards(folder, *((config.speed, config.data.max_missing) if config else ()))
+
+
+def check_classes(train: Shards, val: Shards, ignored: Sequence[str] = (), *, training: bool = False) -> None:
+    """Raises UserError for classes that only the validation set has, unless they are ignored. Classes without photos do not
+    count. training: the command that leaves them out is train.py's."""
+    present = np.unique(val.index["label"])
+    names = {val.classes[label] for label in present[present >= 0].tolist()}
+    unknown = sorted(names - {*train.classes, *ignored})
+    if not unknown:
+        return
+    shown = ", ".join(f"'{name}'" for name in unknown[:3]) + (f" and {len(unknown) - 3} more" if unknown[3:] else "")
+    count = f"{len(unknown)} class{'es' if len(unknown) > 1 else ''}"
+    what = f"{val.folder}: {count} that {train.folder} does not have: {shown}"
+    if len(unknown) == len(names):
+        without = "; without data.val, a share of the training photos is held out (data.holdout)" if training else ""
+        raise UserError(f"{what}; the two have no class in common: is this the right folder?{without}")
+    near = suggest(unknown[0], train.classes) if len(unknown) == 1 else ""
+    if training:
+        plain = all(re.fullmatch(r"[A-Za-z_]\w+", name) and name not in ("true", "false", "null") for name in unknown)
+        listed = f"[{','.join(unknown)}]" if plain else json.dumps(unknown, ensure_ascii=False)
+        command = again(f"eval.ignore_classes={listed}")
+    else:
+        command = " ".join(f"--ignore-class {shlex.quote(name)}" for name in unknown)
+    raise UserError(f"{what}{near}; to leave out their photos: `{command}`")
+
+
+def check_ignored(train: Shards, val: Shards, ignored: Sequence[str]) -> None:
+    """Raises UserError for a name to ignore that is a class of neither set."""
+    known = {*train.classes, *val.classes}
+    for name in ignored:
+        if name not in known:
             raise UserError(
-                f"{folder}: photos, not shards; make shards of them with `make shards SRC={folder} DST={folder}-shards`"
+                f"'{name}' is to be left out, but no class of {val.folder} has this name{suggest(name, known)}"
             )
-    return Shards(folder, *allowed)
+
+
+def without(shards: Shards, ids: NDArray[np.int64], ignored: Sequence[str]) -> NDArray[np.int64]:
+    """The ids [n] of photos that are in none of the ignored classes."""
+    labels = [label for label, name in enumerate(shards.classes) if name in ignored]
+    return ids[~np.isin(shards.index["label"][ids], labels)] if labels else ids
 
 
 def same_folder(a: str | Path, b: str | Path) -> bool:

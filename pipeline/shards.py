@@ -9,11 +9,13 @@ A *sample id* is a row of the index. Nothing here decodes an image, and nothing 
 `size` bytes at `offset` of its shard.
 """
 
+import itertools
 import json
 import math
 import mmap
 import os
 import re
+import shlex
 import stat
 import threading
 import zlib
@@ -25,7 +27,7 @@ import numpy as np
 from pipeline.decode import DecodeError, check_header, read_header
 from pipeline.remote import Prefetcher, Remote, is_address
 from runtime.config import Speed
-from runtime.errors import UserError
+from runtime.errors import UserError, suggest_path
 
 FORMAT = 1
 INDEX = np.dtype(
@@ -39,6 +41,7 @@ INDEX = np.dtype(
         ("crc32", "<u4"),  # of the photo's bytes: other bytes are damaged, even if a decoder accepts them
     ]
 )
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_OPEN_FILES = 256
 READS_PER_PAGE_RELEASE = 65_536
 
@@ -97,14 +100,7 @@ class Shards:
         """The manifest of a folder on this machine. Raises UserError if it is missing or not a manifest of shards."""
         path = local / "manifest.json"
         if not path.is_file():
-            hint = ""
-            if local.is_dir() and any(local.glob("*.tar")):
-                hint = f"; if these tars were made by another program, `make index DST={local}` writes the manifest"
-            elif local.is_dir():
-                hint = f"; `make shards SRC=photos/ DST={local}` makes shards from a folder of photos"
-            elif re.search(r"[*?\[{]|\.tar$", str(local)):
-                hint = f"; give the folder of the tars{'' if local.parent == Path() else f': {local.parent}'}"
-            raise UserError(f"{self.folder}: no shards here (no manifest.json){hint}")
+            raise UserError(f"{self.folder}: {_no_manifest(local)}")
         try:
             manifest = json.loads(path.read_text())
             if manifest["format"] != FORMAT:
@@ -231,6 +227,33 @@ class Shards:
                     file = self._remote.open(self.shards[shard])
                 self._files[shard] = file
         return file
+
+
+def _no_manifest(folder: Path) -> str:
+    """What is in the place of a folder of shards, and the command that helps."""
+    no_shards = "no shards here (no manifest.json)"
+    if not folder.is_dir():
+        if re.search(r"[*?\[{]|\.tar$", str(folder)):
+            return f"{no_shards}; give the folder of the tars{'' if folder.parent == Path() else f': {folder.parent}'}"
+        return f"{'not a folder' if folder.exists() else 'no such folder'}{suggest_path(folder)}"
+    if any(folder.glob("*.tar")):
+        return f"{no_shards}; if these tars were made by another program, `make index DST={folder}` writes the manifest"
+    made = [path.parent for path in itertools.islice(folder.glob("*/manifest.json"), 4)]
+    if made:
+        return f"{no_shards}, but in {' and '.join(sorted(map(str, made)))}: name one of them"
+    if _has_photos(folder):
+        beside = folder.with_name(f"{folder.name}-shards") if folder.name else folder.absolute().with_name("shards")
+        if (beside / "manifest.json").is_file():
+            return f"photos, not shards, which seem to be in {beside}"
+        source, target = shlex.quote(str(folder)), shlex.quote(str(beside))
+        return f"photos, not shards; `make shards SRC={source} DST={target}` makes shards of them"
+    return f"{no_shards}; `make shards SRC=photos/ DST={folder}` makes shards from a folder of photos"
+
+
+def _has_photos(folder: Path) -> bool:
+    """Whether a folder, or one inside it, holds photos: judged by some thousand names."""
+    names = (name for _, _, files in os.walk(folder) for name in files)
+    return any(name.lower().endswith(PHOTO_SUFFIXES) for name in itertools.islice(names, 5000))
 
 
 def describe_loss(beyond: np.ndarray, records: np.ndarray, first_id: int) -> str:

@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -20,6 +22,24 @@ def suggest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """The end of a message: `, did you mean 'x'?` for the known word closest to `word`, or nothing."""
     close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=cutoff)
     return f", did you mean '{close[0]}'?" if close else ""
+
+
+def suggest_path(path: str | Path) -> str:
+    """`suggest` for a path that does not exist: each part that is missing is replaced by the nearest name there is."""
+    found = Path(path)
+    while missing := next((p for p in reversed((found, *found.parents)) if not os.path.exists(p)), None):
+        try:
+            with os.scandir(missing.parent) as entries:  # a folder of more names is one of photos
+                names = sorted(entry.name for entry in itertools.islice(entries, 10_000))
+        except OSError:
+            return ""
+        near = difflib.get_close_matches(
+            missing.name, [name for name in names if name != missing.name], n=1, cutoff=0.5
+        )
+        if not near:
+            return ""
+        found = missing.parent / near[0] / found.relative_to(missing)
+    return f", did you mean '{found}'?"
 
 
 def require_positive(args: argparse.Namespace, *names: str) -> None:

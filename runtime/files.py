@@ -32,6 +32,17 @@ def write_atomic(path: Path, content: str | bytes, temporary: Path | None = None
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def refusal(folder: Path) -> str:
+    """Why no file can be written to a folder, which need not exist yet; "" if one can be. Writes nothing itself."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        return f"{existing} is no folder"
+    if os.access(existing, os.W_OK | os.X_OK):
+        return ""
+    read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+    return f"{existing}: {'Read-only file system' if read_only else 'Permission denied'}"
+
+
 def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from runtime.config import Config, dump_config
+from runtime.config import Config, dump_run_config
 from runtime.distributed import DistributedContext, precision_warning
 from runtime.errors import RunError, UserError
 from runtime.files import write_atomic
@@ -35,7 +35,7 @@ class RunLog:
         self.logger: MetricLogger | None = None
         if context.is_main:
             self.logger = MetricLogger(folder, steps, plan.steps_per_epoch, start, config.head.prototypes)
-            write_atomic(folder / "config.yaml", dump_config(config))
+            write_atomic(folder / "config.yaml", dump_run_config(config))
             row = {"step": start, "command": command_line(), **versions()}
             append_jsonl(folder / "versions.jsonl", row)
 
@@ -98,7 +98,7 @@ class RunLog:
         steps = range(done - in_a_row, done)
         if self.context.is_main:
             ids = {i: self.plan.samples_of(i).tolist() for i in steps}
-            replay = {"steps": list(steps), "ids": ids, "config": dump_config(self.config)}
+            replay = {"steps": list(steps), "ids": ids, "config": dump_run_config(self.config)}
             write_atomic(self.folder / "replay.json", json.dumps(replay, indent=1) + "\n")
         return RunError(
             f"loss or gradient was not finite for {in_a_row} steps in a row, up to step {done - 1} "

@@ -74,6 +74,51 @@ def make_schedules(config: Config, steps_per_epoch: int) -> Schedules:
     )
 
 
+def describe_change(before: Schedules, after: Schedules, step: int) -> str:
+    """How the schedules of a run that resumes at `step` (one or more) differ from those that it had, for the log; "" if they
+    do not. The jump of a value is from the last step done to the next one."""
+    fields = ("lr", "weight_decay", "teacher_momentum", "teacher_temperature", "frozen")
+    if len(before) == len(after) and all(
+        np.array_equal(getattr(before, n)[step:], getattr(after, n)[step:]) for n in fields
+    ):
+        return ""
+    if step >= len(after):
+        return f"the schedules change: {len(before)} steps -> {len(after)} steps, and {step} are done"
+    last, following = before.at(min(step, len(before)) - 1), after.at(step)
+    jumps = [f"learning rate {last.lr:.2e} -> {following.lr:.2e}"]
+    if last.weight_decay != following.weight_decay:
+        jumps.append(f"weight decay {last.weight_decay:.4g} -> {following.weight_decay:.4g}")
+    jumps.append(f"teacher momentum {last.teacher_momentum:.5f} -> {following.teacher_momentum:.5f}")
+    stretch = "stretched" if len(after) > len(before) else "shortened"
+    length = f"{len(before)} steps -> {len(after)} steps, and every cosine is {stretch} to the new length; "
+    return (
+        f"the schedules change at step {step}: {length if len(before) != len(after) else ''}from the last step to the next: "
+        f"{', '.join(jumps)}"
+    )
+
+
+def short_run_notes(config: Config, steps_per_epoch: int) -> list[str]:
+    """What takes up a short run, because its length in epochs was meant for a longer one; with the override that fits."""
+    o, loss = config.optim, config.loss
+    steps = max(1, round(o.epochs * steps_per_epoch))
+    warmup, frozen = (round(epochs * steps_per_epoch) for epochs in (o.warmup_epochs, o.freeze_last_layer_epochs))
+    notes, tenth = [], f"{o.epochs / 10:g}"
+    if warmup > steps / 2:
+        notes.append(
+            f"the learning rate warms up in {min(warmup, steps)} of {steps} steps; optim.warmup_epochs={tenth} takes a tenth"
+        )
+    if frozen >= steps:
+        notes.append(
+            f"the heads' last layer is frozen in all {steps} steps; optim.freeze_last_layer_epochs={tenth} takes a tenth"
+        )
+    start, final = loss.teacher_temperature
+    if start != final and loss.teacher_temperature_warmup >= o.epochs:
+        notes.append(
+            f"the teacher's temperature never gets to {final:g}; loss.teacher_temperature_warmup={round(o.epochs / 10)} does"
+        )
+    return notes
+
+
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Two groups of the trained parameters: weight decay for matrices and tokens, none for biases and norms (published)."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -16,8 +16,11 @@ def describe(config: Config, plan: Any, world_size: int, device: str, dtype: str
     )
 
 
-def print_summary(config: Config, plan: Any, steps: int, cost: Any, world_size: int) -> None:
-    """Print what --dry-run reports. cost: `model.cost.Cost`; world_size: how many processes would train."""
+def print_summary(
+    config: Config, plan: Any, steps: int, cost: Any, world_size: int, messages: list[str] | tuple[str, ...] = ()
+) -> None:
+    """Print what --dry-run reports. cost: `model.cost.Cost`; world_size: how many processes would train; messages: what the
+    run would say before its first step, empty ones among them."""
     views, images = len(config.views), config.optim.global_batch_size // (world_size * config.speed.grad_accum_steps)
     state = 4 * (2 + 3) * cost.parameters  # bytes: student, teacher; gradient and AdamW's two moments
     print(describe(config, plan, 1, "device", "dtype"))
@@ -35,3 +38,5 @@ def print_summary(config: Config, plan: Any, steps: int, cost: Any, world_size: 
         print(
             f"tokens       {group.count} views of {group.size}: 1 + {patches} patches + {references} reference tokens"
         )
+    for message in filter(None, messages):
+        print(message)

@@ -296,7 +296,7 @@ def test_missing_file_names_the_nearest():
 
 
 def test_the_program_ends_with_2_and_one_message(tmp_path):
-    path = write(tmp_path, "optim: {lrr: 5}\ndata: {shards: nowhere}")
+    path = write(tmp_path, "optim: {lrr: 5}\ndata: {shards: tests}")
     done = subprocess.run([sys.executable, "train.py", path], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

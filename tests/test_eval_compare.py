@@ -176,7 +176,7 @@ def test_names_are_short_if_they_stay_unique():
         (["--seeds", "0"], "--seeds 0: must be more than 0"),
         (["RUN"], "given more than once"),
         (["RUN/"], "given more than once"),
-        (["--out", "README.md/x"], "--out README.md/x: .*README.md is not a writable folder"),
+        (["--out", "README.md/x"], "--out README.md/x: nothing can be written there .*README.md is no folder"),
         (["nowhere.pth"], "nowhere.pth: no such run"),
         (["--data", "nowhere"], "nowhere: not in Pascal VOC's layout"),
     ],

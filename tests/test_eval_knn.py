@@ -268,7 +268,7 @@ def test_shards_without_classes_are_reported_and_nothing_is_written(run, home, c
     [
         (["--features", "patch"], "did you mean 'patches'"),
         (["--size", "30"], "size 30: not a multiple of the patch size 8; the nearest is 32"),
-        (["--val", "nowhere"], "nowhere: no shards here"),
+        (["--val", "nowhere"], "nowhere: no such folder"),
         (["--limit", "-3"], "--limit -3: must be more than 0"),
         (["--limit", "0"], "--limit 0: must be more than 0"),
         (["--temperature", "0.01"], "temperature 0.01: must be at least 0.0125"),

@@ -446,7 +446,7 @@ WRONG = {
     "make photos dst --labels yes": "is directly in",
     "make photos dst --devkit x": "does not hold ImageNet's validation photos",
     "make splits dst": "holds train and val: give one of them",
-    "verify nowhere": "no shards here",
+    "verify nowhere": "no such folder",
     "verify tars": "make index",
     "index nowhere": "no such folder",
     "index empty": "no *.tar here",

@@ -264,7 +264,7 @@ def test_shares_of_classes_in_patches():
 
 
 WRONG = {
-    "views {none}": "no shards here",
+    "views {none}": "no such folder",
     "views {photos}": "make shards",
     "views {run} --config x.yaml": "a run with a config of its own",
     "views {run} --samples 1000": "holds samples 0 to 95",

@@ -154,7 +154,7 @@ def test_dino_is_the_same_trainer_without_points(tiny_config, tmp_path):
     ("words", "message"),
     [
         (["data.shards=null"], "data.shards: which shards?"),
-        (["data.shards=/nowhere"], "/nowhere: no shards here"),
+        (["data.shards=/nowhere"], "/nowhere: no such folder"),
         (["optim.global_batch_size=1024"], "fewer than one global batch of 1024"),
         (["speed.device=cuda"], "torch finds no CUDA device"),
     ],

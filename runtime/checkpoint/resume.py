@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from runtime.checkpoint.format import Checkpoint, CorruptCheckpoint, list_checkpoints, open_checkpoint
+from runtime.command import again
 from runtime.config import Config, diff, load_config, parse_config
 from runtime.errors import UserError
+
+SHAPES = {  # keys whose values decide the names or shapes of a network's weights
+    "method", "model.arch", "model.patch", "model.width", "model.depth", "head.hidden", "head.bottleneck",
+    "head.prototypes", "head.norm", "head.shared",
+}  # fmt: skip
 
 
 def latest_valid(folder: Path) -> Checkpoint | None:
@@ -56,12 +62,14 @@ def find_resume(
         old, new = (f"{d['samples']:,} samples in {_count(d['shards'], 'shard')}" for d in (found.data, data))
         what = f"saved {old}, current {new}" if old != new else f"saved and current have {old}, but the photos differ"
         changes["data.shards"] = f"data.shards: {what}"
-    refused = [message for key, message in changes.items() if key not in allowed]
+    refused = {key: message for key, message in changes.items() if key not in allowed}
     if refused:
-        raise UserError(
-            f"{folder} holds another run ({'; '.join(refused)}); start a new run with RUN=another/folder, "
-            "or resume this one with --allow-change KEY for each key"
-        )
+        what = f"{folder} holds another run ({'; '.join(refused.values())}); start a new run with RUN=another/folder"
+        if SHAPES & refused.keys() or saved.image_size != config.image_size:
+            raise UserError(f"{what} (its weights have other shapes, they cannot be resumed with these values)")
+        command = again(*(word for key in refused for word in ("--allow-change", key)))
+        about = ", see docs/howto/train-longer.md" if "optim.epochs" in refused else ""
+        raise UserError(f"{what}, or resume this one with the new values{about}: `{command}`")
     return found, [f"allowed change: {message}" for message in changes.values()]
 
 

@@ -5,12 +5,17 @@ another value is wrong. Each Problem names the keys it depends on, so that it is
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 from runtime.config.messages import Problem
 from runtime.config.schema import BY_VIEW, TEACHERS, Config
+from runtime.errors import suggest_path
 from runtime.methods import METHODS
+
+MIN_TEMPERATURE = 1 / 80  # of k-NN: above it no vote, exp(similarity / temperature), overflows float32
 
 
 def check(c: Config) -> list[Problem]:
@@ -21,7 +26,10 @@ def check(c: Config) -> list[Problem]:
 def _optim(c: Config) -> Iterator[Problem]:
     epochs, warmup, pieces = c.optim.epochs, c.optim.warmup_epochs, c.speed.grad_accum_steps
     if warmup >= epochs:
-        text = f"{warmup:g} epochs of warmup do not fit into optim.epochs: {epochs:g}"
+        text = (
+            f"{warmup:g} epochs of warmup do not fit into optim.epochs: {epochs:g}; a tenth of the run is usual: "
+            f"optim.warmup_epochs={epochs / 10:g}"
+        )
         yield Problem("optim.warmup_epochs", text, ("optim.epochs",))
     if c.optim.global_batch_size % pieces:
         text = f"{c.optim.global_batch_size} is not divisible by speed.grad_accum_steps: {pieces}"
@@ -118,12 +126,31 @@ def check_training(c: Config, processes: int) -> Iterator[Problem]:
             f" (nearest: {max(1, round(batch / pieces)) * pieces})"
         )
         yield Problem("optim.global_batch_size", text, ("speed.grad_accum_steps",))
+    if c.eval.temperature < MIN_TEMPERATURE:
+        text = f"{c.eval.temperature:g} lets a vote of k-NN overflow float32 (at least {MIN_TEMPERATURE:g})"
+        yield Problem("eval.temperature", text)
     run = Path(c.run.folder or "run").resolve()
     for key, place in {"data.shards": c.data.shards, "data.val": c.data.val, "eval.voc": c.eval.voc}.items():
-        if place is None or "://" in place or "\0" in place + os.fspath(run):
+        if not is_path(place) or "\0" in place + os.fspath(run):
             continue
         folder = Path(place).resolve()
         if folder in (run, *run.parents):
             where = "is" if folder == run else "is inside"
             text = f"{c.run.folder} {where} {key}: {place}. A run needs a folder of its own"
             yield Problem("run.folder", text, (key,))
+        elif problem := missing(place):
+            without = "; eval.voc=null trains without scenes" if key == "eval.voc" else ""
+            yield Problem(key, f"{place}: {problem}{without}")
+
+
+def is_path(place: str | None) -> TypeGuard[str]:
+    """Whether the value of one of PLACES is a path, and not an address or timm:NAME."""
+    return place is not None and "://" not in place and not place.startswith("timm:")
+
+
+def missing(place: str, what: str = "folder") -> str:
+    """What is wrong with a path where nothing is, with the nearest name; "" if it exists, or is a pattern of names."""
+    if os.path.exists(place) or re.search(r"[*?\[{]", place):
+        return ""
+    painted = "; `make scenes` paints it" if Path(place).parts[:2] == ("data", "scenes") else ""
+    return f"no such {what}{suggest_path(place)}{painted}"

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from runtime.config import yaml
-from runtime.config.checks import check, check_training
+from runtime.config.checks import check, check_training, is_path
 from runtime.config.messages import COMMAND_LINE, ConfigErrors, dotted, explain, flatten, found, suggest_key
-from runtime.config.schema import NON_RESULT_KEYS, RESULT_SECTIONS, Config
+from runtime.config.schema import NON_RESULT_KEYS, PLACES, RESULT_SECTIONS, Config
 from runtime.errors import UserError, suggest
 
 
@@ -22,6 +23,7 @@ def load_config(
 ) -> Config:  # fmt: skip
     """The config of a yaml file with `a.b=c` words applied over it. Raises one UserError that lists all errors.
 
+    The config.yaml of a run means the folder that it is in, wherever the run was made, unless a word gives run.folder.
     processes: how many are going to train with it; None: it is only read. allowed: keys whose values may differ from a
     checkpoint's (--allow-change). errors: what the caller found wrong on its command line.
     """
@@ -31,8 +33,9 @@ def load_config(
     for word in overrides:
         _override(tree, word, sources, listed)
     config = _validate(tree, sources, listed)
-    if config.run.folder is None:
-        config.run.folder = str(Path("runs") / path.stem)
+    folder = run_of(path)
+    if config.run.folder is None or (folder is not None and sources("run.folder") != COMMAND_LINE):
+        config.run.folder = str(folder or Path("runs") / path.stem)
     keys = flatten(config)
     for key in allowed:
         if key not in keys:
@@ -64,10 +67,35 @@ def dump_config(config: Config) -> str:
     return yaml.dump(_plain(config))
 
 
+def run_of(path: Path) -> Path | None:
+    """The run whose config.yaml this is: the folder it is in, if a run has started there; else None."""
+    folder = path.parent
+    started = (folder / "versions.jsonl").is_file() or any((folder / "checkpoints").glob("checkpoint-*.safetensors"))
+    return folder if path.name == "config.yaml" and started else None
+
+
+def dump_run_config(config: Config) -> str:
+    """The resolved config as a run keeps it, which means the same from every folder: its paths are absolute, and it has no
+    run.folder, because a run is where its config.yaml is."""
+    tree = _plain(_with_absolute_places(config))
+    tree["run"]["folder"] = None
+    return yaml.dump(tree)
+
+
+def _with_absolute_places(config: Config) -> Config:
+    config = copy.deepcopy(config)
+    for key in PLACES:
+        section, _, name = key.partition(".")
+        place = getattr(getattr(config, section), name)
+        if is_path(place) and not place.startswith("~"):
+            setattr(getattr(config, section), name, os.path.abspath(place))
+    return config
+
+
 def diff(saved: Config, current: Config) -> dict[str, str]:
     """What changes results and differs between two configs: {key: message}."""
     changed = {}
-    a, b = flatten(saved), flatten(current)
+    a, b = (flatten(_with_absolute_places(config)) for config in (saved, current))
     for key in a | b:
         if key.split(".")[0] in RESULT_SECTIONS and key not in NON_RESULT_KEYS and a.get(key) != b.get(key):
             changed[key] = f"{key}: saved {a.get(key, 'nothing')}, current {b.get(key, 'nothing')}"

@@ -104,7 +104,8 @@ def expected(hint: Any) -> str:
         return f"{len(inner)} numbers{_bounds(unwrap(inner[0])[1])}"
     if typing.get_origin(kind) is list:
         element, bounds = unwrap(inner[0])
-        return "a list of groups" if dataclasses.is_dataclass(element) else f"numbers{_bounds(bounds)}"
+        kinds = "groups" if dataclasses.is_dataclass(element) else "texts" if element is str else ""
+        return f"a list of {kinds}" if kinds else f"numbers{_bounds(bounds)}"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     return names[kind] + _bounds(metadata)
 

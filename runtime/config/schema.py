@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from runtime.config.bounds import METHOD, RATIO, WINDOW, Pair, Share, ShareBelowOne, Shares, Text, as_list
+from runtime.config.bounds import METHOD, RATIO, WINDOW, Pair, Share, ShareBelowOne, Shares, Text, Texts, as_list
 from runtime.methods import uses_points
 
 TEACHERS = 2  # T: the method has two teacher views (eq. 2, eq. 3)
@@ -24,6 +24,7 @@ NON_RESULT_KEYS = (
     "data.max_corrupt",
     "data.max_missing",
 )  # where images are, when to give up
+PLACES = ("data.shards", "data.val", "model.init", "speed.cache", "eval.voc")  # values that may be paths
 SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 # ------------------------------------------------------------------------------------------ sections that change results
@@ -275,6 +276,8 @@ class Eval:
 
     voc: Text | None = None
     """Folder in Pascal VOC's layout, for linear segmentation (section 4.1: Pascal VOC 2012)."""
+    ignore_classes: Texts = Field(default_factory=list)
+    """Classes whose photos take no part in k-NN and linear classification, such as one that only `data.val` has."""
     every: NonNegativeFloat = 0
     """Epochs between two k-NN evaluations during training. 0 means never."""
     limit: PositiveInt = 20_000

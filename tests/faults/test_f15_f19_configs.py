@@ -45,7 +45,7 @@ def refused(result: Result, *words: str) -> None:
 
 GOOD = """
 data:
-  shards: nowhere
+  shards: tests
   views:
     - {count: 2, size: 32, scale: [0.4, 1.0], teacher: true}
     - {count: 2, size: 16, scale: [0.2, 0.5]}
@@ -107,7 +107,7 @@ ERRORS = {  # what: (text of the config, or {what to replace in GOOD: by what}; 
     "empty": ("", [], ["a config is a mapping 'key: value', this file is empty"]),
     "a list": ("- optim\n", [], ["a config is a mapping 'key: value', this file is a list"]),
     "writes into its data": (
-        {"nowhere": "{folder}/photos"}, ["run.folder={folder}/photos"],
+        {"shards: tests": "shards: {folder}/photos"}, ["run.folder={folder}/photos"],
         ["run.folder: {folder}/photos is data.shards: {folder}/photos. A run needs a folder of its own"],
     ),
 }  # fmt: skip
@@ -141,15 +141,13 @@ def test_an_error_is_reported(what, tmp_path):
 def test_a_valid_config_gets_to_the_shards(tmp_path):
     """What ERRORS starts from is valid: the program gets to its shards, still without torch."""
     (tmp_path / "run.yaml").write_text(GOOD.replace("global_batch_size: 16", "global_batch_size: 16, lr: 1e-3"))
-    refused(start(tmp_path / "run.yaml"), "nowhere: no shards here")
+    refused(start(tmp_path / "run.yaml"), "tests: no shards here")
 
 
 def test_errors_of_the_file_the_command_line_and_the_folders_in_one_list(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(GOOD.replace("optim:", "optm:").replace("size: 33", "size: 32"))
-    result = start(
-        path, "--dry", "loss.aplha=1", "model.arch=vit_smal", "data.flip=2", f"run.folder={ROOT}/nowhere/run"
-    )
+    result = start(path, "--dry", "loss.aplha=1", "model.arch=vit_smal", "data.flip=2", f"run.folder={ROOT}/tests/run")
     refused(result, "6 errors", "--dry:", "optm:", "loss.aplha:", "model.arch:", "data.flip:", "is inside data.shards:")
 
 
@@ -165,7 +163,7 @@ HOSTILE = {
         ["line 1: tags (tag:yaml.org,2002:python/object/apply:os.system) are not allowed"],
     ),
     "environment": (
-        lambda folder: GOOD.replace("nowhere", "'${oc.env:SECRET}'") + "seed: ${oc.env:SECRET}\n",
+        lambda folder: GOOD.replace("shards: tests", "shards: '${oc.env:SECRET}'") + "seed: ${oc.env:SECRET}\n",
         ["seed: expected a whole number, 0 or more and below 2^63, found the text '${oc.env:SECRET}'"],
     ),
     "key twice": (
@@ -191,5 +189,5 @@ def test_hostile_yaml_is_refused(what, tmp_path):
 
 def test_the_environment_is_never_read(tmp_path):
     """Where a text is expected, ${...} is that text."""
-    (tmp_path / "run.yaml").write_text(GOOD.replace("nowhere", "'${oc.env:SECRET}'"))
+    (tmp_path / "run.yaml").write_text(GOOD.replace("shards: tests", "shards: '${oc.env:SECRET}'"))
     refused(start(tmp_path / "run.yaml", SECRET="/tmp"), "error: ${oc.env:SECRET}: no shards here")

@@ -94,7 +94,9 @@ def test_another_run_is_refused_with_the_difference(finished, other_shards, tmp_
         assert expected in message
     if what != "older version":
         assert f"{run} holds another run (" in message
-        assert "or resume this one with --allow-change KEY for each key" in message
+        allowing = f"or resume this one with the new values: `python train.py {finished} "
+        other_shapes = "(its weights have other shapes, they cannot be resumed with these values)"
+        assert (other_shapes if what in ("architecture", "dimensions") else allowing) in message
     assert contents(run) == before  # no file has changed
 
 

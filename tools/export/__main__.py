@@ -24,7 +24,7 @@ S side of an image, pixels · D width · N patches.
 
 from pathlib import Path
 
-from runtime.errors import UserError, run_cli, suggest
+from runtime.errors import UserError, run_cli, suggest_path
 from tools.docstring import make_parser
 
 
@@ -36,8 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     path = Path(args.network)
     if not args.network.startswith("timm:") and not path.exists():
-        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-        raise UserError(f"{path}: no such run, checkpoint or backbone file{suggest(str(path), map(str, siblings))}")
+        raise UserError(f"{path}: no such run, checkpoint or backbone file{suggest_path(path)}")
 
     from model.weights import load_backbone
     from tools.export.timm_folder import export, timm_model

@@ -106,9 +106,9 @@ def show_views(args: argparse.Namespace) -> None:
         return
     file = run / "config.yaml" if is_run else args.config
     config = load_config(file) if file else Config()
-    folder = config.data.shards if is_run else args.source
+    folder = EvalTarget(run).place("data.shards") if is_run else args.source
     if folder is None:
-        raise UserError(f"{file}: data.shards names no folder")
+        raise UserError(f"{run}/config.yaml: data.shards names no folder")
     shards = open_shards(folder, config)
     from tools.show import views
 

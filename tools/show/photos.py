@@ -60,9 +60,8 @@ def choose_photos(paths: list[Path], target: EvalTarget, count: int) -> list[Pho
 
     Raises UserError if a path holds no images, or if none are named and the network lies in no run folder.
     """
-    config = target.config
-    if not paths and config and config.eval.voc:
-        paths = [Path(config.eval.voc)]
+    if not paths and (scenes_folder := target.place("eval.voc")):
+        paths = [Path(scenes_folder)]
     photos: list[Photo] = []
     for path in paths:
         if (path / "ImageSets").is_dir():
@@ -80,11 +79,10 @@ def choose_photos(paths: list[Path], target: EvalTarget, count: int) -> list[Pho
 
 def _photos_of_run(target: EvalTarget, count: int) -> list[Photo]:
     """`count` photos of the run's validation shards, else of its training shards; corrupt ones are left out."""
-    config = target.config
-    folder = (config.data.val or config.data.shards) if config else None
+    folder = target.place("data.val") or target.place("data.shards")
     if folder is None:
         raise UserError(f"{target.path}: not in a run folder; name the images to show")
-    shards = open_shards(folder, config)
+    shards = open_shards(folder, target.config)
     photos = []
     for sample in subsample(np.arange(len(shards)), count).tolist():
         photo = shards.read(sample)

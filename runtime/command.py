@@ -1,0 +1,39 @@
+"""The command that the user typed, with more words at its end: for messages that end with a command to copy."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+# of `make pretrain`, in the order of its documentation; make exports those that were given
+VARIABLES = ("CONFIG", "SHARDS", "VAL", "GPUS", "RESTARTS", "RUN", "METHOD")
+
+
+def again(*more: str) -> str:
+    """The command that started this process, with `more` at its end. A word a.b=c replaces an earlier one of its key."""
+    started = os.environ.get("STARTED_BY")  # set by the Makefile, which gives train.py other words than the user typed
+    if started:
+        given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+        defaults = {"CONFIG": "configs/demo.yaml", "RUN": f"runs/{_run_name(given)}"}
+        words = [f"{name}={shlex.quote(value)}" for name, value in given.items() if value != defaults.get(name)]
+        arguments = shlex.join(_replace(shlex.split(os.environ.get("ARGS", "")), more))
+        return " ".join([started, *words, f"ARGS={_quote(arguments)}"]).replace("$", "$$")
+    program, *words = sys.argv
+    # what torchrun itself was given is not known here
+    launcher = "torchrun …" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    return f"{launcher} {shlex.join([program, *_replace(words, more)])}"
+
+
+def _run_name(given: dict[str, str]) -> str:
+    """The run folder in runs/ that the Makefile takes if none is given."""
+    return Path(given.get("CONFIG", "demo")).stem + (f"-{given['METHOD']}" if "METHOD" in given else "")
+
+
+def _quote(text: str) -> str:
+    """`shlex.quote`, in double quotes where that is easier to read."""
+    return f'"{text}"' if "'" in text and not {*text} & {*'"$`\\!'} else shlex.quote(text)
+
+
+def _replace(words: list[str], more: tuple[str, ...]) -> list[str]:
+    keys = {word.partition("=")[0] for word in more if "=" in word}
+    return [word for word in words if "=" not in word or word.partition("=")[0] not in keys] + [*more]
