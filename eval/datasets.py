@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as transform
 
 from eval.voc import class_names, default_train_split, find_image, find_mask, read_split
-from pipeline.decode import DecodeError, decode, load_torchcodec
+from pipeline.decode import DecodeError, decode
 from pipeline.shards import Shards
 from runtime.errors import UserError, suggest
 
@@ -83,7 +83,6 @@ class LabeledPhotos(Dataset[tuple[Tensor, int]]):
             if label >= 0 and self._label[label] == NO_CLASS:
                 name = shards.classes[label]
                 raise UserError(f"{shards.folder}: class '{name}' is not in the train set{suggest(name, label_of)}")
-        load_torchcodec()  # once, before a loader forks its processes
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -119,7 +118,6 @@ class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, folder: str | Path, split: str, size: int, *, augment: bool = False, classes: int | None = None):
         self.folder, self.split, self.size, self.augment = Path(folder), split, size, augment
         ids = read_split(self.folder, split)
-        load_torchcodec()  # once, before a loader forks its processes
         self.images = [find_image(self.folder, scene, split) for scene in ids]
         self.masks = [find_mask(self.folder, scene, split) for scene in ids]
         self.names = class_names(self.folder)

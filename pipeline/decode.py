@@ -1,43 +1,63 @@
-"""Bytes -> pixels: the decoder of every photo, its header check and its errors. JPEG, PNG and still WebP.
+"""Bytes -> pixels: the one decoder of every photo, its header check and its errors. JPEG, PNG and still WebP.
 
-The WebDataset reader, `make shards`, `make index`, evaluation and the picture tools all decode here, so a photo has the
-same pixels in each of them; docs/reference/formats.md says how each format is decoded. DALI has its own decoder;
-tests/test_decode.py requires a mean difference of at most 2 of 255. Masks of a segmentation set are class numbers, which a
-conversion to RGB would destroy: `eval/datasets.py` reads those.
+`make shards`, `make index`, the WebDataset reader, evaluation and the picture tools all decode here, so a photo that one of
+them accepts is accepted by all, with the same pixels; docs/reference/formats.md says how each format is decoded. DALI has
+its own decoder, which gets only photos that were accepted here when they were indexed; tests/test_decode.py requires a mean
+difference of at most 2 of 255. Masks of a segmentation set are class numbers, which a conversion to RGB would destroy:
+`eval/datasets.py` reads those.
+
+    JPEG    libjpeg-turbo, through simplejpeg: what libjpeg prints as a warning ("Corrupt JPEG data: ...") is an error here
+    PNG     Pillow, after every chunk's checksum has been compared, which Pillow does not do for pixels
+    WebP    Pillow
+
+Damage must be found when a photo is indexed: later only its crc32 is compared. So everything that a decoder calls
+suspicious is refused. On the other hand the decoder gets only what makes pixels. Metadata (EXIF, color profile, XMP, text)
+is taken out first, so it can neither be the reason to refuse a photo nor unpack to gigabytes.
 
 A photo's header is read before anything is decoded, because a decoder allocates what the header says: for a PNG of 875 kB
 whose header says 30000 x 30000 pixels, DALI took 12 GB and 41 s.
 
-Importing this file loads Pillow, but neither torch nor torchcodec: `make shards` and `make index` run a process on each
-core, and torchcodec would cost each of them 500 MB to decode 8 % faster. Pillow and torchcodec give the same pixels.
+Importing this file does not load torch: `make shards` and `make index` run a process on each core, and torch would cost
+each of them 500 MB.
 """
 
 from __future__ import annotations
 
 import io
-import re
 import struct
-from collections.abc import Callable, Iterator
-from functools import cache
+import zlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, WebPImagePlugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_PIXELS = 10**8  # of a photo in a shard: 300 MB when decoded, and as many as the largest cameras have
-FORMATS = ("JPEG", "PNG", "WEBP")  # as Pillow names them
 
 # Markers of a JPEG's header
 _FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # SOF: holds the size
-_APP1, _APP14, _APP15 = 0xE1, 0xEE, 0xEF
+_LOSSLESS, _ARITHMETIC, _HIERARCHICAL = {0xC3, 0xCB}, {0xC9, 0xCA}, {0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF}  # frames
+_SOS, _APP14 = 0xDA, 0xEE
+_METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP1 to APP13, APP15, COM; APP0 and APP14 say how colors are stored
 _WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xD8)}  # a stuffed byte, TEM, RST
-_ENDS = {0xD8, 0xD9, 0xDA}  # SOI, EOI, SOS: the header ends here
+_ENDS = {0xD8, 0xD9}  # SOI, EOI: no header goes on behind them
 
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # APP14, transform 0: CMYK
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+
+
+_MEANINGS = {  # of what decoders say
+    "subsampling": "its header is damaged, or its chroma subsampling is one that the decoder does not support",
+    "could not create decoder": "damaged: libwebp does not accept its header",
+    "failed to read next frame": "damaged: libwebp cannot decode its pixels",
+}
 
 
 class DecodeError(ValueError):
@@ -51,35 +71,62 @@ def read_header(photo: bytes) -> tuple[int, int] | None:
     """(height, width) as the pixels are stored, before any EXIF rotation; None if the bytes are not a JPEG, PNG or WebP,
     or the header is truncated. 2 µs."""
     try:
-        if photo.startswith(b"\xff\xd8"):
+        if is_jpeg(photo):
             for marker, at in _segments(photo):
                 if marker in _FRAMES:
                     height, width = struct.unpack_from(">HH", photo, at + 5)
                     return height, width
-        elif _is_png(photo) and photo[12:16] == b"IHDR":
+        elif is_png(photo) and photo[12:16] == b"IHDR":
             width, height = struct.unpack_from(">II", photo, 16)
             return height, width
-        elif photo.startswith(b"RIFF") and photo[8:12] == b"WEBP":
+        elif _is_webp(photo):
             return _read_webp_header(photo)
     except (IndexError, struct.error):  # the header is truncated
         pass
     return None
 
 
-def check_header(photo: bytes) -> tuple[int, int]:
+def check_header(photo: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of a photo that may be decoded. Raises DecodeError for other formats, a size of zero, more than
-    MAX_PIXELS, and animations."""
-    size = read_header(photo)
-    if size is None:
-        raise DecodeError("neither JPEG, PNG nor WebP")
-    height, width = size
-    if height * width == 0:
-        raise DecodeError(f"its header says {height} x {width} pixels")
-    if height * width > MAX_PIXELS:
-        raise DecodeError(f"{height} x {width} pixels are more than the readers accept ({MAX_PIXELS:,})")
-    if photo[12:16] == b"VP8X" and photo.startswith(b"RIFF") and photo[20] & 2:
+    `max_pixels`, animations, and JPEGs of a kind that the decoder does not know."""
+    height, width = _size_of(photo)
+    if height * width > max_pixels:
+        raise DecodeError(f"{height} x {width} pixels are more than the readers accept ({max_pixels:,})")
+    if photo[12:16] == b"VP8X" and _is_webp(photo) and photo[20] & 2:
         raise DecodeError("an animated WebP; only still ones are supported")
+    if is_jpeg(photo):
+        _check_coding(photo)
     return height, width
+
+
+def _size_of(photo: bytes) -> tuple[int, int]:
+    """What `read_header` returns. Raises DecodeError if that is None or has no pixels."""
+    size = read_header(photo)
+    if is_png(photo) and photo[12:16] == b"CgBI":
+        raise DecodeError(
+            "a PNG of Apple's own kind (CgBI), which the decoder does not support; save it as an ordinary PNG"
+        )
+    if size is None:
+        kind = "JPEG" if is_jpeg(photo) else "PNG" if is_png(photo) else "WebP" if _is_webp(photo) else ""
+        raise DecodeError(
+            f"a {kind} without a size: its header is damaged or truncated" if kind else "neither JPEG, PNG nor WebP"
+        )
+    if 0 in size:
+        raise DecodeError(f"its header says {size[0]} x {size[1]} pixels")
+    return size
+
+
+def _check_coding(jpeg: bytes) -> None:
+    """Raises DecodeError for a JPEG that may be sound, but that the decoder (or DALI's) does not know."""
+    marker, at = next((marker, at) for marker, at in _segments(jpeg) if marker in _FRAMES)
+    bits = jpeg[at + 4]
+    coding = (
+        "lossless" if marker in _LOSSLESS else "hierarchical" if marker in _HIERARCHICAL
+        else "arithmetic" if marker in _ARITHMETIC else ""
+    )  # fmt: skip
+    if coding or bits != 8:
+        what = f"{coding} coding" if coding else f"{bits} bits a value"
+        raise DecodeError(f"a JPEG of {what}, which the decoder does not support; save it as an ordinary JPEG or PNG")
 
 
 def with_adobe_marker(photo: bytes) -> bytes:
@@ -88,7 +135,7 @@ def with_adobe_marker(photo: bytes) -> bytes:
     Nearly all CMYK JPEGs hold inverted values. Pillow and torchcodec always assume that, DALI only after Adobe's marker:
     without the marker its image is a negative. 3 µs.
     """
-    if not photo.startswith(b"\xff\xd8"):
+    if not is_jpeg(photo):
         return photo
     components, has_marker = 0, False
     try:
@@ -103,7 +150,8 @@ def with_adobe_marker(photo: bytes) -> bytes:
 
 
 def _segments(photo: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, its offset) of a JPEG's header, read as libjpeg does: bytes between two segments are skipped."""
+    """(marker, its offset) of a JPEG's header up to its first scan (SOS), read as libjpeg does: bytes between two segments
+    are skipped. IndexError if the header is truncated."""
     at = 2
     while (at := photo.find(b"\xff", at)) >= 0:
         marker = photo[at + 1]
@@ -115,11 +163,31 @@ def _segments(photo: bytes) -> Iterator[tuple[int, int]]:
             return
         else:
             yield marker, at
+            if marker == _SOS:
+                return
             at += 2 + (photo[at + 2] << 8 | photo[at + 3])
 
 
-def _is_png(photo: bytes) -> bool:
-    return photo.startswith(b"\x89PNG\r\n\x1a\n")
+def is_jpeg(photo: bytes) -> bool:
+    return photo.startswith(b"\xff\xd8")
+
+
+def is_png(photo: bytes) -> bool:
+    return photo.startswith(_PNG)
+
+
+def _is_webp(photo: bytes) -> bool:
+    return photo.startswith(b"RIFF") and photo[8:12] == b"WEBP"
+
+
+def is_known(photo: bytes) -> bool:
+    """Whether the bytes begin like a photo that is decoded here, be it sound or not."""
+    return is_jpeg(photo) or is_png(photo) or _is_webp(photo)
+
+
+def jpeg_components(jpeg: bytes) -> int:
+    """Values of a pixel as a JPEG stores it, if `check_header` accepts it: 1 gray, 3 color, 4 CMYK."""
+    return next(jpeg[at + 9] for marker, at in _segments(jpeg) if marker in _FRAMES)
 
 
 def _read_webp_header(photo: bytes) -> tuple[int, int] | None:
@@ -140,49 +208,108 @@ def _read_webp_header(photo: bytes) -> tuple[int, int] | None:
 
 
 def decode(photo: bytes) -> Tensor:
-    """A photo's pixels, uint8 [3,H,W], RGB; by torchcodec, or by Pillow if torchcodec is missing or would differ.
+    """A photo's pixels, uint8 [3,H,W], RGB: `decode_array` as a tensor. Raises DecodeError as that does."""
+    import torch
+
+    return torch.from_numpy(decode_array(photo)).permute(2, 0, 1)
+
+
+def decode_array(photo: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """A photo's pixels, uint8 [H,W,3], RGB.
 
     EXIF rotation is not applied: decoders disagree about malformed EXIF, and the index holds the sizes before rotation.
-    Raises DecodeError if the header is refused (`check_header`) or the bytes do not decode.
+    Raises DecodeError if the header is refused (`check_header`) or the bytes do not decode without a complaint.
     """
-    size = check_header(photo)
-    torchcodec_decode, data = load_torchcodec(), _for_torchcodec(photo)
-    if torchcodec_decode is None or data is None:
-        import torch
-
-        return torch.from_numpy(decode_with_pillow(photo)).permute(2, 0, 1)
+    size = check_header(photo, max_pixels)
     try:
-        pixels = torchcodec_decode(data)
-    except MemoryError:
+        if is_jpeg(photo):
+            pixels = _decode_jpeg(photo)
+        else:
+            with open_image(photo) as opened:
+                image = to_8_bits(opened)
+                pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except (DecodeError, MemoryError):
         raise
-    except Exception as error:  # a decoder may raise anything
-        raise DecodeError(_reason(error)) from None
-    if pixels.shape != (3, *size):
+    except Exception as error:  # hostile bytes can make a decoder raise anything
+        raise DecodeError(reason(error)) from None
+    if pixels.shape != (*size, 3):
         raise DecodeError(f"its header says {size[0]} x {size[1]} pixels, the decoded image is {list(pixels.shape)}")
     return pixels
 
 
-def decode_with_pillow(photo: bytes) -> NDArray[np.uint8]:
-    """What `decode` returns, as an array [H,W,3] and without torch. Raises DecodeError as `decode` does."""
-    height, width = check_header(photo)
-    try:
-        with open_image(photo) as image:
-            if image.size != (width, height):
-                raise DecodeError(f"its header says {height} x {width} pixels, Pillow {image.height} x {image.width}")
-            return np.array(to_8_bits(image).convert("RGB"))
-    except (DecodeError, MemoryError):
-        raise
-    except Exception as error:  # hostile bytes can make Pillow raise anything
-        raise DecodeError(_reason(error)) from None
+def _decode_jpeg(photo: bytes) -> NDArray[np.uint8]:
+    """A JPEG's pixels, [H,W,3]. Raises ValueError with libjpeg's words, also where libjpeg would only warn."""
+    plain = _without_metadata(photo)
+    if jpeg_components(photo) != 4:
+        return simplejpeg.decode_jpeg(plain, "RGB", strict=True)
+    inks = simplejpeg.decode_jpeg(plain, "CMYK", strict=True)  # inverted, as Adobe's programs store them
+    return np.array(Image.fromarray(255 - inks, "CMYK").convert("RGB"))
 
 
-def open_image(photo: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Pillow's image of a photo, of which only the header has been read. Raises DecodeError if the bytes have none of these
-    formats, and anything else that Pillow raises. `make shards` passes more formats than the readers accept."""
+def _without_metadata(jpeg: bytes) -> bytes:
+    """The same JPEG with only those segments that pixels depend on, and without bytes between segments: nothing about which
+    libjpeg would complain although no pixel is concerned. Raises DecodeError if no scan follows. 10 µs for 110 kB."""
+    parts: list[bytes | memoryview] = [jpeg[:2]]
     try:
-        return Image.open(io.BytesIO(photo), formats=formats)
-    except UnidentifiedImageError:
-        raise DecodeError(f"not a {', '.join(formats)}: it begins with {photo[:16]!r}") from None
+        for marker, at in _segments(jpeg):
+            if marker == _SOS:
+                return b"".join([*parts, memoryview(jpeg)[at:]])
+            if marker not in _METADATA:
+                parts.append(jpeg[at : at + 2 + (jpeg[at + 2] << 8 | jpeg[at + 3])])
+    except IndexError:
+        pass
+    raise DecodeError("damaged or truncated: no pixels follow its header")
+
+
+def open_image(photo: bytes) -> Image.Image:
+    """Pillow's image of a PNG or WebP, of which only the header has been parsed. Raises DecodeError if its bytes are
+    incomplete, a PNG's checksum is wrong, or Pillow sees another size than `read_header`; and anything that Pillow raises.
+
+    Not `Image.open`, which hides the reason for a refusal and judges sizes by a limit of its own.
+    """
+    height, width = _size_of(photo)
+    image = _open_png(photo) if is_png(photo) else _open_webp(photo)
+    if image.size != (width, height):
+        raise DecodeError(f"its header says {height} x {width} pixels, Pillow {image.height} x {image.width}")
+    return image
+
+
+def _open_png(photo: bytes) -> Image.Image:
+    pixels = select_chunks(photo, {b"IDAT", b"PLTE", b"tRNS"})
+    return PngImagePlugin.PngImageFile(io.BytesIO(pixels))
+
+
+def _open_webp(photo: bytes) -> Image.Image:
+    size = 8 + int.from_bytes(photo[4:8], "little")
+    if len(photo) < size:
+        raise DecodeError(f"truncated: {len(photo)} of {size} bytes")
+    return WebPImagePlugin.WebPImageFile(io.BytesIO(photo))
+
+
+def select_chunks(png: bytes, kinds: set[bytes]) -> bytes:
+    """A PNG with only the chunks of these kinds, its header and its end; nothing if it has no such chunk. Raises DecodeError
+    as `_png_chunks` does."""
+    chunks = list(_png_chunks(png))
+    if not kinds & {kind for kind, _, _ in chunks}:
+        return b""
+    return _PNG + b"".join(png[a:b] for kind, a, b in chunks if kind in {b"IHDR", *kinds, b"IEND"})
+
+
+def _png_chunks(png: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, first byte, end) of a PNG's chunks, up to IEND. Raises DecodeError if a chunk is truncated or its checksum
+    is wrong, and for a critical chunk that is not in PNG's standard."""
+    at, kind, view = len(_PNG), b"", memoryview(png)
+    while kind != b"IEND":
+        size, kind = int.from_bytes(png[at : at + 4], "big"), png[at + 4 : at + 8]
+        end, name = at + 12 + size, repr(kind.decode("latin-1"))
+        if len(kind) < 4 or end > len(png):
+            raise DecodeError(f"truncated: the chunk at byte {at} is incomplete")
+        if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(png[end - 4 : end], "big"):
+            raise DecodeError(f"damaged: the checksum of its {name} chunk at byte {at} is wrong")
+        if not kind[0] & 32 and kind not in _PIXEL_CHUNKS:  # an upper case letter: no pixels without this chunk
+            raise DecodeError(f"a PNG with a chunk {name}, which is not in PNG's standard; save it as an ordinary PNG")
+        yield kind, at, end
+        at = end
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -205,42 +332,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
 
-@cache
-def load_torchcodec() -> Callable[[bytes], Tensor] | None:
-    """torchcodec's decoder to RGB; None if torchcodec is not installed, or installed for another version of torch.
-
-    Loads torch. A program that decodes in forked processes calls this before the fork, so that they share it.
-    """
-    try:
-        from torchcodec.decoders import decode_image
-    except (ImportError, OSError, RuntimeError):
-        return None
-    return lambda photo: decode_image(photo, mode="RGB")
-
-
-def _for_torchcodec(photo: bytes) -> bytes | None:
-    """Bytes from which torchcodec makes the same pixels as Pillow, or None if Pillow has to decode. 3 µs.
-
-    torchcodec applies EXIF rotation. All APP1 segments of a JPEG are renamed APP15: torchcodec takes the first one
-    as EXIF without reading its name. A PNG or WebP with EXIF is left to Pillow; so is a PNG of 16 bits a value, which
-    torchcodec reads as v / 257, rounded, and Pillow as the high byte.
-    """
-    if _is_png(photo):
-        return None if photo[24:25] == b"\x10" or b"eXIf" in photo else photo
-    if not photo.startswith(b"\xff\xd8"):
-        return None if b"EXIF" in photo else photo
-    try:
-        offsets = [at for marker, at in _segments(photo) if marker == _APP1]
-    except IndexError:  # the header is truncated; the decoder will report it
-        return photo
-    if offsets:
-        renamed = bytearray(photo)
-        for at in offsets:
-            renamed[at + 1] = _APP15
-        photo = bytes(renamed)
-    return photo
-
-
-def _reason(error: Exception) -> str:
-    """A decoder's message in one line, without the source location that torchcodec begins it with."""
-    return re.sub(r"^\w+, \S+:\d+, ", "", " ".join(str(error).split())) or type(error).__name__
+def reason(error: Exception) -> str:
+    """A decoder's message in one line, and what its poorest ones mean."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return next((meaning for words, meaning in _MEANINGS.items() if words in text), text)

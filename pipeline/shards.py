@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipeline.decode import DecodeError, check_header, read_header
+from pipeline.decode import DecodeError, check_header, decode_array, read_header
 from pipeline.remote import Prefetcher, Remote, is_address
 from runtime.config import Speed
 from runtime.errors import UserError, suggest_path
@@ -207,10 +207,14 @@ class Shards:
     def describe(self, sample: int) -> dict[str, str | int]:
         """Where a damaged sample is and what is wrong with it, for damaged.jsonl: shard, first byte, why."""
         record = self.index[sample]
-        why = (
-            self.validation_error(sample, self.read(sample))
-            or "the decoder refuses it, or the disk failed for a moment"
-        )
+        photo = self.read(sample)
+        why = self.validation_error(sample, photo)
+        try:
+            if not why:  # what the index says of it is right, so its pixels are not
+                decode_array(photo)
+                why = "nothing is wrong with it now: the disk failed for a moment"
+        except DecodeError as error:
+            why = f"the decoder refuses it: {error}"
         return {"shard": self.shards[int(record["shard"])]["name"], "byte": int(record["offset"]), "why": why}
 
     def _file(self, shard: int) -> BinaryIO:

@@ -48,6 +48,34 @@ def tar_of(files: dict[str, bytes], path: Path | None = None) -> bytes:
     return out.getvalue()
 
 
+# ---- PNG
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(samples: np.ndarray, color: int, depth: int, *chunks: tuple[bytes, bytes], interlaced: bool = False) -> bytes:
+    """A PNG of samples [H,W,C]: its color type, bits a value, chunks before the pixels, and Adam7 or not."""
+
+    def lines(part: np.ndarray) -> bytes:
+        out = b""
+        for line in part.reshape(len(part), -1):
+            if depth == 16:
+                packed = line.astype(">u2").tobytes()
+            else:
+                packed = np.packbits(((line[:, None] >> np.arange(depth)[::-1]) & 1).astype(np.uint8)).tobytes()
+            out += b"\0" + packed
+        return out
+
+    adam7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    passes = adam7 if interlaced else [(0, 0, 1, 1)]
+    body = b"".join(lines(samples[y::dy, x::dx]) for x, y, dx, dy in passes)
+    head = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], depth, color, 0, 0, interlaced)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(body)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
 # ---- headers with more pixels than the file holds
 
 
@@ -61,9 +89,6 @@ def packed_zeros(block: int, times: int) -> bytes:
 
 def png_bomb(width: int, height: int) -> bytes:
     """A gray PNG of width x height black pixels, a thousandth of that in bytes: DALI took 12 GB for it."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     lines = packed_zeros(100 * (1 + width), height // 100)
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)

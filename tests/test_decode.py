@@ -7,7 +7,6 @@ files of odd formats that every case reads.
 
 import importlib.util
 import io
-import itertools
 import struct
 import subprocess
 import sys
@@ -19,19 +18,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_program
-from pictures import encoded, lying_jpeg, pixels, png_bomb, tar_of, tree, webp_bomb
+from pictures import encoded, lying_jpeg, pixels, png, png_bomb, tar_of, tree, webp_bomb
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transform
 
 from eval.datasets import LabeledPhotos, VocSegmentation, center_crop
-from pipeline import decode as decoding
 from pipeline.decode import (
     MAX_PIXELS,
     DecodeError,
     check_header,
     decode,
-    decode_with_pillow,
+    decode_array,
     read_header,
     with_adobe_marker,
 )
@@ -59,30 +57,6 @@ class Odd(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------- files with odd formats
-
-
-def png(samples: np.ndarray, color: int, depth: int, *chunks: tuple[bytes, bytes], interlaced: bool = False) -> bytes:
-    """A PNG of samples [H,W,C]: its color type, bits a value, chunks before the pixels, and Adam7 or not."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    def lines(part: np.ndarray) -> bytes:
-        out = b""
-        for line in part.reshape(len(part), -1):
-            if depth == 16:
-                packed = line.astype(">u2").tobytes()
-            else:
-                packed = np.packbits(((line[:, None] >> np.arange(depth)[::-1]) & 1).astype(np.uint8)).tobytes()
-            out += b"\0" + packed
-        return out
-
-    adam7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
-    passes = adam7 if interlaced else [(0, 0, 1, 1)]
-    body = b"".join(lines(samples[y::dy, x::dx]) for x, y, dx, dy in passes)
-    head = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], depth, color, 0, 0, interlaced)
-    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(body)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(itertools.starmap(chunk, parts))
 
 
 def three(gray: np.ndarray) -> np.ndarray:
@@ -220,15 +194,6 @@ def tensor(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture.copy()).permute(2, 0, 1)
 
 
-@pytest.fixture(params=["torchcodec", "Pillow"])
-def either_decoder(request, monkeypatch):
-    """With torchcodec, and as on a machine where it is not installed."""
-    if request.param == "Pillow":
-        monkeypatch.setattr(decoding, "load_torchcodec", lambda: None)
-    elif decoding.load_torchcodec() is None:
-        pytest.skip("torchcodec is not installed")
-
-
 class Programs(NamedTuple):
     folder: Path
     indexed: Shards  # sample i is file i
@@ -280,12 +245,12 @@ def programs(tmp_path_factory) -> Programs:
 
 
 @every_format
-def test_the_decoder(name, either_decoder):
+def test_the_decoder(name):
     odd = FILES[name]
     pixels = decode(odd.data)
     assert pixels.dtype == torch.uint8
     assert np.array_equal(pixels.permute(1, 2, 0), odd.decoded)
-    assert np.array_equal(decode_with_pillow(odd.data), odd.decoded)
+    assert np.array_equal(decode_array(odd.data), odd.decoded)
     assert check_header(odd.data) == odd.decoded.shape[:2]
 
 
@@ -365,9 +330,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_bytes_have_one_error(name, either_decoder, tmp_path):
+def test_bad_bytes_have_one_error(name, tmp_path):
     data, reason = BAD[name]
-    for function in (decode, decode_with_pillow):
+    for function in (decode, decode_array):
         with pytest.raises(DecodeError) as error:
             function(data)
         assert str(error.value).startswith(reason)
@@ -404,16 +369,16 @@ def test_adobes_marker_is_only_added_where_it_is_missing():
     for name, odd in FILES.items():
         marked = with_adobe_marker(odd.data)
         assert (marked == odd.data) == (name != "jpeg CMYK without Adobe's marker")
-        assert np.array_equal(decode_with_pillow(marked), odd.decoded)
+        assert np.array_equal(decode_array(marked), odd.decoded)
 
 
 def test_the_header_and_the_indexer_need_no_torch():
     """They would cost a process of `make shards` 500 MB."""
     program = (
         "import sys, pipeline.shards, tools.make_shards\n"
-        "from pipeline.decode import decode_with_pillow\n"
-        "decode_with_pillow(open(sys.argv[1], 'rb').read())\n"
-        "assert not {'torch', 'torchcodec'} & {*sys.modules}\n"
+        "from pipeline.decode import decode_array\n"
+        "decode_array(open(sys.argv[1], 'rb').read())\n"
+        "assert not 'torch' in sys.modules\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, "/dev/stdin"], input=JPEG, cwd=ROOT, capture_output=True, check=False

@@ -1,9 +1,10 @@
 """One photo on its way into a shard: probed, decoded whole, kept unchanged or converted to a plain JPEG.
 
 An upright JPEG of 8 bits, gray or color, keeps its bytes. Everything else is converted to such a JPEG, with full color
-resolution (4:4:4). The pixels are those of the readers' decoder (pipeline/decode.py), with two additions:
+resolution (4:4:4). The readers' decoder (pipeline/decode.py) decodes and judges, with three additions:
   EXIF rotation                  applied to the pixels
   transparency                   composited over white
+  zeros before a JPEG's end      removed; some cameras pad with them, and the decoder complains
 TIFF, BMP and GIF are converted too; of all formats the first frame. Modes that `decode.to_8_bits` refuses are refused.
 A photo in a tar of another program is kept unchanged or refused (`inspect_existing`). docs/reference/formats.md has both as
 one table.
@@ -14,14 +15,22 @@ import re
 import warnings
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from pipeline import decode
 
-READ = (*decode.FORMATS, "MPO")  # what the readers decode; MPO is a JPEG with further images after it
-FORMATS = (*decode.FORMATS, "TIFF", "BMP", "GIF")
+OTHER_FORMATS = ("TIFF", "BMP", "GIF")  # that `make shards` converts, and no reader decodes
 MAX_SIDE = 65500  # pixels: libjpeg's limit
-ORIENTATION = 0x0112  # EXIF tag; 2 to 8: rotated or mirrored
+ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = {  # by the tag's value, how pixels become upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Prepared(NamedTuple):
@@ -34,32 +43,59 @@ class Prepared(NamedTuple):
     kept: bool  # whether the bytes are the source's
 
 
+class Source(NamedTuple):
+    """A photo as it came."""
+
+    image: Image.Image  # a JPEG's is decoded; of other formats perhaps only the header has been read
+    kind: str  # "JPEG RGB", "PNG I;16", "JPEG RGB rotated"...
+    upright: Image.Transpose | None  # what EXIF wants to be done to the pixels
+
+
 def limit_pixels(at_most: int) -> None:
-    """From now on Image.open refuses headers with more pixels; other warnings are silenced."""
+    """From now on headers with more pixels are refused; other warnings are silenced."""
     Image.MAX_IMAGE_PIXELS = at_most
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
-def probe(data: bytes) -> tuple[Image.Image, str]:
-    """The photo with only its header read, and its kind: "JPEG RGB", "PNG I;16", "JPEG RGB rotated"..."""
-    image = decode.open_image(data, FORMATS)
-    if max(image.size) > MAX_SIDE:
-        raise ValueError(f"{image.width} x {image.height} pixels: a JPEG has at most {MAX_SIDE} on a side")
-    kind = f"{'JPEG' if image.format == 'MPO' else image.format} {image.mode}"
-    return image, kind + " rotated" * _is_rotated(image)
+def open_source(data: bytes) -> Source:
+    """The photo and what it is. Raises DecodeError or anything that Pillow raises if the photo is bad."""
+    if size := decode.read_header(data):
+        height, width = size
+        if height * width > (Image.MAX_IMAGE_PIXELS or decode.MAX_PIXELS):
+            raise decode.DecodeError(f"its header says {height * width} pixels, more than --max-pixels")
+        _check_sides(height, width)
+    if decode.is_jpeg(data):
+        pixels, components = decode.decode_array(data, max_pixels=MAX_SIDE**2), decode.jpeg_components(data)
+        image = Image.fromarray(pixels[..., 0] if components == 1 else pixels)
+        kind = f"JPEG {'CMYK' if components == 4 else image.mode}"
+    elif decode.is_known(data):
+        image = decode.open_image(data)
+        kind = f"{image.format} {image.mode}"
+    else:
+        image = _open_other(data)
+        kind = f"{image.format} {image.mode}"
+        _check_sides(image.height, image.width)
+    upright = UPRIGHT.get(_orientation(data, image))
+    return Source(image, kind + " rotated" * bool(upright), upright)
 
 
 def prepare(data: bytes, resize_short: int | None = None, quality: int = 95) -> Prepared:
     """Decode a photo and convert it if necessary (see above). If its short side is longer than `resize_short` pixels, it is
-    resized to that (Lanczos). Raises ValueError or anything that Pillow raises if the photo is bad."""
-    image, kind = probe(data)
-    image.load()
+    resized to that (Lanczos). Raises DecodeError or anything that Pillow raises if the photo is bad."""
+    padded = ""
+    try:
+        image, kind, upright = open_source(data)
+    except decode.DecodeError as error:
+        if "before marker 0xd9" not in str(error):  # what libjpeg says of bytes between the pixels and the end
+            raise
+        data, padded = _without_padding(data), " padded"
+        image, kind, upright = open_source(data)
     resized = resize_short is not None and min(image.size) > resize_short
     if kind in ("JPEG L", "JPEG RGB") and not resized:
-        return Prepared(_check_readable(data, image), image.height, image.width, kind, True)
-    if kind.endswith("rotated"):
-        image = ImageOps.exif_transpose(image)
+        return Prepared(_check_readable(data, image), image.height, image.width, kind + padded, not padded)
+    if upright:
+        image = image.transpose(upright)
     image = decode.to_8_bits(_over_white(image))
     if resize_short is not None and resized:
         scale = resize_short / min(image.size)
@@ -68,19 +104,34 @@ def prepare(data: bytes, resize_short: int | None = None, quality: int = 95) -> 
     out = io.BytesIO()
     image.save(out, "JPEG", quality=quality, subsampling=0)
     data = _check_readable(out.getvalue(), image)
-    return Prepared(data, image.height, image.width, kind + " resized" * resized, False)
+    return Prepared(data, image.height, image.width, kind + padded + " resized" * resized, False)
 
 
 def inspect_existing(data: bytes) -> tuple[Image.Image, str]:
     """The photo, decoded once, and its kind, if the readers accept it unchanged: JPEG, PNG, still WebP. Otherwise raises
-    ValueError with the reason, or anything that Pillow raises."""
-    image, kind = probe(data)
-    if image.format not in READ or (image.format == "WEBP" and getattr(image, "is_animated", False)):
-        animated = " animated" * getattr(image, "is_animated", False)
-        raise ValueError(f"{kind}{animated}: readers accept JPEG, PNG and still WebP; `make` converts other formats")
-    image.load()
+    DecodeError with the reason, or anything that Pillow raises."""
+    image, kind, _ = open_source(data)
+    animated = getattr(image, "is_animated", False)
+    if animated or not decode.is_known(data):
+        kind += " animated" * animated
+        raise decode.DecodeError(f"{kind}: readers accept JPEG, PNG and still WebP; `make` converts other formats")
+    decode.to_8_bits(image)  # which decodes a PNG or WebP
     _check_readable(data, image)
     return image, kind
+
+
+def _open_other(data: bytes) -> Image.Image:
+    """Pillow's image of a TIFF, BMP or GIF, of which only the header has been read."""
+    try:
+        return Image.open(io.BytesIO(data), formats=OTHER_FORMATS)
+    except UnidentifiedImageError:
+        formats = ", ".join(("JPEG", "PNG", "WEBP", *OTHER_FORMATS))
+        raise decode.DecodeError(f"not a {formats}: it begins with {data[:16]!r}") from None
+
+
+def _check_sides(height: int, width: int) -> None:
+    if max(height, width) > MAX_SIDE:
+        raise decode.DecodeError(f"{width} x {height} pixels: a JPEG has at most {MAX_SIDE} on a side")
 
 
 def _check_readable(data: bytes, image: Image.Image) -> bytes:
@@ -95,11 +146,26 @@ def _check_readable(data: bytes, image: Image.Image) -> bytes:
     return data
 
 
-def _is_rotated(image: Image.Image) -> bool:
+def _orientation(data: bytes, image: Image.Image) -> int:
+    """EXIF's orientation; 1 (upright) if there is none, or none that can be read. Decodes no pixels: of a damaged photo
+    Pillow would report that here, and not again where it counts."""
     try:
-        return image.getexif().get(ORIENTATION, 1) in range(2, 9)
-    except Exception:  # unreadable EXIF: not rotated
-        return False
+        if decode.is_jpeg(data):
+            image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+        elif decode.is_png(data):
+            exif = decode.select_chunks(data, {b"eXIf"})
+            metadata = exif or decode.select_chunks(data, {b"tEXt", b"zTXt", b"iTXt"})  # perhaps more than Pillow reads
+            image = PngImagePlugin.PngImageFile(io.BytesIO(metadata))
+        return Image.Image.getexif(image).get(ORIENTATION, 1)
+    except Exception:
+        return 1
+
+
+def _without_padding(jpeg: bytes) -> bytes:
+    """A JPEG without zeros before its last end marker. A zero behind 0xFF belongs to the pixels."""
+    end = jpeg.rfind(b"\xff\xd9")
+    pixels = jpeg[:end].rstrip(b"\0")
+    return pixels + b"\0" * pixels.endswith(b"\xff") + jpeg[end:]
 
 
 def _over_white(image: Image.Image) -> Image.Image:
@@ -116,5 +182,4 @@ def decode_error(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         pixels = re.search(r"\d+", str(error))
         return f"its header says {pixels[0] if pixels else 'too many'} pixels, more than --max-pixels"
-    text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))
-    return text or type(error).__name__
+    return re.sub(r" at 0x[0-9a-f]+", "", decode.reason(error))

@@ -11,14 +11,11 @@ from functools import partial
 import webdataset
 
 from pipeline.batch import Batch
-from pipeline.decode import load_torchcodec
 from pipeline.plan import Plan
 from pipeline.readers.worker import BatchBuilder, init_worker
 from pipeline.shards import Shards
 from runtime.config import Config
 from runtime.errors import UserError
-
-load_torchcodec()  # at import: workers forked from a server that has imported this module share it
 
 
 def read(

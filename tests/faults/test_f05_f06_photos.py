@@ -33,8 +33,16 @@ def flipped(data: bytes) -> bytes:
 # the change; why `make` and `index` refuse the bytes (empty: no decoder notices); why training refuses them if they were
 # indexed like this
 CORRUPT = {
-    "truncated": (lambda data: data[: len(data) // 2], "truncated", "the decoder refuses it"),
-    "header only": (lambda data: data[: data.index(b"\xff\xda")], "cannot load", "the decoder refuses it"),
+    "truncated": (
+        lambda data: data[: len(data) // 2],
+        "Premature end of JPEG file",
+        "the decoder refuses it: Premature end",
+    ),
+    "header only": (
+        lambda data: data[: data.index(b"\xff\xda")],
+        "no pixels follow its header",
+        "the decoder refuses it: damaged or truncated",
+    ),
     "garbage": (
         lambda data: np.random.default_rng(1).bytes(len(data)),
         "not a JPEG, PNG, WEBP, TIFF, BMP, GIF: it begins with b'",

@@ -10,7 +10,6 @@ import importlib.util
 import io
 import json
 import struct
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,7 +139,7 @@ def check(seen: Seen, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_format(name, folders, monkeypatch):
+def test_a_format(name, folders):
     folder, made, indexed, output = folders
     expected = FORMATS[name]
     check(made[name], expected.made)
@@ -157,9 +156,6 @@ def test_a_format(name, folders, monkeypatch):
         assert indexed[name].photo == expected.data
         assert Shards(folder / "indexed").manifest["kept"][expected.kind] >= 1
         check(indexed[name], expected.indexed)
-        with monkeypatch.context() as patch, warnings.catch_warnings():  # Pillow decodes if torchcodec is missing
-            patch.setattr(decoding, "load_torchcodec", lambda: None)
-            check(indexed[name], expected.indexed)
 
 
 def test_index_reports_exif_rotation(folders):
