@@ -4,10 +4,13 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from pipeline.shards import plural
 from runtime.errors import UserError
 
 BLOCK = 512
+RECORD = 20 * BLOCK  # programs fill a tar with zeros up to a multiple of this
 MAX_HEADER = 1 << 20  # bytes of a long name or PAX header; real ones have a few hundred
+CHUNK = 1 << 20  # bytes of zeros that are read at once
 
 
 class Member(NamedTuple):
@@ -22,21 +25,26 @@ class Member(NamedTuple):
 def members(tar: BinaryIO, start: int, end: int, where: str) -> Iterator[Member]:
     """Members of the tar in bytes [start, end) of a file (USTAR, GNU, PAX), without folders.
 
-    Not `tarfile`: it ends silently at a truncated or damaged header, and accepts negative sizes. where: the tar's name for
-    messages. Raises UserError, with the byte, if the tar is truncated or damaged, or not a tar.
+    Not `tarfile`: it ends silently at a truncated or damaged header and at the first zeros, and accepts negative sizes.
+    Several tars behind each other (`cat a.tar b.tar`) are read as one. where: the tar's name for messages. Raises UserError,
+    with the byte, if the tar is truncated or damaged, or not a tar.
     """
-    at = start
+    at = first = start  # first: of the tar at hand, if there are several
     name, size, skip = "", -1, ""  # what extension headers say about the next member
     while True:
-        header = os.pread(tar.fileno(), BLOCK, at) if at + BLOCK <= end else b""
+        header = os.pread(tar.fileno(), min(BLOCK, end - at), at)
+        announced = name or skip or size >= 0  # a member must follow
+        if len(header) == BLOCK and not any(header) and not announced:
+            at = first = _after_end(tar, first, at, end, where)
+            if at == end:
+                return
+            continue
         if len(header) < BLOCK:
             raise UserError(
                 f"{where}: truncated at byte {at}: the end of the tar (two empty blocks of 512 bytes) is missing"
             )
-        if header.count(0) == BLOCK:
-            return
         try:
-            if _number(header[148:156]) != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
+            if not _is_header(header):
                 raise ValueError
             length = _number(header[124:136])
         except ValueError:
@@ -76,6 +84,46 @@ def members(tar: BinaryIO, start: int, end: int, where: str) -> Iterator[Member]
                 skip = skip or "unsafe names"
             yield Member(name, data, size, skip)
         at, name, size, skip = after, "", -1, ""
+
+
+def _after_end(tar: BinaryIO, first: int, at: int, end: int, where: str) -> int:
+    """Where to read on after a block of zeros at `at`: `end` if only zeros follow, else the first byte of the next tar.
+    Raises UserError if the zeros are damage. first: the first byte of the tar that ends here.
+
+    Whatever the zeros overwrote is lost, so they are a tar's end only if they are as many as programs write: two blocks, or
+    up to a multiple of RECORD.
+    """
+    zeros = _count_zeros(tar, at, end)
+    if at + zeros == end:
+        return end
+    following = at + zeros // BLOCK * BLOCK
+    blocks, is_filled = (following - at) // BLOCK, (following - first) % RECORD == 0
+    header = os.pread(tar.fileno(), min(BLOCK, end - following), following)
+    if (blocks == 2 or (blocks > 2 and is_filled)) and _is_header(header):
+        return following
+    behind = plural(end - at - zeros, "byte")
+    raise UserError(
+        f"{where}: damaged: {zeros:,} zero bytes at byte {at} are not its end, because {behind} follow them, from byte "
+        f"{at + zeros} on; copy or download it again"
+    )
+
+
+def _count_zeros(file: BinaryIO, at: int, end: int) -> int:
+    """How many bytes from `at` on are zeros, up to `end`."""
+    start, zeros = at, bytes(CHUNK)
+    while at < end and (chunk := os.pread(file.fileno(), min(CHUNK, end - at), at)):
+        if chunk != zeros[: len(chunk)]:  # ten times faster than to strip each chunk
+            return at + len(chunk) - len(chunk.lstrip(b"\0")) - start
+        at += len(chunk)
+    return at - start
+
+
+def _is_header(block: bytes) -> bool:
+    """Whether these bytes are a whole header, by its checksum."""
+    try:
+        return len(block) == BLOCK and _number(block[148:156]) == sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
+    except ValueError:
+        return False
 
 
 def _next_header(data: int, size: int, end: int, where: str) -> int:

@@ -30,7 +30,7 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F18": ("decompression bombs", 3),
     "F19": ("hostile yaml", 5),
     "F20": ("resume from another run", 6),
-    "F21": ("a tar whose end is not its end", 0),
+    "F21": ("a tar whose end is not its end", 14),
     "F22": ("photos that decoders judge differently", 22),
     "F23": ("folders that are not classes", 0),
     "F24": ("photos, labels and keys that would be passed over", 0),
