@@ -41,7 +41,7 @@ $(READY): requirements.lock
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
 ifeq ($(TORCH),cpu)
-	$(PY) -m pip install torch torchvision torchcodec --index-url https://download.pytorch.org/whl/cpu
+	$(PY) -m pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu
 	$(PY) -m pip install --quiet -e .[dev,remote,onnx]
 else
 	@echo "installing the packages of requirements.lock (some GB, a minute or two) ..."

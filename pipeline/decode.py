@@ -55,6 +55,7 @@ _PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 
 _MEANINGS = {  # of what decoders say
     "subsampling": "its header is damaged, or its chroma subsampling is one that the decoder does not support",
+    "Premature end of JPEG file": "truncated: Premature end of JPEG file",
     "could not create decoder": "damaged: libwebp does not accept its header",
     "failed to read next frame": "damaged: libwebp cannot decode its pixels",
 }

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 PACKAGES = (
     "torch",
     "torchvision",
-    "torchcodec",
+    "simplejpeg",
+    "pillow",
     "timm",
     "webdataset",
     "nvidia-dali-cuda130",

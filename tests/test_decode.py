@@ -158,6 +158,7 @@ def lossy_files() -> dict[str, bytes]:
         "jpeg, exif 6": encoded(RGB, quality=95, exif=exif(6)),
         "jpeg gray, exif 3": encoded(GRAY, quality=95, exif=exif(3)),
         "jpeg with bytes behind it": jpeg + bytes(100),
+        "jpeg, broken color profile": jpeg[:2] + b"\xff\xe2\0\x14ICC_PROFILE\0\7\3    " + jpeg[2:],
         "jpeg with bytes between segments": jpeg[:20] + b"abc" + jpeg[20:],
         "webp": encoded(RGB, "WEBP", quality=95),
         "webp with alpha": encoded(rgba, "WEBP", quality=95, exact=True),

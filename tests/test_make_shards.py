@@ -210,7 +210,7 @@ def test_bad_photos_are_listed_and_bounded(tmp_path: Path) -> None:
         "html.jpg": (b"<!DOCTYPE html><html>", "begins with b'<!DOCTYPE html><'"),
         "empty.jpg": (b"", "empty"),
         "cut.jpg": (photo(1)[:-2], "truncated"),
-        "header.jpg": (photo(1)[:200], "Truncated"),
+        "header.jpg": (photo(1)[:200], "no pixels follow its header"),
         "garbage.jpg": (bytes(range(256)), "not a JPEG"),
         "bomb.png": (png_bomb(30000, 30000), "its header says 900000000 pixels"),
         "bomb.jpg": (lying_jpeg(65000, 65000), "its header says 4225000000 pixels"),

@@ -94,7 +94,7 @@ def prepare(data: bytes, resize_short: int | None = None, quality: int = 95) -> 
     resized = resize_short is not None and min(image.size) > resize_short
     if kind in ("JPEG L", "JPEG RGB") and not resized:
         return Prepared(_check_readable(data, image), image.height, image.width, kind + padded, not padded)
-    if upright:
+    if upright and image.format != "TIFF":  # which Pillow turns upright when it decodes it
         image = image.transpose(upright)
     image = decode.to_8_bits(_over_white(image))
     if resize_short is not None and resized:

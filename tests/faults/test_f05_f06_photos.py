@@ -35,8 +35,8 @@ def flipped(data: bytes) -> bytes:
 CORRUPT = {
     "truncated": (
         lambda data: data[: len(data) // 2],
-        "Premature end of JPEG file",
-        "the decoder refuses it: Premature end",
+        "truncated: Premature end",
+        "the decoder refuses it: truncated",
     ),
     "header only": (
         lambda data: data[: data.index(b"\xff\xda")],

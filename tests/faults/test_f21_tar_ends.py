@@ -59,6 +59,8 @@ JOINED = {
     "cat a.tar b.tar": HALVES[0] + HALVES[1],
     "cat of tars without padding": bare(HALVES[0]) + bare(HALVES[1]),
     "cat of three, one of them empty": HALVES[0] + bytes(10240) + HALVES[1],
+}
+ORDINARY = {
     "megabytes of zeros at the end": WHOLE + bytes(64 << 20),
     "one block of zeros at the end": WHOLE[: end_of(WHOLE)] + bytes(512),
 }
@@ -81,9 +83,11 @@ def said_by_both(tar: bytes, folder: Path, expect: int) -> list[str]:
     return [d.stdout + d.stderr for d in done]
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.fault("F21"), pytest.mark.fast]) for k in JOINED])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(k, marks=[pytest.mark.fault("F21"), pytest.mark.fast]) for k in JOINED), *ORDINARY]
+)
 def test_all_of_it_is_read(kind, tmp_path):
-    for text in said_by_both(JOINED[kind], tmp_path, expect=0):
+    for text in said_by_both((JOINED | ORDINARY)[kind], tmp_path, expect=0):
         assert f"{PHOTOS} samples" in text
     indexed = Shards(tmp_path / "tars")
     photos = {indexed.read(i): int(indexed.index["label"][i]) for i in range(len(indexed))}
