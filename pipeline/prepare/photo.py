@@ -15,6 +15,8 @@ import re
 import warnings
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from pipeline import decode
@@ -51,6 +53,14 @@ class Source(NamedTuple):
     upright: Image.Transpose | None  # what EXIF wants to be done to the pixels
 
 
+class PaddedError(decode.DecodeError):
+    """A JPEG in which zeros lie before the end; `mended` is the same without them."""
+
+    def __init__(self, mended: bytes):
+        super().__init__("padded with zeros before its end, of which decoders complain; `make shards` removes them")
+        self.mended = mended
+
+
 def limit_pixels(at_most: int) -> None:
     """From now on headers with more pixels are refused; other warnings are silenced."""
     Image.MAX_IMAGE_PIXELS = at_most
@@ -66,7 +76,7 @@ def open_source(data: bytes) -> Source:
             raise decode.DecodeError(f"its header says {height * width} pixels, more than --max-pixels")
         _check_sides(height, width)
     if decode.is_jpeg(data):
-        pixels, components = decode.decode_array(data, max_pixels=MAX_SIDE**2), decode.jpeg_components(data)
+        pixels, components = _decode_jpeg(data), decode.jpeg_components(data)
         image = Image.fromarray(pixels[..., 0] if components == 1 else pixels)
         kind = f"JPEG {'CMYK' if components == 4 else image.mode}"
     elif decode.is_known(data):
@@ -86,10 +96,8 @@ def prepare(data: bytes, resize_short: int | None = None, quality: int = 95) -> 
     padded = ""
     try:
         image, kind, upright = open_source(data)
-    except decode.DecodeError as error:
-        if "before marker 0xd9" not in str(error):  # what libjpeg says of bytes between the pixels and the end
-            raise
-        data, padded = _without_padding(data), " padded"
+    except PaddedError as error:
+        data, padded = error.mended, " padded"
         image, kind, upright = open_source(data)
     resized = resize_short is not None and min(image.size) > resize_short
     if kind in ("JPEG L", "JPEG RGB") and not resized:
@@ -118,6 +126,21 @@ def inspect_existing(data: bytes) -> tuple[Image.Image, str]:
     decode.to_8_bits(image)  # which decodes a PNG or WebP
     _check_readable(data, image)
     return image, kind
+
+
+def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+    """`decode.decode_array` of a JPEG. Raises PaddedError if only zeros before its end are wrong with it."""
+    try:
+        return decode.decode_array(data, max_pixels=MAX_SIDE**2)
+    except decode.DecodeError as error:
+        if "before marker 0xd9" not in str(error):  # what libjpeg says of bytes between the pixels and the end
+            raise
+        mended = _without_padding(data)
+        try:
+            decode.decode_array(mended, max_pixels=MAX_SIDE**2)
+        except decode.DecodeError:
+            raise error from None
+        raise PaddedError(mended) from None
 
 
 def _open_other(data: bytes) -> Image.Image:
