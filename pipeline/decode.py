@@ -133,7 +133,7 @@ def _check_coding(jpeg: bytes) -> None:
 def with_adobe_marker(photo: bytes) -> bytes:
     """The same photo for DALI: a CMYK JPEG without Adobe's marker gets one, every other photo is returned as it is.
 
-    Nearly all CMYK JPEGs hold inverted values. Pillow and torchcodec always assume that, DALI only after Adobe's marker:
+    Nearly all CMYK JPEGs hold inverted values. `decode_array` always assumes that, DALI only after Adobe's marker:
     without the marker its image is a negative. 3 µs.
     """
     if not is_jpeg(photo):
