@@ -45,6 +45,7 @@ from pipeline.prepare.folder import (
     write_rejected,
     write_skipped,
 )
+from pipeline.prepare.kinds import unread_reason
 from pipeline.prepare.names import printable
 from pipeline.prepare.photo import decode_error, limit_pixels, prepare
 from pipeline.prepare.skipped import counts, source_warnings
@@ -97,13 +98,15 @@ def make_shard(job: Job) -> Totals:
     with draft.open("wb", buffering=1 << 20) as file, closing(Source(job.src, job.follow_links)) as source:
         shard = ShardFile(file)
         for number, photo in enumerate(job.photos, job.first):
+            data = b""
             try:
                 data = source.read(photo, at_most=4 * settings.max_pixels)
                 prepared = prepare(data, settings.resize_short, settings.quality)
             except MemoryError:
                 raise UserError("out of memory; fewer --processes or a smaller --max-pixels need less") from None
             except Exception as error:  # Pillow can raise anything for a malformed photo
-                record.rejected.append({"source": printable(photo.name), "reason": decode_error(error)})
+                reason = unread_reason(data, photo.name) or decode_error(error)
+                record.rejected.append({"source": printable(photo.name), "reason": reason})
                 record.unread += isinstance(error, Unreadable)
                 continue
             (record.kept if prepared.kept else record.converted)[prepared.kind] += 1

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from pipeline.prepare.folder import WORK, ShardRecord, folder_lock, write_folder
+from pipeline.prepare.kinds import unread_reason
 from pipeline.prepare.labels import Written, read_label, resolve_labels
 from pipeline.prepare.names import printable, splits_among
 from pipeline.prepare.photo import decode_error, inspect_existing, limit_pixels
@@ -171,7 +172,7 @@ def _refuse_other_tars(dst: Path, tars: list[Path]) -> None:
         first = left_out[0]
         raise UserError(
             f"{first}: compressed, and would be left out of the index ({plural(len(left_out), 'such file')}): "
-            f"`{UNPACK[first.suffix.lower()]} {_words(dst, [p.name for p in left_out], first.suffix)}`, then the same "
+            f"`{UNPACK[first.suffix.lower()]} {_words(dst, [p.name for p in left_out], ''.join(first.suffixes[-2:]))}`, then the same "
             "command again; or move them elsewhere"
         )
     splits = splits_among(tar.stem for tar in tars)
@@ -226,14 +227,15 @@ def index_tar(job: tuple[Path, int]) -> ShardRecord:
         if size == 0:
             raise UserError(f"{path}: empty (0 bytes)")
         for sample in group(tar, members(tar, 0, size, str(path)), skipped, path.name):
-            photo = sample.parts["photo"]
+            photo, data = sample.parts["photo"], b""
             try:
                 if not 0 < photo.size <= 4 * max_pixels:
                     raise ValueError("empty" if photo.size == 0 else f"{photo.size} bytes")
                 data = os.pread(tar.fileno(), photo.size, photo.offset)
                 image, kind = inspect_existing(data)
             except Exception as error:  # as in make_shard
-                rejected.append({"source": f"{path.name}/{printable(photo.name)}", "reason": decode_error(error)})
+                reason = unread_reason(data, photo.name) or decode_error(error)
+                rejected.append({"source": f"{path.name}/{printable(photo.name)}", "reason": reason})
                 continue
             labels.append(read_label(tar, sample.parts, skipped, path.name))
             kept[kind] += 1

@@ -4,7 +4,17 @@ from pipeline.prepare.names import ending
 
 HEAD = 264  # bytes of a file that `kind_of` looks at
 PHOTOS = ("JPEG", "PNG", "WebP", "GIF", "TIFF", "BMP")  # `make` reads them
-PICTURES = ("HEIC", "AVIF", "JPEG 2000", "JPEG XL", "raw", "PSD", "OpenEXR", "PNM", "DICOM")  # nothing here reads them
+PICTURES = (
+    "HEIC",
+    "AVIF",
+    "JPEG 2000",
+    "JPEG XL",
+    "camera raw",
+    "PSD",
+    "OpenEXR",
+    "PNM",
+    "DICOM",
+)  # nothing here reads them
 ARCHIVE = "archive"
 
 _RAW_ENDINGS = {".dng", ".nef", ".nrw", ".arw", ".sr2", ".srw", ".pef", ".3fr", ".iiq", ".dcr", ".kdc", ".erf", ".rwl"}
@@ -18,18 +28,18 @@ _BEGINNINGS = {
     b"\xff\x4f\xff\x51": "JPEG 2000",
     b"\0\0\0\x0cJXL ": "JPEG XL",
     b"\xff\x0a": "JPEG XL",
-    b"FUJIFILMCCD-RAW": "raw",
-    b"IIRO": "raw",
-    b"IIRS": "raw",
-    b"MMOR": "raw",
-    b"IIU\0": "raw",
-    b"FOVb": "raw",
-    b"\0MRM": "raw",
+    b"FUJIFILMCCD-RAW": "camera raw",
+    b"IIRO": "camera raw",
+    b"IIRS": "camera raw",
+    b"MMOR": "camera raw",
+    b"IIU\0": "camera raw",
+    b"FOVb": "camera raw",
+    b"\0MRM": "camera raw",
     b"8BPS": "PSD",
     b"\x76\x2f\x31\x01": "OpenEXR",
 }
 _BRANDS = {  # of ISO files: what follows `ftyp`
-    b"avif": "AVIF", b"avis": "AVIF", b"crx ": "raw",
+    b"avif": "AVIF", b"avis": "AVIF", b"crx ": "camera raw",
     b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"hevc": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC",
 }  # fmt: skip
 
@@ -46,7 +56,7 @@ def kind_of(head: bytes, name: str) -> str:
     if head[4:8] == b"ftyp":
         return "AVIF" if b"avif" in head[8:40] else _BRANDS.get(head[8:12], "")
     if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "raw" if head[8:10] == b"CR" or ending(name) in _RAW_ENDINGS else "TIFF"
+        return "camera raw" if head[8:10] == b"CR" or ending(name) in _RAW_ENDINGS else "TIFF"
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WebP"
     if head.startswith(b"BM") and head[14:18] in (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0"):
@@ -59,6 +69,12 @@ def kind_of(head: bytes, name: str) -> str:
     if (head.startswith(archives) or head[257:262] == b"ustar") and ending(name) in _ARCHIVE_ENDINGS:
         return ARCHIVE
     return ""
+
+
+def unread_reason(data: bytes, name: str) -> str:
+    """Why a photo cannot be read, if its bytes are of a format that nothing here reads: an iPhone's HEIC named `x.jpg`."""
+    kind = kind_of(data, name)
+    return f"it is {kind}, which is not read; convert it to JPEG" if kind in PICTURES else ""
 
 
 def is_palette_png(head: bytes) -> bool:

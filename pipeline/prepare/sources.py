@@ -223,9 +223,8 @@ def _warn_of_masks(src: Path, photos: list[Photo], below: str, dst: str) -> list
     more = f" (and {plural(len(masks) - 1, 'more folder')})" if len(masks) > 1 else ""
     photos_folder = next((f for f in sorted(by_folder) if f and f not in {m for m, _ in masks}), "")
     right = make_command(src, below + photos_folder, dst) if photos_folder else "give the folder of the photos"
-    return [
-        f"{where}{more}: its {plural(count, 'file')} look like masks, not photos (palette PNGs); if they are: {right}"
-    ]
+    like = "files like masks, not photos (palette PNGs)" if count > 1 else "file like a mask, not a photo (palette PNG)"
+    return [f"{where} holds {count:,} {like}{more}; if they are masks: {right}"]
 
 
 def _is_mask(source: Source, photo: Photo) -> bool:
