@@ -170,10 +170,10 @@ def _refuse_other_tars(dst: Path, tars: list[Path]) -> None:
     left_out = sorted(p for p, tar in packed.items() if tar.suffix.lower() == ".tar" and not tar.exists())
     if left_out:
         first = left_out[0]
+        files = _words(dst, [p.name for p in left_out], "".join(first.suffixes[-2:]))
         raise UserError(
             f"{first}: compressed, and would be left out of the index ({plural(len(left_out), 'such file')}): "
-            f"`{UNPACK[first.suffix.lower()]} {_words(dst, [p.name for p in left_out], ''.join(first.suffixes[-2:]))}`, then the same "
-            "command again; or move them elsewhere"
+            f"`{UNPACK[first.suffix.lower()]} {files}`, then the same command again; or move them elsewhere"
         )
     splits = splits_among(tar.stem for tar in tars)
     if splits:

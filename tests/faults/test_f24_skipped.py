@@ -1,13 +1,18 @@
-"""F24: photos, labels and keys that would be skipped without a word: formats that are not read, missing endings, links, keys with
-dots, labels far from their photos or in other forms, compressed tars."""
+"""F24: photos, labels and keys that would be skipped without a word.
 
+Formats that are not read, missing endings, links, keys with dots, labels far from their photos or in other forms, compressed
+tars.
+"""
+
+import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 from conftest import run_program
 from pictures import encoded, photo, pixels, tar_of, tree
-from PIL import Image
 
 from pipeline.prepare.kinds import PICTURES, kind_of
 from pipeline.prepare.labels import parse_label
@@ -63,25 +68,16 @@ KINDS = {  # kind: (ending, first bytes)
 def test_pictures_of_other_formats_are_named(kind: str, tmp_path: Path) -> None:
     """By their first bytes: counted, listed, warned of with the command that converts them; also under the name .jpg."""
     last, data = KINDS[kind]
-    files = {f"{i}.jpg": photo(i) for i in range(9)} | {f"IMG{last}": data, "b/IMG": data}
-    src = tree(tmp_path / "src", files)
-    output = make(src)
-    dst = Path(f"{src}-shards")
-    if kind == "camera raw":  # without its ending it is a TIFF
-        counted, total = f"1 (camera raw {last} 1)", 11
-    else:
-        counted, total = f"2 ({kind} {last.lower()} 1, {kind} without ending 1)", 11
-    assert f"skipped {counted}; {dst}/skipped.jsonl lists them" in output or kind == "camera raw"
-    n = counted[0]
-    assert (
-        f"warning: {n} of {total} pictures are in formats that are not read: {counted}; convert them to JPEG" in output
-    )
+    src = tree(tmp_path / "src", {f"{i}.jpg": photo(i) for i in range(9)} | {f"IMG{last}": data, f"b/IMG{last}": data})
+    output, dst, counted = make(src), Path(f"{src}-shards"), f"2 ({kind} {last.lower()} 2)"
+    assert f"skipped {counted}; {dst}/skipped.jsonl lists them" in output
+    assert f"warning: 2 of 11 pictures are in formats that are not read: {counted}; convert them to JPEG" in output
     assert f"`find {src} -iname '*{last.lower()}' -exec magick {{}} -auto-orient -quality 95 {{}}.jpg \\;`" in output
-    assert listed(dst)[f"IMG{last}"] == f"{kind} {last.lower()}"
-    if kind != "camera raw":
-        tree(tmp_path / "named", {f"{i}.jpg": photo(i) for i in range(3)} | {"wrong.jpg": data})
-        make(tmp_path / "named", "--max-bad", "0.5")
-        (row,) = map(json.loads, (tmp_path / "named-shards/rejected.jsonl").read_text().splitlines())
+    assert listed(dst) == dict.fromkeys((f"IMG{last}", f"b/IMG{last}"), f"{kind} {last.lower()}")
+    if kind != "camera raw":  # which only its ending tells from TIFF
+        wrong = tree(tmp_path / "wrong", {f"{i}.jpg": photo(i) for i in range(3)} | {"wrong.jpg": data})
+        make(wrong, "--max-bad", "0.5")
+        (row,) = map(json.loads, Path(f"{wrong}-shards/rejected.jsonl").read_text().splitlines())
         assert row == {"source": "wrong.jpg", "reason": f"it is {kind}, which is not read; convert it to JPEG"}
 
 
@@ -240,9 +236,7 @@ def test_labels_far_from_their_photos(order: str, tmp_path: Path) -> None:
     expected = {photo(i): str(i % 3) for i in range(6)}
     if order == "two tars joined":  # with the same keys: what A reads as one tar
         again = {f"{i}.jpg": photo(i + 10) for i in range(6)} | {f"{i}.cls": b"5" for i in range(6)}
-        (tmp_path / "0.tar").write_bytes(tar_of(files).rstrip(b"\0").ljust(512 * 40, b"\0"))
-        joined = {(0, n): d for n, d in files.items()} | {(1, n): d for n, d in again.items()}
-        write_members(tmp_path / "0.tar", [(n, d) for (_, n), d in joined.items()])
+        write_members(tmp_path / "0.tar", [*files.items(), *again.items()])
         expected |= {photo(i + 10): "5" for i in range(6)}
     else:
         tar_of(files, tmp_path / "0.tar")
@@ -253,9 +247,6 @@ def test_labels_far_from_their_photos(order: str, tmp_path: Path) -> None:
 
 def write_members(path: Path, files: list[tuple[str, bytes]]) -> None:
     """A tar in which names may occur twice."""
-    import io
-    import tarfile
-
     with tarfile.open(path, "w") as tar:
         for name, data in files:
             member = tarfile.TarInfo(name)
@@ -310,7 +301,7 @@ LABELS = {  # how a class is written: (ending, the texts of three photos, the na
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=fault) for c in LABELS if c != "numbers in .cls"])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=fault) for c in LABELS])
 def test_labels_in_other_forms(case: str, tmp_path: Path) -> None:
     """Classes are in sorted order over all tars, so that the positions do not depend on how samples are spread."""
     ending, texts, classes = LABELS[case]
@@ -332,9 +323,7 @@ def test_labels_that_cannot_be_read_are_warned_of(tmp_path: Path) -> None:
     assert (
         "warning: 3 of 13 labels cannot be read, so their photos have no class; a label is a number or a name" in output
     )
-    assert {k: v for k, v in labels_of(tmp_path).items() if v is None} == dict.fromkeys(
-        photo(i) for i in (10, 11, 12)
-    )
+    assert {k: v for k, v in labels_of(tmp_path).items() if v is None} == dict.fromkeys(photo(i) for i in (10, 11, 12))
     rows = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
     assert {row["source"]: row["reason"] for row in rows} == {
         "0.tar/10.cls": "b'\\x93NUMPY\\x01\\x00' is neither a number nor the name of a class",
@@ -357,17 +346,7 @@ def test_captions_are_no_classes(tmp_path: Path) -> None:
 
 def test_parse_label() -> None:
     assert parse_label(b"99999") == 99999
-    for bad in (
-        b"",
-        b"100000",
-        b"3.5",
-        b"0 0.5 0.5 0.1",
-        b"a\nb",
-        b"x" * 101,
-        b"\xff\xfe",
-        b"\x03" + bytes(7),
-        b"nan1e"[3:4] * 0,
-    ):
+    for bad in (b"", b"100000", b"3.5", b"0 0.5 0.5 0.1", b"a\nb", b"x" * 101, b"\xff\xfe", b"\x03" + bytes(7)):
         with pytest.raises(ValueError):
             parse_label(bad)
 
@@ -375,23 +354,20 @@ def test_parse_label() -> None:
 @pytest.mark.fault("F24")
 @pytest.mark.fast
 def test_a_compressed_tar_beside_others(tmp_path: Path) -> None:
-    import gzip
-
     tar_of({"0.jpg": photo(0)}, tmp_path / "0.tar")
     for i in (1, 2):
         (tmp_path / f"{i}.tar.gz").write_bytes(gzip.compress(tar_of({f"{i}.jpg": photo(i)})))
     error = index(tmp_path, expect=2)
-    assert f"{tmp_path}/1.tar.gz: compressed, and would be left out of the index (2 such files): `gunzip -k" in error
-    assert (
-        f"`gunzip -k {tmp_path}/*.tar.gz`" in error or f"`gunzip -k {tmp_path}/1.tar.gz {tmp_path}/2.tar.gz`" in error
-    )
+    assert f"{tmp_path}/1.tar.gz: compressed, and would be left out of the index (2 such files)" in error
+    assert f"`gunzip -k {tmp_path}/*.tar.gz`, then the same command again" in error
     for i in (1, 2):
         (tmp_path / f"{i}.tar").write_bytes(gzip.decompress((tmp_path / f"{i}.tar.gz").read_bytes()))
     assert "3 samples in 3 shards" in index(tmp_path)  # the compressed ones may stay beside them
 
 
 @pytest.mark.fault("F24")
-def test_a_picture_and_its_class_folder_stay_together_behind_links(tmp_path: Path) -> None:
+@pytest.mark.fast
+def test_class_folders_that_are_links(tmp_path: Path) -> None:
     """Class folders that are all links, as data sets are put together from several disks."""
     src = tmp_path / "src"
     src.mkdir()
@@ -400,4 +376,3 @@ def test_a_picture_and_its_class_folder_stay_together_behind_links(tmp_path: Pat
         (src / name).symlink_to(tmp_path / f"disk{i}" / name)
     make(src, "--follow-links")
     assert labels_of(Path(f"{src}-shards")) == {photo(0): "ash", photo(1): "birch"}
-    assert Image.open(src / "ash/1.jpg").size == (40, 30)
