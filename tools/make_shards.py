@@ -48,15 +48,12 @@ from pipeline.prepare.folder import (
 from pipeline.prepare.kinds import unread_reason
 from pipeline.prepare.names import printable
 from pipeline.prepare.photo import decode_error, limit_pixels, prepare
-from pipeline.prepare.skipped import counts, source_warnings
 from pipeline.prepare.sources import Photo, Source, SourceIndex, Unreadable, list_photos
 from pipeline.prepare.work import MB, Progress, parallel_map
 from pipeline.random import hash64, permute
 from pipeline.shards import Shards, plural
 from runtime.errors import UserError, run_cli
 from runtime.files import sync
-
-SHOWN_CLASSES = 5  # before the work begins
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,10 @@ def make(options: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"{printable(str(error.filename or src))}: cannot be read: {error.strerror}") from None
     total = sum(p.size for p in source.photos)
-    _print_source(source, total, options)
+    print(f"{plural(len(source.photos), 'photo')}, {total / MB:,.0f} MB; {printable(source.summary)}")
+    for line in source.describe(options.src, options.dst):
+        print(line)
+    sys.stdout.flush()
     task = {
         "source": {"photos": len(source.photos), "bytes": total, "sha256": source.digest()},
         "settings": asdict(settings),
@@ -168,23 +168,6 @@ def make(options: argparse.Namespace) -> None:
             raise UserError(f"{src}: none of its photos is valid; {dst}/rejected.jsonl says why")
         records = (_read_record(job) for job in jobs)
         write_folder(dst, records, {**task, "classes": source.classes}, source.skipped.counts, source.skipped.listed)
-
-
-def _print_source(source: SourceIndex, size: int, options: argparse.Namespace) -> None:
-    """What was found in the source, before the work begins: photos, classes, what is skipped, warnings. size: in bytes."""
-    print(f"{plural(len(source.photos), 'photo')}, {size / MB:,.0f} MB; {printable(source.summary)}")
-    if source.classes:
-        photos = Counter(p.label for p in source.photos)
-        first = [f"{name} ({plural(photos[i], 'photo')})" for i, name in enumerate(source.classes[:SHOWN_CLASSES])]
-        more = len(source.classes) - len(first)
-        print(f"classes: {', '.join(first)}{f', ... {more:,} more' if more else ''}")
-    if odd := source.endings_of_no_photo():
-        print(f"by their first bytes, not by their ending: {counts(odd)}")
-    if source.skipped.listed:
-        print(f"skipped {counts(source.skipped.counts)}; {options.dst}/skipped.jsonl lists them")
-    for warning in (*source.warnings, *source_warnings(source.skipped, len(source.photos), options.src)):
-        print(f"warning: {warning}")
-    sys.stdout.flush()
 
 
 def _refuse_other(dst: Path, saved: dict, current: dict) -> None:

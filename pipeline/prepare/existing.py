@@ -151,7 +151,8 @@ def index(options: Namespace) -> None:
         head = {"source": {"tars": len(tars)}, "settings": {}, "classes": classes}
         write_folder(dst, in_order, head, skipped.counts, skipped.listed)
         labels = sum(row[4] >= 0 for record in in_order for row in record.rows)
-        for warning in index_warnings(Skipped(skipped.counts), samples, labels, dst):
+        skipped.listed += [row for record in in_order for row in record.left_out]
+        for warning in index_warnings(skipped, samples, labels):
             print(f"warning: {warning}")
         rotated = sum(n for r in in_order for kind, n in r.kept.items() if kind.endswith("rotated"))
         if rotated:

@@ -1,6 +1,7 @@
 """What a source holds and its shards will not: counted by kind and ending, listed by name, and warned of."""
 
 from collections import Counter
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -38,20 +39,27 @@ class Skipped:
             last = ending(name)
             self.add(name, f"{last} files" if last else "files without ending", "its first bytes are not a photo's")
 
-    def pictures(self) -> Counter[str]:
-        """Counts of the pictures in formats that are not read, by kind and ending."""
-        return self._of_kinds(*PICTURES)
+    def pictures(self, photos: Container[str] = ()) -> Counter[str]:
+        """Counts of the pictures in formats that are not read, by kind and ending, without those that lie beside a JPEG of
+        theirs among the photos: `x.heic` beside `x.heic.jpg` or `x.JPG`."""
+        found = (row for row in self.listed if row["kind"].startswith(PICTURES))
+        return Counter(
+            row["kind"] for row in found if not any(name in photos for name in _names_as_jpeg(row["source"]))
+        )
 
     def archives(self) -> Counter[str]:
-        return self._of_kinds(ARCHIVE)
+        return Counter({kind: n for kind, n in self.counts.items() if kind.startswith(ARCHIVE)})
 
-    def _of_kinds(self, *kinds: str) -> Counter[str]:
-        return Counter({k: n for k, n in self.counts.items() if k.startswith(tuple(f"{kind} " for kind in kinds))})
+
+def _names_as_jpeg(name: str) -> list[str]:
+    stem = name[: len(name) - len(ending(name))]
+    return [before + last for before in (name, stem) for last in (".jpg", ".JPG", ".jpeg")]
 
 
 def counts(kinds: Counter[str]) -> str:
     """The total, and how many of each kind: 3 (links 2, .txt files 1)."""
-    by_kind = ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common(MAX_KINDS))
+    most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:MAX_KINDS]
+    by_kind = ", ".join(f"{kind} {n:,}" for kind, n in most)
     more = f", {len(kinds) - MAX_KINDS} more kinds" if len(kinds) > MAX_KINDS else ""
     return f"{kinds.total():,}" + (f" ({by_kind}{more})" if by_kind else "")
 
@@ -60,13 +68,13 @@ def is_many(skipped: int, kept: int) -> bool:
     return skipped > MAX_UNSAID * (skipped + kept)
 
 
-def source_warnings(skipped: Skipped, photos: int, src: Path) -> list[str]:
-    """Warnings about a source of which so many photos are used, each with the next step."""
+def source_warnings(skipped: Skipped, photos: Collection[str], src: Path) -> list[str]:
+    """Warnings about a source of which photos with these names are used, each with the next step."""
     warnings = []
-    pictures, archives = skipped.pictures(), skipped.archives()
-    if is_many(pictures.total(), photos):
+    pictures, archives = skipped.pictures(photos), skipped.archives()
+    if is_many(pictures.total(), len(photos)):
         warnings.append(
-            f"{pictures.total():,} of {pictures.total() + photos:,} pictures are in formats that are not read: "
+            f"{pictures.total():,} of {pictures.total() + len(photos):,} pictures are in formats that are not read: "
             f"{counts(pictures)}; {convert_command(pictures, src)}"
         )
     if links := skipped.counts["links"]:
@@ -79,7 +87,7 @@ def source_warnings(skipped: Skipped, photos: int, src: Path) -> list[str]:
     return warnings
 
 
-def index_warnings(skipped: Skipped, samples: int, labels: int, dst: Path) -> list[str]:
+def index_warnings(skipped: Skipped, samples: int, labels: int) -> list[str]:
     """Warnings about tars of other programs with so many samples, and labels that were read."""
     warnings = []
     pictures = skipped.pictures().total()
@@ -102,8 +110,6 @@ def index_warnings(skipped: Skipped, samples: int, labels: int, dst: Path) -> li
             f"{plural(pictures, 'picture')} in formats that are not read: {counts(skipped.pictures())}; convert them to "
             "JPEG and pack them again"
         )
-    if warnings:
-        warnings.append(f"what was skipped, and why, is in {dst}/skipped.jsonl")
     return warnings
 
 
@@ -117,6 +123,6 @@ def convert_command(pictures: Counter[str], src: Path) -> str:
     if " -o " in named:
         named = rf"\( {named} \)"
     return (
-        rf"convert them to JPEG and run the same command again: `find {quote(str(src))} {named} "
+        rf"convert them to JPEG, then make the shards into a new DST: `find {quote(str(src))} {named} "
         r"-exec magick {} -auto-orient -quality 95 {}.jpg \;`"
     )

@@ -19,12 +19,13 @@ from typing import BinaryIO, NamedTuple
 from pipeline.prepare.classes import label_photos, make_command, refuse_devkit, refuse_splits_of_tar
 from pipeline.prepare.kinds import HEAD, PHOTOS, is_palette_png, kind_of
 from pipeline.prepare.names import ENDINGS, ending, has_photo_ending, is_hidden, printable, skipped_folder
-from pipeline.prepare.skipped import FOLLOW, Skipped, convert_command
+from pipeline.prepare.skipped import FOLLOW, Skipped, convert_command, counts, source_warnings
 from pipeline.prepare.tar import Member, members
 from pipeline.prepare.walk import photos_in_folder
 from pipeline.shards import plural
 from runtime.errors import UserError, suggest
 
+SHOWN_CLASSES = 5  # before the work begins
 MASK_SAMPLE = 3  # photos of a folder whose headers are read to tell masks from photos
 
 
@@ -54,10 +55,21 @@ class SourceIndex:
             sha.update(f"{p.name}\0{p.size} {p.label}\n".encode("utf-8", "surrogateescape"))
         return sha.hexdigest()
 
-    def endings_of_no_photo(self) -> Counter[str]:
-        """Photos that were found by their first bytes, by ending."""
+    def describe(self, src: Path, dst: Path) -> list[str]:
+        """Lines for the user before the work begins: classes, what is skipped, warnings. src, dst: as they were given."""
+        lines = []
+        if self.classes:
+            photos = Counter(p.label for p in self.photos)
+            first = [f"{name} ({plural(photos[i], 'photo')})" for i, name in enumerate(self.classes[:SHOWN_CLASSES])]
+            more = len(self.classes) - len(first)
+            lines.append(f"classes: {', '.join(first)}{f', ... {more:,} more' if more else ''}")
         odd = (p.name for p in self.photos if not has_photo_ending(p.name))
-        return Counter(ending(name) or "no ending" for name in odd)
+        if endings := Counter(ending(name) or "no ending" for name in odd):
+            lines.append(f"by their first bytes, not by their ending: {counts(endings)}")
+        if self.skipped.listed:
+            lines.append(f"skipped {counts(self.skipped.counts)}; {dst}/skipped.jsonl lists them")
+        warnings = (*self.warnings, *source_warnings(self.skipped, {p.name for p in self.photos}, src))
+        return lines + [f"warning: {warning}" for warning in warnings]
 
 
 def list_photos(
@@ -73,6 +85,7 @@ def list_photos(
     skipped = Skipped()
     if src.is_dir():
         found = sorted(photos_in_folder(src, follow_links, skipped))
+        skipped.listed.sort(key=lambda row: row["source"])  # file systems list names in any order
     elif src.is_file():
         with src.open("rb") as tar:
             found, inner = _photos_in_tar(tar, src, skipped)
@@ -222,9 +235,13 @@ def _warn_of_masks(src: Path, photos: list[Photo], below: str, dst: str) -> list
     where = printable(f"{src}/{below}{name}".rstrip("/"))
     more = f" (and {plural(len(masks) - 1, 'more folder')})" if len(masks) > 1 else ""
     photos_folder = next((f for f in sorted(by_folder) if f and f not in {m for m, _ in masks}), "")
-    right = make_command(src, below + photos_folder, dst) if photos_folder else "give the folder of the photos"
+    right = (
+        make_command(src, below + photos_folder, f"{dst}-{photos_folder}")
+        if photos_folder
+        else "SRC=the folder of the photos"
+    )
     like = "files like masks, not photos (palette PNGs)" if count > 1 else "file like a mask, not a photo (palette PNG)"
-    return [f"{where} holds {count:,} {like}{more}; if they are masks: {right}"]
+    return [f"{where} holds {count:,} {like}{more}; if they are masks, take the photos alone: {right}"]
 
 
 def _is_mask(source: Source, photo: Photo) -> bool:

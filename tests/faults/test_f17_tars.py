@@ -118,8 +118,8 @@ CASES = {
     "sparse, 1 TB": (sparse, "2 (sparse members 2)", "2 (sparse members 2)", 0, 0),
     "code": (
         code,
-        "3 (.pyd files 1, .pkl files 1, .pth files 1)",
-        "3 (.pyd files 1, .pkl files 1, .pth files 1)",
+        "3 (.pkl files 1, .pth files 1, .pyd files 1)",
+        "3 (.pkl files 1, .pth files 1, .pyd files 1)",
         0,
         1,
     ),

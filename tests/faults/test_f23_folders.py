@@ -192,6 +192,6 @@ def test_a_class_of_masks_is_warned_of(tmp_path: Path) -> None:
     src = tree(tmp_path / "src", {"images/1.jpg": photo(1), "images/2.jpg": photo(2), "labels/1.png": mask()})
     output = make(src)
     assert f"warning: {src}/labels holds 1 file like a mask, not a photo (palette PNG)" in output
-    assert f"`make shards SRC={src}/images DST={src}-shards`" in output
+    assert f"`make shards SRC={src}/images DST={src}-shards-images`" in output
     tree(tmp_path / "only", {"1.png": mask(), "2.png": mask(), "3.png": mask()})
     assert f"warning: {tmp_path}/only holds 3 files like masks, not photos (palette PNGs)" in make(tmp_path / "only")
