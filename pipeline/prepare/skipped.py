@@ -40,20 +40,13 @@ class Skipped:
             self.add(name, f"{last} files" if last else "files without ending", "its first bytes are not a photo's")
 
     def pictures(self, photos: Container[str] = ()) -> Counter[str]:
-        """Counts of the pictures in formats that are not read, by kind and ending, without those that lie beside a JPEG of
-        theirs among the photos: `x.heic` beside `x.heic.jpg` or `x.JPG`."""
+        """Counts of the pictures in formats that are not read, by kind and ending, but for those that `convert_command` has
+        converted: `x.heic` beside `x.heic.jpg` among the photos."""
         found = (row for row in self.listed if row["kind"].startswith(PICTURES))
-        return Counter(
-            row["kind"] for row in found if not any(name in photos for name in _names_as_jpeg(row["source"]))
-        )
+        return Counter(row["kind"] for row in found if f"{row['source']}.jpg" not in photos)
 
     def archives(self) -> Counter[str]:
         return Counter({kind: n for kind, n in self.counts.items() if kind.startswith(ARCHIVE)})
-
-
-def _names_as_jpeg(name: str) -> list[str]:
-    stem = name[: len(name) - len(ending(name))]
-    return [before + last for before in (name, stem) for last in (".jpg", ".JPG", ".jpeg")]
 
 
 def counts(kinds: Counter[str]) -> str:
