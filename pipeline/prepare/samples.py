@@ -83,7 +83,7 @@ def _choose_photo(tar: BinaryIO, sample: Sample, skipped: Skipped, where: str) -
     if len(readable) == 1:
         sample.parts["photo"] = others.pop(readable[0])
     for ending, m in others.items():
-        if kinds.get(ending, "") in PICTURES:
+        if kinds.get(ending, "") in (*PICTURES, "GIF", "TIFF", "BMP"):
             skipped.add_file(f"{where}/{m.name}", kinds[ending])
         else:  # what a sample holds beside photo and label is no loss: it is counted only
             skipped.counts[f".{ending} files" if ending else "files without ending"] += 1

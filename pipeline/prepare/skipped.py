@@ -109,8 +109,8 @@ def index_warnings(skipped: Skipped, samples: int, labels: int) -> list[str]:
 def convert_command(pictures: Counter[str], src: Path) -> str:
     """How to convert these pictures to JPEG. Each JPEG is written beside its picture under a name of its own (`x.heic.jpg`),
     so that it replaces no file."""
-    last = [kind.rpartition(" ")[2] for kind in pictures]
-    named = " -o ".join(f"-iname {quote(f'*{e}')}" for e in dict.fromkeys(last) if e.startswith("."))
+    endings = {kind.rpartition(" ")[2] for kind in pictures}
+    named = " -o ".join(f"-iname {quote(f'*{e}')}" for e in sorted(endings) if e.startswith("."))
     if not src.is_dir() or not named:
         return "convert them to JPEG first, for example with ImageMagick's `magick`"
     if " -o " in named:

@@ -12,6 +12,7 @@ sources classes.py says which photos have a class.
 import hashlib
 import os
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -216,31 +217,28 @@ def _without_duplicates(found: list[tuple[str, int, int]], skipped: Skipped) -> 
 
 
 def _warn_of_masks(src: Path, photos: list[Photo], below: str, dst: str) -> list[str]:
-    """A warning if a folder's photos are palette PNGs, as masks are. The headers of some photos of each folder are read."""
+    """A warning if a folder's photos are palette PNGs, as masks are. The headers of some photos of each folder are read.
+
+    below: the folder below SRC that was looked at for classes.
+    """
     by_folder: dict[str, list[Photo]] = {}
     for photo in photos:
-        rest = photo.name.removeprefix(below)
-        by_folder.setdefault(rest.partition("/")[0] if "/" in rest else "", []).append(photo)
-    source, masks = Source(src, follow_links=True), []  # whatever was listed may be read
-    try:
+        by_folder.setdefault(photo.name.rpartition("/")[0], []).append(photo)
+    masks = []
+    with closing(Source(src, follow_links=True)) as source:  # whatever was listed may be read
         for folder, inside in by_folder.items():
             sample = inside[:: max(1, len(inside) // MASK_SAMPLE)][:MASK_SAMPLE]
             if all(p.name.lower().endswith(".png") for p in sample) and all(_is_mask(source, p) for p in sample):
-                masks.append((folder, len(inside)))
-    finally:
-        source.close()
+                masks.append(folder)
     if not masks:
         return []
-    name, count = masks[0]
-    where = printable(f"{src}/{below}{name}".rstrip("/"))
-    more = f" (and {plural(len(masks) - 1, 'more folder')})" if len(masks) > 1 else ""
-    photos_folder = next((f for f in sorted(by_folder) if f and f not in {m for m, _ in masks}), "")
-    right = (
-        make_command(src, below + photos_folder, f"{dst}-{photos_folder}")
-        if photos_folder
-        else "SRC=the folder of the photos"
-    )
+    count = len(by_folder[masks[0]])
     like = "files like masks, not photos (palette PNGs)" if count > 1 else "file like a mask, not a photo (palette PNG)"
+    more = f" (and {plural(len(masks) - 1, 'more folder')})" if len(masks) > 1 else ""
+    top = [f.removeprefix(below).partition("/")[0] for f in masks]
+    others = sorted({f.removeprefix(below).partition("/")[0] for f in by_folder} - {*top, ""})
+    right = make_command(src, below + others[0], f"{dst}-{others[0]}") if others else "SRC=the folder of the photos"
+    where = printable(f"{src}/{masks[0]}".rstrip("/"))
     return [f"{where} holds {count:,} {like}{more}; if they are masks, take the photos alone: {right}"]
 
 

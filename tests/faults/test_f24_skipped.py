@@ -105,7 +105,7 @@ def test_a_phone_folder(tmp_path: Path) -> None:
     assert lines[3].startswith(
         f"warning: 65 of 98 pictures are in formats that are not read: 65 ({kinds}); convert them"
     )
-    assert rf"`find {src} \( -iname '*.heic' -o -iname '*.avif' \) -exec magick " in lines[3]
+    assert rf"`find {src} \( -iname '*.avif' -o -iname '*.heic' \) -exec magick " in lines[3]
     assert lines[4] == "warning: 1 (archive .zip 1) not opened; if they hold photos, unpack them first"
     assert len(listed(dst)) == 69
     assert Shards(dst).manifest["skipped"]["HEIC .heic"] == 60
