@@ -96,7 +96,8 @@ def _folders_as_classes(src: Path, names: list[str], labels: str, dst: str) -> L
         raise UserError(f"--labels yes: {stray} is directly in {where}; every photo must be in the folder of its class")
     if labels == "yes" or (labels == "auto" and not direct and len(folders) > 1 and not _are_parts(folders)):
         position = {folder: i for i, folder in enumerate(folders)}
-        summary = f"{len(folders)} classes: the folders in {where} (--labels no: no classes)"
+        count = f"{len(folders):,} {'class' if len(folders) == 1 else 'classes'}"
+        summary = f"{count}: the folders in {where} (--labels no: no classes)"
         return Labels([position[folder] for folder in folder_of], folders, summary, shared, warnings)
     if labels == "no":
         why = "--labels no"
@@ -172,7 +173,10 @@ def _warn_of_splits(src: Path, shared: str, inside: dict[str, list[str]]) -> tup
     found = [name for names in splits_among(inside[mixed[0]]).values() for name in names]
     more = f" (and {plural(len(mixed) - 1, 'more folder')})" if len(mixed) > 1 else ""
     where = printable(f"{src}/{mixed[0]}".rstrip("/"))
-    return (f"{where} holds several splits: {printable(', '.join(found))}{more}; the photos of all of them are used",)
+    splits = printable(", ".join(found))
+    return (
+        f"{where} holds several splits: {splits}{more}; the photos of all are used; to leave one out, move it elsewhere",
+    )
 
 
 def _imagenet_validation(src: Path, names: list[str], labels: str, devkit: Path | None) -> Labels:

@@ -283,13 +283,18 @@ def test_keys_without_a_photo_are_warned_of(tmp_path: Path) -> None:
 def test_photos_in_tars_without_their_ending(tmp_path: Path) -> None:
     """One picture in a sample is its photo; of several, nobody can say which one is. HEIC is counted and warned of."""
     files = {"0": photo(0), "1.image": photo(1), "1.cls": b"3", "2.jpg": photo(2), "2.depth": encoded(pixels(9), "PNG")}
-    files |= {"3.image": photo(3), "3.mask": encoded(pixels(9), "PNG"), "4.heic": iso(b"heic")}
+    files |= {
+        "5.gif": encoded(pixels(5), "GIF"),
+        "3.image": photo(3),
+        "3.mask": encoded(pixels(9), "PNG"),
+        "4.heic": iso(b"heic"),
+    }
     tar_of(files, tmp_path / "0.tar")
     output = index(tmp_path)
     assert labels_of(tmp_path) == {photo(0): None, photo(1): "3", photo(2): None}
-    assert "warning: 2 of 5 keys have no photo" in output
+    assert "warning: 3 of 6 keys have no photo" in output
     assert "warning: 1 picture in formats that are not read: 1 (HEIC .heic 1)" in output
-    assert set(listed(tmp_path)) == {"0.tar/3", "0.tar/4", "0.tar/4.heic"}
+    assert set(listed(tmp_path)) == {"0.tar/3", "0.tar/4", "0.tar/4.heic", "0.tar/5", "0.tar/5.gif"}
 
 
 # ---- labels
