@@ -76,9 +76,9 @@ def test_class_folders(tmp_path: Path) -> None:
     assert (shards.index["height"] == 30).all()
     assert (shards.index["width"] == 40).all()
     assert shards.manifest["kept"] == {"JPEG RGB": 6}
-    assert shards.manifest["skipped"] == {"links": 2, "not photos": 2, "special files": 1}
+    assert shards.manifest["skipped"] == {"links": 2, ".txt files": 1, "hidden files": 1, "special files": 1}
     assert shards.manifest["photos"]["max_bytes"] == max(map(len, CLASSES.values()))
-    assert sorted(os.listdir(dst)) == ["index.npy", "manifest.json", "shard-000000.tar"]
+    assert sorted(os.listdir(dst)) == ["index.npy", "manifest.json", "shard-000000.tar", "skipped.jsonl"]
     assert "already complete: 6 samples in 1 shard" in tool("make", src, dst)
 
 
@@ -372,17 +372,17 @@ def test_index_of_foreign_tars(tmp_path: Path) -> None:
     )  # fmt: skip
     tar_of({"v1.2.webp": encoded(pixels(1), "WEBP"), "5.webp": encoded(pixels(6, 20, 10), "WEBP")}, tmp_path / "a.tar")
     output = tool("index", tmp_path)
-    assert "4 samples in 2 shards" in output
-    assert samples(tmp_path)[1:] == [(photo(1), 7), (png, 3), (photo(3), -1)]
+    assert "5 samples in 2 shards" in output
+    assert samples(tmp_path)[2:] == [(photo(1), 7), (png, 3), (photo(3), -1)]
     shards = Shards(tmp_path)
-    assert tuple(shards.index[0])[3:6] == (20, 10, -1)
+    assert tuple(shards.index[1])[3:6] == (20, 10, -1)
     assert shards.classes == [str(i) for i in range(8)]
     assert shards.manifest["skipped"] == {
-        "non-numeric labels": 1,
-        "not photos": 6,
-        "samples without a photo": 2,
+        "labels that cannot be read": 1,
+        ".json files": 1, ".pyd files": 1, ".pkl files": 1, ".seg.png files": 1,
+        "samples without a photo": 1,
         "duplicates in a sample": 1,
-    }
+    }  # fmt: skip
     assert not canary.exists()
     assert "all agree" in tool("verify", tmp_path)
 
@@ -426,7 +426,7 @@ def test_damaged_tars_are_refused(tmp_path: Path, damage: "object", message: str
 WRONG = {
     "make photo dst": "did you mean 'photos'?",
     "make empty dst": "no photos here (found: nothing)",
-    "make texts dst": "no photos here (found: 1 not photos); photos end in .jpg",
+    "make texts dst": "no photos here (found: 1 .txt files); photos end in .jpg",
     "make links dst": "links are not followed",
     "make text.tar dst": "not a tar",
     "make zipped.tar.gz dst": "gunzip",
@@ -445,7 +445,7 @@ WRONG = {
     "make photos dst --processes 0": "--processes 0",
     "make photos dst --labels yes": "is directly in",
     "make photos dst --devkit x": "does not hold ImageNet's validation photos",
-    "make splits dst": "holds train and val: give one of them",
+    "make splits dst": "holds several splits: train (1 photo), val (1 photo); make shards of one of them: `make shards SRC=",
     "verify nowhere": "no such folder",
     "verify tars": "make index",
     "index nowhere": "no such folder",

@@ -43,7 +43,9 @@ from pipeline.prepare.folder import (
     replace_file,
     write_folder,
     write_rejected,
+    write_skipped,
 )
+from pipeline.prepare.kinds import unread_reason
 from pipeline.prepare.names import printable
 from pipeline.prepare.photo import decode_error, limit_pixels, prepare
 from pipeline.prepare.sources import Photo, Source, SourceIndex, Unreadable, list_photos
@@ -75,6 +77,7 @@ class Job(NamedTuple):
     photos: list[Photo]
     first: int  # number of its first photo; samples are named by their number
     settings: Settings
+    follow_links: bool
 
 
 class Totals(NamedTuple):
@@ -89,16 +92,18 @@ def make_shard(job: Job) -> Totals:
     limit_pixels(settings.max_pixels)
     record = ShardRecord(job.name, 0, "", [], Counter())
     draft = job.dst / WORK / f"{job.name}.{os.getpid()}.draft"
-    with draft.open("wb", buffering=1 << 20) as file, closing(Source(job.src)) as source:
+    with draft.open("wb", buffering=1 << 20) as file, closing(Source(job.src, job.follow_links)) as source:
         shard = ShardFile(file)
         for number, photo in enumerate(job.photos, job.first):
+            data = b""
             try:
                 data = source.read(photo, at_most=4 * settings.max_pixels)
                 prepared = prepare(data, settings.resize_short, settings.quality)
             except MemoryError:
                 raise UserError("out of memory; fewer --processes or a smaller --max-pixels need less") from None
             except Exception as error:  # Pillow can raise anything for a malformed photo
-                record.rejected.append({"source": printable(photo.name), "reason": decode_error(error)})
+                reason = unread_reason(data, photo.name) or decode_error(error)
+                record.rejected.append({"source": printable(photo.name), "reason": reason})
                 record.unread += isinstance(error, Unreadable)
                 continue
             (record.kept if prepared.kept else record.converted)[prepared.kind] += 1
@@ -134,11 +139,14 @@ def make(options: argparse.Namespace) -> None:
     if dst.is_relative_to(src) or src.is_relative_to(dst):
         raise UserError(f"DST {options.dst} is inside SRC {options.src}, or SRC inside DST; give a DST outside SRC")
     try:
-        source = list_photos(src, options.labels, options.devkit)
+        source = list_photos(src, options.labels, options.devkit, options.follow_links, str(options.dst))
     except OSError as error:
         raise UserError(f"{printable(str(error.filename or src))}: cannot be read: {error.strerror}") from None
     total = sum(p.size for p in source.photos)
-    print(f"{plural(len(source.photos), 'photo')}, {total / MB:,.0f} MB; {printable(source.summary)}", flush=True)
+    print(f"{plural(len(source.photos), 'photo')}, {total / MB:,.0f} MB; {printable(source.summary)}")
+    for line in source.describe(options.src, options.dst):
+        print(line)
+    sys.stdout.flush()
     task = {
         "source": {"photos": len(source.photos), "bytes": total, "sha256": source.digest()},
         "settings": asdict(settings),
@@ -152,13 +160,14 @@ def make(options: argparse.Namespace) -> None:
                 f"{dst}: already complete: {plural(len(complete), 'sample')} in {plural(len(complete.shards), 'shard')}"
             )
             return
-        jobs = plan_shards(source, src, dst, settings)
+        jobs = plan_shards(source, src, dst, settings, options.follow_links)
         _begin_or_resume(dst, task)
+        write_skipped(dst, source.skipped.listed)
         totals = _make_shards(jobs, options.processes, options.max_bad)
         if totals.bad == totals.photos:
             raise UserError(f"{src}: none of its photos is valid; {dst}/rejected.jsonl says why")
         records = (_read_record(job) for job in jobs)
-        write_folder(dst, records, {**task, "classes": source.classes}, source.skipped)
+        write_folder(dst, records, {**task, "classes": source.classes}, source.skipped.counts, source.skipped.listed)
 
 
 def _refuse_other(dst: Path, saved: dict, current: dict) -> None:
@@ -192,7 +201,7 @@ def _begin_or_resume(dst: Path, task: dict) -> None:
     replace_file(saved, json.dumps(task).encode())
 
 
-def plan_shards(source: SourceIndex, src: Path, dst: Path, settings: Settings) -> list[Job]:
+def plan_shards(source: SourceIndex, src: Path, dst: Path, settings: Settings, follow_links: bool = False) -> list[Job]:
     """Shuffle the photos and split them into shards of about the same size, at most `shard_mb` plus one photo."""
     n = len(source.photos)
     shuffled = [source.photos[i] for i in permute(np.arange(n), n, hash64(settings.seed, "shards"))]
@@ -203,7 +212,7 @@ def plan_shards(source: SourceIndex, src: Path, dst: Path, settings: Settings) -
     shard_of = (np.cumsum(in_tar) - in_tar) * shards // in_tar.sum()
     bounds = np.searchsorted(shard_of, np.arange(shards + 1))
     return [
-        Job(src, dst, f"shard-{i:06d}.tar", shuffled[a:b], int(a), settings)
+        Job(src, dst, f"shard-{i:06d}.tar", shuffled[a:b], int(a), settings, follow_links)
         for i, (a, b) in enumerate(itertools.pairwise(bounds))
         if a < b
     ]
@@ -291,6 +300,9 @@ def main() -> int | None:
             )
             one.add_argument(
                 "--devkit", type=Path, help="ILSVRC2012_devkit_t12.tar.gz; default: next to SRC, if it exists"
+            )
+            one.add_argument(
+                "--follow-links", action="store_true", help="read the files and folders that links lead to"
             )
             one.add_argument("--shard-mb", type=float, default=256.0, help="most MB of a shard; default 256")
             one.add_argument("--seed", type=int, default=0, help="of the shuffle; default 0")

@@ -1,8 +1,10 @@
 """Which photos have a class, and which one; `labels` is auto, yes or no.
 
-auto   A folder: the folders directly in SRC are the classes if all photos are in them and there are at least two. If SRC
-       holds only one folder, called train, val, test or similar, that folder's folders are used instead. Otherwise there are
-       no classes. A tar: the same; a folder that all its members share (`imagenette/...`) is left out first.
+Where to look: SRC; or, while a folder holds nothing but one folder, that one (`images/<class>/`, `ILSVRC/Data/CLS-LOC/`). A
+tar is looked at as a folder is.
+
+auto   The folders there are the classes if all photos are in them and there are at least two. Otherwise there are none.
+       Several splits (train, val, test..., in any form), or the photos and masks of VOC, are refused.
        ILSVRC2012_val photos: the devkit's ground truth; classes are the sorted synsets, as for the training photos. Without
        the devkit: no classes.
 yes    Every photo must have a class; one folder is enough.
@@ -13,13 +15,15 @@ import fnmatch
 import io
 import re
 import tarfile
+from collections import Counter
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
-from pipeline.prepare.names import printable
+from pipeline.prepare.names import printable, split_of, splits_among
+from pipeline.shards import plural
 from runtime.errors import UserError
 
-SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 MAX_DEVKIT_MEMBER = 1 << 26  # bytes
 
@@ -30,15 +34,17 @@ class Labels(NamedTuple):
     label_of: list[int]  # of each photo: position in `classes`, or -1
     classes: list[str]
     summary: str
+    below: str = ""  # the folder below SRC that was looked at: `images/`
+    warnings: tuple[str, ...] = ()
 
 
-def label_photos(src: Path, names: list[str], labels: str, devkit: Path | None) -> Labels:
-    """Labels of photos with these sorted names below SRC. Raises UserError if they cannot be labeled as asked."""
+def label_photos(src: Path, names: list[str], labels: str, devkit: Path | None, dst: str) -> Labels:
+    """Labels of photos with these sorted names below SRC; dst: the shards' folder, for messages. Raises UserError if they
+    cannot be labeled as asked."""
     if fnmatch.fnmatch(names[0], "ILSVRC2012_val_*") and not any("/" in name for name in names):
         return _imagenet_validation(src, names, labels, devkit)
     refuse_devkit(src, devkit)
-    shared = "" if src.is_dir() else _shared_folder(names)
-    return _folders_as_classes(src, shared, [name.removeprefix(shared) for name in names], labels)
+    return _folders_as_classes(src, names, labels, dst)
 
 
 def refuse_devkit(src: Path, devkit: Path | None) -> None:
@@ -47,34 +53,130 @@ def refuse_devkit(src: Path, devkit: Path | None) -> None:
         raise UserError(f"--devkit: {src} does not hold ImageNet's validation photos (ILSVRC2012_val_*.JPEG)")
 
 
-def _shared_folder(names: list[str]) -> str:
-    """The folder that all names begin with, if there are folders below it: `imagenette/`, or nothing."""
-    top = names[0].partition("/")[0] + "/"
-    return top if all(n.startswith(top) for n in names) and any(n.count("/") > 1 for n in names) else ""
+def make_command(src: Path, folder: str, dst: str) -> str:
+    """The command that makes shards of one folder of SRC; a tar is unpacked for it."""
+    if src.is_dir():
+        return f"`make shards SRC={_word(f'{src}/{folder}')} DST={_word(dst)}`"
+    out = src.with_suffix("")
+    unpack = f"mkdir -p {_word(str(out))} && tar -xf {_word(str(src))} -C {_word(str(out))}"
+    return f"`{unpack} && make shards SRC={_word(f'{out}/{folder}')} DST={_word(dst)}`"
 
 
-def _folders_as_classes(src: Path, shared: str, names: list[str], labels: str) -> Labels:
-    """A class per folder; names are below SRC/`shared`."""
-    where = f"{src}/{shared}".rstrip("/")
-    folder_of = [name.partition("/")[0] if "/" in name else "" for name in names]
+def _word(text: str) -> str:
+    return quote(printable(text))
+
+
+def refuse_splits_of_tar(src: Path, inner: list[str], dst: str) -> None:
+    """Raise UserError if a tar of tars has tars of several splits, which would become classes."""
+    splits = splits_among(inner)
+    if splits:
+        found = [printable(name) for names in splits.values() for name in names]
+        command = make_command(src, next(iter(splits.values()))[0], dst)
+        raise UserError(f"{src} holds several splits: {', '.join(found)}; make shards of one of them: {command}")
+
+
+def _folders_as_classes(src: Path, names: list[str], labels: str, dst: str) -> Labels:
+    """A class per folder of the folder that is looked at."""
+    shared = _shared_folder(names)
+    inside = _folders_in(names)
+    if labels == "auto":
+        _refuse_splits(src, shared, names, inside[shared], dst)
+        _refuse_masks(src, inside, dst)
+    if shared and any("/" not in name[len(shared) :] for name in names):
+        shared = shared[:-1].rpartition("/")[0]  # photos are directly in it: it can only be a class itself
+        shared += "/" if shared else ""
+    where = printable(f"{src}/{shared}".rstrip("/"))
+    below = [name[len(shared) :] for name in names]
+    folder_of = [name.partition("/")[0] if "/" in name else "" for name in below]
     folders = sorted(set(folder_of))
-    if labels != "no" and len(folders) == 1 and folders[0] in SPLITS and all(n.count("/") > 1 for n in names):
-        where = f"{where}/{folders[0]}"
-        folder_of = [name.split("/", 2)[1] for name in names]
-        folders = sorted(set(folder_of))
-    if labels == "auto" and len(folders) > 1 and set(folders) <= SPLITS:
-        one = f"give one of them ({src}/{folders[0]})" if src.is_dir() else "make shards of one of them"
-        raise UserError(f"{where} holds {' and '.join(folders)}: {one}, or --labels no for all of them without classes")
     direct = "" in folders
+    warnings = () if labels == "yes" else _warn_of_splits(src, shared, inside)
     if labels == "yes" and direct:
-        stray = printable(names[folder_of.index("")])
+        stray = printable(below[folder_of.index("")])
         raise UserError(f"--labels yes: {stray} is directly in {where}; every photo must be in the folder of its class")
-    if labels == "yes" or (labels == "auto" and not direct and len(folders) > 1):
+    if labels == "yes" or (labels == "auto" and not direct and len(folders) > 1 and not _are_parts(folders)):
         position = {folder: i for i, folder in enumerate(folders)}
-        summary = f"{len(folders)} classes: the folders in {where} (--labels no: no classes)"
-        return Labels([position[folder] for folder in folder_of], folders, summary)
-    why = "--labels no" if labels == "no" else "photos are directly in it" if direct else "all are in one folder"
-    return Labels([-1] * len(names), [], f"no classes in {where}: {why} (--labels yes: one class per folder)")
+        count = f"{len(folders):,} {'class' if len(folders) == 1 else 'classes'}"
+        summary = f"{count}: the folders in {where} (--labels no: no classes)"
+        return Labels([position[folder] for folder in folder_of], folders, summary, shared, warnings)
+    if labels == "no":
+        why = "--labels no"
+    elif direct:
+        why = "photos are directly in it"
+    else:
+        why = "all are in one folder" if len(folders) == 1 else "its folders are parts of one split"
+    summary = f"no classes in {where}: {why} (--labels yes: one class per folder)"
+    return Labels([-1] * len(names), [], summary, shared, warnings)
+
+
+def _shared_folder(names: list[str]) -> str:
+    """The deepest folder that holds all of these sorted names: `ILSVRC/Data/CLS-LOC/`, or nothing."""
+    shared = ""
+    for folder, other in zip(names[0].split("/")[:-1], names[-1].split("/")[:-1], strict=False):
+        if folder != other:
+            break
+        shared += folder + "/"
+    return shared
+
+
+def _folders_in(names: list[str]) -> dict[str, list[str]]:
+    """{folder: names of the folders in it}, sorted: {"": ["a"], "a/": ["b"], "a/b/": []}."""
+    folders = set[str]()
+    for folder in {name.rpartition("/")[0] for name in names}:
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    inside: dict[str, list[str]] = {"": [], **{f"{folder}/": [] for folder in folders}}
+    for folder in sorted(folders):
+        above, _, last = folder.rpartition("/")
+        inside[f"{above}/" if above else ""].append(last)
+    return inside
+
+
+def _are_parts(folders: list[str]) -> bool:
+    """Whether all folders are parts of one split, as train1 and train2, and no classes."""
+    return all(split and not others for split, others in map(split_of, folders))
+
+
+def _refuse_splits(src: Path, shared: str, names: list[str], folders: list[str], dst: str) -> None:
+    """Raise UserError if these folders of SRC/shared hold several splits."""
+    splits = splits_among(folders)
+    if not splits:
+        return
+    photos = Counter(name[len(shared) :].partition("/")[0] for name in names)
+    found = [f"{printable(f)} ({plural(photos[f], 'photo')})" for folder in splits.values() for f in folder]
+    first = next(iter(splits.values()))[0]
+    raise UserError(
+        f"{printable(f'{src}/{shared}'.rstrip('/'))} holds several splits: {', '.join(found)}; make shards of one of them: "
+        f"{make_command(src, shared + first, dst)}; or with ARGS='--labels no' of all of them, without classes; or with "
+        "ARGS='--labels yes' if these are names of classes"
+    )
+
+
+def _refuse_masks(src: Path, inside: dict[str, list[str]], dst: str) -> None:
+    """Raise UserError if a folder is laid out as Pascal VOC, where masks lie beside the photos."""
+    for folder, folders in sorted(inside.items()):
+        masks = [f for f in folders if f in ("SegmentationClass", "SegmentationObject", "SegmentationClassAug")]
+        if "JPEGImages" in folders and masks:
+            where = printable(f"{src}/{folder}".rstrip("/"))
+            raise UserError(
+                f"{where}: a folder of Pascal VOC; {masks[0]} holds masks, JPEGImages the photos: "
+                f"{make_command(src, folder + 'JPEGImages', dst)}"
+            )
+
+
+def _warn_of_splits(src: Path, shared: str, inside: dict[str, list[str]]) -> tuple[str, ...]:
+    """A warning if folders further down hold several splits (`bottle/train`, `bottle/test`)."""
+    mixed = [f for f, folders in sorted(inside.items()) if f.startswith(shared) and splits_among(folders)]
+    if not mixed:
+        return ()
+    found = [name for names in splits_among(inside[mixed[0]]).values() for name in names]
+    more = f" (and {plural(len(mixed) - 1, 'more folder')})" if len(mixed) > 1 else ""
+    where = printable(f"{src}/{mixed[0]}".rstrip("/"))
+    splits = printable(", ".join(found))
+    return (
+        f"{where} holds several splits: {splits}{more}; the photos of all are used; to leave one out, move it elsewhere",
+    )
 
 
 def _imagenet_validation(src: Path, names: list[str], labels: str, devkit: Path | None) -> Labels:

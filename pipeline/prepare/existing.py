@@ -5,24 +5,27 @@ import os
 import zlib
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from contextlib import closing
 from hashlib import file_digest, sha256
 from pathlib import Path
+from shlex import quote
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from pipeline.prepare.folder import WORK, ShardRecord, counts, folder_lock, write_folder
-from pipeline.prepare.names import printable
+from pipeline.prepare.folder import WORK, ShardRecord, folder_lock, write_folder
+from pipeline.prepare.kinds import unread_reason
+from pipeline.prepare.labels import Written, read_label, resolve_labels
+from pipeline.prepare.names import printable, splits_among
 from pipeline.prepare.photo import decode_error, inspect_existing, limit_pixels
-from pipeline.prepare.tar import Member, members
+from pipeline.prepare.samples import group
+from pipeline.prepare.skipped import Skipped, counts, index_warnings
+from pipeline.prepare.tar import members
 from pipeline.prepare.work import Progress, parallel_map
 from pipeline.shards import Shards, describe_loss, plural
 from runtime.errors import UserError
 
-MAX_CLASSES = 100_000  # of tars of other programs, whose labels are bare numbers
-PHOTO_ENDINGS = ("jpg", "jpeg", "png", "webp")
+UNPACK = {".gz": "gunzip -k", ".tgz": "gunzip -k", ".xz": "unxz -k", ".zst": "unzstd", ".bz2": "bunzip2 -k"}
 
 
 class Check(NamedTuple):
@@ -126,6 +129,7 @@ def index(options: Namespace) -> None:
         raise UserError(f"{special[0]}: is not a file")  # reading a fifo would wait for ever
     if not tars:
         raise UserError(f"{dst}: no *.tar here; `make shards SRC=photos/ DST=shards/` makes shards from photos")
+    _refuse_other_tars(dst, tars)
     with folder_lock(dst):
         records = {}
         with Progress("indexing", sum(t.stat().st_size for t in tars)) as progress:
@@ -142,8 +146,14 @@ def index(options: Namespace) -> None:
                 f"{dst}: {bad} of {bad + samples} samples are bad, more than --max-bad {options.max_bad:g}; "
                 f"the first one is {first['source']}: {first['reason']}"
             )
-        head = {"source": {"tars": len(tars)}, "settings": {}, "classes": _classes_of_labels(dst, in_order)}
-        write_folder(dst, in_order, head, Counter())
+        skipped = Skipped()
+        classes = _set_labels(dst, in_order, skipped)
+        head = {"source": {"tars": len(tars)}, "settings": {}, "classes": classes}
+        write_folder(dst, in_order, head, skipped.counts, skipped.listed)
+        labels = sum(row[4] >= 0 for record in in_order for row in record.rows)
+        skipped.listed += [row for record in in_order for row in record.left_out]
+        for warning in index_warnings(skipped, samples, labels):
+            print(f"warning: {warning}")
         rotated = sum(n for r in in_order for kind, n in r.kept.items() if kind.endswith("rotated"))
         if rotated:
             print(
@@ -151,9 +161,54 @@ def index(options: Namespace) -> None:
             )
 
 
-def _classes_of_labels(dst: Path, records: list[ShardRecord]) -> list[str]:
-    """Names of the labels: those of the manifest that is replaced if it has enough, otherwise the numbers."""
-    count = 1 + max((row[4] for record in records for row in record.rows), default=-1)
+def _refuse_other_tars(dst: Path, tars: list[Path]) -> None:
+    """Raise UserError if the folder holds compressed tars that would be left out, or tars of several splits."""
+    packed = {
+        p: p.with_suffix(".tar" if p.suffix.lower() == ".tgz" else "")
+        for p in dst.iterdir()
+        if p.suffix.lower() in UNPACK
+    }
+    left_out = sorted(p for p, tar in packed.items() if tar.suffix.lower() == ".tar" and not tar.exists())
+    if left_out:
+        first = left_out[0]
+        files = _words(dst, [p.name for p in left_out], "".join(first.suffixes[-2:]))
+        raise UserError(
+            f"{first}: compressed, and would be left out of the index ({plural(len(left_out), 'such file')}): "
+            f"`{UNPACK[first.suffix.lower()]} {files}`, then the same command again; or move them elsewhere"
+        )
+    splits = splits_among(tar.stem for tar in tars)
+    if splits:
+        found = [f"{split} ({plural(len(stems), 'tar')}, {stems[0]}.tar first)" for split, stems in splits.items()]
+        split, stems = next(iter(splits.items()))
+        into = quote(str(dst / split))
+        raise UserError(
+            f"{dst} holds tars of several splits: {', '.join(found)}; give each a folder of its own: `mkdir {into} && "
+            f"mv {_words(dst, [f'{stem}.tar' for stem in stems], '.tar')} {into} && make index DST={into}`"
+        )
+
+
+def _words(dst: Path, names: list[str], ending: str) -> str:
+    """These files in a command: as a pattern if it matches no other file of the folder."""
+    beginning = os.path.commonprefix(names)  # noqa: RUF071  # of letters, not of folders
+    beginning = beginning.removesuffix(ending) if len(names) > 1 else ""
+    matched = [p.name for p in dst.iterdir() if p.name.startswith(beginning) and p.name.endswith(ending)]
+    if len(names) > 1 and sorted(matched) == sorted(names):
+        return f"{quote(f'{dst}/{beginning}')}*{ending}"
+    return " ".join(quote(str(dst / name)) for name in names)
+
+
+def _set_labels(dst: Path, records: list[ShardRecord], skipped: Skipped) -> list[str]:
+    """Fill in the rows' labels; returns the names of the classes: those that are written in the tars. For numbers, those of
+    the manifest that is replaced if it has enough, otherwise the numbers."""
+    label_of, classes, said = resolve_labels([w for record in records for w in record.labels], skipped)
+    if said:
+        print(said)
+    labels = iter(label_of)
+    for record in records:
+        record.rows = [(*row[:4], next(labels), *row[5:]) for row in record.rows]
+    if classes:
+        return classes
+    count = 1 + max(label_of, default=-1)
     try:
         names = json.loads((dst / "manifest.json").read_bytes())["classes"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -165,50 +220,38 @@ def index_tar(job: tuple[Path, int]) -> ShardRecord:
     """The record of an existing tar. Every photo is decoded once, so that only photos that decode are indexed."""
     path, max_pixels = job
     limit_pixels(max_pixels)
-    kept, skipped, rejected, rows = Counter[str](), Counter[str](), list[dict](), list[tuple[int, ...]]()
+    kept, skipped, rejected, rows = Counter[str](), Skipped(), list[dict](), list[tuple[int, ...]]()
+    labels = list[Written]()
     with path.open("rb") as tar:
         digest = file_digest(tar, "sha256").hexdigest()
         size = tar.tell()
         if size == 0:
             raise UserError(f"{path}: empty (0 bytes)")
-        for photo, cls in _samples(members(tar, 0, size, str(path)), skipped):
+        for sample in group(tar, members(tar, 0, size, str(path)), skipped, path.name):
+            photo, data = sample.parts["photo"], b""
             try:
                 if not 0 < photo.size <= 4 * max_pixels:
                     raise ValueError("empty" if photo.size == 0 else f"{photo.size} bytes")
                 data = os.pread(tar.fileno(), photo.size, photo.offset)
                 image, kind = inspect_existing(data)
             except Exception as error:  # as in make_shard
-                rejected.append({"source": f"{path.name}/{printable(photo.name)}", "reason": decode_error(error)})
+                reason = unread_reason(data, photo.name) or decode_error(error)
+                rejected.append({"source": f"{path.name}/{printable(photo.name)}", "reason": reason})
                 continue
-            label = os.pread(tar.fileno(), min(cls.size, 16), cls.offset).strip() if cls else b""
-            is_label = label.isdigit() and int(label) < MAX_CLASSES
-            skipped["non-numeric labels"] += bool(cls) and not is_label
+            labels.append(read_label(tar, sample.parts, skipped, path.name))
             kept[kind] += 1
             crc = zlib.crc32(data)
-            rows.append((photo.offset, photo.size, image.height, image.width, int(label) if is_label else -1, crc))
+            rows.append((photo.offset, photo.size, image.height, image.width, -1, crc))
     if not rows and not rejected:
-        raise UserError(f"{path}: no photos in this tar (jpg, jpeg, png or webp; found: {counts(+skipped)})")
-    return ShardRecord(path.name, size, digest, rows, kept, rejected=rejected, skipped=+skipped)
-
-
-def _samples(found: Iterable[Member], skipped: Counter[str]) -> Iterator[tuple[Member, Member | None]]:
-    """(photo, class) of every sample. WebDataset's rule: adjacent members that share the name up to its first dot."""
-    key, parts = "", dict[str, Member]()
-    for m in [*found, None]:
-        folder, _, base = m.name.rpartition("/") if m else ("", "", "")
-        stem, _, ending = base.partition(".")
-        if m and (m.skip or not stem or not ending):
-            skipped[m.skip or "not photos"] += 1
-            continue
-        if m is None or f"{folder}/{stem}" != key:
-            if "photo" in parts:
-                yield parts["photo"], parts.get("cls")
-            elif key:
-                skipped["samples without a photo"] += 1
-            key, parts = f"{folder}/{stem}", {}
-        if m:
-            role = "photo" if ending.lower() in PHOTO_ENDINGS else ending.lower()
-            if role in ("photo", "cls") and role in parts:
-                skipped["duplicates in a sample"] += 1
-            skipped["not photos"] += role not in ("photo", "cls")
-            parts.setdefault(role, m)
+        raise UserError(f"{path}: no photos in this tar (jpg, jpeg, png or webp; found: {counts(skipped.counts)})")
+    return ShardRecord(
+        path.name,
+        size,
+        digest,
+        rows,
+        kept,
+        rejected=rejected,
+        skipped=skipped.counts,
+        left_out=skipped.listed,
+        labels=labels,
+    )

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -18,6 +18,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from pipeline.prepare.labels import Written
+from pipeline.prepare.skipped import counts
 from pipeline.prepare.work import MB
 from pipeline.shards import FORMAT, INDEX, plural
 from runtime.errors import UserError
@@ -38,6 +40,8 @@ class ShardRecord:
     converted: Counter[str] = field(default_factory=Counter)
     rejected: list[dict] = field(default_factory=list)  # {"source": name, "reason": why}
     skipped: Counter[str] = field(default_factory=Counter)
+    left_out: list[dict] = field(default_factory=list)  # rows of skipped.jsonl
+    labels: list[Written] = field(default_factory=list)  # of each row, as a tar of another program has them
     unread: int = 0  # of the rejected, those that could not be read: the next run tries them again
 
 
@@ -101,16 +105,29 @@ def folder_lock(dst: Path) -> Iterator[None]:
 
 
 def write_rejected(dst: Path, rejected: list[dict]) -> None:
-    if rejected:
-        replace_file(dst / "rejected.jsonl", "".join(json.dumps(r) + "\n" for r in rejected).encode())
+    _write_rows(dst / "rejected.jsonl", rejected)
+
+
+def write_skipped(dst: Path, skipped: list[dict]) -> None:
+    _write_rows(dst / "skipped.jsonl", skipped)
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    """Write JSON lines atomically. Without rows there is no file."""
+    if rows:
+        replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     else:
-        (dst / "rejected.jsonl").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
-def write_folder(dst: Path, records: Iterable[ShardRecord], head: dict, skipped: Counter[str]) -> None:
-    """Write index.npy, rejected.jsonl and, last, manifest.json from the records of all shards; then print the summary."""
+def write_folder(
+    dst: Path, records: Iterable[ShardRecord], head: dict, skipped: Counter[str], listed: Sequence[dict] = ()
+) -> None:
+    """Write index.npy, rejected.jsonl, skipped.jsonl and, last, manifest.json from the records of all shards; then print the
+    summary. skipped, listed: what the source holds beside them, counted by kind, and the rows of skipped.jsonl."""
     shards: list[dict] = []
     rejected: list[dict] = []
+    left_out = list(listed)
     parts = [np.zeros(0, INDEX)]
     kept, converted = Counter[str](), Counter[str]()
     for record in records:
@@ -123,6 +140,7 @@ def write_folder(dst: Path, records: Iterable[ShardRecord], head: dict, skipped:
         kept.update(record.kept)
         converted.update(record.converted)
         skipped.update(record.skipped)
+        left_out += record.left_out
     index = np.concatenate(parts)
     if len(index) == 0:
         raise UserError(f"{dst}: no valid photo in its tars")
@@ -147,6 +165,7 @@ def write_folder(dst: Path, records: Iterable[ShardRecord], head: dict, skipped:
         "shards": shards,
     }
     write_rejected(dst, rejected)
+    write_skipped(dst, left_out)
     replace_file(dst / "index.npy", table.getvalue())
     replace_file(dst / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     shutil.rmtree(dst / WORK)
@@ -157,10 +176,5 @@ def write_folder(dst: Path, records: Iterable[ShardRecord], head: dict, skipped:
         f"{classes:,} {'class' if classes == 1 else 'classes'}"
     )
     print(f"kept unchanged {counts(kept)} · converted {counts(converted)} · rejected {len(rejected)}", end="")
-    print(f"{' (rejected.jsonl)' if rejected else ''} · skipped {counts(skipped)}")
-
-
-def counts(kinds: Counter[str]) -> str:
-    """The total, and how many of each kind: 3 (links 2, not photos 1)."""
-    by_kind = ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common())
-    return f"{kinds.total():,}" + (f" ({by_kind})" if by_kind else "")
+    print(f"{' (rejected.jsonl)' if rejected else ''} · skipped {counts(skipped)}", end="")
+    print("; skipped.jsonl lists them" if left_out else "")

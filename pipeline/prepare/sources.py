@@ -1,7 +1,9 @@
 """The photos of a source: a folder, a tar, or ImageNet's own tars. Names, offsets and sizes; no photo is decoded here.
 
-Nothing is extracted, unpickled or followed: a photo is `size` bytes at `offset` of a file. Links, devices, fifos, sparse
-members and names that lead outside (`/x`, `../x`) are skipped and counted.
+A file with a photo's ending is a photo; what is wrong with it, the decoder says later. Any other file is judged by its
+first bytes. Nothing is extracted or unpickled: a photo is `size` bytes at `offset` of a file. Devices, fifos, sparse
+members, names that lead outside (`/x`, `../x`), hidden files and the folders of file systems are skipped; so are links,
+unless they are to be followed (walk.py). Whatever is skipped is counted and listed.
 
 A tar of tars (ILSVRC2012_img_train.tar) has one inner tar per class. The inner tars are read where they are. For all other
 sources classes.py says which photos have a class.
@@ -10,15 +12,22 @@ sources classes.py says which photos have a class.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from pipeline.prepare.classes import label_photos, refuse_devkit
-from pipeline.prepare.names import ENDINGS, is_photo, printable
+from pipeline.prepare.classes import label_photos, make_command, refuse_devkit, refuse_splits_of_tar
+from pipeline.prepare.kinds import HEAD, PHOTOS, is_palette_png, kind_of
+from pipeline.prepare.names import ENDINGS, ending, has_photo_ending, is_hidden, printable, skipped_folder
+from pipeline.prepare.skipped import FOLLOW, Skipped, convert_command, counts, source_warnings
 from pipeline.prepare.tar import Member, members
+from pipeline.prepare.walk import photos_in_folder
+from pipeline.shards import plural
 from runtime.errors import UserError, suggest
+
+SHOWN_CLASSES = 5  # before the work begins
+MASK_SAMPLE = 3  # photos of a folder whose headers are read to tell masks from photos
 
 
 class Photo(NamedTuple):
@@ -37,7 +46,8 @@ class SourceIndex:
     photos: list[Photo]
     classes: list[str]
     summary: str  # one line: how the classes were chosen
-    skipped: Counter[str]  # by kind
+    skipped: Skipped
+    warnings: list[str]  # about the folders
 
     def digest(self) -> str:
         """sha256 of names, sizes and labels: equal for the same photos as a folder and as a tar."""
@@ -46,33 +56,53 @@ class SourceIndex:
             sha.update(f"{p.name}\0{p.size} {p.label}\n".encode("utf-8", "surrogateescape"))
         return sha.hexdigest()
 
+    def describe(self, src: Path, dst: Path) -> list[str]:
+        """Lines for the user before the work begins: classes, what is skipped, warnings. src, dst: as they were given."""
+        lines = []
+        if self.classes:
+            photos = Counter(p.label for p in self.photos)
+            first = [f"{name} ({plural(photos[i], 'photo')})" for i, name in enumerate(self.classes[:SHOWN_CLASSES])]
+            more = len(self.classes) - len(first)
+            lines.append(f"classes: {', '.join(first)}{f', ... {more:,} more' if more else ''}")
+        odd = (p.name for p in self.photos if not has_photo_ending(p.name))
+        if endings := Counter(ending(name) or "no ending" for name in odd):
+            lines.append(f"by their first bytes, not by their ending: {counts(endings)}")
+        if self.skipped.listed:
+            lines.append(f"skipped {counts(self.skipped.counts)}; {dst}/skipped.jsonl lists them")
+        warnings = (*self.warnings, *source_warnings(self.skipped, {p.name for p in self.photos}, src))
+        return lines + [f"warning: {warning}" for warning in warnings]
 
-def list_photos(src: Path, labels: str = "auto", devkit: Path | None = None) -> SourceIndex:
-    """The photos of a folder or a tar. `labels`: auto, yes, no (see classes.py).
 
-    Raises UserError if there are none, OSError if the source cannot be read.
+def list_photos(
+    src: Path, labels: str = "auto", devkit: Path | None = None, follow_links: bool = False, dst: str = "DST"
+) -> SourceIndex:
+    """The photos of a folder or a tar. `labels`: auto, yes, no (see classes.py); dst: the shards' folder, for messages.
+
+    Raises UserError if there are none, or if the source holds several splits; OSError if it cannot be read.
     """
     if not src.exists():
         known = os.listdir(src.parent) if src.parent.is_dir() else []
         raise UserError(f"{src}: no such folder or tar{suggest(src.name, known)}")
-    skipped: Counter[str] = Counter()
+    skipped = Skipped()
     if src.is_dir():
-        found = sorted(_photos_in_folder(src, skipped))
+        found = sorted(photos_in_folder(src, follow_links, skipped))
+        skipped.listed.sort(key=lambda row: row["source"])  # file systems list names in any order
     elif src.is_file():
         with src.open("rb") as tar:
             found, inner = _photos_in_tar(tar, src, skipped)
             if inner:
                 refuse_devkit(src, devkit)
-                return _tar_of_tars(tar, src, inner, labels, skipped)
+                return _tar_of_tars(tar, src, inner, labels, dst, skipped)
         found.sort()
     else:
         raise UserError(f"{src}: neither a folder nor a tar")
     if not found:
         raise UserError(_no_photos(src, skipped))
     found = _without_duplicates(found, skipped)
-    label_of, classes, summary = label_photos(src, [name for name, _, _ in found], labels, devkit)
-    photos = [Photo(*place, label) for place, label in zip(found, label_of, strict=True)]
-    return SourceIndex(photos, [printable(c) for c in classes], summary, skipped)
+    labeled = label_photos(src, [name for name, _, _ in found], labels, devkit, dst)
+    photos = [Photo(*place, label) for place, label in zip(found, labeled.label_of, strict=True)]
+    warnings = [*labeled.warnings, *_warn_of_masks(src, photos, labeled.below, dst)]
+    return SourceIndex(photos, [printable(c) for c in labeled.classes], labeled.summary, skipped, warnings)
 
 
 class Unreadable(Exception):
@@ -80,110 +110,152 @@ class Unreadable(Exception):
 
 
 class Source:
-    """Bytes of photos below a folder or inside a tar, by offset; no link is followed."""
+    """Bytes of photos below a folder or inside a tar, by offset. A photo that is a link is read only with `follow_links`."""
 
-    def __init__(self, src: Path):
+    def __init__(self, src: Path, follow_links: bool = False):
         self.fd = os.open(src, os.O_RDONLY)
         self.is_folder = src.is_dir()
+        self.flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
 
     def read(self, photo: Photo, at_most: int) -> bytes:
         """The photo's bytes. Raises ValueError for none or more than `at_most`, Unreadable if they cannot be read."""
         if not 0 < photo.size <= at_most:
             raise ValueError("empty" if photo.size == 0 else f"{photo.size} bytes, more than --max-pixels can need")
-        try:
-            if self.is_folder:
-                fd = os.open(photo.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)
-                try:
-                    data = os.read(fd, photo.size + 1)
-                finally:
-                    os.close(fd)
-            else:
-                data = os.pread(self.fd, photo.size, photo.offset)
-        except OSError as error:
-            raise Unreadable(f"cannot be read: {error.strerror}") from None
+        data = self._read(photo, photo.size + self.is_folder)
         if len(data) != photo.size:
             raise Unreadable("has changed since it was listed")
         return data
+
+    def head(self, photo: Photo) -> bytes:
+        """Its first bytes, as many as `kind_of` needs. Raises Unreadable if they cannot be read."""
+        return self._read(photo, min(photo.size, HEAD))
+
+    def _read(self, photo: Photo, size: int) -> bytes:
+        try:
+            if not self.is_folder:
+                return os.pread(self.fd, size, photo.offset)
+            fd = os.open(photo.name, self.flags, dir_fd=self.fd)
+            try:
+                return os.read(fd, size)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise Unreadable(f"cannot be read: {error.strerror}") from None
 
     def close(self) -> None:
         os.close(self.fd)
 
 
-def _photos_in_folder(src: Path, skipped: Counter[str]) -> Iterator[tuple[str, int, int]]:
-    """(name, 0, size) of every photo below a folder; links are not followed."""
-    todo = [""]
-    while todo:
-        below = todo.pop()
-        for entry in os.scandir(src / below):
-            name = below + entry.name
-            if entry.is_symlink():
-                skipped["links"] += 1
-            elif entry.is_dir(follow_symlinks=False):
-                if entry.name.startswith("."):
-                    skipped["hidden folders"] += 1
-                else:
-                    todo.append(name + "/")
-            elif not entry.is_file(follow_symlinks=False):
-                skipped["special files"] += 1
-            elif not is_photo(name):
-                skipped["not photos"] += 1
-            else:
-                yield name, 0, entry.stat(follow_symlinks=False).st_size
-
-
-def _photos_in_tar(tar: BinaryIO, src: Path, skipped: Counter[str]) -> tuple[list[tuple[str, int, int]], list[Member]]:
+def _photos_in_tar(tar: BinaryIO, src: Path, skipped: Skipped) -> tuple[list[tuple[str, int, int]], list[Member]]:
     """(name, offset, size) of a tar's photos; or, if it holds tars and no photos, its inner tars."""
     size = os.fstat(tar.fileno()).st_size
     if tar.read(2) == b"\x1f\x8b":
         raise UserError(f"{src}: compressed, and photos are read at their offset; run `gunzip -k {src}` first")
     if size == 0:
         raise UserError(f"{src}: empty (0 bytes)")
-    found, inner = [], []
+    found, inner, folders = [], [], set[str]()
     for m in members(tar, 0, size, str(src)):
-        if m.skip:
-            skipped[m.skip] += 1
-        elif is_photo(m.name):
-            found.append((m.name, m.offset, m.size))
-        elif m.name.endswith(".tar") and "/" not in m.name:
+        if m.name.endswith(".tar") and "/" not in m.name and not m.skip:
             inner.append(m)
-        else:
-            skipped["not photos"] += 1
-    if found and inner:
-        skipped["not photos"] += len(inner)
+        elif _is_photo(tar, m, folders, skipped):
+            found.append((m.name, m.offset, m.size))
+    if found:
+        for m in inner:
+            skipped.add_file(m.name, "archive")
         inner = []
     return found, inner
 
 
-def _tar_of_tars(tar: BinaryIO, src: Path, inner: list[Member], labels: str, skipped: Counter[str]) -> SourceIndex:
+def _is_photo(tar: BinaryIO, m: Member, folders: set[str], skipped: Skipped) -> bool:
+    """Whether a member is a photo; otherwise it is counted. folders: those that were counted before."""
+    folder, why = skipped_folder(m.name)
+    if m.skip:
+        skipped.add(m.name, m.skip, "not read from a tar")
+    elif folder:
+        if folder not in folders:
+            folders.add(folder)
+            skipped.add(folder, why, "not looked into")
+    elif is_hidden(m.name.rpartition("/")[2]):
+        skipped.add(m.name, "hidden files", "its name begins with a dot")
+    elif has_photo_ending(m.name):
+        return True
+    else:
+        kind = kind_of(os.pread(tar.fileno(), min(m.size, HEAD), m.offset), m.name)
+        if kind in PHOTOS:
+            return True
+        skipped.add_file(m.name, kind)
+    return False
+
+
+def _tar_of_tars(tar: BinaryIO, src: Path, inner: list[Member], labels: str, dst: str, skipped: Skipped) -> SourceIndex:
     """ImageNet's training tar: one inner tar per class."""
     inner = sorted({m.name: m for m in reversed(inner)}.values())  # of equal names the first
+    if labels == "auto":
+        refuse_splits_of_tar(src, [m.name for m in inner], dst)
     places = []
     for label, outer in enumerate(inner):
+        folders = set[str]()
         for m in members(tar, outer.offset, outer.offset + outer.size, f"{src}: {outer.name}"):
-            if m.skip or not is_photo(m.name):
-                skipped[m.skip or "not photos"] += 1
-            else:
+            if _is_photo(tar, m, folders, skipped):
                 places.append((f"{outer.name[:-4]}/{m.name}", m.offset, m.size, label if labels != "no" else -1))
     if not places:
         raise UserError(_no_photos(src, skipped))
     photos = [Photo(*p) for p in sorted(places)]
     classes = [] if labels == "no" else [printable(m.name[:-4]) for m in inner]
-    return SourceIndex(photos, classes, f"a tar of {len(inner)} tars, one class each", skipped)
+    return SourceIndex(photos, classes, f"a tar of {len(inner)} tars, one class each", skipped, [])
 
 
-def _without_duplicates(found: list[tuple[str, int, int]], skipped: Counter[str]) -> list[tuple[str, int, int]]:
+def _without_duplicates(found: list[tuple[str, int, int]], skipped: Skipped) -> list[tuple[str, int, int]]:
     """Sorted photos, of equal names only the first: a tar can hold a name twice."""
-    unique = [f for f, before in zip(found, [("", 0, 0), *found], strict=False) if f[0] != before[0]]
-    if len(unique) < len(found):
-        skipped["duplicate names"] += len(found) - len(unique)
+    unique: list[tuple[str, int, int]] = []
+    for place in found:
+        if unique and place[0] == unique[-1][0]:
+            skipped.add(place[0], "duplicate names", "the tar holds another member of this name before it")
+        else:
+            unique.append(place)
     return unique
 
 
-def _no_photos(src: Path, skipped: Counter[str]) -> str:
-    others = ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items()))
-    hint = f"; photos end in {' '.join(ENDINGS)}"
-    if skipped["links"]:
-        hint = "; links are not followed: give the folder that they point to"
+def _warn_of_masks(src: Path, photos: list[Photo], below: str, dst: str) -> list[str]:
+    """A warning if a folder's photos are palette PNGs, as masks are. The headers of some photos of each folder are read.
+
+    below: the folder below SRC that was looked at for classes.
+    """
+    by_folder: dict[str, list[Photo]] = {}
+    for photo in photos:
+        by_folder.setdefault(photo.name.rpartition("/")[0], []).append(photo)
+    masks = []
+    with closing(Source(src, follow_links=True)) as source:  # whatever was listed may be read
+        for folder, inside in by_folder.items():
+            sample = inside[:: max(1, len(inside) // MASK_SAMPLE)][:MASK_SAMPLE]
+            if all(p.name.lower().endswith(".png") for p in sample) and all(_is_mask(source, p) for p in sample):
+                masks.append(folder)
+    if not masks:
+        return []
+    count = len(by_folder[masks[0]])
+    like = "files like masks, not photos (palette PNGs)" if count > 1 else "file like a mask, not a photo (palette PNG)"
+    more = f" (and {plural(len(masks) - 1, 'more folder')})" if len(masks) > 1 else ""
+    top = [f.removeprefix(below).partition("/")[0] for f in masks]
+    others = sorted({f.removeprefix(below).partition("/")[0] for f in by_folder} - {*top, ""})
+    right = make_command(src, below + others[0], f"{dst}-{others[0]}") if others else "SRC=the folder of the photos"
+    where = printable(f"{src}/{masks[0]}".rstrip("/"))
+    return [f"{where} holds {count:,} {like}{more}; if they are masks, take the photos alone: {right}"]
+
+
+def _is_mask(source: Source, photo: Photo) -> bool:
+    try:
+        return is_palette_png(source.head(photo))
+    except Unreadable:
+        return False
+
+
+def _no_photos(src: Path, skipped: Skipped) -> str:
+    others = ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.counts.items()))
+    hint = f"; photos end in {' '.join(ENDINGS)}, or begin with the bytes of one"
+    if pictures := skipped.pictures():
+        hint = f"; {convert_command(pictures, src)}"
+    elif skipped.counts["links"] and src.is_dir():
+        hint = f"; links are not followed: {FOLLOW}"
     elif src.is_dir() and any(src.glob("*.tar")):
         hint = f"; give one of its tars, or run `make index DST={src}` if they are shards already"
     return f"{src}: no photos here (found: {others or 'nothing'}){hint}"

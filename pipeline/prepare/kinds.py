@@ -1,0 +1,82 @@
+"""What a file is, by its first bytes. Endings lie: photos come without one, and iPhones' HEIC files as `.jpg`."""
+
+from pipeline.prepare.names import ending
+
+HEAD = 264  # bytes of a file that `kind_of` looks at
+PHOTOS = ("JPEG", "PNG", "WebP", "GIF", "TIFF", "BMP")  # `make` reads them
+PICTURES = (
+    "HEIC",
+    "AVIF",
+    "JPEG 2000",
+    "JPEG XL",
+    "camera raw",
+    "PSD",
+    "OpenEXR",
+    "PNM",
+    "DICOM",
+)  # nothing here reads them
+ARCHIVE = "archive"
+
+_RAW_ENDINGS = {".dng", ".nef", ".nrw", ".arw", ".sr2", ".srw", ".pef", ".3fr", ".iiq", ".dcr", ".kdc", ".erf", ".rwl"}
+_ARCHIVE_ENDINGS = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
+_BEGINNINGS = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"FUJIFILMCCD-RAW": "camera raw",
+    b"IIRO": "camera raw",
+    b"IIRS": "camera raw",
+    b"MMOR": "camera raw",
+    b"IIU\0": "camera raw",
+    b"FOVb": "camera raw",
+    b"\0MRM": "camera raw",
+    b"8BPS": "PSD",
+    b"\x76\x2f\x31\x01": "OpenEXR",
+}
+_BRANDS = {  # of ISO files: what follows `ftyp`
+    b"avif": "AVIF", b"avis": "AVIF", b"crx ": "camera raw",
+    b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"hevc": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC",
+}  # fmt: skip
+
+
+def kind_of(head: bytes, name: str) -> str:
+    """The kind of a file that begins with these bytes: one of PHOTOS or PICTURES, ARCHIVE, or empty for anything else.
+
+    The name decides only between formats with the same first bytes: a camera's raw file and TIFF, an archive and a
+    document that is one inside.
+    """
+    for beginning, kind in _BEGINNINGS.items():
+        if head.startswith(beginning):
+            return kind
+    if head[4:8] == b"ftyp":
+        return "AVIF" if b"avif" in head[8:40] else _BRANDS.get(head[8:12], "")
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "camera raw" if head[8:10] == b"CR" or ending(name) in _RAW_ENDINGS else "TIFF"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WebP"
+    if head.startswith(b"BM") and head[14:18] in (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0"):
+        return "BMP"
+    if head[:2] in (b"P4", b"P5", b"P6") and head[2:3].isspace():
+        return "PNM"
+    if head[128:132] == b"DICM":
+        return "DICOM"
+    archives = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!")
+    if (head.startswith(archives) or head[257:262] == b"ustar") and ending(name) in _ARCHIVE_ENDINGS:
+        return ARCHIVE
+    return ""
+
+
+def unread_reason(data: bytes, name: str) -> str:
+    """Why a photo cannot be read, if its bytes are of a format that nothing here reads: an iPhone's HEIC named `x.jpg`."""
+    kind = kind_of(data, name)
+    return f"it is {kind}, which is not read; convert it to JPEG" if kind in PICTURES else ""
+
+
+def is_palette_png(head: bytes) -> bool:
+    """Whether a PNG's pixels are numbers of a palette, as those of segmentation masks are."""
+    return head.startswith(b"\x89PNG\r\n\x1a\n") and head[25:26] == b"\x03"

@@ -1,0 +1,121 @@
+"""What a source holds and its shards will not: counted by kind and ending, listed by name, and warned of."""
+
+from collections import Counter
+from collections.abc import Collection, Container
+from dataclasses import dataclass, field
+from pathlib import Path
+from shlex import quote
+
+from pipeline.prepare.kinds import ARCHIVE, PICTURES
+from pipeline.prepare.names import ending, printable
+from pipeline.shards import plural
+
+MAX_UNSAID = 0.01  # share of pictures, labels or keys that may be skipped without a warning
+MAX_KINDS = 8  # in a line
+FOLLOW = "ARGS=--follow-links reads what links point to"
+
+BAD_LABELS, NO_PHOTO, DUPLICATES = "labels that cannot be read", "samples without a photo", "duplicates in a sample"
+
+
+@dataclass
+class Skipped:
+    """counts: by kind (`links`) or by kind and ending (`HEIC .heic`, `.txt files`). listed: rows of skipped.jsonl,
+    {"source": name, "kind": kind, "reason": why}."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    listed: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, name: str, kind: str, reason: str) -> None:
+        """A file, link or folder that is skipped as a whole."""
+        self.counts[kind] += 1
+        self.listed.append({"source": printable(name), "kind": kind, "reason": reason})
+
+    def add_file(self, name: str, kind: str) -> None:
+        """A file that no photo is read from; `kind` is what `kind_of` says."""
+        if kind:
+            which = "may hold photos, but is not opened" if kind == ARCHIVE else f"{kind} is not read"
+            self.add(name, f"{kind} {ending(name) or 'without ending'}", which)
+        else:
+            last = ending(name)
+            self.add(name, f"{last} files" if last else "files without ending", "its first bytes are not a photo's")
+
+    def pictures(self, photos: Container[str] = ()) -> Counter[str]:
+        """Counts of the pictures in formats that are not read, by kind and ending, but for those that `convert_command` has
+        converted: `x.heic` beside `x.heic.jpg` among the photos."""
+        found = (row for row in self.listed if row["kind"].startswith(PICTURES))
+        return Counter(row["kind"] for row in found if f"{row['source']}.jpg" not in photos)
+
+    def archives(self) -> Counter[str]:
+        return Counter({kind: n for kind, n in self.counts.items() if kind.startswith(ARCHIVE)})
+
+
+def counts(kinds: Counter[str]) -> str:
+    """The total, and how many of each kind: 3 (links 2, .txt files 1)."""
+    most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:MAX_KINDS]
+    by_kind = ", ".join(f"{kind} {n:,}" for kind, n in most)
+    more = f", {len(kinds) - MAX_KINDS} more kinds" if len(kinds) > MAX_KINDS else ""
+    return f"{kinds.total():,}" + (f" ({by_kind}{more})" if by_kind else "")
+
+
+def is_many(skipped: int, kept: int) -> bool:
+    return skipped > MAX_UNSAID * (skipped + kept)
+
+
+def source_warnings(skipped: Skipped, photos: Collection[str], src: Path) -> list[str]:
+    """Warnings about a source of which photos with these names are used, each with the next step."""
+    warnings = []
+    pictures, archives = skipped.pictures(photos), skipped.archives()
+    if is_many(pictures.total(), len(photos)):
+        warnings.append(
+            f"{pictures.total():,} of {pictures.total() + len(photos):,} pictures are in formats that are not read: "
+            f"{counts(pictures)}; {convert_command(pictures, src)}"
+        )
+    if links := skipped.counts["links"]:
+        how = FOLLOW if src.is_dir() else "the tar does not hold what links point to"
+        warnings.append(f"{plural(links, 'link')} {'is' if links == 1 else 'are'} not followed; {how}")
+    if archives:
+        warnings.append(f"{counts(archives)} not opened; if they hold photos, unpack them first")
+    if unreadable := skipped.counts["unreadable files"]:
+        warnings.append(f"{plural(unreadable, 'file')} cannot be opened; `ls -l` shows their permissions")
+    return warnings
+
+
+def index_warnings(skipped: Skipped, samples: int, labels: int) -> list[str]:
+    """Warnings about tars of other programs with so many samples, and labels that were read."""
+    warnings = []
+    pictures = skipped.pictures().total()
+    bad, keys, twice = (skipped.counts[kind] for kind in (BAD_LABELS, NO_PHOTO, DUPLICATES))
+    if is_many(bad, labels):
+        warnings.append(
+            f"{bad:,} of {plural(bad + labels, 'label')} cannot be read, so their photos have no class; a label is a number "
+            "or a name, in .cls, .json (key cls, label or class) or .txt"
+        )
+    if is_many(keys, samples):
+        warnings.append(
+            f"{keys:,} of {plural(keys + samples, 'key')} have no photo; a photo ends in .jpg, .jpeg, .png or .webp"
+        )
+    if is_many(twice, samples):
+        warnings.append(
+            f"{plural(twice, 'member')} not used: their samples hold a photo or label of that kind before them"
+        )
+    if is_many(pictures, samples):
+        warnings.append(
+            f"{plural(pictures, 'picture')} in formats that are not read: {counts(skipped.pictures())}; convert them to "
+            "JPEG and pack them again"
+        )
+    return warnings
+
+
+def convert_command(pictures: Counter[str], src: Path) -> str:
+    """How to convert these pictures to JPEG. Each JPEG is written beside its picture under a name of its own (`x.heic.jpg`),
+    so that it replaces no file."""
+    endings = {kind.rpartition(" ")[2] for kind in pictures}
+    named = " -o ".join(f"-iname {quote(f'*{e}')}" for e in sorted(endings) if e.startswith("."))
+    if not src.is_dir() or not named:
+        return "convert them to JPEG first, for example with ImageMagick's `magick`"
+    if " -o " in named:
+        named = rf"\( {named} \)"
+    return (
+        rf"convert them to JPEG, then make the shards into a new DST: `find {quote(str(src))} {named} "
+        r"-exec magick {} -auto-orient -quality 95 {}.jpg \;`"
+    )

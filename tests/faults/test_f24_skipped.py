@@ -1,0 +1,391 @@
+"""F24: photos, labels and keys that would be skipped without a word.
+
+Formats that are not read, missing endings, links, keys with dots, labels far from their photos or in other forms, compressed
+tars.
+"""
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import run_program
+from pictures import encoded, photo, pixels, tar_of, tree
+
+from pipeline.prepare.kinds import PICTURES, kind_of
+from pipeline.prepare.labels import parse_label
+from pipeline.prepare.samples import split_key
+from pipeline.shards import Shards
+
+fault = [pytest.mark.fault("F24"), pytest.mark.fast]
+
+
+def make(src: Path, *options: str, expect: int = 0) -> str:
+    """What `make_shards make src src-shards` prints: its output, or its error."""
+    words = ("-m", "tools.make_shards", "make", src, f"{src}-shards", "--processes", "1", *options)
+    done = run_program(*words, expect=expect)
+    return done.stderr if expect else done.stdout
+
+
+def index(folder: Path, expect: int = 0) -> str:
+    done = run_program("-m", "tools.make_shards", "index", folder, "--processes", "1", expect=expect)
+    return done.stderr if expect else done.stdout
+
+
+def listed(folder: Path) -> dict[str, str]:
+    """{name: kind} of skipped.jsonl."""
+    rows = map(json.loads, (folder / "skipped.jsonl").read_text().splitlines())
+    return {row["source"]: row["kind"] for row in rows}
+
+
+def labels_of(folder: Path) -> dict[bytes, str | None]:
+    """{photo: name of its class}, read as the trainer does."""
+    shards = Shards(folder)
+    named = [*shards.classes, None]  # label -1 is the last
+    return {shards.read(i): named[int(label)] for i, label in enumerate(shards.index["label"])}
+
+
+def iso(brand: bytes) -> bytes:
+    return b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(300)
+
+
+# ---- what a file is
+
+
+KINDS = {  # kind: (ending, first bytes)
+    "HEIC": (".HEIC", iso(b"heic")),
+    "AVIF": (".avif", encoded(pixels(1), "AVIF")),
+    "JPEG 2000": (".jp2", encoded(pixels(1), "JPEG2000")),
+    "JPEG XL": (".jxl", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(300)),
+    "camera raw": (".nef", encoded(pixels(1), "TIFF")),
+    "PSD": (".psd", b"8BPS\0\x01" + bytes(300)),
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=fault) for k in KINDS])
+def test_pictures_of_other_formats_are_named(kind: str, tmp_path: Path) -> None:
+    """By their first bytes: counted, listed, warned of with the command that converts them; also under the name .jpg."""
+    last, data = KINDS[kind]
+    src = tree(tmp_path / "src", {f"{i}.jpg": photo(i) for i in range(9)} | {f"IMG{last}": data, f"b/IMG{last}": data})
+    output, dst, counted = make(src), Path(f"{src}-shards"), f"2 ({kind} {last.lower()} 2)"
+    assert f"skipped {counted}; {dst}/skipped.jsonl lists them" in output
+    assert f"warning: 2 of 11 pictures are in formats that are not read: {counted}; convert them to JPEG" in output
+    assert f"`find {src} -iname '*{last.lower()}' -exec magick {{}} -auto-orient -quality 95 {{}}.jpg \\;`" in output
+    assert listed(dst) == dict.fromkeys((f"IMG{last}", f"b/IMG{last}"), f"{kind} {last.lower()}")
+    if kind != "camera raw":  # which only its ending tells from TIFF
+        wrong = tree(tmp_path / "wrong", {f"{i}.jpg": photo(i) for i in range(3)} | {"wrong.jpg": data})
+        make(wrong, "--max-bad", "0.5")
+        (row,) = map(json.loads, Path(f"{wrong}-shards/rejected.jsonl").read_text().splitlines())
+        assert row == {"source": "wrong.jpg", "reason": f"it is {kind}, which is not read; convert it to JPEG"}
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_a_phone_folder(tmp_path: Path) -> None:
+    """Thirty JPEGs beside sixty HEIC, five AVIF, three JPEGs without an ending, and other things."""
+    files = {f"{i}.jpg": photo(i) for i in range(30)} | {f"IMG_{i}.HEIC": iso(b"heic") for i in range(60)}
+    files |= {f"{i}.avif": iso(b"avif") for i in range(5)} | {f"DSC_{i}": photo(i + 30) for i in range(3)}
+    files |= {
+        "notes.txt": b"BM and other text",
+        "clip.mov": b"\0\0\0\x14ftypqt  ",
+        "old.zip": b"PK\x03\x04",
+        ".DS_Store": b"",
+    }
+    src = tree(tmp_path / "src", files)
+    dst = Path(f"{src}-shards")
+    lines = make(src).splitlines()
+    assert lines[0].startswith("33 photos, ")
+    assert lines[1] == "by their first bytes, not by their ending: 3 (no ending 3)"
+    kinds = "HEIC .heic 60, AVIF .avif 5"
+    others = {"archive .zip 1", ".txt files 1", ".mov files 1", "hidden files 1"}
+    start, _, rest = lines[2].partition(f"skipped 69 ({kinds}, ")
+    assert (start, set(rest.partition(")")[0].split(", "))) == ("", others)
+    assert lines[3].startswith(
+        f"warning: 65 of 98 pictures are in formats that are not read: 65 ({kinds}); convert them"
+    )
+    assert rf"`find {src} \( -iname '*.avif' -o -iname '*.heic' \) -exec magick " in lines[3]
+    assert lines[4] == "warning: 1 (archive .zip 1) not opened; if they hold photos, unpack them first"
+    assert len(listed(dst)) == 69
+    assert Shards(dst).manifest["skipped"]["HEIC .heic"] == 60
+    assert {photo(i + 30) for i in range(3)} < set(labels_of(dst))
+
+
+def test_below_one_percent_there_is_no_warning(tmp_path: Path) -> None:
+    files = {f"{i}.jpg": photo(i % 9) for i in range(100)} | {"IMG.HEIC": iso(b"heic")}
+    output = make(tree(tmp_path / "src", files))
+    assert "skipped 1 (HEIC .heic 1); " in output
+    assert "warning" not in output
+
+
+def test_converted_pictures_are_no_loss(tmp_path: Path) -> None:
+    """After the command of the warning. A JPEG of the same name may be another photo."""
+    src = tree(
+        tmp_path / "src", {f"{i}.heic": iso(b"heic") for i in range(3)} | {"0.heic.jpg": photo(0), "1.jpg": photo(1)}
+    )
+    assert "warning: 2 of 4 pictures are in formats that are not read: 2 (HEIC .heic 2)" in make(src)
+
+
+def test_only_pictures_of_other_formats(tmp_path: Path) -> None:
+    error = make(tree(tmp_path / "src", {f"{i}.heic": iso(b"heic") for i in range(3)}), expect=2)
+    assert "no photos here (found: 3 HEIC .heic); convert them to JPEG" in error
+
+
+ODD = {"JPEG": "", "PNG": ".bin", "WEBP": ".image", "GIF": "", "TIFF": ".dat", "BMP": ".x"}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=fault) for k in ODD])
+def test_photos_without_their_ending(kind: str, tmp_path: Path) -> None:
+    """In a folder and in a tar; the shards are the same."""
+    files = {f"{i}{ODD[kind]}": encoded(pixels(i), kind) for i in range(3)}
+    src = tree(tmp_path / "src", files)
+    tar_of(files, tmp_path / "src.tar")
+    assert "3 photos, " in make(src)
+    make(tmp_path / "src.tar")
+    for name in ("shard-000000.tar", "index.npy"):
+        assert (tmp_path / "src-shards" / name).read_bytes() == (tmp_path / "src.tar-shards" / name).read_bytes()
+
+
+def test_kinds() -> None:
+    assert kind_of(b"", "x") == kind_of(b"text", "x.jpg") == kind_of(b"BMW and others", "x") == ""
+    assert kind_of(b"PK\x03\x04", "x.docx") == ""
+    assert kind_of(b"PK\x03\x04", "x.ZIP") == kind_of(tar_of({"a": b""}), "x.tar") == "archive"
+    assert kind_of(iso(b"mp42").replace(b"heic", b"isom"), "x.mp4") == ""
+    assert kind_of(encoded(pixels(1), "TIFF"), "x.DNG") in PICTURES
+
+
+# ---- links
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_links_are_followed_on_request(tmp_path: Path) -> None:
+    """To photos and to folders of photos, into other folders too; each real folder once, no circle, and all counted."""
+    tree(tmp_path / "disk", {"b/1.jpg": photo(1), "b/deep/2.jpg": photo(2), "one.jpg": photo(3)})
+    src = tree(tmp_path / "src", {"a/0.jpg": photo(0)})
+    (src / "b").symlink_to(tmp_path / "disk/b")
+    (src / "a/linked.jpg").symlink_to(tmp_path / "disk/one.jpg")
+    (src / "c").symlink_to("b")  # the same folder again
+    (src / "a/up").symlink_to(src)
+    (tmp_path / "disk/b/deep/loop").symlink_to(tmp_path)
+    (src / "a/self.jpg").symlink_to("self.jpg")
+    (src / "a/nowhere.jpg").symlink_to("missing.jpg")
+    output = make(src)
+    assert "warning: 6 links are not followed; ARGS=--follow-links reads what links point to" in output
+    assert "1 photo, " in output
+
+    (src / "z").mkdir()
+    src = src.rename(tmp_path / "again")  # another DST
+    (src / "a/up").unlink()
+    (src / "a/up").symlink_to(src)
+    make(src, "--follow-links")
+    dst = Path(f"{src}-shards")
+    assert labels_of(dst) == {photo(0): "a", photo(3): "a", photo(1): "b", photo(2): "b"}
+    assert listed(dst) == {
+        "c/": "folders read before", "a/up/": "links in a circle", "b/deep/loop/": "links in a circle",
+        "a/self.jpg": "broken links", "a/nowhere.jpg": "broken links",
+    }  # fmt: skip
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_a_folder_of_links(tmp_path: Path) -> None:
+    src = tree(tmp_path / "disk", {f"{i}.jpg": photo(i) for i in range(3)}).with_name("src")
+    src.mkdir()
+    for i in range(3):
+        (src / f"{i}.jpg").symlink_to(tmp_path / f"disk/{i}.jpg")
+    assert "found: 3 links); links are not followed: ARGS=--follow-links reads what links point to" in make(
+        src, expect=2
+    )
+    make(src, "--follow-links")
+    assert set(labels_of(Path(f"{src}-shards"))) == {photo(i) for i in range(3)}
+
+
+# ---- keys
+
+
+KEYS = {
+    "a dot and a number": [f"v1.2-{i:03d}" for i in range(12)],
+    "versions": [f"scan.{i}.{j}" for i in range(3) for j in range(2)],
+    "times": [f"cam.2024-01-01T10.00.{i:02d}" for i in range(4)],
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=fault) for c in KEYS])
+def test_keys_with_a_dot(case: str, tmp_path: Path) -> None:
+    files: dict[str, bytes] = {}
+    for i, key in enumerate(KEYS[case]):
+        files |= {f"{key}.jpg": photo(i), f"{key}.cls": b"%d" % (i % 3), f"{key}.seg.png": encoded(pixels(90), "PNG")}
+    tar_of(files, tmp_path / "0.tar")
+    index(tmp_path)
+    assert labels_of(tmp_path) == {photo(i): str(i % 3) for i in range(len(KEYS[case]))}
+
+
+def test_split_key() -> None:
+    """As WebDataset's (up to the first dot), but for parts that are no plain words."""
+    for name in ("a/1.jpg", "1.seg.png", "x.y/2.left_eye.jpg", "k.mask0.png", "a.JPG", "noending"):
+        key, ending = split_key(name)
+        folder, _, base = name.rpartition("/")
+        assert (key.rpartition("/")[2], ending) == (base.partition(".")[0], base.partition(".")[2].lower())
+        assert key.rpartition("/")[0] == folder
+    assert split_key("v1.2-000.jpg") == ("v1.2-000", "jpg")
+    assert split_key("a.b/IMG.Beach.001.seg.png") == ("a.b/IMG.Beach.001", "seg.png")
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+@pytest.mark.parametrize("order", ["photos first", "labels first", "two tars joined"])
+def test_labels_far_from_their_photos(order: str, tmp_path: Path) -> None:
+    photos, labels = (
+        {f"{i}.{e}": d(i) for i in range(6)} for e, d in (("jpg", photo), ("cls", lambda i: b"%d" % (i % 3)))
+    )
+    files = labels | photos if order == "labels first" else photos | labels
+    expected = {photo(i): str(i % 3) for i in range(6)}
+    if order == "two tars joined":  # with the same keys: what A reads as one tar
+        again = {f"{i}.jpg": photo(i + 10) for i in range(6)} | {f"{i}.cls": b"5" for i in range(6)}
+        write_members(tmp_path / "0.tar", [*files.items(), *again.items()])
+        expected |= {photo(i + 10): "5" for i in range(6)}
+    else:
+        tar_of(files, tmp_path / "0.tar")
+    output = index(tmp_path)
+    assert labels_of(tmp_path) == expected
+    assert output.endswith("skipped 0\n")
+
+
+def write_members(path: Path, files: list[tuple[str, bytes]]) -> None:
+    """A tar in which names may occur twice."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_keys_without_a_photo_are_warned_of(tmp_path: Path) -> None:
+    tar_of(
+        {f"{i}.{e}": photo(i) for i in range(4) for e in ("left.jpg", "right.jpg")} | {"9.jpg": photo(9)},
+        tmp_path / "0.tar",
+    )
+    output = index(tmp_path)
+    assert "warning: 4 of 5 keys have no photo; a photo ends in .jpg, .jpeg, .png or .webp" in output
+    assert "; skipped.jsonl lists them\n" in output
+    row = json.loads((tmp_path / "skipped.jsonl").read_text().splitlines()[0])
+    assert row == {
+        "source": "0.tar/0", "kind": "samples without a photo", "reason": "its members: .left.jpg, .right.jpg"
+    }  # fmt: skip
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_photos_in_tars_without_their_ending(tmp_path: Path) -> None:
+    """One picture in a sample is its photo; of several, nobody can say which one is. HEIC is counted and warned of."""
+    files = {"0": photo(0), "1.image": photo(1), "1.cls": b"3", "2.jpg": photo(2), "2.depth": encoded(pixels(9), "PNG")}
+    files |= {
+        "5.gif": encoded(pixels(5), "GIF"),
+        "3.image": photo(3),
+        "3.mask": encoded(pixels(9), "PNG"),
+        "4.heic": iso(b"heic"),
+    }
+    tar_of(files, tmp_path / "0.tar")
+    output = index(tmp_path)
+    assert labels_of(tmp_path) == {photo(0): None, photo(1): "3", photo(2): None}
+    assert "warning: 3 of 6 keys have no photo" in output
+    assert "warning: 1 picture in formats that are not read: 1 (HEIC .heic 1)" in output
+    assert set(listed(tmp_path)) == {"0.tar/3", "0.tar/4", "0.tar/4.heic", "0.tar/5", "0.tar/5.gif"}
+
+
+# ---- labels
+
+
+LABELS = {  # how a class is written: (ending, the texts of three photos, the names of their classes)
+    "text in .cls": ("cls", (b"tench", b"goldfish\n", b"tench"), ("tench", "goldfish", "tench")),
+    "numbers in other forms": ("cls", (b"3\n", b"3.0", b" +1 "), ("3", "3", "1")),
+    "quoted": ("cls", (b"b'tench'", b'"goldfish"', b"'tench'"), ("tench", "goldfish", "tench")),
+    "json, cls": ("json", (b'{"cls": 2, "w": 3}', b'{"cls": "0"}', b'{"cls": 2.0}'), ("2", "0", "2")),
+    "json, label": ("json", (b'{"label": "tench"}', b'{"label": "cat"}', b'{"label": "tench"}'), ("tench", "cat", "tench")),
+    "json, class": ("json", (b'{"class": "b c"}', b'{"class": "a"}', b'{"class": null}'), ("b c", "a", None)),
+    "text in .txt": ("txt", (b"tench", b"tench", b"tench"), ("tench", "tench", "tench")),
+    "numbers in .txt": ("txt", (b"1\n", b"0\n", b"1\n"), ("1", "0", "1")),
+    "UTF-8": ("cls", ("Schleie".encode("utf-8-sig"), "Grüße".encode(), "鯉".encode()), ("Schleie", "Grüße", "鯉")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=fault) for c in LABELS])
+def test_labels_in_other_forms(case: str, tmp_path: Path) -> None:
+    """Classes are in sorted order over all tars, so that the positions do not depend on how samples are spread."""
+    ending, texts, classes = LABELS[case]
+    for i, text in enumerate(texts):
+        tar_of({f"{i}.jpg": photo(i), f"{i}.{ending}": text}, tmp_path / f"{i}.tar")
+    assert "warning" not in index(tmp_path)
+    assert labels_of(tmp_path) == {photo(i): name for i, name in enumerate(classes)}
+    assert Shards(tmp_path).classes == sorted(Shards(tmp_path).classes)
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_labels_that_cannot_be_read_are_warned_of(tmp_path: Path) -> None:
+    """Among ten numbers: an array, a list in JSON, a name. The photos stay, without a class."""
+    files = {f"{i}.{e}": d for i in range(10) for e, d in (("jpg", photo(i)), ("cls", b"%d" % (i % 2)))}
+    bad = {"10.cls": b"\x93NUMPY\x01\0", "11.json": b'{"label": [1, 2]}', "12.cls": b"tench"}
+    tar_of(files | bad | {f"{i}.jpg": photo(i) for i in (10, 11, 12)}, tmp_path / "0.tar")
+    output = index(tmp_path)
+    assert (
+        "warning: 3 of 13 labels cannot be read, so their photos have no class; a label is a number or a name" in output
+    )
+    assert {k: v for k, v in labels_of(tmp_path).items() if v is None} == dict.fromkeys(photo(i) for i in (10, 11, 12))
+    rows = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
+    assert {row["source"]: row["reason"] for row in rows} == {
+        "0.tar/10.cls": "b'\\x93NUMPY\\x01\\x00' is neither a number nor the name of a class",
+        "0.tar/11.json": "label: [1, 2] is neither a number nor the name of a class",
+        "0.tar/12.cls": "'tench' is a name, and most labels are numbers",
+    }
+
+
+def test_captions_are_no_classes(tmp_path: Path) -> None:
+    """img2dataset's tars: a caption and a JSON object beside each photo."""
+    beside = {"txt": lambda i: b"a dog, number %d" % i, "json": lambda i: b'{"caption": "a dog", "width": %d}' % i}
+    files = {f"{i:09d}.jpg": photo(i) for i in range(6)}
+    tar_of(files | {f"{i:09d}.{e}": d(i) for i in range(6) for e, d in beside.items()}, tmp_path / "00000.tar")
+    output = index(tmp_path)
+    assert "the .txt members are captions, no classes: 6 texts of 6 differ" in output
+    assert "warning" not in output
+    assert set(labels_of(tmp_path).values()) == {None}
+    assert Shards(tmp_path).manifest["skipped"] == {".json files": 6, ".txt files": 6}
+
+
+def test_parse_label() -> None:
+    assert parse_label(b"99999") == 99999
+    assert parse_label(b"-1") is None  # no class
+    for bad in (b"", b"100000", b"3.5", b"0 0.5 0.5 0.1", b"a\nb", b"x" * 101, b"\xff\xfe", b"\x03" + bytes(7)):
+        with pytest.raises(ValueError):
+            parse_label(bad)
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_a_compressed_tar_beside_others(tmp_path: Path) -> None:
+    tar_of({"0.jpg": photo(0)}, tmp_path / "0.tar")
+    for i in (1, 2):
+        (tmp_path / f"{i}.tar.gz").write_bytes(gzip.compress(tar_of({f"{i}.jpg": photo(i)})))
+    error = index(tmp_path, expect=2)
+    assert f"{tmp_path}/1.tar.gz: compressed, and would be left out of the index (2 such files)" in error
+    assert f"`gunzip -k {tmp_path}/*.tar.gz`, then the same command again" in error
+    for i in (1, 2):
+        (tmp_path / f"{i}.tar").write_bytes(gzip.decompress((tmp_path / f"{i}.tar.gz").read_bytes()))
+    assert "3 samples in 3 shards" in index(tmp_path)  # the compressed ones may stay beside them
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_class_folders_that_are_links(tmp_path: Path) -> None:
+    """Class folders that are all links, as data sets are put together from several disks."""
+    src = tmp_path / "src"
+    src.mkdir()
+    for i, name in enumerate(("ash", "birch")):
+        tree(tmp_path / f"disk{i}" / name, {"1.jpg": photo(i)})
+        (src / name).symlink_to(tmp_path / f"disk{i}" / name)
+    make(src, "--follow-links")
+    assert labels_of(Path(f"{src}-shards")) == {photo(0): "ash", photo(1): "birch"}
