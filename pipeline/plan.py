@@ -91,7 +91,7 @@ class Plan:
         damage = shards.describe(read)
         raise UserError(
             f"{shards.folder}: {MAX_TRIES} samples in a row are damaged, the last one in {damage['shard']} at byte "
-            f"{damage['byte']}: {damage['why']}; `make verify DST={shards.folder}` checks every sample"
+            f"{damage['byte']} (made from {damage['source'] or 'an unknown photo'}): {damage['why']}; `make verify DST={shards.folder}` checks every sample"
         )
 
     def prefetch(self, shards: Shards, step: int, rank: int = 0, world_size: int = 1) -> None:

@@ -4,6 +4,8 @@
       shard-000000.tar ...   WebDataset tars: <key>.jpg, <key>.cls where there is a class
       manifest.json          format, source, classes, per shard: name, samples, bytes, sha256
       index.npy              one INDEX record per sample, shard by shard in the manifest's order; memory-mapped
+      sources.txt            what each sample was made from: a line per sample in the same order, its key, a tab, the photo's
+                             name; the first line has the folder or tar of these names
 
 A *sample id* is a row of the index. Nothing here decodes an image, and nothing is ever extracted from a tar: a sample is
 `size` bytes at `offset` of its shard.
@@ -42,6 +44,7 @@ INDEX = np.dtype(
     ]
 )
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SOURCES, ORIGIN = "sources.txt", "source"  # ORIGIN: the key of its first line
 MAX_OPEN_FILES = 256
 READS_PER_PAGE_RELEASE = 65_536
 
@@ -205,7 +208,7 @@ class Shards:
         return ""
 
     def describe(self, sample: int) -> dict[str, str | int]:
-        """Where a damaged sample is and what is wrong with it, for damaged.jsonl: shard, first byte, why."""
+        """Where a damaged sample is and what is wrong with it, for damaged.jsonl: shard, first byte, source, why."""
         record = self.index[sample]
         photo = self.read(sample)
         why = self.validation_error(sample, photo)
@@ -215,7 +218,26 @@ class Shards:
                 why = "nothing is wrong with it now: the disk failed for a moment"
         except DecodeError as error:
             why = f"the decoder refuses it: {error}"
-        return {"shard": self.shards[int(record["shard"])]["name"], "byte": int(record["offset"]), "why": why}
+        shard = self.shards[int(record["shard"])]["name"]
+        return {"shard": shard, "byte": int(record["offset"]), "source": self.source(sample), "why": why}
+
+    def source(self, sample: int) -> str:
+        """Where a user finds what a sample was made from: the photo, or for tars of other programs `shard/member`. "" if
+        neither is known: shards made before 2026-11-29, or a damaged header."""
+        record = self.index[sample]
+        shard = self.shards[int(record["shard"])]
+        try:
+            if self._remote is None and "sources" in shard:  # the shard's first byte after the first line
+                with open(Path(self.folder) / SOURCES, "rb") as lines:
+                    origin = next(lines)
+                    lines.seek(len(origin) + shard["sources"])
+                    line = next(itertools.islice(lines, sample - int(self.starts[record["shard"]]), None))
+                return "/".join(text.decode().rstrip("\n").partition("\t")[2] for text in (origin, line))
+            tar = self._file(int(record["shard"]))
+            name = member_name(os.pread(tar.fileno(), 512, max(0, int(record["offset"]) - 512)))
+        except (OSError, ValueError, TypeError, KeyError, StopIteration, UserError):
+            return ""
+        return f"{shard['name']}/{name}" if name else ""
 
     def _file(self, shard: int) -> BinaryIO:
         file = self._files.get(shard)
@@ -258,6 +280,12 @@ def _has_photos(folder: Path) -> bool:
     """Whether a folder, or one inside it, holds photos: judged by some thousand names."""
     names = (name for _, _, files in os.walk(folder) for name in files)
     return any(name.lower().endswith(PHOTO_SUFFIXES) for name in itertools.islice(names, 5000))
+
+
+def member_name(header: bytes) -> str:
+    """The name in a USTAR header, printable; "" if this is no header."""
+    name = header[:100].split(b"\0")[0].decode("utf-8", "backslashreplace")
+    return name if header[257:262] == b"ustar" and name.isprintable() else ""
 
 
 def describe_loss(beyond: np.ndarray, records: np.ndarray, first_id: int) -> str:

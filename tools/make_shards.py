@@ -34,24 +34,29 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.decode import MAX_PIXELS
-from pipeline.prepare.existing import index, verify
+from pipeline.prepare.existing import index
 from pipeline.prepare.folder import (
     WORK,
     ShardFile,
     ShardRecord,
+    allowed_bad,
     folder_lock,
     replace_file,
+    require_writable,
     write_folder,
     write_rejected,
 )
 from pipeline.prepare.names import printable
 from pipeline.prepare.photo import decode_error, limit_pixels, prepare
 from pipeline.prepare.sources import Photo, Source, SourceIndex, Unreadable, list_photos
+from pipeline.prepare.verify import verify
 from pipeline.prepare.work import MB, Progress, parallel_map
 from pipeline.random import hash64, permute
 from pipeline.shards import Shards, plural
 from runtime.errors import UserError, run_cli
 from runtime.files import sync
+
+KEPT = "finished shards are kept, the same command resumes"
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def make_shard(job: Job) -> Totals:
             except MemoryError:
                 raise UserError("out of memory; fewer --processes or a smaller --max-pixels need less") from None
             except Exception as error:  # Pillow can raise anything for a malformed photo
-                record.rejected.append({"source": printable(photo.name), "reason": decode_error(error)})
+                record.rejected.append({"source": photo.place, "reason": decode_error(error)})
                 record.unread += isinstance(error, Unreadable)
                 continue
             (record.kept if prepared.kept else record.converted)[prepared.kind] += 1
@@ -107,6 +112,7 @@ def make_shard(job: Job) -> Totals:
                 shard.add(f"{number:08d}.cls", b"%d" % photo.label)
             crc = zlib.crc32(prepared.data)
             record.rows.append((offset, len(prepared.data), prepared.height, prepared.width, photo.label, crc))
+            record.sources.append(f"{number:08d}\t{photo.place}")
         shard.close()
     if record.rows:
         os.replace(draft, job.dst / job.name)
@@ -133,8 +139,10 @@ def make(options: argparse.Namespace) -> None:
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     if dst.is_relative_to(src) or src.is_relative_to(dst):
         raise UserError(f"DST {options.dst} is inside SRC {options.src}, or SRC inside DST; give a DST outside SRC")
+    if not (dst / "manifest.json").exists():
+        require_writable(dst, "give another DST")  # before a million photos are listed
     try:
-        source = list_photos(src, options.labels, options.devkit)
+        source = list_photos(src, options.labels, options.devkit, options.skip_broken)
     except OSError as error:
         raise UserError(f"{printable(str(error.filename or src))}: cannot be read: {error.strerror}") from None
     total = sum(p.size for p in source.photos)
@@ -143,7 +151,7 @@ def make(options: argparse.Namespace) -> None:
         "source": {"photos": len(source.photos), "bytes": total, "sha256": source.digest()},
         "settings": asdict(settings),
     }
-    with folder_lock(dst):
+    with folder_lock(dst, KEPT):
         if (dst / "manifest.json").exists():
             complete = Shards(dst)  # raises if a shard is missing
             _refuse_other(dst, complete.manifest, task)
@@ -153,12 +161,19 @@ def make(options: argparse.Namespace) -> None:
             )
             return
         jobs = plan_shards(source, src, dst, settings)
+        missing = sum(not (dst / job.name).exists() for job in jobs)
+        require_writable(dst, "give a larger --shard-mb", files=2 * missing + 8)
         _begin_or_resume(dst, task)
-        totals = _make_shards(jobs, options.processes, options.max_bad)
-        if totals.bad == totals.photos:
-            raise UserError(f"{src}: none of its photos is valid; {dst}/rejected.jsonl says why")
+        try:
+            totals = _make_shards(jobs, options.processes, options.max_bad)
+            if totals.bad == totals.photos:
+                raise UserError(f"{src}: none of its photos is valid; {dst}/rejected.jsonl says why")
+        except BaseException:  # whatever ends it, what was found is listed
+            write_rejected(dst, source.broken + _rejected(jobs))
+            raise
         records = (_read_record(job) for job in jobs)
-        write_folder(dst, records, {**task, "classes": source.classes}, source.skipped)
+        head = {**task, "classes": source.classes}
+        write_folder(dst, records, head, printable(str(src)), source.skipped, source.broken)
 
 
 def _refuse_other(dst: Path, saved: dict, current: dict) -> None:
@@ -220,7 +235,7 @@ def _make_shards(jobs: list[Job], processes: int, max_bad: float) -> Totals:
     _stop_if_bad(so_far, photos, max_bad, jobs)
     with (
         Progress("making shards", sum(p.size for job in todo for p in job.photos)) as progress,
-        closing(parallel_map(make_shard, todo, processes)) as results,
+        closing(parallel_map(make_shard, todo, processes, KEPT)) as results,
     ):
         for done in results:
             so_far = Totals(*(a + b for a, b in zip(so_far, done, strict=True)))
@@ -236,21 +251,24 @@ def _finished(job: Job) -> Totals | None:
         size = (job.dst / job.name).stat().st_size if record.rows else record.bytes
     except (OSError, ValueError):
         return None
-    if record.unread or size != record.bytes:
+    if record.unread or size != record.bytes or len(record.sources) != len(record.rows):
         return None
     return Totals(len(job.photos), sum(p.size for p in job.photos), len(record.rejected))
 
 
+def _rejected(jobs: list[Job]) -> list[dict]:
+    """The rejected photos of all jobs that are finished."""
+    return [r for job in jobs if _record_path(job).exists() for r in _read_record(job).rejected]
+
+
 def _stop_if_bad(so_far: Totals, photos: int, max_bad: float, jobs: list[Job]) -> None:
     """Raise UserError if more than `max_bad` of all photos are bad."""
-    if so_far.bad <= max_bad * photos:
+    if so_far.bad <= allowed_bad(max_bad, photos):
         return
-    dst = jobs[0].dst
-    rejected = [r for job in jobs if _record_path(job).exists() for r in _read_record(job).rejected]
-    write_rejected(dst, rejected)
+    first = _rejected(jobs)[0]
     raise UserError(
         f"{so_far.bad} of the first {so_far.photos:,} photos are bad, more than --max-bad {max_bad:g} of all {photos:,}; "
-        f"the first one is {rejected[0]['source']}: {rejected[0]['reason']}; {dst}/rejected.jsonl lists all of them; "
+        f"the first one is {first['source']}: {first['reason']}; {jobs[0].dst}/rejected.jsonl lists all of them; "
         "finished shards are kept, a larger --max-bad resumes"
     )
 
@@ -280,7 +298,19 @@ def main() -> int | None:
                 "--max-bad", type=float, default=0.01, help="share of photos that may be bad; default 0.01"
             )
             one.add_argument(
+                "--skip-broken",
+                action="store_true",
+                help="leave out tars that are empty, cut, compressed or damaged, and list them in rejected.jsonl",
+            )
+            one.add_argument(
                 "--max-pixels", type=int, default=MAX_PIXELS, help="of a source photo; default %(default)s"
+            )
+        if command is index:
+            one.add_argument(
+                "--photo",
+                metavar="KEY",
+                type=lambda key: key.lower().removeprefix("."),
+                help="the key of the photos, for example input.jpg; default: jpg, jpeg, png, webp",
             )
         if command is make:
             one.add_argument(

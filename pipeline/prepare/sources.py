@@ -3,31 +3,42 @@
 Nothing is extracted, unpickled or followed: a photo is `size` bytes at `offset` of a file. Links, devices, fifos, sparse
 members and names that lead outside (`/x`, `../x`) are skipped and counted.
 
-A tar of tars (ILSVRC2012_img_train.tar) has one inner tar per class. The inner tars are read where they are. For all other
-sources classes.py says which photos have a class.
+A tar or a folder of tars has one tar per class (class_tars.py). For all other sources classes.py says which photos have a
+class.
 """
 
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from pipeline.prepare import class_tars
+from pipeline.prepare.archives import describe_archive
 from pipeline.prepare.classes import label_photos, refuse_devkit
 from pipeline.prepare.names import ENDINGS, is_photo, printable
 from pipeline.prepare.tar import Member, members
 from runtime.errors import UserError, suggest
 
+MAX_OPEN_TARS = 128  # of a folder of tars, by each process
+
 
 class Photo(NamedTuple):
-    """Where one photo is: a file of its own below SRC, or `size` bytes at `offset` of SRC, which is a tar."""
+    """Where one photo is: a file of its own below SRC, or `size` bytes at `offset` of a tar, SRC or one below it."""
 
     name: str  # below SRC; undecodable bytes as surrogates
     offset: int
     size: int
     label: int  # position in the classes; -1: none
+    tar: str = ""  # below SRC, if it is a folder of tars
+
+    @property
+    def place(self) -> str:
+        """Where a user finds it below SRC: its name, or tar/member."""
+        member = self.name[len(self.tar.rpartition("/")[2]) - len(".tar") :]
+        return printable(self.tar + member if self.tar else self.name)
 
 
 @dataclass
@@ -38,6 +49,7 @@ class SourceIndex:
     classes: list[str]
     summary: str  # one line: how the classes were chosen
     skipped: Counter[str]  # by kind
+    broken: list[dict] = field(default_factory=list)  # rows of rejected.jsonl: tars that were left out
 
     def digest(self) -> str:
         """sha256 of names, sizes and labels: equal for the same photos as a folder and as a tar."""
@@ -47,8 +59,9 @@ class SourceIndex:
         return sha.hexdigest()
 
 
-def list_photos(src: Path, labels: str = "auto", devkit: Path | None = None) -> SourceIndex:
-    """The photos of a folder or a tar. `labels`: auto, yes, no (see classes.py).
+def list_photos(src: Path, labels: str = "auto", devkit: Path | None = None, skip_broken: bool = False) -> SourceIndex:
+    """The photos of a folder, a tar, or a folder or tar of tars. `labels`: auto, yes, no (see classes.py). skip_broken: of
+    several tars, leave out those that cannot be read.
 
     Raises UserError if there are none, OSError if the source cannot be read.
     """
@@ -57,13 +70,19 @@ def list_photos(src: Path, labels: str = "auto", devkit: Path | None = None) -> 
         raise UserError(f"{src}: no such folder or tar{suggest(src.name, known)}")
     skipped: Counter[str] = Counter()
     if src.is_dir():
-        found = sorted(_photos_in_folder(src, skipped))
+        tars: list[str] = []
+        found = sorted(_photos_in_folder(src, skipped, tars))
+        if not found and (len(tars) > 1 or (tars and labels == "yes")):
+            refuse_devkit(src, devkit)
+            return _index_of(src, class_tars.in_folder(src, tars, labels, skip_broken, skipped), skipped)
+        if tars:
+            skipped["not photos"] += len(tars)
     elif src.is_file():
         with src.open("rb") as tar:
             found, inner = _photos_in_tar(tar, src, skipped)
             if inner:
                 refuse_devkit(src, devkit)
-                return _tar_of_tars(tar, src, inner, labels, skipped)
+                return _index_of(src, class_tars.in_tar(src, inner, labels, skip_broken, skipped), skipped)
         found.sort()
     else:
         raise UserError(f"{src}: neither a folder nor a tar")
@@ -85,13 +104,16 @@ class Source:
     def __init__(self, src: Path):
         self.fd = os.open(src, os.O_RDONLY)
         self.is_folder = src.is_dir()
+        self.tars: dict[str, int] = {}  # open tars of a folder of tars
 
     def read(self, photo: Photo, at_most: int) -> bytes:
         """The photo's bytes. Raises ValueError for none or more than `at_most`, Unreadable if they cannot be read."""
         if not 0 < photo.size <= at_most:
             raise ValueError("empty" if photo.size == 0 else f"{photo.size} bytes, more than --max-pixels can need")
         try:
-            if self.is_folder:
+            if photo.tar:
+                data = os.pread(self._tar(photo.tar), photo.size, photo.offset)
+            elif self.is_folder:
                 fd = os.open(photo.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)
                 try:
                     data = os.read(fd, photo.size + 1)
@@ -105,12 +127,20 @@ class Source:
             raise Unreadable("has changed since it was listed")
         return data
 
+    def _tar(self, name: str) -> int:
+        if name not in self.tars:
+            if len(self.tars) >= MAX_OPEN_TARS:
+                os.close(self.tars.pop(next(iter(self.tars))))
+            self.tars[name] = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.fd)
+        return self.tars[name]
+
     def close(self) -> None:
-        os.close(self.fd)
+        for fd in (self.fd, *self.tars.values()):
+            os.close(fd)
 
 
-def _photos_in_folder(src: Path, skipped: Counter[str]) -> Iterator[tuple[str, int, int]]:
-    """(name, 0, size) of every photo below a folder; links are not followed."""
+def _photos_in_folder(src: Path, skipped: Counter[str], tars: list[str]) -> Iterator[tuple[str, int, int]]:
+    """(name, 0, size) of every photo below a folder; links are not followed. The names of tars are added to `tars`."""
     todo = [""]
     while todo:
         below = todo.pop()
@@ -125,6 +155,8 @@ def _photos_in_folder(src: Path, skipped: Counter[str]) -> Iterator[tuple[str, i
                     todo.append(name + "/")
             elif not entry.is_file(follow_symlinks=False):
                 skipped["special files"] += 1
+            elif name.endswith(".tar"):
+                tars.append(name)
             elif not is_photo(name):
                 skipped["not photos"] += 1
             else:
@@ -134,8 +166,8 @@ def _photos_in_folder(src: Path, skipped: Counter[str]) -> Iterator[tuple[str, i
 def _photos_in_tar(tar: BinaryIO, src: Path, skipped: Counter[str]) -> tuple[list[tuple[str, int, int]], list[Member]]:
     """(name, offset, size) of a tar's photos; or, if it holds tars and no photos, its inner tars."""
     size = os.fstat(tar.fileno()).st_size
-    if tar.read(2) == b"\x1f\x8b":
-        raise UserError(f"{src}: compressed, and photos are read at their offset; run `gunzip -k {src}` first")
+    if archive := describe_archive(src):
+        raise UserError(f"{src}: {archive}")
     if size == 0:
         raise UserError(f"{src}: empty (0 bytes)")
     found, inner = [], []
@@ -144,7 +176,7 @@ def _photos_in_tar(tar: BinaryIO, src: Path, skipped: Counter[str]) -> tuple[lis
             skipped[m.skip] += 1
         elif is_photo(m.name):
             found.append((m.name, m.offset, m.size))
-        elif m.name.endswith(".tar") and "/" not in m.name:
+        elif m.name.endswith(".tar"):
             inner.append(m)
         else:
             skipped["not photos"] += 1
@@ -154,21 +186,10 @@ def _photos_in_tar(tar: BinaryIO, src: Path, skipped: Counter[str]) -> tuple[lis
     return found, inner
 
 
-def _tar_of_tars(tar: BinaryIO, src: Path, inner: list[Member], labels: str, skipped: Counter[str]) -> SourceIndex:
-    """ImageNet's training tar: one inner tar per class."""
-    inner = sorted({m.name: m for m in reversed(inner)}.values())  # of equal names the first
-    places = []
-    for label, outer in enumerate(inner):
-        for m in members(tar, outer.offset, outer.offset + outer.size, f"{src}: {outer.name}"):
-            if m.skip or not is_photo(m.name):
-                skipped[m.skip or "not photos"] += 1
-            else:
-                places.append((f"{outer.name[:-4]}/{m.name}", m.offset, m.size, label if labels != "no" else -1))
-    if not places:
+def _index_of(src: Path, tars: class_tars.ClassTars, skipped: Counter[str]) -> SourceIndex:
+    if not tars.photos:
         raise UserError(_no_photos(src, skipped))
-    photos = [Photo(*p) for p in sorted(places)]
-    classes = [] if labels == "no" else [printable(m.name[:-4]) for m in inner]
-    return SourceIndex(photos, classes, f"a tar of {len(inner)} tars, one class each", skipped)
+    return SourceIndex([Photo(*p) for p in tars.photos], tars.classes, tars.summary, skipped, tars.broken)
 
 
 def _without_duplicates(found: list[tuple[str, int, int]], skipped: Counter[str]) -> list[tuple[str, int, int]]:

@@ -163,6 +163,7 @@ def test_a_hostile_tar(kind, ordinary, tmp_path):
         "made/manifest.json",
         "made/index.npy",
         "made/shard-000000.tar",
+        "made/sources.txt",
         "tars/manifest.json",
         "tars/index.npy",
     }
