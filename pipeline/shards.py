@@ -11,6 +11,7 @@ A *sample id* is a row of the index. Nothing here decodes an image, and nothing 
 `size` bytes at `offset` of its shard.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -222,22 +223,21 @@ class Shards:
         return {"shard": shard, "byte": int(record["offset"]), "source": self.source(sample), "why": why}
 
     def source(self, sample: int) -> str:
-        """Where a user finds what a sample was made from: the photo, or for tars of other programs `shard/member`. "" if
-        neither is known: shards made before 2026-11-29, or a damaged header."""
-        record = self.index[sample]
-        shard = self.shards[int(record["shard"])]
-        try:
-            if self._remote is None and "sources" in shard:  # the shard's first byte after the first line
+        """Where a user finds what a sample was made from: the photo, by sources.txt, or else `shard/member`, which is what
+        tars of other programs have. "" if neither can be read. Of remote shards only the second."""
+        shard, row = int(self.index["shard"][sample]), sample - int(self.starts[self.index["shard"][sample]])
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, StopIteration):
+            if self._remote is None:
                 with open(Path(self.folder) / SOURCES, "rb") as lines:
                     origin = next(lines)
-                    lines.seek(len(origin) + shard["sources"])
-                    line = next(itertools.islice(lines, sample - int(self.starts[record["shard"]]), None))
+                    lines.seek(len(origin) + self.shards[shard]["sources"])  # where the shard's lines begin
+                    line = next(itertools.islice(lines, row, None))
                 return "/".join(text.decode().rstrip("\n").partition("\t")[2] for text in (origin, line))
-            tar = self._file(int(record["shard"]))
-            name = member_name(os.pread(tar.fileno(), 512, max(0, int(record["offset"]) - 512)))
-        except (OSError, ValueError, TypeError, KeyError, StopIteration, UserError):
-            return ""
-        return f"{shard['name']}/{name}" if name else ""
+        with contextlib.suppress(OSError, UserError):
+            header = os.pread(self._file(shard).fileno(), 512, max(0, int(self.index["offset"][sample]) - 512))
+            if name := member_name(header):
+                return f"{self.shards[shard]['name']}/{name}"
+        return ""
 
     def _file(self, shard: int) -> BinaryIO:
         file = self._files.get(shard)

@@ -63,6 +63,14 @@ def describe_archive(path: Path) -> str:
     return ""
 
 
+def first_archive(folder: Path) -> str:
+    """The end of a message: `; x.zip is compressed ...` for the first compressed archive in a folder, or nothing."""
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        if archive := describe_archive(path):
+            return f"; {path.name} is {archive}"
+    return ""
+
+
 def _unpack_stream(path: Path, command: str, ending: str) -> str:
     """x.tar.gz becomes x.tar. The programs insist on their ending: a file without it is renamed first."""
     file = shlex.quote(str(path))

@@ -14,7 +14,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from pipeline.prepare.archives import AGAIN, describe_archive, fault
+from pipeline.prepare.archives import AGAIN, describe_archive, fault, first_archive
 from pipeline.prepare.folder import (
     WORK,
     ShardRecord,
@@ -64,7 +64,7 @@ def index(options: Namespace) -> None:
             usable,
             head,
             _keep_sources(dst, usable),
-            Counter({"broken tars": len(broken)} if broken else {}),
+            Counter(),
             broken,
         )
         rotated = sum(n for r in usable for kind, n in r.kept.items() if kind.endswith("rotated"))
@@ -86,11 +86,8 @@ def _tars_in(dst: Path) -> list[Path]:
         raise UserError(f"{dst}: holds an unfinished `make`; run the same `make` command again to finish it")
     tars = sorted(dst.glob("*.tar"))
     if not tars:
-        files = sorted(p for p in dst.iterdir() if p.is_file())
-        archive = next((f"; {p.name} is {found}" for p in files if (found := describe_archive(p))), "")
-        raise UserError(
-            f"{dst}: no *.tar here{archive or '; `make shards SRC=photos/ DST=shards/` makes shards from photos'}"
-        )
+        hint = first_archive(dst) or "; `make shards SRC=photos/ DST=shards/` makes shards from photos"
+        raise UserError(f"{dst}: no *.tar here{hint}")
     return tars
 
 
@@ -240,8 +237,8 @@ def _no_photos(folder: Path, key: str | None, endings: Counter[str]) -> str:
     if not likely:
         return what
     chosen = difflib.get_close_matches(key or "", likely, 1) or likely
-    args = shlex.quote(f"ARGS=--photo {chosen[0]}")
-    return f"{what}; `make index DST={shlex.quote(str(folder))} {args}` takes {chosen[0]}"
+    args = shlex.quote(f"--photo {chosen[0]}")
+    return f"{what}; `make index DST={shlex.quote(str(folder))} ARGS={args}` takes {chosen[0]}"
 
 
 def _samples(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from pipeline.prepare import class_tars
-from pipeline.prepare.archives import describe_archive
+from pipeline.prepare.archives import describe_archive, first_archive
 from pipeline.prepare.classes import label_photos, refuse_devkit
 from pipeline.prepare.names import ENDINGS, is_photo, printable
 from pipeline.prepare.tar import Member, members
@@ -205,6 +205,8 @@ def _no_photos(src: Path, skipped: Counter[str]) -> str:
     hint = f"; photos end in {' '.join(ENDINGS)}"
     if skipped["links"]:
         hint = "; links are not followed: give the folder that they point to"
+    elif src.is_dir() and (archive := first_archive(src)):
+        hint = archive
     elif src.is_dir() and any(src.glob("*.tar")):
         hint = f"; give one of its tars, or run `make index DST={src}` if they are shards already"
     return f"{src}: no photos here (found: {others or 'nothing'}){hint}"
