@@ -60,7 +60,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     If what reads the output ends first (`… | head -1`), the program ends quietly: with 141, as a shell reports it, if that
     stopped it, and with its own code if all its work was done.
     """
-    code = OUTPUT_CLOSED
+    code: int | str = OUTPUT_CLOSED
     try:
         code = _run(main)
         if sys.stdout:  # None: it was closed from the start (`>&-`)
