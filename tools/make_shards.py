@@ -1,8 +1,9 @@
 """Make, verify and index shards:  python -m tools.make_shards make SRC DST | verify DST | index DST
 
-make    writes DST/shard-%06d.tar (plain WebDataset tars), index.npy and manifest.json from a folder of photos, a tar of
-        photos, or ImageNet's own tars (`pipeline/prepare/classes.py` says which photos have a class).
-verify  reads every shard and lists each sample that is damaged or lost.
+make    writes DST/shard-%06d.tar (plain WebDataset tars), index.npy, sources.txt and manifest.json from a folder of photos,
+        a tar of photos, a folder of class tars, or ImageNet's own tars (`pipeline/prepare/classes.py` and `class_tars.py`
+        say which photos have a class).
+verify  reads every shard and lists each sample that is damaged or lost, and the photo that it was made from.
 index   writes manifest and index for WebDataset tars of other programs, and does not change the tars.
 
 Every photo is decoded once, whole, so an index holds only photos that decode. An upright 8-bit JPEG keeps its bytes,
@@ -10,7 +11,7 @@ everything else is converted to one (`pipeline/prepare/photo.py` says how); the 
 --resize-short N also re-encodes photos with more than N pixels on the short side; shards are split by the sizes of the
 sources, so their own size then differs from --shard-mb. A photo that does not decode, has more than --max-pixels (by its
 header, before anything is decoded) or is not a photo goes to rejected.jsonl; the program stops if more than --max-bad of
-all photos do.
+all photos do, rounded up. --skip-broken leaves out tars that cannot be read, and lists them there.
 
 Samples are shuffled, so every shard holds all classes; a tar is therefore read in random order, which needs an SSD.
 The same photos and settings give the same bytes, for any --processes. If the program is killed, the same command resumes:
@@ -289,7 +290,11 @@ def main() -> int | None:
         one = commands.add_parser(command.__name__, help=what, allow_abbrev=False)
         one.set_defaults(command=command)
         if command is make:
-            one.add_argument("src", type=Path, help="a folder of photos, a tar of photos, or ImageNet's own tars")
+            one.add_argument(
+                "src",
+                type=Path,
+                help="a folder of photos, a tar of photos, a folder of class tars, or ImageNet's own tars",
+            )
         one.add_argument("dst", type=Path, help="the folder of the shards")
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         one.add_argument("--processes", type=int, default=cpus, help="default: %(default)s, one per core")

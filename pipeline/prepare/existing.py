@@ -40,9 +40,8 @@ def index(options: Namespace) -> None:
     """Write manifest and index for the tars in a folder."""
     dst = options.dst
     tars = _tars_in(dst)
-    new = shlex.quote(f"{dst.resolve()}-indexed")
-    here = shlex.quote(str(dst.resolve()))
-    links = f"links to the tars do as well: `mkdir {new} && ln -s {here}/*.tar {new} && make index DST={new}`"
+    here, new = shlex.quote(str(dst.resolve())), shlex.quote(f"data/{dst.resolve().name}")
+    links = f"links to the tars do as well: `mkdir -p {new} && ln -s {here}/*.tar {new} && make index DST={new}`"
     require_writable(dst, links)
     rejected: list[dict] = []
     with folder_lock(dst, "nothing was changed; the same command begins again"):
