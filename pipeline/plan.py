@@ -89,9 +89,10 @@ class Plan:
             if shards.is_valid(read, photo):
                 return read, photo
         damage = shards.describe(read)
+        made_from = f" (made from {damage['source']})" if damage["source"] else ""
         raise UserError(
             f"{shards.folder}: {MAX_TRIES} samples in a row are damaged, the last one in {damage['shard']} at byte "
-            f"{damage['byte']}: {damage['why']}; `make verify DST={shards.folder}` checks every sample"
+            f"{damage['byte']}{made_from}: {damage['why']}; `make verify DST={shards.folder}` checks every sample"
         )
 
     def prefetch(self, shards: Shards, step: int, rank: int = 0, world_size: int = 1) -> None:

@@ -4,11 +4,14 @@
       shard-000000.tar ...   WebDataset tars: <key>.jpg, <key>.cls where there is a class
       manifest.json          format, source, classes, per shard: name, samples, bytes, sha256
       index.npy              one INDEX record per sample, shard by shard in the manifest's order; memory-mapped
+      sources.txt            what each sample was made from: a line per sample in the same order, its key, a tab, the photo's
+                             name; the first line has the folder or tar of these names
 
 A *sample id* is a row of the index. Nothing here decodes an image, and nothing is ever extracted from a tar: a sample is
 `size` bytes at `offset` of its shard.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -42,6 +45,7 @@ INDEX = np.dtype(
     ]
 )
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SOURCES, ORIGIN = "sources.txt", "source"  # ORIGIN: the key of its first line
 MAX_OPEN_FILES = 256
 READS_PER_PAGE_RELEASE = 65_536
 
@@ -205,7 +209,7 @@ class Shards:
         return ""
 
     def describe(self, sample: int) -> dict[str, str | int]:
-        """Where a damaged sample is and what is wrong with it, for damaged.jsonl: shard, first byte, why."""
+        """Where a damaged sample is and what is wrong with it, for damaged.jsonl: shard, first byte, source, why."""
         record = self.index[sample]
         photo = self.read(sample)
         why = self.validation_error(sample, photo)
@@ -215,7 +219,25 @@ class Shards:
                 why = "nothing is wrong with it now: the disk failed for a moment"
         except DecodeError as error:
             why = f"the decoder refuses it: {error}"
-        return {"shard": self.shards[int(record["shard"])]["name"], "byte": int(record["offset"]), "why": why}
+        shard = self.shards[int(record["shard"])]["name"]
+        return {"shard": shard, "byte": int(record["offset"]), "source": self.source(sample), "why": why}
+
+    def source(self, sample: int) -> str:
+        """Where a user finds what a sample was made from: the photo, by sources.txt, or else `shard/member`, which is what
+        tars of other programs have. "" if neither can be read. Of remote shards only the second."""
+        shard, row = int(self.index["shard"][sample]), sample - int(self.starts[self.index["shard"][sample]])
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, StopIteration):
+            if self._remote is None:
+                with open(Path(self.folder) / SOURCES, "rb") as lines:
+                    origin = next(lines)
+                    lines.seek(len(origin) + self.shards[shard]["sources"])  # where the shard's lines begin
+                    line = next(itertools.islice(lines, row, None))
+                return "/".join(text.decode().rstrip("\n").partition("\t")[2] for text in (origin, line))
+        with contextlib.suppress(OSError, UserError):
+            header = os.pread(self._file(shard).fileno(), 512, max(0, int(self.index["offset"][sample]) - 512))
+            if name := member_name(header):
+                return f"{self.shards[shard]['name']}/{name}"
+        return ""
 
     def _file(self, shard: int) -> BinaryIO:
         file = self._files.get(shard)
@@ -258,6 +280,12 @@ def _has_photos(folder: Path) -> bool:
     """Whether a folder, or one inside it, holds photos: judged by some thousand names."""
     names = (name for _, _, files in os.walk(folder) for name in files)
     return any(name.lower().endswith(PHOTO_SUFFIXES) for name in itertools.islice(names, 5000))
+
+
+def member_name(header: bytes) -> str:
+    """The name in a USTAR header, printable; "" if this is no header."""
+    name = header[:100].split(b"\0")[0].decode("utf-8", "backslashreplace")
+    return name if header[257:262] == b"ustar" and name.isprintable() else ""
 
 
 def describe_loss(beyond: np.ndarray, records: np.ndarray, first_id: int) -> str:

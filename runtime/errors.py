@@ -4,9 +4,13 @@ import argparse
 import difflib
 import itertools
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TextIO
+
+OUTPUT_CLOSED = 141  # 128 + SIGPIPE: what a shell says of a program that a closed pipe ended
 
 
 class UserError(Exception):
@@ -51,14 +55,45 @@ def require_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a program's `main` and exit. UserError prints its message and exits with 2, RunError with 1, Ctrl-C with 130."""
+    """Run a program's `main` and exit. UserError prints its message and exits with 2, RunError with 1, Ctrl-C with 130.
+
+    If what reads the output ends first (`… | head -1`), the program ends quietly: with 141, as a shell reports it, if that
+    stopped it, and with its own code if all its work was done.
+    """
+    code: int | str = OUTPUT_CLOSED
     try:
-        code = main() or 0
+        code = _run(main)
+        if sys.stdout:  # None: it was closed from the start (`>&-`)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if stream and _is_closed_pipe(stream)]
+        if not closed:  # the pipe of a worker process, or a connection
+            raise
+        for stream in closed:  # the interpreter's end writes what is left in its buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def _run(main: Callable[[], int | None]) -> int | str:
+    """The exit code of `main`, after an error's message was printed."""
+    try:
+        return main() or 0
+    except SystemExit as end:  # argparse: help, and wrong options
+        return end.code or 0
     except (UserError, RunError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"[process {rank}] error: {error}", file=sys.stderr)
-        code = 2 if isinstance(error, UserError) else 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+        return 130
+
+
+def _is_closed_pipe(stream: TextIO) -> bool:
+    """Whether nothing reads this stream any more."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError):  # not a file of the system
+        return False

@@ -1,9 +1,21 @@
-"""Atomic writes: at every moment a path holds a whole file, the old one or the new one."""
+"""Atomic writes: at every moment a path holds a whole file, the old one or the new one. And locks.
+
+Some network disks have no locks, or cannot sync a folder. Both only guard against accidents, so this is a warning.
+"""
 
 import contextlib
+import errno
+import fcntl
+import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import IO
+
+HELD = (errno.EAGAIN, errno.EACCES)  # another process holds the lock
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
 
 
 @contextlib.contextmanager
@@ -44,9 +56,37 @@ def refusal(folder: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until a file's bytes, or a folder's names, are on the disk. Warns if the disk cannot sync folders."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC or not path.is_dir():
+            raise
+        _warn_once(
+            f"{path}: this disk cannot sync a folder ({error.strerror}): after a power failure the newest files may be "
+            "missing"
+        )
     finally:
         os.close(handle)
+
+
+def try_lock(file: IO | int, folder: Path) -> bool:
+    """Lock an open file for this process; False if another process holds its lock. Warns if the disk has no locks: then it
+    is True, and nothing is locked. folder: which one the lock guards, for the warning."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            return False
+        _warn_once(
+            f"{folder}: this disk has no file locks ({error.strerror}): nothing stops a second program that writes here, so "
+            "start only one"
+        )
+    return True
+
+
+@cache
+def _warn_once(message: str) -> None:
+    if multiprocessing.parent_process() is None:  # worker processes would repeat it
+        print(f"warning: {message}", file=sys.stderr, flush=True)

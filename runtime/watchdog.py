@@ -6,9 +6,7 @@ nothing: the newest checkpoint is kept.
 """
 
 import contextlib
-import errno
 import faulthandler
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from runtime.errors import UserError
+from runtime.files import try_lock
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -32,8 +31,8 @@ BEFORE_FIRST_STEP = "before the first step"
 FIRST_STEP_FACTOR = 10  # the first step of a start may take so many times run.step_timeout: it compiles
 
 
-def lock(folder: Path) -> IO[str] | None:
-    """Lock a run folder for this process until it exits, however it exits. None if the file system has no locks.
+def lock(folder: Path) -> IO[str]:
+    """Lock a run folder for this process until it exits, however it exits. Without locks on its disk, a warning.
 
     Raises UserError if another process holds the lock, or if the folder cannot be written to.
     """
@@ -42,14 +41,10 @@ def lock(folder: Path) -> IO[str] | None:
         file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the process lives
     except OSError as error:
         raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            return None
+    if not try_lock(file, folder):
         file.seek(0)
         holder = file.read().strip() or "another process"
-        raise UserError(f"{folder}: {holder} trains there; start another run with RUN=another/folder") from None
+        raise UserError(f"{folder}: {holder} trains there; start another run with RUN=another/folder")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},\n")
     file.flush()

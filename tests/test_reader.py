@@ -139,6 +139,7 @@ def test_a_shard_that_is_deleted_during_a_run(config, tmp_path):
     assert seen
     assert shards.describe(min(seen)) == {
         "shard": shards.shards[0]["name"], "byte": shards.index["offset"][min(seen)],
+        "source": shards.source(min(seen)),
         "why": f"only 0 of its {shards.index['size'][min(seen)]} bytes could be read",
     }  # fmt: skip
     for shard in shards.shards[1:]:

@@ -66,15 +66,6 @@ def _word(text: str) -> str:
     return quote(printable(text))
 
 
-def refuse_splits_of_tar(src: Path, inner: list[str], dst: str) -> None:
-    """Raise UserError if a tar of tars has tars of several splits, which would become classes."""
-    splits = splits_among(inner)
-    if splits:
-        found = [printable(name) for names in splits.values() for name in names]
-        command = make_command(src, next(iter(splits.values()))[0], dst)
-        raise UserError(f"{src} holds several splits: {', '.join(found)}; make shards of one of them: {command}")
-
-
 def _folders_as_classes(src: Path, names: list[str], labels: str, dst: str) -> Labels:
     """A class per folder of the folder that is looked at."""
     shared = _shared_folder(names)

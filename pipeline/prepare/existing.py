@@ -1,182 +1,116 @@
-"""Existing tars: `verify` checks shards, `index` writes manifest and index for tars of other programs."""
+"""`index`: manifest and index for tars of other programs, which stay as they are."""
 
+import difflib
 import json
 import os
+import shutil
 import zlib
 from argparse import Namespace
 from collections import Counter
-from contextlib import closing
-from hashlib import file_digest, sha256
+from collections.abc import Iterable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from hashlib import file_digest
 from pathlib import Path
 from shlex import quote
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
-
-from pipeline.prepare.folder import WORK, ShardRecord, folder_lock, write_folder
+from pipeline.prepare.archives import AGAIN, compressed_tars, describe_archive, fault, first_archive
+from pipeline.prepare.folder import (
+    WORK,
+    ShardRecord,
+    allowed_bad,
+    folder_lock,
+    require_writable,
+    write_folder,
+    write_rejected,
+)
 from pipeline.prepare.kinds import unread_reason
 from pipeline.prepare.labels import Written, read_label, resolve_labels
 from pipeline.prepare.names import printable, splits_among
 from pipeline.prepare.photo import decode_error, inspect_existing, limit_pixels
-from pipeline.prepare.samples import group
-from pipeline.prepare.skipped import Skipped, counts, index_warnings
+from pipeline.prepare.samples import PHOTO_ENDINGS, Sample, group
+from pipeline.prepare.skipped import Skipped, index_warnings
 from pipeline.prepare.tar import members
 from pipeline.prepare.work import Progress, parallel_map
-from pipeline.shards import Shards, describe_loss, plural
+from pipeline.shards import ORIGIN, SOURCES, plural
 from runtime.errors import UserError
 
-UNPACK = {".gz": "gunzip -k", ".tgz": "gunzip -k", ".xz": "unxz -k", ".zst": "unzstd", ".bz2": "bunzip2 -k"}
 
+@dataclass
+class TarRecord(ShardRecord):
+    """What is known about a tar of another program."""
 
-class Check(NamedTuple):
-    """One shard to be checked."""
-
-    path: Path
-    first: int  # sample id of its first sample
-    shard: dict  # its entry in the manifest
-    rows: np.ndarray  # INDEX: its records in the index
-
-
-def verify(options: Namespace) -> int:
-    """Read every shard. Returns 0 if all agree with manifest and index; otherwise 2, after a line per problem."""
-    shards = Shards(options.dst, max_missing=None)
-    checks = [
-        Check(shards.folder / s["name"], int(start), s, np.array(shards.index[start : start + s["samples"]]))
-        for s, start in zip(shards.shards, shards.starts, strict=False)
-    ]
-    problems = 0
-    index, written = (
-        Path(shards.folder, "index.npy"),
-        shards.manifest.get("index"),
-    )  # older manifests have no such entry
-    if written and sha256(index.read_bytes()).hexdigest() != written["sha256"]:
-        print("index.npy: differs from the manifest's sha256", flush=True)
-        problems = 1
-    with (
-        Progress("verifying", sum(s["bytes"] for s in shards.shards)) as progress,
-        closing(parallel_map(verify_shard, checks, options.processes)) as results,
-    ):
-        for check, found in results:
-            problems += len(found)
-            for line in found:
-                print(line, flush=True)
-            progress.step(len(check.rows), check.shard["bytes"])
-    if problems:
-        print(f"{options.dst}: {plural(problems, 'problem')}; copy the shards again, or make them again")
-        return 2
-    print(f"{options.dst}: {plural(len(shards.shards), 'shard')}, {plural(len(shards), 'sample')}: all agree")
-    return 0
-
-
-def verify_shard(check: Check) -> tuple[Check, list[str]]:
-    """What is wrong with one shard, a line each."""
-    name, rows = check.path.name, check.rows
-    try:
-        with check.path.open("rb") as file:
-            digest = file_digest(file, "sha256").hexdigest()
-            size = file.tell()
-            complete = (rows["offset"] + rows["size"]).astype(np.int64) <= size
-            problems = [
-                f"{name}: sample {check.first + i} ({_member_at(file, row)}) is damaged: "
-                f"{row['size']} bytes at byte {row['offset']}"
-                for i, row in enumerate(rows)
-                if complete[i]
-                and zlib.crc32(os.pread(file.fileno(), int(row["size"]), int(row["offset"]))) != row["crc32"]
-            ]
-            if digest == check.shard["sha256"] and problems:
-                problems = [
-                    f"index.npy: differs from {plural(len(problems), 'sample')} of {name}, which matches the manifest"
-                ]
-            elif digest != check.shard["sha256"] and not problems and size == check.shard["bytes"]:
-                problems = [
-                    f"{name}: {_where_damaged(file, size)}; none of its {plural(len(rows), 'sample')} is lost: all "
-                    "photos are intact, but names, labels or the end differ from the manifest's sha256"
-                ]
-    except OSError as error:
-        return check, [f"{name}: {error.strerror}: {describe_loss(np.arange(len(rows)), rows, check.first)}"]
-    if size != check.shard["bytes"]:
-        loss = describe_loss(np.flatnonzero(~complete), rows, check.first)
-        expected = plural(check.shard["bytes"], "byte")
-        problems.insert(0, f"{name}: has {plural(size, 'byte')}, the manifest says {expected}: {loss}")
-    return check, problems
-
-
-def _where_damaged(file: BinaryIO, size: int) -> str:
-    """Where a tar's headers are damaged; if nowhere, only that it differs."""
-    try:
-        for _ in members(file, 0, size, ""):
-            pass
-    except UserError as error:
-        return str(error).removeprefix(": ")
-    return "differs"
-
-
-def _member_at(file: BinaryIO, row: np.void) -> str:
-    """The member's name in the header before a sample's bytes."""
-    header = os.pread(file.fileno(), 100, max(0, int(row["offset"]) - 512))
-    return printable(os.fsdecode(header.split(b"\0")[0])) or "no name"
+    labels: list[Written] = field(default_factory=list)  # of each row
+    skipped: Skipped = field(default_factory=Skipped)
+    broken: str = ""  # why the whole tar could not be read
 
 
 def index(options: Namespace) -> None:
     """Write manifest and index for the tars in a folder."""
     dst = options.dst
-    if not dst.is_dir():
-        raise UserError(f"{dst}: no such folder")
-    if (dst / WORK / "task").exists():
-        raise UserError(f"{dst}: holds an unfinished `make`; run the same `make` command again to finish it")
-    tars = sorted(dst.glob("*.tar"))
-    if special := [t for t in tars if not t.is_file()]:
-        raise UserError(f"{special[0]}: is not a file")  # reading a fifo would wait for ever
-    if not tars:
-        raise UserError(f"{dst}: no *.tar here; `make shards SRC=photos/ DST=shards/` makes shards from photos")
-    _refuse_other_tars(dst, tars)
-    with folder_lock(dst):
-        records = {}
-        with Progress("indexing", sum(t.stat().st_size for t in tars)) as progress:
-            jobs = [(tar, options.max_pixels) for tar in tars]
-            with closing(parallel_map(index_tar, jobs, options.processes)) as results:
-                for record in results:
-                    records[record.name] = record
-                    progress.step(len(record.rows), record.bytes)
-        in_order = [records[tar.name] for tar in tars]
-        bad, samples = sum(len(r.rejected) for r in in_order), sum(len(r.rows) for r in in_order)
-        if bad > options.max_bad * (bad + samples):
-            first = next(r.rejected[0] for r in in_order if r.rejected)
-            raise UserError(
-                f"{dst}: {bad} of {bad + samples} samples are bad, more than --max-bad {options.max_bad:g}; "
-                f"the first one is {first['source']}: {first['reason']}"
-            )
-        skipped = Skipped()
-        classes = _set_labels(dst, in_order, skipped)
-        head = {"source": {"tars": len(tars)}, "settings": {}, "classes": classes}
-        write_folder(dst, in_order, head, skipped.counts, skipped.listed)
-        labels = sum(row[4] >= 0 for record in in_order for row in record.rows)
-        skipped.listed += [row for record in in_order for row in record.left_out]
-        for warning in index_warnings(skipped, samples, labels):
+    tars = _tars_in(dst, options.skip_broken)
+    here, new = quote(str(dst.resolve())), quote(f"data/{dst.resolve().name}")
+    links = f"links to the tars do as well: `mkdir -p {new} && ln -s {here}/*.tar {new} && make index DST={new}`"
+    require_writable(dst, links)
+    rejected: list[dict] = []
+    with folder_lock(dst, "nothing was changed; the same command begins again"):
+        try:
+            records = _index_tars(options, tars, rejected)
+        except BaseException:  # whatever ends it, what was found is listed
+            if rejected:
+                write_rejected(dst, rejected)
+                shutil.rmtree(dst / WORK)
+            raise
+        usable, skipped = [r for r in records if not r.broken], Skipped()
+        for record in usable:
+            skipped.update(record.skipped)
+        head = {
+            "source": {"tars": len(usable)},
+            "settings": {"photo": options.photo} if options.photo else {},
+            "classes": _set_labels(dst, usable, skipped),
+        }
+        write_folder(dst, usable, head, _keep_sources(dst, usable), skipped, _rows_of_broken(records))
+        rows = [row for record in usable for row in record.rows]
+        for warning in index_warnings(skipped, len(rows), sum(row[4] >= 0 for row in rows), options.photo):
             print(f"warning: {warning}")
-        rotated = sum(n for r in in_order for kind, n in r.kept.items() if kind.endswith("rotated"))
+        rotated = sum(n for r in usable for kind, n in r.kept.items() if kind.endswith("rotated"))
         if rotated:
             print(
                 f"{plural(rotated, 'photo')} with EXIF rotation, which the readers do not apply; `make` from photos does"
             )
 
 
-def _refuse_other_tars(dst: Path, tars: list[Path]) -> None:
-    """Raise UserError if the folder holds compressed tars that would be left out, or tars of several splits."""
-    packed = {
-        p: p.with_suffix(".tar" if p.suffix.lower() == ".tgz" else "")
-        for p in dst.iterdir()
-        if p.suffix.lower() in UNPACK
-    }
-    left_out = sorted(p for p, tar in packed.items() if tar.suffix.lower() == ".tar" and not tar.exists())
-    if left_out:
-        first = left_out[0]
-        files = _words(dst, [p.name for p in left_out], "".join(first.suffixes[-2:]))
-        raise UserError(
-            f"{first}: compressed, and would be left out of the index ({plural(len(left_out), 'such file')}): "
-            f"`{UNPACK[first.suffix.lower()]} {files}`, then the same command again; or move them elsewhere"
+def _tars_in(dst: Path, skip_broken: bool) -> list[Path]:
+    """The tars of a folder, compressed ones too if they are to be left out. Raises UserError if there are none, if they
+    cannot be indexed together, or if `make` has not finished there."""
+    if not dst.is_dir():
+        archive = describe_archive(dst) if dst.is_file() else ""
+        what = archive or (
+            "is a file; give the folder of the tars: " + str(dst.parent) if dst.exists() else "no such folder"
         )
-    splits = splits_among(tar.stem for tar in tars)
+        raise UserError(f"{dst}: {what}")
+    if (dst / WORK / "task").exists():
+        raise UserError(f"{dst}: holds an unfinished `make`; run the same `make` command again to finish it")
+    tars = sorted(dst.glob("*.tar"))
+    if not tars:
+        hint = first_archive(dst) or "; `make shards SRC=photos/ DST=shards/` makes shards from photos"
+        raise UserError(f"{dst}: no *.tar here{hint}")
+    _refuse_splits(dst, [tar.stem for tar in tars])
+    compressed = compressed_tars(dst)
+    if compressed and not skip_broken:
+        (first, command), *_ = compressed
+        files = _words(dst, [path.name for path, other in compressed if other == command], "".join(first.suffixes[-2:]))
+        raise UserError(
+            f"{first}: compressed, and would be left out of the index ({plural(len(compressed), 'such file')}): "
+            f"`{command} {files}`, then the same command again; {_skip_broken(dst)}"
+        )
+    return sorted(tars + [path for path, _ in compressed])
+
+
+def _refuse_splits(dst: Path, stems: list[str]) -> None:
+    """Raise UserError if the names of the tars are of several splits."""
+    splits = splits_among(stems)
     if splits:
         found = [f"{split} ({plural(len(stems), 'tar')}, {stems[0]}.tar first)" for split, stems in splits.items()]
         split, stems = next(iter(splits.items()))
@@ -189,15 +123,94 @@ def _refuse_other_tars(dst: Path, tars: list[Path]) -> None:
 
 def _words(dst: Path, names: list[str], ending: str) -> str:
     """These files in a command: as a pattern if it matches no other file of the folder."""
-    beginning = os.path.commonprefix(names)  # noqa: RUF071  # of letters, not of folders
-    beginning = beginning.removesuffix(ending) if len(names) > 1 else ""
-    matched = [p.name for p in dst.iterdir() if p.name.startswith(beginning) and p.name.endswith(ending)]
-    if len(names) > 1 and sorted(matched) == sorted(names):
-        return f"{quote(f'{dst}/{beginning}')}*{ending}"
+    if len(names) > 1:
+        beginning = os.path.commonprefix(names).removesuffix(ending)  # noqa: RUF071  # of letters, not of folders
+        matched = [p.name for p in dst.iterdir() if p.name.startswith(beginning) and p.name.endswith(ending)]
+        if sorted(matched) == sorted(names):
+            return f"{quote(f'{dst}/{beginning}')}*{ending}"
     return " ".join(quote(str(dst / name)) for name in names)
 
 
-def _set_labels(dst: Path, records: list[ShardRecord], skipped: Skipped) -> list[str]:
+def _skip_broken(dst: Path) -> str:
+    """The end of a message: how to go on without the tars that it names."""
+    return f"or index the others: `make index DST={quote(str(dst))} ARGS=--skip-broken`"
+
+
+def _index_tars(options: Namespace, tars: list[Path], rejected: list[dict]) -> list[TarRecord]:
+    """The records of all tars, in order. Bad photos and broken tars are added to `rejected` as they are found.
+
+    Raises UserError for broken tars, unless --skip-broken, and if more than --max-bad of the photos are bad.
+    """
+    dst = options.dst
+    faults = {tar.name: why for tar in tars if (why := _fault(tar))}  # in the first second, before anything is decoded
+    records = {name: TarRecord(name, 0, "", [], Counter(), broken=why) for name, why in faults.items()}
+    rejected += _rows_of_broken(records.values())
+    if faults and not options.skip_broken:
+        raise UserError(_refuse_broken(dst, rejected, len(tars)))
+    jobs = [TarJob(tar, options.max_pixels, options.photo) for tar in tars if tar.name not in faults]
+    with (
+        Progress("indexing", sum(job.path.stat().st_size for job in jobs)) as progress,
+        closing(parallel_map(index_tar, jobs, options.processes, "nothing was changed")) as results,
+    ):
+        for record in results:
+            records[record.name] = record
+            rejected += _rows_of_broken([record]) + record.rejected
+            if record.broken and not options.skip_broken:
+                raise UserError(_refuse_broken(dst, _rows_of_broken([record]), len(tars)))
+            progress.step(len(record.rows), record.bytes)
+    in_order = [records[tar.name] for tar in tars]
+    rejected[:] = _rows_of_broken(in_order) + [row for r in in_order for row in r.rejected]
+    if all(record.broken for record in in_order):
+        raise UserError(_refuse_broken(dst, _rows_of_broken(in_order), len(tars)))
+    bad, samples = sum(len(r.rejected) for r in in_order), sum(len(r.rows) for r in in_order)
+    if bad > allowed_bad(options.max_bad, bad + samples):
+        first = next(r.rejected[0] for r in in_order if r.rejected)
+        raise UserError(
+            f"{dst}: {bad} of {bad + samples} samples are bad, more than --max-bad {options.max_bad:g}; the first one is "
+            f"{first['source']}: {first['reason']}; {dst}/rejected.jsonl lists all of them"
+        )
+    if not samples:
+        raise UserError(f"{dst}: no valid photo in its tars; {dst}/rejected.jsonl says why")
+    return in_order
+
+
+def _fault(tar: Path) -> str:
+    try:
+        return fault(tar)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _rows_of_broken(records: Iterable[TarRecord]) -> list[dict]:
+    return [{"source": r.name, "reason": r.broken} for r in records if r.broken]
+
+
+def _refuse_broken(dst: Path, broken: list[dict], tars: int) -> str:
+    """The message for tars that cannot be used: each with its reason, and the command that goes on without them."""
+    listed = "; ".join(f"{row['source']}: {row['reason']}" for row in broken[:3])
+    more = f"; and {len(broken) - 3} more ({dst}/rejected.jsonl lists all)" if len(broken) > 3 else ""
+    skip = f"; {_skip_broken(dst)}" if tars > len(broken) else ""
+    if len(broken) == 1:
+        return f"{dst}/{listed}{skip}"
+    return f"{dst}: {len(broken)} of {plural(tars, 'tar')} cannot be used: {listed}{more}{skip}"
+
+
+def _keep_sources(dst: Path, records: list[TarRecord]) -> str:
+    """Shards that `make` made keep what they were made from, under a new index too: gives each record its lines of the
+    present sources.txt. Returns its folder of photos; "" if there is no such file, and then records have no lines."""
+    origin, known = "", dict[str, str]()
+    with suppress(OSError, ValueError):
+        first, *lines = (dst / SOURCES).read_text().splitlines()
+        if first.startswith(f"{ORIGIN}\t"):  # not another program's file of that name
+            origin = first.partition("\t")[2]
+            known = {line.partition("\t")[0]: line for line in lines}
+    for record in records:
+        all_known = all(key in known for key in record.sources)
+        record.sources = [known[key] for key in record.sources] if all_known else []
+    return origin
+
+
+def _set_labels(dst: Path, records: list[TarRecord], skipped: Skipped) -> list[str]:
     """Fill in the rows' labels; returns the names of the classes: those that are written in the tars. For numbers, those of
     the manifest that is replaced if it has enough, otherwise the numbers."""
     label_of, classes, said = resolve_labels([w for record in records for w in record.labels], skipped)
@@ -216,42 +229,63 @@ def _set_labels(dst: Path, records: list[ShardRecord], skipped: Skipped) -> list
     return names if len(names) >= count else [str(label) for label in range(count)]
 
 
-def index_tar(job: tuple[Path, int]) -> ShardRecord:
-    """The record of an existing tar. Every photo is decoded once, so that only photos that decode are indexed."""
-    path, max_pixels = job
+class TarJob(NamedTuple):
+    """One tar to be indexed. photo: as in samples.group."""
+
+    path: Path
+    max_pixels: int
+    photo: str | None
+
+
+def index_tar(job: TarJob) -> TarRecord:
+    """The record of an existing tar, with `broken` set if it cannot be used. Every photo is decoded once, so that only
+    photos that decode are indexed."""
+    path, max_pixels, key = job
     limit_pixels(max_pixels)
-    kept, skipped, rejected, rows = Counter[str](), Skipped(), list[dict](), list[tuple[int, ...]]()
-    labels = list[Written]()
-    with path.open("rb") as tar:
-        digest = file_digest(tar, "sha256").hexdigest()
-        size = tar.tell()
-        if size == 0:
-            raise UserError(f"{path}: empty (0 bytes)")
-        for sample in group(tar, members(tar, 0, size, str(path)), skipped, path.name):
-            photo, data = sample.parts["photo"], b""
-            try:
-                if not 0 < photo.size <= 4 * max_pixels:
-                    raise ValueError("empty" if photo.size == 0 else f"{photo.size} bytes")
-                data = os.pread(tar.fileno(), photo.size, photo.offset)
-                image, kind = inspect_existing(data)
-            except Exception as error:  # as in make_shard
-                reason = unread_reason(data, photo.name) or decode_error(error)
-                rejected.append({"source": f"{path.name}/{printable(photo.name)}", "reason": reason})
-                continue
-            labels.append(read_label(tar, sample.parts, skipped, path.name))
-            kept[kind] += 1
-            crc = zlib.crc32(data)
-            rows.append((photo.offset, photo.size, image.height, image.width, -1, crc))
-    if not rows and not rejected:
-        raise UserError(f"{path}: no photos in this tar (jpg, jpeg, png or webp; found: {counts(skipped.counts)})")
-    return ShardRecord(
-        path.name,
-        size,
-        digest,
-        rows,
-        kept,
-        rejected=rejected,
-        skipped=skipped.counts,
-        left_out=skipped.listed,
-        labels=labels,
-    )
+    record = TarRecord(path.name, 0, "", [], Counter())
+    endings = Counter[str]()
+    try:
+        with path.open("rb") as tar:
+            record.sha256 = file_digest(tar, "sha256").hexdigest()
+            record.bytes = tar.tell()
+            for sample in group(tar, members(tar, 0, record.bytes, ""), record.skipped, path.name, key, endings):
+                _index_sample(record, tar, sample, max_pixels)
+        if not record.rows and not record.rejected:
+            record.broken = _no_photos(path.parent, key, endings, record.skipped)
+    except UserError as error:
+        record.broken = f"{error}; {AGAIN}".removeprefix(": ")
+    except OSError as error:
+        record.broken = f"cannot be read: {error.strerror}; {AGAIN}"
+    return TarRecord(path.name, record.bytes, "", [], Counter(), broken=record.broken) if record.broken else record
+
+
+def _index_sample(record: TarRecord, tar: BinaryIO, sample: Sample, max_pixels: int) -> None:
+    """Add a sample to its tar's record, or to the rejected ones. Its label comes later, from all tars together."""
+    photo, data = sample.parts["photo"], b""
+    try:
+        if not 0 < photo.size <= 4 * max_pixels:
+            raise ValueError("empty" if photo.size == 0 else f"{photo.size} bytes")
+        data = os.pread(tar.fileno(), photo.size, photo.offset)
+        image, kind = inspect_existing(data)
+    except Exception as error:  # as in make_shard
+        if isinstance(error, OSError) and error.errno:  # the disk's; Pillow's own have no number
+            raise
+        reason = unread_reason(data, photo.name) or decode_error(error)
+        record.rejected.append({"source": f"{record.name}/{printable(photo.name)}", "reason": reason})
+        return
+    record.labels.append(read_label(tar, sample.parts, record.skipped, record.name))
+    record.kept[kind] += 1
+    record.rows.append((photo.offset, photo.size, image.height, image.width, -1, zlib.crc32(data)))
+    record.sources.append(sample.key)  # `make` lists what it was made from under that
+
+
+def _no_photos(folder: Path, key: str | None, endings: Counter[str], skipped: Skipped) -> str:
+    """Why a tar has no photos: the endings of its members, and the command that chooses one."""
+    found = ", ".join(f"{printable(e) or 'no ending'} ({n:,})" for e, n in endings.most_common(8)) or "nothing"
+    what = f"no photos in this tar ({f'key {key}' if key else 'jpg, jpeg, png or webp'}; found: {found})"
+    likely = [e for e, _ in endings.most_common() if e.rpartition(".")[2] in PHOTO_ENDINGS]
+    if likely:
+        chosen = difflib.get_close_matches(key or "", likely, 1) or likely
+        args = quote(f"--photo {chosen[0]}")
+        return f"{what}; `make index DST={quote(str(folder))} ARGS={args}` takes {chosen[0]}"
+    return f"{what}; convert them to JPEG and pack them again" if skipped.pictures() else what

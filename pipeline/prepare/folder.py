@@ -1,11 +1,13 @@
-"""A shard folder while it is written: a tar, its record, and at the end index.npy and manifest.json.
+"""A shard folder while it is written: a tar, its record, and at the end sources.txt, index.npy and manifest.json.
 
 A file with its final name is complete: drafts are in DST/.make_shards, are synced to the disk and then renamed.
 """
 
-import fcntl
+import errno
+import getpass
 import io
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -14,16 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 import numpy as np
 
-from pipeline.prepare.labels import Written
-from pipeline.prepare.skipped import counts
+from pipeline.prepare.skipped import Skipped, counts
 from pipeline.prepare.work import MB
-from pipeline.shards import FORMAT, INDEX, plural
+from pipeline.shards import FORMAT, INDEX, ORIGIN, SOURCES, plural
 from runtime.errors import UserError
-from runtime.files import write_atomic
+from runtime.files import sync, try_lock, write_atomic
 
 WORK = ".make_shards"  # in DST while it is being written
 
@@ -39,10 +41,8 @@ class ShardRecord:
     kept: Counter[str]  # photos with the source's bytes, by kind
     converted: Counter[str] = field(default_factory=Counter)
     rejected: list[dict] = field(default_factory=list)  # {"source": name, "reason": why}
-    skipped: Counter[str] = field(default_factory=Counter)
-    left_out: list[dict] = field(default_factory=list)  # rows of skipped.jsonl
-    labels: list[Written] = field(default_factory=list)  # of each row, as a tar of another program has them
     unread: int = 0  # of the rejected, those that could not be read: the next run tries them again
+    sources: list[str] = field(default_factory=list)  # of each row, a line of sources.txt, if it is known
 
 
 class ShardFile:
@@ -85,34 +85,79 @@ def replace_file(path: Path, data: bytes) -> None:
     write_atomic(path, data, work / f"{path.name}.{os.getpid()}.draft")
 
 
+def require_writable(dst: Path, otherwise: str, files: int = 8) -> None:
+    """Try to write into a folder, or into the one that it will be made in, and leave nothing there.
+
+    files: how many will be written. otherwise: the next step, for the message. Raises UserError if it is not possible.
+    """
+    folder = next(p for p in (dst, *dst.parents) if os.path.exists(p))
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file, not a folder; {otherwise}")
+    try:
+        with TemporaryFile(dir=folder, buffering=0) as probe:
+            probe.write(bytes(4096))
+        sync(folder)
+        room = os.statvfs(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: {_cannot_write(error)}; {otherwise}") from None
+    if room.f_files > 0 and room.f_favail < files:  # some disks do not count them, and say 0
+        raise UserError(
+            f"{folder}: {plural(files, 'file')} will be written, and its disk has room for {room.f_favail:,} more "
+            f"(`df -i {folder}`); delete some there, or {otherwise}"
+        )
+
+
+def _cannot_write(error: OSError) -> str:
+    return "cannot be written: " + {
+        errno.EROFS: "its disk is mounted read-only",
+        errno.EACCES: f"no permission for {_user()} (`ls -ld` shows whose it is)",
+        errno.EPERM: f"no permission for {_user()} (`lsattr -d` may show why)",
+        errno.ENOSPC: "its disk is full (`df -h` and `df -i` show what is free)",
+        errno.EDQUOT: "your quota there is used up (`quota -s`)",
+    }.get(error.errno or 0, error.strerror or str(error))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return f"user {os.getuid()}"
+
+
 @contextmanager
-def folder_lock(dst: Path) -> Iterator[None]:
+def folder_lock(dst: Path, afterwards: str) -> Iterator[None]:
     """Make the folder and hold its lock, which a kill releases. Raises UserError if another process holds it, and for disk
-    errors."""
+    errors. afterwards: what holds after such an error, for the message."""
     try:
         dst.mkdir(parents=True, exist_ok=True)
         fd = os.open(dst, os.O_RDONLY)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(fd, dst):
+                raise UserError(f"{dst}: another make_shards is writing here; wait until it has finished")
             yield
-        except BlockingIOError:
-            raise UserError(f"{dst}: another make_shards is writing here; wait until it has finished") from None
         finally:
             os.close(fd)
     except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the output's, not a disk's
+            raise
         what = f"{error.strerror or error}: {error.filename or dst}"
-        raise UserError(f"{dst}: {what}; finished shards are kept, the same command resumes") from None
+        raise UserError(f"{dst}: {what}; {afterwards}") from None
 
 
-def write_rejected(dst: Path, rejected: list[dict]) -> None:
+def allowed_bad(max_bad: float, photos: int) -> int:
+    """How many of `photos` may be bad: the share, rounded up. So one bad photo is allowed among a few, unless it is 0."""
+    return math.ceil(round(max_bad * photos, 6))
+
+
+def write_rejected(dst: Path, rejected: Sequence[dict]) -> None:
     _write_rows(dst / "rejected.jsonl", rejected)
 
 
-def write_skipped(dst: Path, skipped: list[dict]) -> None:
-    _write_rows(dst / "skipped.jsonl", skipped)
+def write_skipped(dst: Path, skipped: Skipped) -> None:
+    _write_rows(dst / "skipped.jsonl", skipped.listed)
 
 
-def _write_rows(path: Path, rows: list[dict]) -> None:
+def _write_rows(path: Path, rows: Sequence[dict]) -> None:
     """Write JSON lines atomically. Without rows there is no file."""
     if rows:
         replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -121,26 +166,32 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def write_folder(
-    dst: Path, records: Iterable[ShardRecord], head: dict, skipped: Counter[str], listed: Sequence[dict] = ()
+    dst: Path, records: Iterable[ShardRecord], head: dict, origin: str, skipped: Skipped, broken: list[dict]
 ) -> None:
-    """Write index.npy, rejected.jsonl, skipped.jsonl and, last, manifest.json from the records of all shards; then print the
-    summary. skipped, listed: what the source holds beside them, counted by kind, and the rows of skipped.jsonl."""
+    """Write rejected.jsonl, skipped.jsonl, sources.txt, index.npy and, last, manifest.json from the records of all shards;
+    then print the summary.
+
+    head: the manifest's source, settings and classes. origin: the folder or tar of the photos, if it is known. broken: rows
+    of rejected.jsonl for tars that were left out; they are counted as skipped.
+    """
     shards: list[dict] = []
     rejected: list[dict] = []
-    left_out = list(listed)
+    sources = bytearray()
     parts = [np.zeros(0, INDEX)]
     kept, converted = Counter[str](), Counter[str]()
     for record in records:
         if record.rows:
             parts.append(np.array([(len(shards), *row) for row in record.rows], INDEX))
-            shards.append(
-                {"name": record.name, "samples": len(record.rows), "bytes": record.bytes, "sha256": record.sha256}
-            )
+            shard = {"name": record.name, "samples": len(record.rows), "bytes": record.bytes, "sha256": record.sha256}
+            if record.sources:
+                shard["sources"] = len(sources)
+                sources += "".join(f"{line}\n" for line in record.sources).encode()
+            shards.append(shard)
         rejected += record.rejected
         kept.update(record.kept)
         converted.update(record.converted)
-        skipped.update(record.skipped)
-        left_out += record.left_out
+    if broken:
+        skipped.counts["broken tars"] += len(broken)
     index = np.concatenate(parts)
     if len(index) == 0:
         raise UserError(f"{dst}: no valid photo in its tars")
@@ -160,21 +211,36 @@ def write_folder(
         "kept": dict(sorted(kept.items())),
         "converted": dict(sorted(converted.items())),
         "rejected": len(rejected),
-        "skipped": dict(sorted(skipped.items())),
+        "skipped": dict(sorted(skipped.counts.items())),
         "index": {"bytes": table.tell(), "sha256": sha256(table.getbuffer()).hexdigest()},
         "shards": shards,
     }
-    write_rejected(dst, rejected)
-    write_skipped(dst, left_out)
+    write_rejected(dst, broken + rejected)
+    write_skipped(dst, skipped)
+    if any("sources" in shard for shard in shards):
+        # without the first line, so that the same photos in another place give the same manifest
+        manifest["sources"] = {"bytes": len(sources), "sha256": sha256(sources).hexdigest()}
+        replace_file(dst / SOURCES, f"{ORIGIN}\t{origin}\n".encode() + sources)
     replace_file(dst / "index.npy", table.getvalue())
     replace_file(dst / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     shutil.rmtree(dst / WORK)
+    _print_summary(dst, manifest, skipped, broken)
+
+
+def _print_summary(dst: Path, manifest: dict, skipped: Skipped, broken: list[dict]) -> None:
+    shards, kept, converted = manifest["shards"], Counter(manifest["kept"]), Counter(manifest["converted"])
     size = sum(s["bytes"] for s in shards)
-    classes = len(head["classes"])
+    classes = len(manifest["classes"])
     print(
-        f"{dst}: {plural(len(index), 'sample')} in {plural(len(shards), 'shard')} ({size / MB:,.0f} MB), "
+        f"{dst}: {plural(manifest['samples'], 'sample')} in {plural(len(shards), 'shard')} ({size / MB:,.0f} MB), "
         f"{classes:,} {'class' if classes == 1 else 'classes'}"
     )
-    print(f"kept unchanged {counts(kept)} · converted {counts(converted)} · rejected {len(rejected)}", end="")
-    print(f"{' (rejected.jsonl)' if rejected else ''} · skipped {counts(skipped)}", end="")
-    print("; skipped.jsonl lists them" if left_out else "")
+    rejected = f"{manifest['rejected']}{' (rejected.jsonl)' if manifest['rejected'] else ''}"
+    listed = "" if len(skipped.listed) == skipped.counts.total() else f"{len(skipped.listed):,} of "
+    where = f"; skipped.jsonl lists {listed}them" if skipped.listed else ""
+    print(f"kept unchanged {counts(kept)} · converted {counts(converted)} · rejected {rejected}", end="")
+    print(f" · skipped {counts(skipped.counts)}{where}")
+    if broken:
+        first = "; ".join(f"{row['source']}: {row['reason']}" for row in broken[:3])
+        more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
+        print(f"left out: {plural(len(broken), 'tar')} (rejected.jsonl): {first}{more}")

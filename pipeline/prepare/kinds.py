@@ -1,5 +1,6 @@
 """What a file is, by its first bytes. Endings lie: photos come without one, and iPhones' HEIC files as `.jpg`."""
 
+from pipeline.prepare.archives import ARCHIVE_ENDINGS, ARCHIVES
 from pipeline.prepare.names import ending
 
 HEAD = 264  # bytes of a file that `kind_of` looks at
@@ -18,7 +19,6 @@ PICTURES = (
 ARCHIVE = "archive"
 
 _RAW_ENDINGS = {".dng", ".nef", ".nrw", ".arw", ".sr2", ".srw", ".pef", ".3fr", ".iiq", ".dcr", ".kdc", ".erf", ".rwl"}
-_ARCHIVE_ENDINGS = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 _BEGINNINGS = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -65,8 +65,7 @@ def kind_of(head: bytes, name: str) -> str:
         return "PNM"
     if head[128:132] == b"DICM":
         return "DICOM"
-    archives = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!")
-    if (head.startswith(archives) or head[257:262] == b"ustar") and ending(name) in _ARCHIVE_ENDINGS:
+    if (head.startswith(tuple(ARCHIVES)) or head[257:262] == b"ustar") and ending(name) in ARCHIVE_ENDINGS:
         return ARCHIVE
     return ""
 

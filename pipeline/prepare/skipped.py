@@ -39,6 +39,10 @@ class Skipped:
             last = ending(name)
             self.add(name, f"{last} files" if last else "files without ending", "its first bytes are not a photo's")
 
+    def update(self, other: "Skipped") -> None:
+        self.counts.update(other.counts)
+        self.listed += other.listed
+
     def pictures(self, photos: Container[str] = ()) -> Counter[str]:
         """Counts of the pictures in formats that are not read, by kind and ending, but for those that `convert_command` has
         converted: `x.heic` beside `x.heic.jpg` among the photos."""
@@ -61,14 +65,15 @@ def is_many(skipped: int, kept: int) -> bool:
     return skipped > MAX_UNSAID * (skipped + kept)
 
 
-def source_warnings(skipped: Skipped, photos: Collection[str], src: Path) -> list[str]:
-    """Warnings about a source of which photos with these names are used, each with the next step."""
+def source_warnings(skipped: Skipped, photos: Collection[str], src: Path, in_tars: bool) -> list[str]:
+    """Warnings about a source of which photos with these names are used, each with the next step. in_tars: SRC is a folder,
+    and they are in its tars."""
     warnings = []
     pictures, archives = skipped.pictures(photos), skipped.archives()
     if is_many(pictures.total(), len(photos)):
         warnings.append(
             f"{pictures.total():,} of {pictures.total() + len(photos):,} pictures are in formats that are not read: "
-            f"{counts(pictures)}; {convert_command(pictures, src)}"
+            f"{counts(pictures)}; {convert_command(pictures, src, in_tars)}"
         )
     if links := skipped.counts["links"]:
         how = FOLLOW if src.is_dir() else "the tar does not hold what links point to"
@@ -80,8 +85,8 @@ def source_warnings(skipped: Skipped, photos: Collection[str], src: Path) -> lis
     return warnings
 
 
-def index_warnings(skipped: Skipped, samples: int, labels: int) -> list[str]:
-    """Warnings about tars of other programs with so many samples, and labels that were read."""
+def index_warnings(skipped: Skipped, samples: int, labels: int, photo: str | None) -> list[str]:
+    """Warnings about tars of other programs with so many samples, and labels that were read. photo: as in samples.group."""
     warnings = []
     pictures = skipped.pictures().total()
     bad, keys, twice = (skipped.counts[kind] for kind in (BAD_LABELS, NO_PHOTO, DUPLICATES))
@@ -91,8 +96,10 @@ def index_warnings(skipped: Skipped, samples: int, labels: int) -> list[str]:
             "or a name, in .cls, .json (key cls, label or class) or .txt"
         )
     if is_many(keys, samples):
+        ends = f"in .{photo}, by --photo" if photo else "in .jpg, .jpeg, .png or .webp"
         warnings.append(
-            f"{keys:,} of {plural(keys + samples, 'key')} have no photo; a photo ends in .jpg, .jpeg, .png or .webp"
+            f"{keys:,} of {plural(keys + samples, 'key')} have no photo; a photo ends {ends}; ARGS='--photo KEY' takes "
+            "another ending (skipped.jsonl lists those of each key)"
         )
     if is_many(twice, samples):
         warnings.append(
@@ -106,12 +113,12 @@ def index_warnings(skipped: Skipped, samples: int, labels: int) -> list[str]:
     return warnings
 
 
-def convert_command(pictures: Counter[str], src: Path) -> str:
+def convert_command(pictures: Counter[str], src: Path, in_tars: bool = False) -> str:
     """How to convert these pictures to JPEG. Each JPEG is written beside its picture under a name of its own (`x.heic.jpg`),
     so that it replaces no file."""
     endings = {kind.rpartition(" ")[2] for kind in pictures}
     named = " -o ".join(f"-iname {quote(f'*{e}')}" for e in sorted(endings) if e.startswith("."))
-    if not src.is_dir() or not named:
+    if in_tars or not src.is_dir() or not named:
         return "convert them to JPEG first, for example with ImageMagick's `magick`"
     if " -o " in named:
         named = rf"\( {named} \)"

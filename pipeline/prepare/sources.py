@@ -5,38 +5,48 @@ first bytes. Nothing is extracted or unpickled: a photo is `size` bytes at `offs
 members, names that lead outside (`/x`, `../x`), hidden files and the folders of file systems are skipped; so are links,
 unless they are to be followed (walk.py). Whatever is skipped is counted and listed.
 
-A tar of tars (ILSVRC2012_img_train.tar) has one inner tar per class. The inner tars are read where they are. For all other
-sources classes.py says which photos have a class.
+A tar or a folder of tars (ILSVRC2012_img_train.tar) has one tar per class (class_tars.py). For all other sources classes.py
+says which photos have a class.
 """
 
 import hashlib
 import os
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from pipeline.prepare.classes import label_photos, make_command, refuse_devkit, refuse_splits_of_tar
-from pipeline.prepare.kinds import HEAD, PHOTOS, is_palette_png, kind_of
-from pipeline.prepare.names import ENDINGS, ending, has_photo_ending, is_hidden, printable, skipped_folder
+from pipeline.prepare import class_tars
+from pipeline.prepare.archives import describe_archive, first_archive
+from pipeline.prepare.classes import label_photos, make_command, refuse_devkit
+from pipeline.prepare.kinds import ARCHIVE, HEAD, is_palette_png
+from pipeline.prepare.names import ENDINGS, ending, has_photo_ending, printable
 from pipeline.prepare.skipped import FOLLOW, Skipped, convert_command, counts, source_warnings
 from pipeline.prepare.tar import Member, members
-from pipeline.prepare.walk import photos_in_folder
+from pipeline.prepare.walk import photos_in_folder, photos_in_tar
 from pipeline.shards import plural
 from runtime.errors import UserError, suggest
 
 SHOWN_CLASSES = 5  # before the work begins
 MASK_SAMPLE = 3  # photos of a folder whose headers are read to tell masks from photos
+MAX_OPEN_TARS = 128  # of a folder of tars, by each process
 
 
 class Photo(NamedTuple):
-    """Where one photo is: a file of its own below SRC, or `size` bytes at `offset` of SRC, which is a tar."""
+    """Where one photo is: a file of its own below SRC, or `size` bytes at `offset` of a tar, SRC or one below it."""
 
     name: str  # below SRC; undecodable bytes as surrogates
     offset: int
     size: int
     label: int  # position in the classes; -1: none
+    tar: str = ""  # below SRC, if it is a folder of tars
+
+    @property
+    def place(self) -> str:
+        """Where a user finds it below SRC: its name, or tar/member."""
+        member = self.name[len(self.tar.rpartition("/")[2]) - len(".tar") :]
+        return printable(self.tar + member if self.tar else self.name)
 
 
 @dataclass
@@ -47,7 +57,8 @@ class SourceIndex:
     classes: list[str]
     summary: str  # one line: how the classes were chosen
     skipped: Skipped
-    warnings: list[str]  # about the folders
+    warnings: list[str] = field(default_factory=list)  # about the folders
+    broken: list[dict] = field(default_factory=list)  # rows of rejected.jsonl: tars that were left out
 
     def digest(self) -> str:
         """sha256 of names, sizes and labels: equal for the same photos as a folder and as a tar."""
@@ -69,14 +80,22 @@ class SourceIndex:
             lines.append(f"by their first bytes, not by their ending: {counts(endings)}")
         if self.skipped.listed:
             lines.append(f"skipped {counts(self.skipped.counts)}; {dst}/skipped.jsonl lists them")
-        warnings = (*self.warnings, *source_warnings(self.skipped, {p.name for p in self.photos}, src))
+        in_tars = any(p.tar for p in self.photos)
+        warnings = (*self.warnings, *source_warnings(self.skipped, {p.name for p in self.photos}, src, in_tars))
         return lines + [f"warning: {warning}" for warning in warnings]
 
 
 def list_photos(
-    src: Path, labels: str = "auto", devkit: Path | None = None, follow_links: bool = False, dst: str = "DST"
+    src: Path,
+    labels: str = "auto",
+    devkit: Path | None = None,
+    *,
+    follow_links: bool = False,
+    skip_broken: bool = False,
+    dst: str = "DST",
 ) -> SourceIndex:
-    """The photos of a folder or a tar. `labels`: auto, yes, no (see classes.py); dst: the shards' folder, for messages.
+    """The photos of a folder, a tar, or a folder or tar of tars. `labels`: auto, yes, no (see classes.py). skip_broken: of
+    several tars, leave out those that cannot be read. dst: the shards' folder, for messages.
 
     Raises UserError if there are none, or if the source holds several splits; OSError if it cannot be read.
     """
@@ -85,14 +104,20 @@ def list_photos(
         raise UserError(f"{src}: no such folder or tar{suggest(src.name, known)}")
     skipped = Skipped()
     if src.is_dir():
-        found = sorted(photos_in_folder(src, follow_links, skipped))
+        tars: list[str] = []
+        found = sorted(photos_in_folder(src, follow_links, tars, skipped))
+        if not found and (len(tars) > 1 or (tars and labels == "yes")):
+            refuse_devkit(src, devkit)
+            return _index_of(src, class_tars.in_folder(src, tars, labels, dst, skip_broken, skipped), skipped)
+        for name in tars:
+            skipped.add_file(name, ARCHIVE)
         skipped.listed.sort(key=lambda row: row["source"])  # file systems list names in any order
     elif src.is_file():
         with src.open("rb") as tar:
             found, inner = _photos_in_tar(tar, src, skipped)
             if inner:
                 refuse_devkit(src, devkit)
-                return _tar_of_tars(tar, src, inner, labels, dst, skipped)
+                return _index_of(src, class_tars.in_tar(src, inner, labels, dst, skip_broken, skipped), skipped)
         found.sort()
     else:
         raise UserError(f"{src}: neither a folder nor a tar")
@@ -116,12 +141,13 @@ class Source:
         self.fd = os.open(src, os.O_RDONLY)
         self.is_folder = src.is_dir()
         self.flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+        self.tars: dict[str, int] = {}  # open tars of a folder of tars
 
     def read(self, photo: Photo, at_most: int) -> bytes:
         """The photo's bytes. Raises ValueError for none or more than `at_most`, Unreadable if they cannot be read."""
         if not 0 < photo.size <= at_most:
             raise ValueError("empty" if photo.size == 0 else f"{photo.size} bytes, more than --max-pixels can need")
-        data = self._read(photo, photo.size + self.is_folder)
+        data = self._read(photo, photo.size + (self.is_folder and not photo.tar))  # a file may have grown
         if len(data) != photo.size:
             raise Unreadable("has changed since it was listed")
         return data
@@ -132,8 +158,8 @@ class Source:
 
     def _read(self, photo: Photo, size: int) -> bytes:
         try:
-            if not self.is_folder:
-                return os.pread(self.fd, size, photo.offset)
+            if photo.tar or not self.is_folder:
+                return os.pread(self._tar(photo.tar) if photo.tar else self.fd, size, photo.offset)
             fd = os.open(photo.name, self.flags, dir_fd=self.fd)
             try:
                 return os.read(fd, size)
@@ -142,67 +168,40 @@ class Source:
         except OSError as error:
             raise Unreadable(f"cannot be read: {error.strerror}") from None
 
+    def _tar(self, name: str) -> int:
+        if name not in self.tars:
+            if len(self.tars) >= MAX_OPEN_TARS:
+                os.close(self.tars.pop(next(iter(self.tars))))
+            self.tars[name] = os.open(name, self.flags, dir_fd=self.fd)
+        return self.tars[name]
+
     def close(self) -> None:
-        os.close(self.fd)
+        for fd in (self.fd, *self.tars.values()):
+            os.close(fd)
 
 
 def _photos_in_tar(tar: BinaryIO, src: Path, skipped: Skipped) -> tuple[list[tuple[str, int, int]], list[Member]]:
     """(name, offset, size) of a tar's photos; or, if it holds tars and no photos, its inner tars."""
     size = os.fstat(tar.fileno()).st_size
-    if tar.read(2) == b"\x1f\x8b":
-        raise UserError(f"{src}: compressed, and photos are read at their offset; run `gunzip -k {src}` first")
+    if archive := describe_archive(src):
+        raise UserError(f"{src}: {archive}")
     if size == 0:
         raise UserError(f"{src}: empty (0 bytes)")
-    found, inner, folders = [], [], set[str]()
-    for m in members(tar, 0, size, str(src)):
-        if m.name.endswith(".tar") and "/" not in m.name and not m.skip:
-            inner.append(m)
-        elif _is_photo(tar, m, folders, skipped):
-            found.append((m.name, m.offset, m.size))
+    inner: list[Member] = []
+    photos = photos_in_tar(tar, members(tar, 0, size, str(src)), inner, skipped)
+    found = [(m.name, m.offset, m.size) for m in photos]
     if found:
         for m in inner:
-            skipped.add_file(m.name, "archive")
+            skipped.add_file(m.name, ARCHIVE)
         inner = []
     return found, inner
 
 
-def _is_photo(tar: BinaryIO, m: Member, folders: set[str], skipped: Skipped) -> bool:
-    """Whether a member is a photo; otherwise it is counted. folders: those that were counted before."""
-    folder, why = skipped_folder(m.name)
-    if m.skip:
-        skipped.add(m.name, m.skip, "not read from a tar")
-    elif folder:
-        if folder not in folders:
-            folders.add(folder)
-            skipped.add(folder, why, "not looked into")
-    elif is_hidden(m.name.rpartition("/")[2]):
-        skipped.add(m.name, "hidden files", "its name begins with a dot")
-    elif has_photo_ending(m.name):
-        return True
-    else:
-        kind = kind_of(os.pread(tar.fileno(), min(m.size, HEAD), m.offset), m.name)
-        if kind in PHOTOS:
-            return True
-        skipped.add_file(m.name, kind)
-    return False
-
-
-def _tar_of_tars(tar: BinaryIO, src: Path, inner: list[Member], labels: str, dst: str, skipped: Skipped) -> SourceIndex:
-    """ImageNet's training tar: one inner tar per class."""
-    inner = sorted({m.name: m for m in reversed(inner)}.values())  # of equal names the first
-    if labels == "auto":
-        refuse_splits_of_tar(src, [m.name for m in inner], dst)
-    places = []
-    for label, outer in enumerate(inner):
-        folders = set[str]()
-        for m in members(tar, outer.offset, outer.offset + outer.size, f"{src}: {outer.name}"):
-            if _is_photo(tar, m, folders, skipped):
-                places.append((f"{outer.name[:-4]}/{m.name}", m.offset, m.size, label if labels != "no" else -1))
-    if not places:
+def _index_of(src: Path, tars: class_tars.ClassTars, skipped: Skipped) -> SourceIndex:
+    if not tars.photos:
         raise UserError(_no_photos(src, skipped))
-    photos = [Photo(*p) for p in sorted(places)]
-    classes = [] if labels == "no" else [printable(m.name[:-4]) for m in inner]
-    return SourceIndex(photos, classes, f"a tar of {len(inner)} tars, one class each", skipped, [])
+    photos = [Photo(*p) for p in tars.photos]
+    return SourceIndex(photos, tars.classes, tars.summary, skipped, broken=tars.broken)
 
 
 def _without_duplicates(found: list[tuple[str, int, int]], skipped: Skipped) -> list[tuple[str, int, int]]:
@@ -256,6 +255,8 @@ def _no_photos(src: Path, skipped: Skipped) -> str:
         hint = f"; {convert_command(pictures, src)}"
     elif skipped.counts["links"] and src.is_dir():
         hint = f"; links are not followed: {FOLLOW}"
+    elif src.is_dir() and (archive := first_archive(src)):
+        hint = archive
     elif src.is_dir() and any(src.glob("*.tar")):
         hint = f"; give one of its tars, or run `make index DST={src}` if they are shards already"
     return f"{src}: no photos here (found: {others or 'nothing'}){hint}"

@@ -1,16 +1,52 @@
-"""The photos below a folder. Links are followed only on request: each real folder is read once, so no circle is endless."""
+"""The photos below a folder and in a tar; and the tars there, which may be classes.
+
+In a folder, links are followed only on request: each real folder is read once, so no circle is endless.
+"""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.prepare.kinds import HEAD, PHOTOS, kind_of
-from pipeline.prepare.names import folder_to_skip, has_photo_ending, is_hidden, printable
+from pipeline.prepare.names import folder_to_skip, has_photo_ending, is_hidden, printable, skipped_folder
 from pipeline.prepare.skipped import Skipped
+from pipeline.prepare.tar import Member
 
 
-def photos_in_folder(src: Path, follow_links: bool, skipped: Skipped) -> Iterator[tuple[str, int, int]]:
-    """(name, 0, size) of every photo below a folder. A photo behind a link has the link's name.
+def photos_in_tar(
+    tar: BinaryIO, found: Iterable[Member], tars: list[Member], skipped: Skipped, where: str = ""
+) -> Iterator[Member]:
+    """The photos among members. Inner tars are added to `tars`, all else to `skipped`, with `where` before their names."""
+    folders = set[str]()  # those that were counted
+    for m in found:
+        name = where + m.name
+        folder, why = skipped_folder(m.name)
+        if m.skip:
+            skipped.add(name, m.skip, "not read from a tar")
+        elif folder:
+            if folder not in folders:
+                folders.add(folder)
+                skipped.add(where + folder, why, "not looked into")
+        elif is_hidden(m.name.rpartition("/")[2]):
+            skipped.add(name, "hidden files", "its name begins with a dot")
+        elif has_photo_ending(m.name):
+            yield m
+        else:
+            kind = kind_of(os.pread(tar.fileno(), min(m.size, HEAD), m.offset), m.name)
+            if kind in PHOTOS:
+                yield m
+            elif m.name.endswith(".tar"):
+                tars.append(m)
+            else:
+                skipped.add_file(name, kind)
+
+
+def photos_in_folder(
+    src: Path, follow_links: bool, tars: list[str], skipped: Skipped
+) -> Iterator[tuple[str, int, int]]:
+    """(name, 0, size) of every photo below a folder. A photo behind a link has the link's name. The names of tars are added
+    to `tars`, whatever they hold; all else to `skipped`.
 
     Folders come before links, and links in the order of their names, so a folder that can be reached in two ways has the
     same name on every machine. Raises OSError if a folder cannot be read.
@@ -45,12 +81,13 @@ def photos_in_folder(src: Path, follow_links: bool, skipped: Skipped) -> Iterato
                 skipped.add(name, "special files", "neither a file nor a folder")
             elif is_hidden(entry.name):
                 skipped.add(name, "hidden files", "its name begins with a dot")
-            elif has_photo_ending(name) or _begins_as_photo(entry.path, name, skipped):
+            elif has_photo_ending(name) or _begins_as_photo(entry.path, name, tars, skipped):
                 yield name, 0, entry.stat().st_size
 
 
-def _begins_as_photo(path: str, name: str, skipped: Skipped) -> bool:
-    """Whether a file's first bytes are a photo's; otherwise it is counted."""
+def _begins_as_photo(path: str, name: str, tars: list[str], skipped: Skipped) -> bool:
+    """Whether a file's first bytes are a photo's; otherwise it is a tar, or counted."""
+    is_tar = name.endswith(".tar")
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -58,11 +95,18 @@ def _begins_as_photo(path: str, name: str, skipped: Skipped) -> bool:
         finally:
             os.close(fd)
     except OSError as error:
-        skipped.add(name, "unreadable files", f"cannot be opened: {error.strerror}")
+        if is_tar:
+            tars.append(name)
+        else:
+            skipped.add(name, "unreadable files", f"cannot be opened: {error.strerror}")
         return False
-    if kind not in PHOTOS:
+    if kind in PHOTOS:
+        return True
+    if is_tar:
+        tars.append(name)
+    else:
         skipped.add_file(name, kind)
-    return kind in PHOTOS
+    return False
 
 
 def _follow(src: Path, link: str, real: set[tuple[int, int]], skipped: Skipped) -> list[str]:

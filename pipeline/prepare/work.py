@@ -17,9 +17,11 @@ MB = 10**6
 LOG_SECONDS = 10  # between two lines of progress in a log
 
 
-def parallel_map(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Generator[Any, None, None]:
+def parallel_map(
+    work: Callable[[Any], Any], jobs: Sequence[Any], processes: int, afterwards: str
+) -> Generator[Any, None, None]:
     """Results of work(job), as they are finished. With one process they are made in this one; otherwise in spawned processes
-    that exit with this one. Raises UserError if one of them is killed."""
+    that exit with this one. Raises UserError if one of them is killed; `afterwards`, what holds then, ends its message."""
     if min(processes, len(jobs)) <= 1:
         yield from map(work, jobs)
         return
@@ -30,8 +32,8 @@ def parallel_map(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int
             yield done.result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, perhaps because memory ran out: fewer --processes need less; finished shards are "
-            "kept, the same command resumes"
+            "a worker process was killed, perhaps because memory ran out: fewer --processes need less "
+            f"(ARGS='--processes {max(1, processes // 2)}'); {afterwards}"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -34,7 +34,7 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F22": ("photos that decoders judge differently", 21),
     "F23": ("folders that are not classes", 24),
     "F24": ("photos, labels and keys that would be passed over", 35),
-    "F25": ("one odd file among many", 0),
+    "F25": ("one odd file among many", 34),
     "F26": ("what the end of a run needs", 20),
     "F27": ("a run that was copied or moved", 13),
     "F28": ("values that change only the speed", 21),
@@ -43,7 +43,7 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F31": ("masks that measure nothing", 0),
     "F32": ("lists of scenes", 0),
     "F33": ("odd words for make", 0),
-    "F34": ("lists and reasons", 13),
+    "F34": ("lists and reasons", 36),
     "F35": ("the first minutes", 0),
 }
 WHOLE = os.environ.get("FAULTS") == "all"

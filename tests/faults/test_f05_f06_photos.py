@@ -78,8 +78,8 @@ def check_made(tmp_path: Path, good: dict[str, bytes], bad: bytes, ending: str, 
         assert source == "bad.jpg"
         assert why in reason
         assert len(made) == 9
-        stopped = ("-m", "tools.make_shards", "make", src, tmp_path / "no", "--processes", "1")
-        assert "more than --max-bad 0.01" in run_program(*stopped, expect=2).stderr
+        stopped = ("-m", "tools.make_shards", "make", src, tmp_path / "no", "--processes", "1", "--max-bad", "0")
+        assert "more than --max-bad 0 of all 10" in run_program(*stopped, expect=2).stderr
     else:  # flipped before its checksum was computed: a valid photo
         assert (len(made), refused(dst)) == (10, [])
         assert bad in [made.read(i) for i in range(10)]
@@ -134,6 +134,7 @@ def test_a_corrupt_photo(kind, tiny_shards, tiny_config, tmp_path):
         assert row == {
             "step": step, "planned": planned, "read": plan.replacement_id(planned, step, 1),
             "shard": shards.shards[record["shard"]]["name"], "byte": record["offset"],
+            "source": shards.source(planned),
             "why": "its bytes are not those that were indexed (crc32)",
         }  # fmt: skip
 

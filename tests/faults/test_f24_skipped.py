@@ -29,8 +29,8 @@ def make(src: Path, *options: str, expect: int = 0) -> str:
     return done.stderr if expect else done.stdout
 
 
-def index(folder: Path, expect: int = 0) -> str:
-    done = run_program("-m", "tools.make_shards", "index", folder, "--processes", "1", expect=expect)
+def index(folder: Path, *options: str, expect: int = 0) -> str:
+    done = run_program("-m", "tools.make_shards", "index", folder, "--processes", "1", *options, expect=expect)
     return done.stderr if expect else done.stdout
 
 
@@ -230,6 +230,9 @@ def test_split_key() -> None:
         assert (key.rpartition("/")[2], ending) == (base.partition(".")[0], base.partition(".")[2].lower())
         assert key.rpartition("/")[0] == folder
     assert split_key("v1.2-000.jpg") == ("v1.2-000", "jpg")
+    assert split_key("a/0.left-eye.jpg") == ("a/0.left-eye", "jpg")
+    assert split_key("a/0.left-eye.jpg", "left-eye.jpg") == ("a/0", "left-eye.jpg")
+    assert split_key("0.seg.jpg", "jpg") == split_key("0.seg.jpg", "seg.jpg") == ("0", "seg.jpg")
     assert split_key("a.b/IMG.Beach.001.seg.png") == ("a.b/IMG.Beach.001", "seg.png")
 
 
@@ -271,7 +274,8 @@ def test_keys_without_a_photo_are_warned_of(tmp_path: Path) -> None:
     )
     output = index(tmp_path)
     assert "warning: 4 of 5 keys have no photo; a photo ends in .jpg, .jpeg, .png or .webp" in output
-    assert "; skipped.jsonl lists them\n" in output
+    assert "; ARGS='--photo KEY' takes another ending (skipped.jsonl lists those of each key)" in output
+    assert "; skipped.jsonl lists 4 of them\n" in output
     row = json.loads((tmp_path / "skipped.jsonl").read_text().splitlines()[0])
     assert row == {
         "source": "0.tar/0", "kind": "samples without a photo", "reason": "its members: .left.jpg, .right.jpg"
@@ -372,7 +376,9 @@ def test_a_compressed_tar_beside_others(tmp_path: Path) -> None:
         (tmp_path / f"{i}.tar.gz").write_bytes(gzip.compress(tar_of({f"{i}.jpg": photo(i)})))
     error = index(tmp_path, expect=2)
     assert f"{tmp_path}/1.tar.gz: compressed, and would be left out of the index (2 such files)" in error
-    assert f"`gunzip -k {tmp_path}/*.tar.gz`, then the same command again" in error
+    assert f"`gzip -d -k {tmp_path}/*.tar.gz`, then the same command again" in error
+    assert f"or index the others: `make index DST={tmp_path} ARGS=--skip-broken`" in error
+    assert "left out: 2 tars (rejected.jsonl): 1.tar.gz: compressed (gzip)" in index(tmp_path, "--skip-broken")
     for i in (1, 2):
         (tmp_path / f"{i}.tar").write_bytes(gzip.decompress((tmp_path / f"{i}.tar.gz").read_bytes()))
     assert "3 samples in 3 shards" in index(tmp_path)  # the compressed ones may stay beside them

@@ -25,10 +25,10 @@ from typing import Any
 from PIL import Image
 
 from pipeline.prepare.folder import WORK
+from pipeline.prepare.make import Job, Settings, make_shard, plan_shards
 from pipeline.prepare.sources import Source, list_photos
 from pipeline.prepare.work import MB, init_worker
 from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
-from tools.make_shards import Job, Settings, make_shard, plan_shards
 
 
 def decode_only(job: Job) -> None:
