@@ -113,7 +113,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         return 0
 
     # ----------------------------------------------------------------------------------------------------- build
-    from eval.online import OnlineKnn
+    from eval.online import OnlineKnn, OnlineRank
     from model import methods, weights
     from pipeline.loader import Loader, choose_reader
     from pipeline.random import hash64
@@ -156,7 +156,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     run_log = RunLog(folder, config, shards, plan, steps, start, context, flops)
     compiled = compile_parts(method.compile_units(), context.device) if config.speed.compile else ""
     forward = distributed.wrap_ddp(method, context)
-    knn = OnlineKnn(config, shards, plan, context)
+    knn, rank = OnlineKnn(config, shards, plan, context), OnlineRank(config, steps, context)
     loader = Loader(
         config, shards, plan, device=context.device, dtype=context.dtype, start=start, stop=steps,
         rank=context.rank, world_size=context.world_size, compile=compiled.startswith("compiling"),
@@ -198,6 +198,9 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
                     watch.heartbeat(f"in the k-NN after step {step}", first=True)
                     top1 = knn(method.backbone)
                     extra = {} if top1 is None else {"knn_top1": top1}
+                if rank.due(done):
+                    with run_log.metric_sums.paused():
+                        extra["effective_rank"] = rank(method.backbone, batch)
                 run_log.write(done, interval, schedules.lr[step], extra)  # raises if the run went wrong
                 if writer:
                     writer.check()  # raises if a checkpoint could not be written

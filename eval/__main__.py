@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval.masks import check_scenes
 from eval.target import (
     KINDS,
     MEASURES,
@@ -21,7 +22,6 @@ from eval.target import (
     check_temperature,
     require_choice,
 )
-from eval.voc import default_train_split, read_split
 from runtime.errors import UserError, require_positive, run_cli
 
 NETWORK = "a run folder, a checkpoint, a backbone file or timm:NAME"
@@ -76,8 +76,16 @@ def add_ignore_class(parser: argparse.ArgumentParser) -> None:
 def add_scenes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help=f"{SCENES} (default: the run's eval.voc)")
     parser.add_argument("--classes", type=int, help="their number (default: from classes.txt, else from the masks)")
+    add_palette(parser)
     parser.add_argument("--size", type=int, help="side of a scene in pixels (default: 448; small protocol: the view's)")
     parser.add_argument("--workers", type=int, help="data workers (default: by the number of scenes)")
+
+
+def add_palette(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--palette",
+        help="for masks of colors: a file of lines R G B CLASS (default: palette.txt in the scenes' folder)",
+    )
 
 
 def add_splits(parser: argparse.ArgumentParser) -> None:
@@ -104,12 +112,11 @@ def open_photos(network: str, args: Options) -> tuple[EvalTarget, PhotoSets | No
 
 
 def open_scenes(network: str, args: Options) -> tuple[EvalTarget, str]:
-    """(target, folder of scenes), taking --data out of the options; the lists of its splits are read. Raises UserError."""
+    """(target, folder of scenes), taking --data out of the options; all masks are looked at. Raises UserError."""
     target = open_target(network, args)
     data = target.scenes_folder(args.pop("data"))
-    both = "split" not in args
-    for split in (args["train_split"] or default_train_split(data), args["val_split"]) if both else (args["split"],):
-        read_split(data, split)
+    splits = (args["split"],) if "split" in args else (args["train_split"], args["val_split"])
+    check_scenes(data, splits, args["palette"], args["classes"])
     return target, data
 
 
@@ -241,6 +248,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("networks", nargs="+", metavar="NETWORK", help=NETWORK)
     add_photos(parser, size=False)
     parser.add_argument("--data", help=f"scenes: {SCENES} (default: the first run's eval.voc)")
+    add_palette(parser)
     parser.add_argument("--measures", help=f"some of {','.join(MEASURES)} (default: all)")
     parser.add_argument("--untrained", action="store_true", help="also each run's network before training")
     parser.add_argument("--seeds", type=int, default=5, help="of the clusters (default: 5)")
@@ -263,10 +271,11 @@ def run_compare(_: None, args: Options) -> int:
 def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", metavar="RUN", help="a run folder")
     parser.add_argument("--data", help=f"scenes: {SCENES} (default: the run's eval.voc)")
+    add_palette(parser)
     parser.add_argument("--limit", type=int, help="at most this many photos of each set in k-NN, evenly spaced")
     add_ignore_class(parser)
     parser.add_argument("--workers", type=int, help="data workers (default: by the number of photos)")
-    parser.add_argument("--skip-existing", action="store_true", help="keep results newer than the last checkpoint")
+    parser.add_argument("--skip-existing", action="store_true", help="keep results of the same weights")
 
 
 def run_report(network: str, args: Options) -> int:
@@ -333,8 +342,7 @@ COMMANDS = {
         "All networks are measured on the same data: the named sets, else those of the first run among them. Writes\n"
         "measures.json, measures.md and measures.png.\n"
         "--aggregate-seeds: runs whose names differ only in a number at the end (dino-0 dino-1) share a column, mean\n"
-        "(min – max). --skip-existing: measures in measures.json of the same networks with the same settings are kept,\n"
-        "unless a run was trained further since.",
+        "(min – max). --skip-existing: measures in measures.json of the same weights with the same settings are kept.",
         add_compare,
         run_compare,
     ),

@@ -181,7 +181,7 @@ def score_table(score: PointScore, title: str) -> Table:
 
 def run(
     target: EvalTarget, data: str, *, train_split: str | None = None, val_split: str = "val",
-    classes: int | None = None, points: int = 3, scenes: int | None = None, seed: int = 0, size: int | None = None,
+    classes: int | None = None, palette: str | None = None, points: int = 3, scenes: int | None = None, seed: int = 0, size: int | None = None,
     untrained: bool = False, workers: int | None = None,
 ) -> int:  # fmt: skip
     """The program: measure, print, record. data: folder of scenes; the other options: `python -m eval points`."""
@@ -189,7 +189,7 @@ def run(
     network = target.network(untrained)
     size, _ = scene_sizes(network.image_size, size)
     check_size(network, size)
-    train, val = voc_splits(data, size, train_split, val_split, classes)
+    train, val = voc_splits(data, size, train_split, val_split, classes, palette=palette)
     train = train.subset(scenes or len(train))
     workers = default_workers(len(train)) if workers is None else workers
     score = measure(network, train, val, points=points, seed=seed, workers=workers, progress=True)

@@ -54,6 +54,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def is_collapsed(entropy: float, highest: float) -> bool:
+    """Whether an entropy of the teacher's probabilities is at 0 or at its highest value, log of the number of prototypes."""
+    return entropy <= 0.01 * highest or entropy >= 0.999 * highest
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, the machine, packages and this checkout."""
     found = {"python": platform.python_version(), "machine": f"{platform.machine()} {platform.system()}"}
@@ -163,8 +168,7 @@ class MetricLogger:
         self._board.close()
 
     def _check_collapse(self, step: int, entropy: float) -> None:
-        share = entropy / self._max_entropy
-        self._collapsed_rows = self._collapsed_rows + 1 if share <= 0.01 or share >= 0.999 else 0
+        self._collapsed_rows = self._collapsed_rows + 1 if is_collapsed(entropy, self._max_entropy) else 0
         if self._collapsed_rows == COLLAPSE_ROWS:
             self.log(
                 f"warning: the teacher has collapsed: at step {step} its probabilities have an entropy of {entropy:.3g}, "

@@ -44,7 +44,9 @@ def voc(tmp_path) -> Path:
         (folder / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(scenes) + "\n")
         for scene in scenes:
             Image.new("RGB", (48, 48)).save(folder / f"JPEGImages/{scene}.jpg")
-            Image.new("L", (48, 48)).save(folder / f"SegmentationClass/{scene}.png")
+            mask = Image.new("L", (48, 48))
+            mask.paste(1, (10, 10, 30, 30))
+            mask.save(folder / f"SegmentationClass/{scene}.png")
     return folder
 
 
@@ -79,9 +81,9 @@ MISSING = {  # what: (words, what is made or removed before, parts of the messag
     "no split of scenes": (
         "eval.voc={voc}", lambda f: without(f["voc"] / "ImageSets/Segmentation/val.txt"), ["no split 'val'"],
     ),
-    "an image is gone": ("eval.voc={voc}", lambda f: without(f["voc"] / "JPEGImages/d.jpg"), ["JPEGImages/d.jpg: no such"]),
+    "an image is gone": ("eval.voc={voc}", lambda f: without(f["voc"] / "JPEGImages/d.jpg"), ["val.txt, line 1: no image of 'd' in {voc}/JPEGImages"]),
     "a mask is gone": (
-        "eval.voc={voc}", lambda f: without(f["voc"] / "SegmentationClass/b.png"), ["SegmentationClass/b.png: no such mask"],
+        "eval.voc={voc}", lambda f: without(f["voc"] / "SegmentationClass/b.png"), ["train.txt, line 2: no mask of 'b' in {voc}/SegmentationClass"],
     ),
     "scenes that are no whole patches": (
         "eval.voc={voc} model.patch=12 data.views.0.size=132 data.views.1.size=24", None,
