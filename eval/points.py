@@ -181,7 +181,8 @@ def score_table(score: PointScore, title: str) -> Table:
 
 def run(
     target: EvalTarget, data: str, *, train_split: str | None = None, val_split: str = "val",
-    classes: int | None = None, palette: str | None = None, points: int = 3, scenes: int | None = None, seed: int = 0, size: int | None = None,
+    classes: int | None = None, palette: str | None = None, points: int = 3,
+    scenes: int | None = None, seed: int = 0, size: int | None = None,
     untrained: bool = False, workers: int | None = None,
 ) -> int:  # fmt: skip
     """The program: measure, print, record. data: folder of scenes; the other options: `python -m eval points`."""
