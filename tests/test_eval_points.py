@@ -1,4 +1,4 @@
-"""The point probe (eval/points.py): where points are drawn, what it measures, and that a token which knows its place wins."""
+"""The point probe (eval/points.py): where points are drawn, what it measures, that a token which knows its place wins."""
 
 import math
 
