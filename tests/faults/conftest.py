@@ -42,9 +42,9 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F30": ("training longer", 15),
     "F31": ("masks that measure nothing", 0),
     "F32": ("lists of scenes", 0),
-    "F33": ("odd words for make", 0),
+    "F33": ("odd words for make", 60),
     "F34": ("lists and reasons", 13),
-    "F35": ("the first minutes", 0),
+    "F35": ("the first minutes", 12),
 }
 WHOLE = os.environ.get("FAULTS") == "all"
 
