@@ -239,7 +239,7 @@ def test_all_gpus_of_a_machine_without():
     ("words", "message"),
     [
         (["--method=dinoo"], "found the text 'dinoo', did you mean 'dino'?"),
-        (["--shards=/nowhere"], "/nowhere: no shards here"),
+        (["--shards=/nowhere"], "/nowhere: no such folder"),
         (["--gpus=3"], "is not divisible by 3 processes"),
     ],
 )
