@@ -1,5 +1,7 @@
-"""`timm:NAME`: the pretrained weights that timm knows by this name, if it is a plain pre-norm ViT."""
+"""timm and us: `timm:NAME`, the pretrained weights that timm knows by this name, if it is a plain pre-norm ViT; and the call
+of timm that loads a backbone of ours."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 
+from model.vit import ARCHS, ViT
 from model.weights.names import BACKBONE_KEYS
 from runtime.errors import UserError, suggest
 
@@ -106,3 +109,35 @@ def incompatibility(theirs: torch.nn.Module) -> str | None:
     if norm.eps != 1e-6:
         return f"its norms' eps is {norm.eps:g}, not 1e-06"
     return None
+
+
+def timm_model(vit: ViT) -> tuple[str, dict[str, int]]:
+    """(timm's name, its further arguments) of a backbone."""
+    shape = {"embed_dim": vit.width, "depth": len(vit.blocks), "num_heads": vit.heads}
+    names = [name for name, dims in ARCHS.items() if dims == tuple(shape.values())]
+    arguments = {} if names else shape
+    if vit.patch != 16:
+        arguments["patch_size"] = vit.patch
+    if vit.image_size != 224:
+        arguments["img_size"] = vit.image_size
+    return f"{names[0] if names else 'vit_tiny'}_patch16_224", arguments
+
+
+def timm_call(vit: ViT, path: Path) -> str:
+    """The call of timm, as Python, that loads a backbone's file."""
+    name, arguments = timm_model(vit)
+    keywords = "".join(f", {key}={value}" for key, value in arguments.items())
+    return f'timm.create_model("{name}", num_classes=0{keywords}, checkpoint_path={_literal(path)})'
+
+
+def loading_lines(vit: ViT, path: Path) -> list[str]:
+    """The lines of Python that load a backbone's file: with timm alone, or with this repository if a plain ViT would have
+    other features."""
+    if vit.attention == "all_query":  # its patches never attend to [CLS], those of a plain ViT do
+        return ["from model.weights import load_backbone", f"vit = load_backbone({_literal(path)})"]
+    return ["import timm", f"vit = {timm_call(vit, path)}"]
+
+
+def _literal(path: Path) -> str:
+    """A path as a string of Python, in double quotes."""
+    return json.dumps(str(path), ensure_ascii=False)

@@ -42,9 +42,9 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F30": ("training longer", 15),
     "F31": ("masks that measure nothing", 36),
     "F32": ("lists of scenes", 21),
-    "F33": ("odd words for make", 0),
+    "F33": ("odd words for make", 60),
     "F34": ("lists and reasons", 13),
-    "F35": ("the first minutes", 13),
+    "F35": ("the first minutes", 25),
 }
 WHOLE = os.environ.get("FAULTS") == "all"
 
