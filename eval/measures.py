@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from eval import cluster_seg, linear, linear_seg, retrieval_seg
+from eval import cluster_seg, linear, linear_seg, points, retrieval_seg
 from eval.datasets import VocSegmentation, scene_sizes, voc_splits
 from eval.features import default_workers
 from eval.knn import photo_knn
@@ -73,10 +73,21 @@ def measure_retrieval_seg(network: ViT, spec: EvalSpec) -> Measures:
     return measures | {"retrieval_seg_iou": score.iou}
 
 
+def measure_points(network: ViT, spec: EvalSpec) -> Measures:
+    assert spec.data is not None
+    train, val = voc_splits(spec.data, scene_sizes(network.image_size)[0], palette=spec.palette)
+    score = points.measure(network, train, val, workers=_workers(spec, len(train)), progress=True)
+    measures = {f"points_{kind}_{on}": score.knn[on][kind] for on in score.knn for kind in points.KINDS}
+    measures |= {f"points_{kind}_{on}_linear": score.linear[on][kind] for on in score.linear for kind in points.KINDS}
+    names = ("within", "cosine", "distance", "entropy")
+    return measures | {f"points_{name}": getattr(score, name) for name in names}
+
+
 MEASURES: dict[str, Callable[[ViT, EvalSpec], Measures]] = {
     "knn": measure_knn,
     "linear": measure_linear,
     "linear_seg": measure_linear_seg,
     "cluster_seg": measure_cluster_seg,
     "retrieval_seg": measure_retrieval_seg,
+    "points": measure_points,
 }

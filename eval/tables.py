@@ -31,6 +31,10 @@ MEASURE_ROWS = {  # of measures.json
     "cluster_seg_miou": "one cluster per class, mIoU",
     "retrieval_seg_miou": "segmentation by retrieval, mIoU",
     "retrieval_seg_miou_few": "segmentation by retrieval from 1/128 of the scenes, mIoU",
+    "points_reference_large": "reference token at a point on a large thing, k-NN",
+    "points_patch_large": "patch token at a point on a large thing, k-NN",
+    "points_reference_small": "reference token at a point on a small thing, k-NN",
+    "points_patch_small": "patch token at a point on a small thing, k-NN",
 }
 
 NOT_YET = "not yet"  # a measure that was not taken; what cannot be measured has no row
@@ -133,9 +137,12 @@ def measure_rows(results: Results) -> list[Row]:
     for key, label in MEASURE_ROWS.items():
         values = [column.get(key) for column in columns]
         known = [value for value in values if value is not None]
-        if not known and measure_of(key) not in expected:
+        measured = f"{measure_of(key)}_seconds"  # in each column whose measure was taken: it may lack some figures
+        everywhere = all(measured in column for column in results["networks"].values())
+        if not known and (measure_of(key) not in expected or everywhere):
             continue
-        cells = [NOT_YET if value is None else f"{value:.2f}" for value in values]
+        missing = ["–" if measured in column else NOT_YET for column in columns]
+        cells = [none if value is None else f"{value:.2f}" for value, none in zip(values, missing, strict=True)]
         for i, column in enumerate(columns):
             if key in column.get("spread", {}):
                 low, high = column["spread"][key]

@@ -34,7 +34,7 @@ TIMM = "timm:"  # before a model's name; the same as in model.weights, which loa
 KINDS = ("cls", "patches", "pixels")  # features of a photo: [CLS], mean of the patch tokens, raw pixels
 MEMORY_SIZE = 1_024_000  # tokens of the memory bank in segmentation by retrieval: 1.6 GB for ViT-S
 PROTOCOLS = ("densedino", "leopart")  # of linear segmentation
-MEASURES = ("knn", "linear", "linear_seg", "cluster_seg", "retrieval_seg")  # evaluations that `compare` runs
+MEASURES = ("knn", "linear", "linear_seg", "cluster_seg", "retrieval_seg", "points")  # evaluations that `compare` runs
 
 
 @dataclass(frozen=True)
