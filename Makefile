@@ -1,42 +1,86 @@
 # Every command of a user. `make` lists them.
 
-PYTHON  ?= python3
-PY      := .venv/bin/python
-READY   := .venv/.ready
-CONFIG  ?= configs/demo.yaml
-METHOD  ?=
-ARGS    ?=
-GPUS    ?=
-RESTARTS ?=
-SHARDS  ?=
-VAL     ?=
-WHAT    ?= data
-name    := $(basename $(notdir $(CONFIG)))$(if $(METHOD),-$(METHOD))
-# the config.yaml of a run means the folder that it is in
-own     := $(if $(filter config.yaml,$(notdir $(CONFIG))),$(wildcard $(dir $(CONFIG))versions.jsonl $(dir $(CONFIG))checkpoints/checkpoint-*))
-RUN     ?= $(if $(own),$(patsubst %/,%,$(dir $(CONFIG))),runs/$(name))
-SCENES  := data/scenes
+PY       := .venv/bin/python
+READY    := .venv/.ready
+PYTHON   ?= python3
+WHAT     ?= data
+SCENES   := data/scenes
 
-# one process, or torchrun for several devices
-launch   = $(if $(filter-out 1,$(GPUS)),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 .venv/bin/torchrun --standalone $(if $(RESTARTS),--max-restarts=$(RESTARTS)) --nproc-per-node=$(if $(filter all,$(GPUS)),gpu,$(GPUS)),$(PY))
-overrides = run.folder=$(RUN) $(if $(METHOD),method=$(METHOD)) $(if $(SHARDS),data.shards=$(SHARDS) data.val=$(or $(VAL),null)) $(ARGS)
+# ---------------------------------------------------------------------------------------- words of the command line
+
+TARGETS  := help setup scenes shards verify index pretrain eval export bench test test-slow faults check lock docs-reference clean
+
+# the variables that a target takes, besides those of the installation
+takes_shards    := SRC DST SHARD_MB ARGS
+takes_verify    := DST ARGS
+takes_index     := DST ARGS
+takes_pretrain  := CONFIG SHARDS VAL GPUS RUN RESTARTS METHOD ARGS
+takes_eval      := RUN CONFIG METHOD ARGS
+takes_export    := RUN CONFIG METHOD DST ARGS
+takes_bench     := WHAT GPUS CONFIG SHARDS SRC OUT ARGS
+takes_test      := ARGS
+takes_test-slow := ARGS
+takes_faults    := ARGS
+takes_install   := PYTHON TORCH
+VARIABLES := $(sort $(foreach target,install $(TARGETS),$(takes_$(target))))
+# variables of programs, which make passes on as it does those of the environment
+PASSED := %_NUM_THREADS OMP_% MKL_% GOMP_% KMP_% CUDA_% NVIDIA_% NCCL_% GLOO_% TORCH_% TORCHINDUCTOR_% PYTORCH_% PYTHON% AWS_% \
+  HF_% HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy PIP_% UV_% MAKE% SHELL PATH HOME TMPDIR XDG_% LANG LC_% \
+  COLUMNS TERM CC CXX ORACLE FAULTS
+
+# a word or path, for the shell
+quote = '$(subst ','\'',$(1))'
+given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+takes := $(sort $(takes_install) $(foreach target,$(or $(MAKECMDGOALS),help),$(takes_$(target))))
+no_target   := $(filter-out $(TARGETS),$(MAKECMDGOALS))
+no_variable := $(filter-out $(takes) $(PASSED),$(given))
+ifneq ($(no_target)$(no_variable),)
+  wrong := $(foreach word,$(no_target),$(call quote,$(word))) $(foreach name,$(no_variable),$(call quote,$(name)=$(value $(name))))
+  message := $(shell $(or $(wildcard $(PY)),$(PYTHON)) -m tools.make_words --goals '$(filter $(TARGETS),$(MAKECMDGOALS))' \
+    --targets '$(TARGETS)' --takes '$(takes)' --variables '$(VARIABLES)' -- $(wrong))
+  $(error $(or $(message),no such target or variable: $(no_target) $(no_variable)))
+endif
+
+# A value is what was typed: `$` in it means nothing to make. Recipes read it from the environment, as "$$NAME", so that
+# blanks, quotes and parentheses in it mean nothing to the shell either; only ARGS is words for the shell.
+literal = $(if $(filter command environment,$(origin $(1))),$(eval override $(1) := $$(value $(1))))
+$(foreach name,$(VARIABLES),$(call literal,$(name)))
+export $(VARIABLES)
+need = $(if $($(1)),,$(error $(1)=… is missing: $(2)))
+
+# the run folder: that of the run whose config.yaml is named, else runs/<config>
+override CONFIG := $(or $(CONFIG),configs/demo.yaml)
+empty  :=
+blank  := $(empty) $(empty)
+config := $(subst $(blank),<blank>,$(CONFIG))
+folder := $(subst <blank>,$(blank),$(patsubst %/,%,$(dir $(config))))
+named  := $(subst <blank>,$(blank),$(basename $(notdir $(config))))$(if $(METHOD),-$(METHOD))
+of_run := $(if $(filter %/config.yaml,$(config)),$(shell (cd $(call quote,$(folder)) && ls versions.jsonl checkpoints/checkpoint-*) 2>/dev/null))
+override RUN := $(or $(RUN),$(if $(of_run),$(folder),runs/$(named)))
 
 # waiting threads give up their core after a moment: with the default, a second busy process almost stops training
 # (measured in docs/lab/2026-11.md)
 export GOMP_SPINCOUNT ?= 10000
 
-need = $(if $($(1)),,$(error $(1)=… is missing: $(2)))
+# ------------------------------------------------------------------------------------------------------------ targets
 
 .DEFAULT_GOAL := help
-.PHONY: help setup scenes shards verify index pretrain eval export bench test test-slow faults check lock docs-reference clean
+.PHONY: $(TARGETS) ready
 
 help: ## this list
 	@echo "DenseDINO: photos -> shards -> pretraining -> what it learned"
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# the kind of torch is that of the environment, if there is one
+cpu_torch := $(wildcard .venv/lib/python3*/site-packages/torch-*+cpu.dist-info)
+kind := $(or $(shell cat $(READY) 2>/dev/null),$(if $(cpu_torch),cpu),$(if $(wildcard $(READY)),cuda))
+override TORCH := $(or $(TORCH),$(kind),cuda)
+
 setup: $(READY) ## install everything into .venv (TORCH=cpu: torch for machines without a GPU)
 
-$(READY): requirements.lock
+# an environment is made where there is none; only `make setup` changes one
+$(READY): $(if $(filter setup,$(MAKECMDGOALS)),requirements.lock $(if $(filter-out $(TORCH),$(kind)),FORCE))
+	$(if $(filter cpu cuda,$(TORCH)),,$(error TORCH=$(TORCH): cpu or cuda))
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}; PYTHON=python3.12 names another")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
@@ -47,68 +91,70 @@ else
 	@echo "installing the packages of requirements.lock (some GB, a minute or two) ..."
 	$(PY) -m pip install --quiet --require-hashes -r requirements.lock
 endif
-	@touch $@
+	@echo $(TORCH) > $@
 
-shards: $(READY) ## SRC=photos/ DST=folder [SHARD_MB=256 ARGS='--resize-short 256 --quality 90']: photos -> shards
+FORCE:
+
+ready: $(READY)
+	$(if $(filter-out $(TORCH),$(kind)),$(error TORCH=$(TORCH): .venv has torch for $(kind); `make setup TORCH=$(TORCH)` replaces it))
+	@[ ! requirements.lock -nt $(READY) ] || echo "requirements.lock is newer than .venv: \`make setup\` updates it" >&2
+
+shards: ready ## SRC=photos/ DST=folder [SHARD_MB=256 ARGS='--resize-short 256 --quality 90']: photos -> shards
 	$(call need,SRC,a folder of photos or a tar)$(call need,DST,the folder to write shards into)
-	@$(PY) -m tools.make_shards make "$(SRC)" "$(DST)" $(if $(SHARD_MB),--shard-mb $(SHARD_MB)) $(ARGS)
+	@$(PY) -m tools.make_shards make "$$SRC" "$$DST" $(if $(SHARD_MB),--shard-mb "$$SHARD_MB") $(ARGS)
 
-verify: $(READY) ## DST=folder: check the hash of every shard
+verify: ready ## DST=folder: check the hash of every shard
 	$(call need,DST,a folder of shards)
-	@$(PY) -m tools.make_shards verify "$(DST)" $(ARGS)
+	@$(PY) -m tools.make_shards verify "$$DST" $(ARGS)
 
-index: $(READY) ## DST=folder: write manifest and index for WebDataset tars made elsewhere
+index: ready ## DST=folder: write manifest and index for WebDataset tars made elsewhere
 	$(call need,DST,a folder of WebDataset tars)
-	@$(PY) -m tools.make_shards index "$(DST)" $(ARGS)
+	@$(PY) -m tools.make_shards index "$$DST" $(ARGS)
 
-scenes: $(READY) # the demo's data: painted scenes and their shards
+scenes: ready # the demo's data: painted scenes and their shards
 	@$(PY) -m tools.make_scenes $(SCENES)
 	@$(PY) -m tools.make_shards make $(SCENES)/train $(SCENES)/shards/train
 	@$(PY) -m tools.make_shards make $(SCENES)/val $(SCENES)/shards/val
 
 pretrain: export STARTED_BY := make pretrain
-pretrain: $(READY) $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(CONFIG)),scenes)) ## train, evaluate, draw [CONFIG=… SHARDS=… VAL=… GPUS=n|all RESTARTS=n RUN=… METHOD=dino ARGS='a.b=c …']
-	@$(if $(filter-out 1,$(GPUS)),$(if $(filter-out all,$(GPUS)),WORLD_SIZE=$(GPUS)) $(PY) train.py $(CONFIG) $(overrides) --dry-run >/dev/null)
-	@$(launch) train.py $(CONFIG) $(overrides)
-	@$(PY) -m tools.finish_run $(RUN) --skip-existing
+pretrain: ready $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(config)),scenes)) ## train, evaluate, draw [CONFIG=… SHARDS=… VAL=… GPUS=n|all RESTARTS=n RUN=… METHOD=dino ARGS='a.b=c …']
+	@$(PY) -m tools.pretrain --run="$$RUN" --method="$$METHOD" --shards="$$SHARDS" --val="$$VAL" --gpus="$$GPUS" --restarts="$$RESTARTS" "$$CONFIG" $(ARGS)
+	@$(if $(filter --dry-run,$(ARGS)),,$(PY) -m tools.finish_run "$$RUN" --skip-existing)
 
-eval: $(READY) ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained
-	@$(PY) -m eval report $(RUN)
-	@$(PY) -m eval html $(RUN)
+eval: ready ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained
+	@$(PY) -m eval report "$$RUN" $(ARGS)
+	@$(PY) -m eval html "$$RUN"
 
-export: $(READY) ## RUN=runs/… DST=folder [ARGS=--onnx]: the backbone for timm, and ONNX
+export: ready ## RUN=runs/… DST=folder [ARGS=--onnx]: the backbone for timm, and ONNX
 	$(call need,DST,the folder to write)
-	@$(PY) -m tools.export $(RUN) "$(DST)" $(ARGS)
+	@$(PY) -m tools.export "$$RUN" "$$DST" $(ARGS)
 
 # WHAT=step with several GPUS measures the scaling of training
-bench_what = $(if $(and $(GPUS),$(filter step,$(WHAT))),scale,$(WHAT))
-bench_args = $(if $(filter scale,$(bench_what)),$(GPUS)) \
-  $(if $(SHARDS),$(if $(filter data all scale leak,$(bench_what)),--shards $(SHARDS))) \
-  $(if $(SRC),$(if $(filter shards,$(bench_what)),--src $(SRC))) \
-  $(if $(filter all scale leak $(if $(filter command,$(origin CONFIG)),checkpoint),$(bench_what)),--config $(CONFIG))
+measured = $(if $(and $(GPUS),$(filter step,$(WHAT))),scale,$(WHAT))
 
-bench: $(READY) $(if $(SHARDS),,$(if $(filter data all scale leak shards,$(bench_what)),scenes)) ## WHAT=data|all|step|leak|plan|knn|checkpoint|gpu_code|shards [GPUS=n with step, SHARDS=…, SRC=… with shards, OUT=rows.jsonl]: images per second
-	@$(PY) -m tools.bench $(bench_what) $(bench_args) $(if $(OUT),--out $(OUT)) $(ARGS)
+bench: ready $(if $(SHARDS)$(SRC),,$(if $(filter data all scale leak shards,$(measured)),scenes)) ## WHAT=data|all|step|leak|plan|knn|checkpoint|gpu_code|shards [GPUS=n with step, SHARDS=…, SRC=… with shards, OUT=rows.jsonl]: images per second
+	@$(PY) -m tools.bench $(call quote,$(measured)) $(if $(GPUS),"$$GPUS") $(if $(SHARDS),--shards "$$SHARDS") \
+	  $(if $(SRC),--src "$$SRC") $(if $(filter CONFIG,$(given)),--config "$$CONFIG") $(if $(OUT),--out "$$OUT") $(ARGS)
 
-test: $(READY) ## the tests, on any machine (some minutes)
+test: ready ## the tests, on any machine (some minutes)
 	@$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-test-slow: $(READY) ## the tests that take minutes (compilation, benchmark rows, compiled training on two processes)
+test-slow: ready ## the tests that take minutes (compilation, benchmark rows, compiled training on two processes)
 	@$(PY) -m pytest -n 2 -m slow $(ARGS)
 
-faults: $(READY) ## all 191 sub-cases of the fault plan (about 10 minutes)
+faults: ready ## all sub-cases of the fault plan (about 10 minutes)
 	@FAULTS=all $(PY) -m pytest tests/faults -n 2 --dist worksteal $(ARGS)
 
-check: $(READY) ## ruff and mypy
+check: ready ## ruff and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-lock: $(READY) # write requirements.lock from pyproject.toml
+lock: ready # write requirements.lock from pyproject.toml
 	@$(PY) -m uv pip compile pyproject.toml --extra dev --extra dali13 --extra remote --extra onnx --universal --python-version 3.11 \
 	  --generate-hashes --quiet --no-header -o requirements.lock
 
-docs-reference: $(READY) # write docs/reference/config.md and configs/schema.json from runtime/config/schema.py
+docs-reference: ready # write docs/reference/config.md and configs/schema.json from runtime/config/schema.py
 	@$(PY) -m runtime.config.reference
 
 clean: ## remove caches (runs, data and .venv are kept)

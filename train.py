@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from runtime.config import Config, dump_run_config, load_config, parse_config, unknown_option
 from runtime.errors import UserError, run_cli
 
-OPTIONS = ("--dry-run", "--allow-change", "--help")
+OPTIONS = ("--dry-run", "--check", "--allow-change", "--help")
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("config", help="a file in configs/, or the config.yaml of a run")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that override the config's")
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained and what it needs")
+    parser.add_argument("--check", action="store_true", help="check config, data and run folder, and stop")
     parser.add_argument(
         "--allow-change", metavar="KEY", action="append", default=[], help="resume although KEY differs"
     )
@@ -40,7 +41,7 @@ def main() -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in the Makefile; before torch starts its threads
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     config = load_config(args.config, words, processes=processes, allowed=args.allow_change, errors=errors)
-    return train(config, args.dry_run, args.allow_change)
+    return train(config, args.dry_run, args.allow_change, args.check)
 
 
 def train_step(
@@ -77,8 +78,9 @@ def train_step(
     return metrics | {"gradient_norm": gradient_norm, "step_applied": step_applied}
 
 
-def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str, ...] = ()) -> int:
-    """Train a run to its end, or until a stop signal; returns the exit code. allowed: keys of --allow-change."""
+def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str, ...] = (), check: bool = False) -> int:
+    """Train a run to its end, or until a stop signal; returns the exit code. allowed: keys of --allow-change. check: stop
+    before torch is loaded."""
     # ------------------------------------------------------------------------------- checks, before torch is loaded
     from eval import preflight
     from pipeline.plan import Plan
@@ -93,6 +95,8 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     resume, messages = checkpoint.find_resume(folder, config, data, allowed)
     is_main = os.environ.get("RANK", "0") == "0"
     messages += preflight.check(config, shards, plan, folder, resuming=bool(resume)) if is_main else []
+    if check:
+        return 0
     _lock = watchdog.lock(folder) if is_main and not dry_run else None  # held until exit
 
     import torch
@@ -113,7 +117,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         return 0
 
     # ----------------------------------------------------------------------------------------------------- build
-    from eval.online import OnlineKnn
+    from eval.online import OnlineKnn, OnlineRank
     from model import methods, weights
     from pipeline.loader import Loader, choose_reader
     from pipeline.random import hash64
@@ -156,7 +160,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     run_log = RunLog(folder, config, shards, plan, steps, start, context, flops)
     compiled = compile_parts(method.compile_units(), context.device) if config.speed.compile else ""
     forward = distributed.wrap_ddp(method, context)
-    knn = OnlineKnn(config, shards, plan, context)
+    knn, rank = OnlineKnn(config, shards, plan, context), OnlineRank(config, steps, context)
     loader = Loader(
         config, shards, plan, device=context.device, dtype=context.dtype, start=start, stop=steps,
         rank=context.rank, world_size=context.world_size, compile=compiled.startswith("compiling"),
@@ -164,7 +168,6 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     messages += [
         shards.missing_summary,
         f"reader: {loader.reader}, {loader.why}",
-        compiled,
         knn.skipped or "",
     ]
     profiler = metrics.profile(folder / "profile") if config.run.profile and context.is_main else None
@@ -175,7 +178,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         loader.interrupted = lambda: stop.received
 
     # ------------------------------------------------------------------------------------------------------ loop
-    run_log.start_steps(resume.path if resume else None, messages)
+    run_log.start_steps(resume.path if resume else None, messages, compiled)
     done = saved = start
     try:
         for batch in loader:
@@ -198,6 +201,9 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
                     watch.heartbeat(f"in the k-NN after step {step}", first=True)
                     top1 = knn(method.backbone)
                     extra = {} if top1 is None else {"knn_top1": top1}
+                if rank.due(done):
+                    with run_log.metric_sums.paused():
+                        extra["effective_rank"] = rank(method.backbone, batch)
                 run_log.write(done, interval, schedules.lr[step], extra)  # raises if the run went wrong
                 if writer:
                     writer.check()  # raises if a checkpoint could not be written
@@ -232,8 +238,9 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     # ------------------------------------------------------------------------------------------------------ save
     if context.is_main:
         about = weights.about_backbone(method.backbone, steps, config.method)
-        checkpoint.save_backbone(folder / "backbone.safetensors", method.backbone, about)
-        print(f"finished: {steps} steps; the backbone is {folder}/backbone.safetensors")
+        path = folder / "backbone.safetensors"
+        checkpoint.save_backbone(path, method.backbone, about)
+        print(summary.describe_end(folder, steps, weights.loading_lines(method.backbone, path)))
     return 0
 
 

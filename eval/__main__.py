@@ -1,6 +1,6 @@
 """All evaluations of a frozen network, as one command line.
 
-    python -m eval knn|linear|linear_seg|cluster_seg|retrieval_seg|compare|report|html NETWORK ... [--help]
+    python -m eval knn|linear|linear_seg|cluster_seg|retrieval_seg|points|compare|report|html NETWORK ... [--help]
     torchrun --nproc-per-node=8 -m eval knn NETWORK ...
 
 Imports no torch until the arguments, the paths and the data are checked: help and errors come at once.
@@ -11,23 +11,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval.options import (
+    NETWORK,
+    SCENES,
+    Options,
+    add_ignore_class,
+    add_network,
+    add_palette,
+    add_photos,
+    add_scenes,
+    add_splits,
+    check_positive,
+    open_photos,
+    open_scenes,
+    read_clusters,
+    read_rates,
+)
 from eval.target import (
     KINDS,
     MEASURES,
     MEMORY_SIZE,
     PROTOCOLS,
-    EvalTarget,
-    PhotoSets,
     check_temperature,
     require_choice,
 )
-from eval.voc import default_train_split, read_split
-from runtime.errors import UserError, require_positive, run_cli
-
-NETWORK = "a run folder, a checkpoint, a backbone file or timm:NAME"
-SCENES = "a folder in Pascal VOC's layout"
-
-Options = dict[str, Any]  # by name, as argparse gives them
+from runtime.errors import run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,91 +56,6 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_options(added)
         added.set_defaults(run=command.run)
     return parser
-
-
-# -------------------------------------------------------------------------------------------------------- shared options
-
-
-def add_network(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("network", metavar="NETWORK", help=NETWORK)
-    parser.add_argument("--untrained", action="store_true", help="the run's network before training")
-
-
-def add_photos(parser: argparse.ArgumentParser, size: bool = True) -> None:
-    parser.add_argument("--train", help="train set: shards (default: the run's own, without what it held out)")
-    parser.add_argument("--val", help="validation set: shards (default: the run's data.val, else what it held out)")
-    parser.add_argument("--limit", type=int, help="at most this many photos of each set, evenly spaced")
-    add_ignore_class(parser)
-    parser.add_argument("--workers", type=int, help="data workers (default: by the number of photos)")
-    if size:
-        parser.add_argument("--size", type=int, help="side of a photo in pixels (default: that of the training views)")
-
-
-def add_ignore_class(parser: argparse.ArgumentParser) -> None:
-    help = "leave out the photos of a class; may be repeated (default: the run's eval.ignore_classes)"
-    parser.add_argument("--ignore-class", metavar="NAME", action="append", help=help)
-
-
-def add_scenes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", help=f"{SCENES} (default: the run's eval.voc)")
-    parser.add_argument("--classes", type=int, help="their number (default: from classes.txt, else from the masks)")
-    parser.add_argument("--size", type=int, help="side of a scene in pixels (default: 448; small protocol: the view's)")
-    parser.add_argument("--workers", type=int, help="data workers (default: by the number of scenes)")
-
-
-def add_splits(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--train-split", help="default: trainaug if it is listed, else train")
-    parser.add_argument("--val-split", default="val", help="default: val")
-
-
-def check_positive(args: Options, *names: str) -> None:
-    require_positive(argparse.Namespace(**args), *names)
-
-
-def open_target(network: str, args: Options) -> EvalTarget:
-    """The network's target. Raises UserError if its path or --untrained is wrong."""
-    target = EvalTarget(network)
-    target.check_untrained(args["untrained"])
-    return target
-
-
-def open_photos(network: str, args: Options) -> tuple[EvalTarget, PhotoSets | None]:
-    """(target, its photos), taking --train, --val and --ignore-class out of the options. Raises UserError."""
-    target = open_target(network, args)
-    target.ignore_classes(args.pop("ignore_class"))
-    return target, target.photo_sets(args.pop("train"), args.pop("val"), args["limit"])
-
-
-def open_scenes(network: str, args: Options) -> tuple[EvalTarget, str]:
-    """(target, folder of scenes), taking --data out of the options; the lists of its splits are read. Raises UserError."""
-    target = open_target(network, args)
-    data = target.scenes_folder(args.pop("data"))
-    both = "split" not in args
-    for split in (args["train_split"] or default_train_split(data), args["val_split"]) if both else (args["split"],):
-        read_split(data, split)
-    return target, data
-
-
-def read_rates(text: str) -> tuple[float, ...]:
-    """Learning rates, as in .001,.01,.1. Raises UserError."""
-    try:
-        rates = tuple(float(number) for number in text.split(","))
-    except ValueError:
-        raise UserError(f"--rates {text}: must be numbers separated by commas, as in .001,.01,.1") from None
-    if min(rates) <= 0 or len(set(rates)) < len(rates):
-        raise UserError(f"--rates {text}: all must be more than 0 and different")
-    return rates
-
-
-def read_clusters(text: str) -> list[int]:
-    """Numbers of clusters, as in 500,21. Raises UserError."""
-    try:
-        clusters = [int(number) for number in text.split(",")]
-    except ValueError:
-        raise UserError(f"--clusters {text}: must be whole numbers separated by commas, as in 500,21") from None
-    if min(clusters) < 2:
-        raise UserError(f"--clusters {text}: each must be at least 2")
-    return clusters
 
 
 # --------------------------------------------------------- each command: its options; then check, import, and run
@@ -237,10 +160,28 @@ def run_retrieval_seg(network: str, args: Options) -> int:
     return retrieval_seg.run(target, data, **args)
 
 
+def add_points(parser: argparse.ArgumentParser) -> None:
+    add_network(parser)
+    add_scenes(parser)
+    add_splits(parser)
+    parser.add_argument("--points", type=int, default=3, help="of each kind for each scene (default: 3)")
+    parser.add_argument("--scenes", type=int, help="train scenes with labels, evenly spaced (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the points (default: 0)")
+
+
+def run_points(network: str, args: Options) -> int:
+    check_positive(args, "classes", "points", "scenes", "size")
+    target, data = open_scenes(network, args)
+    from eval import points
+
+    return points.run(target, data, **args)
+
+
 def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("networks", nargs="+", metavar="NETWORK", help=NETWORK)
     add_photos(parser, size=False)
     parser.add_argument("--data", help=f"scenes: {SCENES} (default: the first run's eval.voc)")
+    add_palette(parser)
     parser.add_argument("--measures", help=f"some of {','.join(MEASURES)} (default: all)")
     parser.add_argument("--untrained", action="store_true", help="also each run's network before training")
     parser.add_argument("--seeds", type=int, default=5, help="of the clusters (default: 5)")
@@ -263,10 +204,11 @@ def run_compare(_: None, args: Options) -> int:
 def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", metavar="RUN", help="a run folder")
     parser.add_argument("--data", help=f"scenes: {SCENES} (default: the run's eval.voc)")
+    add_palette(parser)
     parser.add_argument("--limit", type=int, help="at most this many photos of each set in k-NN, evenly spaced")
     add_ignore_class(parser)
     parser.add_argument("--workers", type=int, help="data workers (default: by the number of photos)")
-    parser.add_argument("--skip-existing", action="store_true", help="keep results newer than the last checkpoint")
+    parser.add_argument("--skip-existing", action="store_true", help="keep results of the same weights")
 
 
 def run_report(network: str, args: Options) -> int:
@@ -328,13 +270,18 @@ COMMANDS = {
         add_retrieval_seg,
         run_retrieval_seg,
     ),
+    "points": Command(
+        "what tokens know of the thing at a point",
+        "Reference token, patch token under it and [CLS], by k-NN and by a linear map, on large and on small things.",
+        add_points,
+        run_points,
+    ),
     "compare": Command(
         "every measure of several networks, in one table",
         "All networks are measured on the same data: the named sets, else those of the first run among them. Writes\n"
         "measures.json, measures.md and measures.png.\n"
         "--aggregate-seeds: runs whose names differ only in a number at the end (dino-0 dino-1) share a column, mean\n"
-        "(min – max). --skip-existing: measures in measures.json of the same networks with the same settings are kept,\n"
-        "unless a run was trained further since.",
+        "(min – max). --skip-existing: measures in measures.json of the same weights with the same settings are kept.",
         add_compare,
         run_compare,
     ),

@@ -179,6 +179,7 @@ def run(
     clusters: list[int] | None = None,
     seeds: int = 5,
     classes: int | None = None,
+    palette: str | None = None,
     size: int | None = None,
     untrained: bool = False,
     workers: int | None = None,
@@ -188,7 +189,7 @@ def run(
     network = target.network(untrained)
     size, map_size = scene_sizes(network.image_size, size)
     check_size(network, size)
-    scenes = VocSegmentation(data, split, size, classes=classes)
+    scenes = VocSegmentation(data, split, size, classes=classes, palette=palette)
     clusters = clusters or [500, scenes.classes]
     workers = default_workers(len(scenes)) if workers is None else workers
     scores = measure(network, scenes, map_size, clusters, seeds=seeds, workers=workers, progress=True)

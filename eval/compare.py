@@ -8,10 +8,13 @@ A network is a run folder, a checkpoint, a backbone file, weights of DINO, Dense
 timm:NAME. All are measured on the same photos and scenes: the named ones, else those of the first run among the networks
 (photos it was not trained on). Each is measured at the size it was trained for; eval/<measure>.py describes the protocol.
 
-Writes measures.json (after every measure, so that an interruption loses only one), measures.md and measures.png.
-Imports no torch until the arguments, the networks' paths and the data are checked.
+Writes measures.json (after every measure, so that an interruption loses only one), measures.md and measures.png. Each
+network's column carries the step and the hash of its weights; --skip-existing keeps the measures of these weights only.
+Every network is read, and every timm:NAME looked up, before anything is measured. Imports no torch until the arguments, the
+networks' paths and the data are checked.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -22,9 +25,19 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from eval.tables import MEASURE_ROWS, mean_over_seeds, measure_markdown, measure_rows, measure_table, render_table
+from eval.masks import check_scenes
+from eval.provenance import TIMM, Weights, weights_of
+from eval.tables import (
+    MEASURE_ROWS,
+    mean_over_seeds,
+    measure_markdown,
+    measure_notes,
+    measure_rows,
+    measure_table,
+    read_object,
+    render_table,
+)
 from eval.target import MEASURES, EvalSpec, EvalTarget, best_device
-from eval.voc import default_train_split, read_split
 from runtime.errors import UserError
 from runtime.files import refusal, write_atomic
 
@@ -32,6 +45,9 @@ if TYPE_CHECKING:
     from model.vit import ViT
 
 ON_PHOTOS = {"knn", "linear"}  # the other measures are taken on scenes
+NO_PHOTOS = "no photos (--train SHARDS --val SHARDS, or a run among the networks)"
+NO_CLASSES = "these shards have no classes"
+NO_SCENES = "no scenes to segment (--data FOLDER, or eval.voc in the config)"
 
 
 def run(
@@ -41,6 +57,7 @@ def run(
     train: str | None = None,
     val: str | None = None,
     data: str | None = None,
+    palette: str | None = None,
     untrained: bool = False,
     limit: int | None = None,
     seeds: int = 5,
@@ -60,26 +77,20 @@ def run(
         raise UserError(f"{max(names, key=names.count)}: given more than once; name each network once")
     targets = [EvalTarget(path) for path in paths]
     source = next((target for target in targets if target.run), targets[0])
+    weights = [weights_of(target.path) for target in targets]
     source.ignore_classes(ignore_class)
-    spec = EvalSpec(source, train, val, data or source.place("eval.voc"), limit, seeds, workers)
-    measures = check_data(spec, measures)
+    spec = EvalSpec(source, train, val, data or source.place("eval.voc"), palette, limit, seeds, workers)
+    skipped = check_data(spec, measures)
     folder = out or source.run or Path("evaluation")
     check_writable(folder)
 
-    networks, columns = load_networks(list(paths), targets, untrained)
-    if spec.data is not None and set(measures) - ON_PHOTOS:
-        from eval.datasets import voc_splits
-
-        voc_splits(spec.data, 448)  # are all images and masks there?
+    networks, columns = load_networks(list(paths), targets, weights, untrained)
     settings = asdict(source.settings)  # its `limit` belongs to k-NN while training and is overwritten
-    settings |= dict(bank=train, val=val, data=spec.data, limit=limit, seeds=seeds)
+    settings |= dict(bank=train, val=val, data=spec.data, palette=palette, limit=limit, seeds=seeds)
     settings |= {"source": str(source.path)}
-    results: dict[str, Any] = {"networks": columns, "settings": settings}
+    results: dict[str, Any] = {"networks": columns, "measures": measures, "skipped": skipped, "settings": settings}
     if skip_existing:
-        files = [target.path for target in targets if target.path.is_file()]
-        for target in targets:
-            files += (target.run / "checkpoints").glob("*.safetensors") if target.run else ()
-        reuse_measures(folder, columns, settings, max((file.stat().st_mtime for file in files), default=0.0))
+        reuse_measures(folder, columns, settings)
 
     def write_results() -> None:
         results["time"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -88,32 +99,37 @@ def run(
             results["means"] = mean_over_seeds(columns)
         write(folder, results)
 
-    measure_networks(networks, columns, spec, measures, write_results)
-    if not measure_rows(results):
+    wanted = [measure for measure in measures if measure not in skipped]
+    measure_networks(networks, columns, spec, wanted, write_results)
+    if wanted:
+        write_results()  # those that were kept too
+        Console().print(measure_table(results))
+    for note in measure_notes(results):
+        print(note)
+    if not wanted:
         print("nothing was measured")
         return 0
-    Console().print(measure_table(results))
     print(f"written to {folder}/measures.json, .md and .png")
     return 0
 
 
-def check_data(spec: EvalSpec, measures: Sequence[str]) -> list[str]:
-    """The measures that the data allows; prints which are skipped. Raises UserError if a data set cannot be used."""
-    if ON_PHOTOS & set(measures):
+def check_data(spec: EvalSpec, measures: Sequence[str]) -> dict[str, str]:
+    """The measures that the data does not allow, and why. Raises UserError if a data set cannot be used."""
+    skipped: dict[str, str] = {}
+    on_photos = [measure for measure in measures if measure in ON_PHOTOS]
+    on_scenes = [measure for measure in measures if measure not in ON_PHOTOS]
+    if on_photos:
         if not spec.source.run and not spec.train:
             if spec.val:
                 raise UserError("--val without --train: name the shards to train on, too")
-            measures = [measure for measure in measures if measure not in ON_PHOTOS]
-            print(
-                "k-NN and linear classification skipped: no photos "
-                "(--train SHARDS --val SHARDS, or a run among the networks)"
-            )
-        else:
-            spec.source.photo_sets(spec.train, spec.val, spec.limit)
-    if spec.data is not None and set(measures) - ON_PHOTOS:
-        for split in (default_train_split(spec.data), "val"):
-            read_split(spec.data, split)
-    return list(measures)
+            skipped |= dict.fromkeys(on_photos, NO_PHOTOS)
+        elif spec.source.photo_sets(spec.train, spec.val, spec.limit) is None:
+            skipped |= dict.fromkeys(on_photos, NO_CLASSES)
+    if on_scenes and spec.data is None:
+        skipped |= dict.fromkeys(on_scenes, NO_SCENES)
+    elif on_scenes and spec.data is not None:
+        check_scenes(spec.data, palette_file=spec.palette)
+    return skipped
 
 
 def check_writable(folder: Path) -> None:
@@ -123,15 +139,20 @@ def check_writable(folder: Path) -> None:
 
 
 def load_networks(
-    paths: list[str], targets: list[EvalTarget], untrained: bool
+    paths: list[str], targets: list[EvalTarget], weights: list[Weights], untrained: bool
 ) -> tuple[dict[str, "ViT"], dict[str, dict[str, Any]]]:
-    """({name: network on the CPU}, {name: its column of measures.json}): every file is read before anything is measured."""
+    """({name: network on the CPU}, {name: its column of measures.json}): every file is read before anything is measured, and
+    names of timm's come first, because a network connection may be missing."""
     from eval.datasets import scene_sizes
     from eval.features import check_size
+    from model.weights.timm_hub import check_timm
 
+    for path in paths:
+        if path.startswith(TIMM):
+            check_timm(path.removeprefix(TIMM))
     networks: dict[str, ViT] = {}
     columns: dict[str, dict[str, Any]] = {}
-    for label, target in zip(short_names(paths), targets, strict=True):
+    for label, target, stamp in zip(short_names(paths), targets, weights, strict=True):
         for at_start in (False, True) if untrained and target.run else (False,):
             name = f"{label}, untrained" if at_start else label
             network = target.network(at_start).cpu()
@@ -143,6 +164,7 @@ def load_networks(
             size, _ = scene_sizes(network.image_size)
             check_size(network, size)
             columns[name] = {"path": str(target.path), "untrained": at_start, "image_size": network.image_size}
+            columns[name]["weights"] = {"step": 0, "sha256": hash_of(network)} if at_start else stamp
     return networks, columns
 
 
@@ -153,23 +175,19 @@ def measure_networks(
     measures: Sequence[str],
     write_results: Callable[[], None],
 ) -> None:
-    """Add each measure that is missing to each column, and write the results after each."""
-    from eval.measures import MEASURES, SKIP_REASONS
+    """Add each measure that is missing to each column, and write the results after each. Prints where it is."""
+    from eval.measures import MEASURES
 
-    skipped: set[str] = set()
+    missing = [(n, m) for n in networks for m in measures if f"{m}_seconds" not in columns[n]]
     for name, network in networks.items():
         column = columns[name]
         network.to(best_device())
         for measure in measures:
-            if f"{measure}_seconds" in column:
+            if (name, measure) not in missing:
                 continue
             start = time.perf_counter()
+            print(f"{missing.index((name, measure)) + 1} of {len(missing)}: {measure} of {name} …", flush=True)
             values = MEASURES[measure](network, spec)
-            if values is None:
-                if SKIP_REASONS[measure] not in skipped:
-                    print(f"{measure} skipped: {SKIP_REASONS[measure]}")
-                    skipped.add(SKIP_REASONS[measure])
-                continue
             spread = column.get("spread", {}) | values.pop("spread", {})
             column |= values | {"spread": spread, f"{measure}_seconds": round(time.perf_counter() - start, 1)}
             write_results()
@@ -187,19 +205,15 @@ def write(folder: Path, results: dict[str, Any]) -> None:
         render_table(results, folder / "measures.png")
 
 
-def reuse_measures(folder: Path, columns: dict[str, dict[str, Any]], settings: dict[str, Any], changed: float) -> None:
-    """Add the measures of measures.json to the columns of the same networks, if it was written with the same settings and
-    after `changed`, the time of the networks' newest file (seconds since 1970)."""
-    file = folder / "measures.json"
-    if not file.is_file() or file.stat().st_mtime < changed:
-        return
+def reuse_measures(folder: Path, columns: dict[str, dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Add the measures of measures.json to the columns of the same weights, if it was written with the same settings."""
+    before = read_object(folder / "measures.json")
     try:
-        before = json.loads(file.read_text())
         same = before["settings"] == json.loads(json.dumps(settings))
         for name, column in before["networks"].items() if same else ():
             if name in columns and columns[name].items() <= column.items():
                 columns[name] |= column
-    except (ValueError, KeyError, TypeError, AttributeError):  # cut off, or of another version: measure again
+    except (KeyError, TypeError, AttributeError):  # cut off, or of another version: measure again
         return
 
 
@@ -209,6 +223,16 @@ def same_weights(one: "ViT", other: "ViT") -> bool:
 
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def hash_of(network: "ViT") -> str:
+    """sha256 over a network's tensors in the order of their names: of one that is in no file."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def short_names(paths: list[str]) -> list[str]:

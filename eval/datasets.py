@@ -20,13 +20,13 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as transform
 
-from eval.voc import class_names, default_train_split, find_image, find_mask, read_split
+from eval.masks import IGNORE, count_pixels, find_palette, read_mask
+from eval.voc import class_names, default_train_split, scene_files
 from pipeline.decode import DecodeError, decode
 from pipeline.shards import Shards
 from runtime.errors import UserError, suggest
 
 NO_CLASS = -1  # label of a photo without a class, or of a damaged photo
-IGNORE = 255  # class of a pixel that is not counted
 SMALL = 128  # pixels: networks trained on smaller views, and smaller scenes, are measured by the small protocols
 
 
@@ -106,27 +106,37 @@ class LabeledPhotos(Dataset[tuple[Tensor, int]]):
 class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
     """Scenes and masks of a split in Pascal VOC's layout, prepared: (uint8 [3,size,size], pixel classes uint8 [size,size]).
 
-    A mask is a palette or gray PNG of class numbers; 255 is ignored. As published (DenseDINO, eval_segment.py, after
-    Leopart): the whole scene is resized to a square without keeping its aspect ratio, bilinear; its mask by the nearest
-    pixel. augment: first a random crop of .8 to 1 of the area, aspect ratio 3:4 to 4:3, then a flip with probability 1/2,
-    drawn from torch's global generator.
+    A mask holds class numbers, 255 is ignored; or colors, whose classes a palette file names (eval/masks.py). As published
+    (DenseDINO, eval_segment.py, after Leopart): the whole scene is resized to a square without keeping its aspect ratio,
+    bilinear; its mask by the nearest pixel. augment: first a random crop of .8 to 1 of the area, aspect ratio 3:4 to 4:3,
+    then a flip with probability 1/2, drawn from torch's global generator.
 
-    classes: the number of classes, by default that of classes.txt, else the highest class in this split's masks + 1.
+    palette: a palette file, by default the folder's palette.txt if there is one. classes: the number of classes, by default
+    that of the palette's names, else of classes.txt, else the highest class in this split's masks + 1.
     Raises UserError for a missing folder, split, image or mask, and for a mask that cannot be read.
     """
 
-    def __init__(self, folder: str | Path, split: str, size: int, *, augment: bool = False, classes: int | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        size: int,
+        *,
+        augment: bool = False,
+        classes: int | None = None,
+        palette: str | Path | None = None,
+    ):
         self.folder, self.split, self.size, self.augment = Path(folder), split, size, augment
-        ids = read_split(self.folder, split)
-        self.images = [find_image(self.folder, scene, split) for scene in ids]
-        self.masks = [find_mask(self.folder, scene, split) for scene in ids]
-        self.names = class_names(self.folder)
-        self.classes = classes or len(self.names) or 1 + max(self._highest(path) for path in self.masks)
+        self.palette = find_palette(self.folder, palette)
+        files = scene_files(self.folder, split)
+        self.images, self.masks = [image for image, _ in files], [mask for _, mask in files]
+        self.names = (self.palette.names if self.palette else []) or class_names(self.folder)
+        self.classes = classes or len(self.names) or 1 + self._highest()
 
-    @staticmethod
-    def _highest(path: Path) -> int:
-        numbers = np.asarray(_open_mask(path))
-        return int(numbers[numbers != IGNORE].max(initial=0))
+    def _highest(self) -> int:
+        """The highest class number in the masks."""
+        counts = count_pixels(self.masks, self.palette)[:, :IGNORE].sum(0)
+        return int(counts.nonzero()[0].max(initial=0))
 
     def subset(self, limit: int) -> "VocSegmentation":
         """The same with at most `limit` of its scenes, evenly spaced in the list."""
@@ -138,6 +148,10 @@ class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
     def name(self, label: int) -> str:
         return self.names[label] if label < len(self.names) else str(label)
 
+    def mask(self, i: int) -> Image.Image:
+        """The class numbers of a scene's pixels, as stored."""
+        return read_mask(self.masks[i], self.palette)
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -146,7 +160,7 @@ class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
             image = decode(self.images[i].read_bytes())
         except DecodeError as error:
             raise UserError(f"{self.images[i]}: cannot be decoded: {error}") from None
-        mask = _open_mask(self.masks[i])
+        mask = self.mask(i)
         height, width = image.shape[1:]
         if mask.size != (width, height):
             raise UserError(f"{self.masks[i]}: {mask.size} pixels, but the image has {(width, height)}")
@@ -175,10 +189,12 @@ def voc_splits(
     classes: int | None = None,
     *,
     augment: bool = False,
+    palette: str | Path | None = None,
 ) -> tuple[VocSegmentation, VocSegmentation]:
     """(train, val) of a folder in Pascal VOC's layout; the train split is by default `trainaug` if there is one."""
-    train = VocSegmentation(folder, train_split or default_train_split(folder), size, augment=augment, classes=classes)
-    return train, VocSegmentation(folder, val_split, size, classes=train.classes)
+    train_split = train_split or default_train_split(folder)
+    train = VocSegmentation(folder, train_split, size, augment=augment, classes=classes, palette=palette)
+    return train, VocSegmentation(folder, val_split, size, classes=train.classes, palette=palette)
 
 
 def scene_sizes(image_size: int, size: int | None = None) -> tuple[int, int]:
@@ -190,18 +206,3 @@ def scene_sizes(image_size: int, size: int | None = None) -> tuple[int, int]:
     """
     size = size or (448 if image_size >= SMALL else image_size)
     return size, size // 2 if size < SMALL else round(size * 100 / 448)
-
-
-def _open_mask(path: Path) -> Image.Image:
-    """A mask's class numbers as stored. Not decoded by pipeline/decode.py, which turns a palette into colors.
-
-    Raises UserError if the file is not a mask.
-    """
-    try:
-        mask = Image.open(path, formats=["PNG"])
-        mask.load()
-    except OSError as error:
-        raise UserError(f"{path}: this mask cannot be read ({error})") from None
-    if mask.mode not in ("P", "L"):
-        raise UserError(f"{path}: a mask must be a palette or gray PNG of class numbers, this one has mode {mask.mode}")
-    return mask

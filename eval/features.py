@@ -4,6 +4,8 @@ n images · S side of an image, pixels · D width · h, w patches of an image's 
 """
 
 import os
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from pipeline.augment.recipe import MEAN, STD
 from runtime import distributed
 from runtime.errors import UserError
 
+LINE_SECONDS = 10  # between two lines of progress where there is no bar
 PIXELS = 32  # side of the images whose raw pixels are compared
 
 
@@ -216,6 +219,19 @@ def scene_tokens(
 
 
 def progress_bar(steps: Iterable[Any], total: int, label: str | None) -> Iterable[Any]:
-    """The steps, with a progress bar on stderr if there is a label for it and stderr is a terminal."""
+    """The steps, with their progress on stderr if there is a label for it: a bar on a terminal, else a line now and then."""
     console = Console(stderr=True)
-    return track(steps, label, total, console=console, transient=True) if label and console.is_terminal else steps
+    if label and console.is_terminal:
+        return track(steps, label, total, console=console, transient=True)
+    return _with_lines(steps, total, label) if label else steps
+
+
+def _with_lines(steps: Iterable[Any], total: int, label: str) -> Iterator[Any]:
+    """The steps, with a line of progress every LINE_SECONDS: for an output that is a file."""
+    start = last = time.monotonic()
+    for done, step in enumerate(steps):
+        now = time.monotonic()
+        if done and now - last > LINE_SECONDS:
+            last, left = now, (now - start) * (total - done) / done
+            print(f"  {label}: {done:,} of {total:,}, {left:.0f} s left", file=sys.stderr, flush=True)
+        yield step

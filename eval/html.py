@@ -5,13 +5,13 @@
 Shows what the run folder has, and leaves out what is not there yet: results (results.json, measures.json,
 evaluations.jsonl), curves (metrics.jsonl), pictures (pictures/*.png), configuration and versions. Curves and pictures are
 embedded, and the page's security policy forbids it to load anything else. It follows the reader's light or dark mode.
+The page carries the step and the hash of the run's weights, and names what it shows that is of others. What can be said
+without labels is said of every run: whether the teacher has collapsed, and the effective rank of its features.
 Imports neither torch nor matplotlib.
 """
 
-import base64
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -20,18 +20,19 @@ from typing import Any
 import numpy as np
 
 from eval.curves import curve
-from eval.tables import measure_columns, measure_rows, read_object, result_rows
+from eval.html_parts import STYLE, figure, grid, note, number, paragraphs, picture, section, side_by_side, table
+from eval.provenance import Weights, html_meta, known_weights, png_weights
+from eval.tables import measure_columns, measure_notes, measure_rows, read_object, result_notes, result_rows
 from runtime.config import Config, load_config
 from runtime.errors import UserError
 from runtime.files import write_atomic
-from runtime.metrics import read_jsonl
-
-MAX_COLUMNS = 6  # evaluations of a kind side by side, the newest
+from runtime.metrics import COLLAPSE_ROWS, is_collapsed, read_jsonl
 
 LEARNING: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Losses", "nats", ("loss", "cls_loss", "reference_loss")),
     ("Entropy of the teacher's probabilities", "nats", ("teacher_entropy",)),
     ("k-NN top-1 while training", "% of photos not trained on", ("knn_top1",)),
+    ("Effective rank of the teacher's features", "directions, of one view of a batch", ("effective_rank",)),
     ("Learning rate", "", ("lr",)),
 )
 SPEED = (
@@ -44,33 +45,11 @@ CAPTIONS = {
     "points": "Attention of reference tokens in the last block, at some points",
     "pca": "Principal components of patch tokens as colors, shared by all images",
     "similarity": "Similarity of one patch to all patches",
+    "neighbors": "Photos, each beside those that the network finds most similar to it",
     "segmentation": "Segmentation by a linear classifier on patch tokens, beside the ground truth",
     "misalignment": "How often two views hold different objects",
 }
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1c2024; --dim: #5b646d; --page: #ffffff; --line: #d8dde2; --c0: #0072b2 }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e4e7ea; --dim: #9aa4ae; --page: #15181b; --line: #343a41; --c0: #4aa8e0 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--page); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem; margin: .5rem 0 0 }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line) }
-p { margin: .25rem 0 } .dim, figcaption, th { color: var(--dim) }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
-.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)) }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem; margin: 1rem 0 }
-.tiles div { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .75rem }
-.tiles b { display: block; font-size: 1.25rem }
-figure { margin: 0 } figcaption { font-size: .875rem } figure svg { width: 100%; height: auto; display: block }
-img { max-width: 100%; height: auto; display: block; background: #fff; border-radius: .25rem }
-.scroll { overflow-x: auto; margin-top: .5rem }
-table { border-collapse: collapse; font-size: .875rem; overflow-wrap: normal }
-td, th { padding: .2rem .75rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-pre { font-size: .8rem; white-space: pre-wrap; margin: .5rem 0 } summary { cursor: pointer }
-"""
 # nothing is loaded from anywhere, whatever a name or a value in the run may contain
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -79,54 +58,6 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     """Rows of metrics.jsonl by step. If steps were run again after a crash, their last rows count."""
     rows = [row for row in read_jsonl(run / "metrics.jsonl") if isinstance(row.get("step"), int)]
     return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
-
-
-# ------------------------------------------------------------------------------------------------------------ HTML parts
-
-
-def number(value: Any) -> str:
-    """A value in a table."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–" if value is None else str(value)
-    return str(value) if isinstance(value, int) else f"{value:.2f}" if 0.1 <= abs(value) < 1000 else f"{value:.4g}"
-
-
-def is_number(value: Any) -> bool:
-    """Whether a cell is a number, nothing, or a number with its spread."""
-    return value is None or isinstance(value, int | float) or bool(re.fullmatch(r"[\d.]+ \(.*\)", str(value)))
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table with a heading; columns of numbers are aligned to the right."""
-    rows = [list(row) for row in rows]
-    numeric = [n > 0 and all(is_number(row[n]) for row in rows) for n in range(len(head))]
-
-    def line(tag: str, row: Sequence[Any]) -> str:
-        kinds = (' class="n"' if right else "" for right in numeric)
-        return "".join(f"<{tag}{k}>{escape(number(v))}</{tag}>" for k, v in zip(kinds, row, strict=True))
-
-    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{line("th", head)}</tr>{body}</table></div>'
-
-
-def side_by_side(rows: list[dict[str, Any]], heads: list[str], what: str = "") -> str:
-    """Rows of a .jsonl file as columns, the newest MAX_COLUMNS of them: one line per key."""
-    rows, heads = rows[-MAX_COLUMNS:], heads[-MAX_COLUMNS:]
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return table([what, *heads], ([key, *(row.get(key) for row in rows)] for key in keys)) if rows else ""
-
-
-def section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
-
-
-def figure(content: str, caption: str) -> str:
-    return f"<figure>{content}<figcaption>{escape(caption)}</figcaption></figure>" if content else ""
-
-
-def grid(figures: Iterable[str], kind: str = "grid") -> str:
-    content = "".join(figures)
-    return f'<div class="{kind}">{content}</div>' if content else ""
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -156,14 +87,50 @@ def tiles(rows: list[dict[str, float]], config: Config, results: dict[str, Any])
     return "".join(f"<div><b>{escape(value)}</b>{escape(label)}</div>" for value, label in shown)
 
 
-def results_section(results: dict[str, Any]) -> str:
-    """results.json as `python -m eval report` prints it."""
+def results_section(run: Path, results: dict[str, Any], current: Weights | None) -> str:
+    """results.json as `python -m eval report` prints it. current: the run's weights."""
+    command = f"`make eval RUN={run}`"
+    if not results:
+        return note(f"not evaluated yet: {command}") if current else ""
     try:
         rows = [[label, *map(_value, cells)] for label, cells in result_rows(results)]
+        notes = result_notes(results)
     except (KeyError, TypeError, AttributeError):  # of another version
+        return note(f"results.json was written by another version: {command} writes it again")
+    shown = table(["%", "trained", "untrained", "raw pixels"], rows) if rows else ""
+    stale = note(f"results.json is {age(results.get('weights'), current)}: {command}") if current else ""
+    stale = stale if results.get("weights") != current else ""
+    time = f'<p class="dim">results.json, {escape(str(results.get("time", "")))}</p>'
+    return stale + shown + paragraphs(notes) + time
+
+
+def age(weights: Weights | None, current: Weights) -> str:
+    """Of which network a file is, if it is not of the current one."""
+    step = (weights or {}).get("step")
+    other = (
+        "of an unknown network" if weights is None else f"of step {step}" if step is not None else "of another network"
+    )
+    return f"{other}, the run is at step {current['step']}"
+
+
+def without_labels(rows: list[dict[str, float]], config: Config) -> str:
+    """What the metrics say of any run: whether the teacher has collapsed."""
+    entropies = [row["teacher_entropy"] for row in rows if isinstance(row.get("teacher_entropy"), int | float)]
+    if not entropies:
         return ""
-    shown = table(["%", "trained", "untrained", "raw pixels"], rows)
-    return f'{shown}<p class="dim">results.json, {escape(str(results.get("time", "")))}</p>'
+    highest = math.log(config.head.prototypes)
+    last = entropies[-COLLAPSE_ROWS:]
+    if all(is_collapsed(entropy, highest) for entropy in last):
+        return note(
+            f"Collapse check: the teacher has collapsed. Its probabilities have an entropy of {last[-1]:.3g} nats, close to "
+            f"0 or to log K = {highest:.3g}; docs/troubleshooting.md says what helps"
+        )
+    return paragraphs(
+        [
+            f"Collapse check: passed. The teacher's probabilities have an entropy of {last[-1]:.3g} nats; 0 or "
+            f"log K = {highest:.3g} would be a collapse."
+        ]
+    )
 
 
 def _value(cell: str) -> str | float | None:
@@ -214,19 +181,20 @@ def measures_section(measures: dict[str, Any]) -> str:
     everything = table(["", *map(str, networks)], ([key, *(column.get(key) for column in columns)] for key in keys))
     caption = f'<p class="dim">measures.json, {escape(str(measures.get("time", "")))}</p>'
     fold = f"<details><summary>measures.json, {len(networks)} networks</summary>{everything}</details>"
-    return table(["%", *map(str, measure_columns(measures))], rows) + caption + fold
+    notes = paragraphs(measure_notes(measures))
+    return table(["%", *map(str, measure_columns(measures))], rows) + notes + caption + fold
 
 
-def pictures_section(folder: Path) -> str:
-    """The pictures, first those with a caption, in the order of CAPTIONS."""
+def pictures_section(folder: Path, current: Weights | None) -> str:
+    """The pictures, first those with a caption, in the order of CAPTIONS. current: the run's weights."""
     order = {name: n for n, name in enumerate(CAPTIONS)}
     files = sorted(folder.glob("*.png"), key=lambda file: (order.get(file.stem, len(order)), file.name))
     parts = []
     for file in files:
-        caption = CAPTIONS.get(file.stem, file.stem)
-        content = base64.b64encode(file.read_bytes()).decode()
-        image = f'<img alt="{escape(caption, quote=True)}" src="data:image/png;base64,{content}">'
-        parts.append(figure(image, caption))
+        caption, drawn = CAPTIONS.get(file.stem, file.stem), png_weights(file)
+        if current and drawn and current not in drawn:
+            caption += f" ({age(drawn[0], current)})"
+        parts.append(picture(file, caption))
     return grid(parts, "grid wide")  # wide, because they contain text
 
 
@@ -261,12 +229,13 @@ def page(run: Path) -> str:
     if not file.is_file():
         raise UserError(f"{run}: not a run folder (no config.yaml)")
     config = load_config(file)
-    rows, results = read_metrics(run), read_object(run / "results.json")
+    rows, results, current = read_metrics(run), read_object(run / "results.json"), known_weights(run)
     views = " + ".join(f"{group.count}×{group.size}" for group in config.data.views)
     points = f", {config.points} points per pair" if config.points else ""
     batch = config.optim.global_batch_size
     summary = f"{config.method}: {config.model.arch}/{config.model.patch}, views {views}{points}, batch {batch}"
-    learned = results_section(results) + measures_section(read_object(run / "measures.json"))
+    learned = results_section(run, results, current) + without_labels(rows, config)
+    learned += measures_section(read_object(run / "measures.json"))
     learned += evaluations_section(read_jsonl(run / "evaluations.jsonl"))
     versions = read_jsonl(run / "versions.jsonl")
     starts = [f"from step {row.pop('step', '?')}" for row in versions]
@@ -276,12 +245,13 @@ def page(run: Path) -> str:
         f'<div class="tiles">{tiles(rows, config, results)}</div>',
         section("Results", learned),
         metrics_sections(run, rows, config),
-        section("Pictures", pictures_section(run / "pictures")),
+        section("Pictures", pictures_section(run / "pictures", current)),
         section("Configuration", yaml),
         section("Versions", side_by_side([flatten(row) for row in versions], starts)),
     ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(run.name)}</title>'
+        f"{html_meta(current)}"
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"

@@ -173,10 +173,16 @@ def evaluate(head: nn.Module, scenes: SceneTokens, batch: int = 32, size: int | 
 
 
 def scenes_of(
-    folder: str | Path, protocol: Protocol, train_split: str | None, val_split: str, classes: int | None = None
+    folder: str | Path,
+    protocol: Protocol,
+    train_split: str | None,
+    val_split: str,
+    classes: int | None = None,
+    palette: str | Path | None = None,
 ) -> tuple[VocSegmentation, VocSegmentation]:
     """(train, val) of a folder in Pascal VOC's layout; the train split is by default `trainaug` if there is one."""
-    return voc_splits(folder, protocol.size, train_split, val_split, classes, augment=protocol.augment)
+    augment = protocol.augment
+    return voc_splits(folder, protocol.size, train_split, val_split, classes, augment=augment, palette=palette)
 
 
 def run(
@@ -187,6 +193,7 @@ def run(
     train_split: str | None = None,
     val_split: str = "val",
     classes: int | None = None,
+    palette: str | None = None,
     size: int | None = None,
     untrained: bool = False,
     workers: int | None = None,
@@ -200,7 +207,7 @@ def run(
         changes = {"epochs": target.settings.seg_epochs, "lr": target.settings.seg_lr} | _given(changes)
     settings = replace(Protocol.for_views(network.image_size, size, protocol), **_given(changes))
     check_size(network, settings.size)
-    train, val = scenes_of(data, settings, train_split, val_split, classes)
+    train, val = scenes_of(data, settings, train_split, val_split, classes, palette)
     if workers is None:
         workers = default_workers(len(train) * (settings.epochs if settings.augment else 1))
     history = fit(network, train, val, settings, workers=workers, progress=True)

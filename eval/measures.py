@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from eval import cluster_seg, linear, linear_seg, retrieval_seg
+from eval import cluster_seg, linear, linear_seg, points, retrieval_seg
 from eval.datasets import VocSegmentation, scene_sizes, voc_splits
 from eval.features import default_workers
 from eval.knn import photo_knn
@@ -20,10 +20,9 @@ def _workers(spec: EvalSpec, items: int) -> int:
     return default_workers(items) if spec.workers is None else spec.workers
 
 
-def measure_knn(network: ViT, spec: EvalSpec) -> Measures | None:
+def measure_knn(network: ViT, spec: EvalSpec) -> Measures:
     photos = spec.source.photos(network.image_size, spec.train, spec.val, spec.limit)
-    if photos is None:
-        return None
+    assert photos is not None  # compare takes only measures that the data allows
     train, val = photos
     settings = spec.source.settings
     options: dict[str, Any] = dict(k=settings.k, temperature=settings.temperature, workers=_workers(spec, len(train)))
@@ -31,23 +30,21 @@ def measure_knn(network: ViT, spec: EvalSpec) -> Measures | None:
     return {"knn_top1": top["cls"][0], "knn_top1_patches": top["patches"][0]}
 
 
-def measure_linear(network: ViT, spec: EvalSpec) -> Measures | None:
+def measure_linear(network: ViT, spec: EvalSpec) -> Measures:
     photos = spec.source.photos(network.image_size, spec.train, spec.val, spec.limit)
-    if photos is None:
-        return None
+    assert photos is not None
     protocol = linear.Protocol.for_views(network.image_size)
     workers = _workers(spec, len(photos[0]) * (protocol.epochs if protocol.augment else 1))
     best = linear.best_of(linear.fit(network, *photos, protocol, workers=workers, progress=True))
     return {"linear_top1": best.top1, "linear_features": best.features, "linear_rate": best.rate}
 
 
-def measure_linear_seg(network: ViT, spec: EvalSpec) -> Measures | None:
-    if spec.data is None:
-        return None
+def measure_linear_seg(network: ViT, spec: EvalSpec) -> Measures:
+    assert spec.data is not None
     settings = spec.source.settings
     protocol = linear_seg.Protocol.for_views(network.image_size)
     protocol = replace(protocol, epochs=settings.seg_epochs, lr=settings.seg_lr)
-    train, val = linear_seg.scenes_of(spec.data, protocol, None, "val")
+    train, val = linear_seg.scenes_of(spec.data, protocol, None, "val", palette=spec.palette)
     workers = _workers(spec, len(train) * (protocol.epochs if protocol.augment else 1))
     history = linear_seg.fit(network, train, val, protocol, workers=workers, progress=True)
     last, best = history[-1], linear_seg.best_of(history)
@@ -55,21 +52,19 @@ def measure_linear_seg(network: ViT, spec: EvalSpec) -> Measures | None:
     return measures | {"linear_seg_miou_present": last.miou_present, "linear_seg_iou": last.iou}
 
 
-def measure_cluster_seg(network: ViT, spec: EvalSpec) -> Measures | None:
-    if spec.data is None:
-        return None
+def measure_cluster_seg(network: ViT, spec: EvalSpec) -> Measures:
+    assert spec.data is not None
     size, map_size = scene_sizes(network.image_size)
-    scenes = VocSegmentation(spec.data, "val", size)
+    scenes = VocSegmentation(spec.data, "val", size, palette=spec.palette)
     options: dict[str, Any] = dict(seeds=spec.seeds, workers=_workers(spec, len(scenes)))
     many, few = cluster_seg.measure(network, scenes, map_size, [500, scenes.classes], **options, progress=True)
     measures = {"cluster_seg_miou_500": many.miou, "cluster_seg_miou": few.miou}
     return measures | {"spread": {"cluster_seg_miou_500": many.spread, "cluster_seg_miou": few.spread}}
 
 
-def measure_retrieval_seg(network: ViT, spec: EvalSpec) -> Measures | None:
-    if spec.data is None:
-        return None
-    train, val = voc_splits(spec.data, scene_sizes(network.image_size)[0])
+def measure_retrieval_seg(network: ViT, spec: EvalSpec) -> Measures:
+    assert spec.data is not None
+    train, val = voc_splits(spec.data, scene_sizes(network.image_size)[0], palette=spec.palette)
     score = retrieval_seg.measure(network, train, val, workers=_workers(spec, len(train)), progress=True)
     few = train.subset(max(1, len(train) // FEW))
     from_few = retrieval_seg.measure(network, few, val, workers=_workers(spec, len(val)), progress=True)
@@ -78,19 +73,21 @@ def measure_retrieval_seg(network: ViT, spec: EvalSpec) -> Measures | None:
     return measures | {"retrieval_seg_iou": score.iou}
 
 
-MEASURES: dict[str, Callable[[ViT, EvalSpec], Measures | None]] = {
+def measure_points(network: ViT, spec: EvalSpec) -> Measures:
+    assert spec.data is not None
+    train, val = voc_splits(spec.data, scene_sizes(network.image_size)[0], palette=spec.palette)
+    score = points.measure(network, train, val, workers=_workers(spec, len(train)), progress=True)
+    measures = {f"points_{kind}_{on}": score.knn[on][kind] for on in score.knn for kind in points.KINDS}
+    measures |= {f"points_{kind}_{on}_linear": score.linear[on][kind] for on in score.linear for kind in points.KINDS}
+    names = ("within", "cosine", "distance", "entropy")
+    return measures | {f"points_{name}": getattr(score, name) for name in names}
+
+
+MEASURES: dict[str, Callable[[ViT, EvalSpec], Measures]] = {
     "knn": measure_knn,
     "linear": measure_linear,
     "linear_seg": measure_linear_seg,
     "cluster_seg": measure_cluster_seg,
     "retrieval_seg": measure_retrieval_seg,
-}
-NO_CLASSES = "these shards have no classes"
-NO_SCENES = "no scenes to segment (--data FOLDER, or eval.voc in the config)"
-SKIP_REASONS = {  # if a measure returns None
-    "knn": NO_CLASSES,
-    "linear": NO_CLASSES,
-    "linear_seg": NO_SCENES,
-    "cluster_seg": NO_SCENES,
-    "retrieval_seg": NO_SCENES,
+    "points": measure_points,
 }

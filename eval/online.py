@@ -1,9 +1,11 @@
-"""k-NN while training: the teacher is evaluated on photos that no training step uses.
+"""While training: k-NN of the teacher on photos that no training step uses, and the effective rank of its features.
 
-All processes take part, each reads its share of the photos, and all get the same result. No random number of the run is
+All processes take part, each has its share of the photos, and all get the same result. No random number of the run is
 drawn, so a run trains the same with and without it. Imports no torch until the first evaluation.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +18,11 @@ from runtime.errors import UserError
 
 if TYPE_CHECKING:
     from model.vit import ViT
+    from pipeline.batch import Batch
     from runtime.distributed import DistributedContext
+
+RANKS = 20  # measurements of the effective rank in a run
+PART = 64  # images at a time: a batch may be larger than what fits into memory at once
 
 
 class OnlineKnn:
@@ -57,25 +63,60 @@ class OnlineKnn:
         return self.every > 0 and done % self.every == 0
 
     def __call__(self, backbone: "ViT") -> float | None:
-        """Top-1 in percent; None if every photo is damaged. The backbone keeps its mode, and its compiled functions are not
-        compiled again for the photos' size."""
-        import torch
-
+        """Top-1 in percent; None if every photo is damaged."""
         from eval.features import default_workers
         from eval.knn import photo_knn
 
-        training, backbone.precision = backbone.training, self.processes.dtype
-        backbone.eval()
         settings, processes = self.config.eval, self.processes
         workers = default_workers(len(self.train) // processes.world_size)
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with frozen(backbone, processes):
                 accuracy = photo_knn(
                     backbone, self.train, self.val, k=settings.k, temperature=settings.temperature, workers=workers,
                     processes=processes,
                 )  # fmt: skip
         except UserError:  # every photo is damaged: the run has its own limit for damage
             return None
-        finally:
-            backbone.train(training)
         return accuracy["cls"][0]
+
+
+class OnlineRank:
+    """The effective rank (eval/unlabeled.py) of the teacher's [CLS] over the first view of a step's batch. It needs no
+    labels and reads no photo: one forward pass of one view, at RANKS rows of the log and at the end.
+
+    steps: of the whole run.
+    """
+
+    def __init__(self, config: Config, steps: int, processes: "DistributedContext"):
+        self.processes, self.steps = processes, steps
+        log_every = config.run.log_every
+        self.every = log_every * max(1, round(steps / RANKS / log_every))  # a row is written then anyway
+
+    def due(self, done: int) -> bool:
+        """Whether to evaluate after `done` steps."""
+        return done % self.every == 0 or done == self.steps
+
+    def __call__(self, backbone: "ViT", batch: "Batch") -> float:
+        """batch: this process's. The rank is that of the batch of all processes."""
+        import torch
+
+        from eval.unlabeled import effective_rank
+
+        with torch.inference_mode(), frozen(backbone, self.processes), self.processes.autocast():
+            cls = torch.cat([backbone(part, want=("cls",)).cls for part in batch.views[0][0].split(PART)])
+        return effective_rank(self.processes.all_gather(cls.float()))
+
+
+@contextlib.contextmanager
+def frozen(backbone: "ViT", processes: "DistributedContext") -> Iterator[None]:
+    """The backbone as it is evaluated, in the run's precision. Afterwards it has the mode it had; its compiled functions are
+    not compiled again for another size of the images."""
+    import torch
+
+    training, backbone.precision = backbone.training, processes.dtype
+    backbone.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        backbone.train(training)

@@ -147,7 +147,8 @@ def measure(
     network: ViT, train: VocSegmentation, val: VocSegmentation, *, points: int = 3, k: int = 20,
     temperature: float = 0.07, seed: int = 0, workers: int = 0, progress: bool = False,
 ) -> PointScore:  # fmt: skip
-    """The probe. Raises UserError if a split has no point on a large, or on a small thing."""
+    """The probe. Without small things in a split (one thing a scene) there are no results for them. Raises UserError if a
+    split has no thing at all."""
     check_size(network, val.size)
     reading: dict[str, Any] = dict(workers=workers)
     known = point_features(network, train, points, seed=seed, **reading, progress="train points" if progress else None)
@@ -157,7 +158,11 @@ def measure(
     for on, is_small in zip(ON, (False, True), strict=True):
         from_train, from_val = known.small == is_small, asked.small == is_small
         if not from_train.any() or not from_val.any():
-            raise UserError(f"{val.folder}: no scene has {'a second' if is_small else 'a'} thing to draw points on")
+            if not is_small:
+                raise UserError(
+                    f"{val.folder}: no scene has a thing to draw points on: all pixels are of class 0 or ignored"
+                )
+            continue
         labels, targets = known.labels[from_train], asked.labels[from_val]
         score.knn[on], score.linear[on] = {}, {}
         for kind in KINDS:
@@ -171,17 +176,19 @@ def measure(
 
 def score_table(score: PointScore, title: str) -> Table:
     table = Table(title=escape(title), title_justify="left")
-    for heading in ("top-1 %", "large, k-NN", "large, linear", "small, k-NN", "small, linear"):
+    headings = [f"{on}, {by}" for on in score.knn for by in ("k-NN", "linear")]
+    for heading in ("top-1 %", *headings):
         table.add_column(heading, justify="left" if heading == "top-1 %" else "right")
     for kind, name in zip(KINDS, ("reference token", "patch token under it", "[CLS]"), strict=True):
-        cells = [f"{result[on][kind]:.1f}" for on in ON for result in (score.knn, score.linear)]
+        cells = [f"{result[on][kind]:.1f}" for on in score.knn for result in (score.knn, score.linear)]
         table.add_row(escape(name), *cells)
     return table
 
 
 def run(
     target: EvalTarget, data: str, *, train_split: str | None = None, val_split: str = "val",
-    classes: int | None = None, points: int = 3, scenes: int | None = None, seed: int = 0, size: int | None = None,
+    classes: int | None = None, palette: str | None = None, points: int = 3,
+    scenes: int | None = None, seed: int = 0, size: int | None = None,
     untrained: bool = False, workers: int | None = None,
 ) -> int:  # fmt: skip
     """The program: measure, print, record. data: folder of scenes; the other options: `python -m eval points`."""
@@ -189,7 +196,7 @@ def run(
     network = target.network(untrained)
     size, _ = scene_sizes(network.image_size, size)
     check_size(network, size)
-    train, val = voc_splits(data, size, train_split, val_split, classes)
+    train, val = voc_splits(data, size, train_split, val_split, classes, palette=palette)
     train = train.subset(scenes or len(train))
     workers = default_workers(len(train)) if workers is None else workers
     score = measure(network, train, val, points=points, seed=seed, workers=workers, progress=True)

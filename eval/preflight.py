@@ -7,8 +7,8 @@ seconds and before torch is loaded; what the report can do without is printed.
 import os
 from pathlib import Path
 
+from eval.masks import check_scenes
 from eval.target import check_classes, check_ignored, open_shards, same_folder
-from eval.voc import default_train_split, find_image, find_mask, read_split
 from pipeline.plan import Plan
 from pipeline.shards import Shards
 from runtime.config import Config, is_path, missing
@@ -66,14 +66,6 @@ def check_photos(config: Config, shards: Shards, plan: Plan) -> str:
     check_ignored(shards, val, config.eval.ignore_classes)
     check_classes(shards, val, config.eval.ignore_classes, training=True)
     return ""
-
-
-def check_scenes(voc: str) -> None:
-    """Raises UserError if a split of a folder in Pascal VOC's layout, or one of its images or masks, is missing."""
-    for split in (default_train_split(voc), "val"):
-        for scene in read_split(voc, split):
-            find_image(Path(voc), scene, split)
-            find_mask(Path(voc), scene, split)
 
 
 def check_scene_size(config: Config) -> None:

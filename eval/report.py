@@ -1,10 +1,12 @@
 """The main results of a run: the trained teacher, the same network before training, and raw pixels without a network.
 
-    python -m eval report RUN [--data FOLDER] [--ignore-class NAME] [--limit N] [--workers N] [--skip-existing]
+    python -m eval report RUN [--data FOLDER] [--palette FILE] [--ignore-class NAME] [--limit N] [--workers N]
+        [--skip-existing]
 
 k-NN (eval/knn.py) on [CLS], on the mean of the patch tokens and on raw pixels; linear segmentation (eval/linear_seg.py)
-on a folder in Pascal VOC's layout. Prints one table and writes RUN/results.json. Imports no torch until the arguments
-and the data are checked, and not at all if the results are up to date.
+on a folder in Pascal VOC's layout; without labels, the effective rank of [CLS] (eval/unlabeled.py). Prints one table and
+writes RUN/results.json, with the step and the hash of the network. Imports no torch until the arguments and the data are
+checked, and not at all with --skip-existing if the results are of this network.
 """
 
 import json
@@ -12,14 +14,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from eval.tables import result_table
-from eval.target import EvalTarget, NothingToTestOn, PhotoSets
-from eval.voc import default_train_split, read_split
+from eval.masks import check_scenes
+from eval.provenance import weights_of
+from eval.tables import read_object, result_notes, result_table
+from eval.target import EvalTarget, NothingToTestOn, PhotoSets, open_shards
 from runtime.errors import UserError
 from runtime.files import write_atomic
 
@@ -35,6 +37,7 @@ def run(
     path: str,
     *,
     data: str | None = None,
+    palette: str | None = None,
     limit: int | None = None,
     workers: int | None = None,
     skip_existing: bool = False,
@@ -51,35 +54,42 @@ def run(
             f"{path}: not a run folder (no config.yaml); for other networks use `python -m eval compare {path}`"
         )
     file = target.run / "results.json"
-    if skip_existing and is_fresh(file, target.run / "checkpoints"):
-        Console().print(result_table(json.loads(file.read_text()), str(target.path)))
-        print(f"from {file}")
+    weights = weights_of(target.path)
+    before = read_object(file)
+    if skip_existing and before.get("weights") == weights:
+        show(before, str(target.path))
+        print(f"from {file}, of step {weights['step']}")
         return 0
     target.ignore_classes(ignore_class)
-    results = measure(target, data or target.place("eval.voc"), limit, workers)
+    results = measure(target, data or target.place("eval.voc"), palette, limit, workers)
     results |= {
         "network": str(target.path),
+        "weights": weights,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 1),
     }
     write_atomic(file, json.dumps(results, indent=1) + "\n")
-    Console().print(result_table(results, str(target.path)))
+    show(results, str(target.path))
     print(f"written to {file}")
     return 0
 
 
-def is_fresh(results: Path, checkpoints: Path) -> bool:
-    """Whether there are results, and no checkpoint was written after them."""
-    if not results.is_file():
-        return False
-    written = [path.stat().st_mtime for path in checkpoints.glob("*.safetensors")]
-    return results.stat().st_mtime >= max(written, default=0.0)
+def show(results: dict[str, Any], title: str) -> None:
+    """Print results.json: the table, if there is anything in it, and the notes."""
+    if table := result_table(results, title):
+        Console().print(table)
+    for note in result_notes(results):
+        print(note)
 
 
 def measure(
-    target: EvalTarget, voc: str | None, limit: int | None = None, workers: int | None = None
+    target: EvalTarget,
+    voc: str | None,
+    palette: str | None = None,
+    limit: int | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
-    """The content of results.json: percentages, None for what is skipped. Prints what is skipped and why.
+    """The content of results.json: percentages, None for what cannot be measured, with the reasons.
 
     Raises UserError if the photos or the scenes cannot be used.
     """
@@ -88,8 +98,7 @@ def measure(
     except NothingToTestOn as error:
         sets, reason = None, str(error)
     if voc is not None:
-        for split in (default_train_split(voc), "val"):
-            read_split(voc, split)
+        check_scenes(voc, palette_file=palette)
     networks = {"trained": target.network()}
     try:
         networks["untrained"] = target.network(untrained=True)
@@ -98,16 +107,31 @@ def measure(
     scores: Scores = {n: dict.fromkeys(("knn_top1", "knn_top1_patches", "miou")) for n in ("trained", "untrained")}
     scores["pixels"] = {"knn_top1": None}
     settings: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    _measure_rank(networks, target, scores, settings)
     if sets is None:
-        print(f"k-NN skipped: {reason}")
+        skipped["k-NN"] = reason
     else:
         settings["knn"] = _measure_knn(networks, target, sets, workers, scores)
     if voc is None:
-        print("mIoU skipped: no scenes to segment (--data FOLDER, or eval.voc in the config)")
+        skipped["mIoU"] = "no scenes to segment (--data FOLDER, or eval.voc in the config)"
     else:
-        settings["segmentation"] = _measure_segmentation(networks, target, voc, workers, scores)
+        settings["segmentation"] = _measure_segmentation(networks, target, voc, palette, workers, scores)
     trained = scores.pop("trained")
-    return {**trained, **scores, "settings": settings}
+    return {**trained, **scores, "skipped": skipped, "settings": settings}
+
+
+def _measure_rank(networks: dict[str, "ViT"], target: EvalTarget, scores: Scores, settings: dict[str, Any]) -> None:
+    """Add the effective rank of [CLS] to the scores, and what it is of to the settings."""
+    from eval.unlabeled import rank_of_photos
+
+    folder = target.place("data.shards")
+    if folder is None:
+        return
+    shards = open_shards(folder, target.config)
+    for name, network in networks.items():
+        scores[name]["effective_rank"], photos = rank_of_photos(network, shards)
+        settings["effective_rank"] = {"photos": photos, "width": network.width}
 
 
 def _measure_knn(
@@ -136,7 +160,12 @@ def _measure_knn(
 
 
 def _measure_segmentation(
-    networks: dict[str, "ViT"], target: EvalTarget, voc: str, workers: int | None, scores: Scores
+    networks: dict[str, "ViT"],
+    target: EvalTarget,
+    voc: str,
+    palette: str | None,
+    workers: int | None,
+    scores: Scores,
 ) -> dict[str, Any]:
     """Add linear segmentation to the scores; returns its settings."""
     from eval.features import check_size, default_workers
@@ -146,7 +175,7 @@ def _measure_segmentation(
     protocol = Protocol.for_views(trained.image_size)
     protocol = replace(protocol, epochs=target.settings.seg_epochs, lr=target.settings.seg_lr)
     check_size(trained, protocol.size)
-    train, val = scenes_of(voc, protocol, None, "val")
+    train, val = scenes_of(voc, protocol, None, "val", palette=palette)
     if workers is None:
         workers = default_workers(len(train) * (protocol.epochs if protocol.augment else 1))
     for name, network in networks.items():

@@ -129,6 +129,7 @@ def run(
     train_split: str | None = None,
     val_split: str = "val",
     classes: int | None = None,
+    palette: str | None = None,
     pixels: bool = False,
     scenes: int | None = None,
     k: int = 30,
@@ -144,7 +145,7 @@ def run(
     network = target.network(untrained)
     size, _ = scene_sizes(network.image_size, size)
     check_size(network, size)
-    train, val = voc_splits(data, size, train_split, val_split, classes)
+    train, val = voc_splits(data, size, train_split, val_split, classes, palette=palette)
     train = train.subset(scenes or len(train))
     workers = default_workers(len(train)) if workers is None else workers
     options: dict[str, Any] = dict(k=k, temperature=temperature, memory_size=memory_size, seed=seed, pixels=pixels)

@@ -13,6 +13,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from eval.provenance import png_text
+from eval.target import MEASURES
+
 RESULT_ROWS = {  # of results.json
     "knn_top1": "k-NN top-1, [CLS]",
     "knn_top1_patches": "k-NN top-1, mean of the patch tokens",
@@ -28,7 +31,13 @@ MEASURE_ROWS = {  # of measures.json
     "cluster_seg_miou": "one cluster per class, mIoU",
     "retrieval_seg_miou": "segmentation by retrieval, mIoU",
     "retrieval_seg_miou_few": "segmentation by retrieval from 1/128 of the scenes, mIoU",
+    "points_reference_large": "reference token at a point on a large thing, k-NN",
+    "points_patch_large": "patch token at a point on a large thing, k-NN",
+    "points_reference_small": "reference token at a point on a small thing, k-NN",
+    "points_patch_small": "patch token at a point on a small thing, k-NN",
 }
+
+NOT_YET = "not yet"  # a measure that was not taken; what cannot be measured has no row
 
 Results = dict[str, Any]  # the object of results.json or measures.json
 Row = tuple[str, list[str], int | None]  # (label, one cell per column, index of the best cell)
@@ -47,24 +56,43 @@ def read_object(path: Path) -> Results:
 
 
 def result_rows(results: Results) -> list[tuple[str, list[str]]]:
-    """(label, cells of the trained network, the untrained network, raw pixels) of results.json.
+    """(label, cells of the trained network, the untrained network, raw pixels) of results.json. What could not be measured
+    has no row.
 
     Raises KeyError, TypeError or AttributeError if the results are of another version.
     """
     rows = []
     for key, label in RESULT_ROWS.items():
         values = (results[key], results["untrained"][key], results["pixels"].get(key))
-        rows.append((label, ["–" if value is None else f"{value:.2f}" for value in values]))
+        if any(value is not None for value in values):
+            rows.append((label, ["–" if value is None else f"{value:.2f}" for value in values]))
     return rows
 
 
-def result_table(results: Results, title: str) -> Table:
-    """results.json for the terminal. Raises as `result_rows`."""
+def result_notes(results: Results) -> list[str]:
+    """What results.json says besides its table: what cannot be measured and why, and the effective rank."""
+    skipped = results.get("skipped")
+    notes = [f"{what} cannot be measured: {why}" for what, why in (skipped or {}).items()]
+    rank, untrained = results.get("effective_rank"), (results.get("untrained") or {}).get("effective_rank")
+    if rank is not None and untrained is not None:
+        of = results["settings"]["effective_rank"]
+        notes.append(
+            f"Effective rank of [CLS]: {rank:.1f}, untrained {untrained:.1f}, of at most "
+            f"{min(of['width'], of['photos'] - 1)} ({of['photos']} photos; 0 is a collapse)"
+        )
+    return notes
+
+
+def result_table(results: Results, title: str) -> Table | None:
+    """results.json for the terminal; None if no row was measured. Raises as `result_rows`."""
+    rows = result_rows(results)
+    if not rows:
+        return None
     table = Table(title=escape(title), title_justify="left")
     table.add_column("%")
     for heading in ("trained", "untrained", "raw pixels"):
         table.add_column(heading, justify="right")
-    for label, cells in result_rows(results):
+    for label, cells in rows:
         table.add_row(escape(label), *cells)
     return table
 
@@ -96,22 +124,39 @@ def measure_columns(results: Results) -> dict[str, Results]:
     return results.get("means") or results["networks"]
 
 
+def measure_of(key: str) -> str:
+    """The measure that gives a figure: 'linear_seg' for 'linear_seg_miou_best'."""
+    return max((measure for measure in MEASURES if key.startswith(measure)), key=len)
+
+
 def measure_rows(results: Results) -> list[Row]:
-    """A row for each measure that at least one column has."""
+    """A row for each figure that at least one column has, or that is still to be measured."""
     columns = list(measure_columns(results).values())
+    expected = set(results.get("measures", ())) - set(results.get("skipped", {}))
     rows: list[Row] = []
     for key, label in MEASURE_ROWS.items():
         values = [column.get(key) for column in columns]
         known = [value for value in values if value is not None]
-        if not known:
+        measured = f"{measure_of(key)}_seconds"  # in each column whose measure was taken: it may lack some figures
+        everywhere = all(measured in column for column in results["networks"].values())
+        if not known and (measure_of(key) not in expected or everywhere):
             continue
-        cells = ["–" if value is None else f"{value:.2f}" for value in values]
+        missing = ["–" if measured in column else NOT_YET for column in columns]
+        cells = [none if value is None else f"{value:.2f}" for value, none in zip(values, missing, strict=True)]
         for i, column in enumerate(columns):
             if key in column.get("spread", {}):
                 low, high = column["spread"][key]
                 cells[i] += f" ({low:.1f} – {high:.1f})"
         rows.append((label, cells, values.index(max(known)) if len(known) > 1 else None))
     return rows
+
+
+def measure_notes(results: Results) -> list[str]:
+    """What measures.json says besides its table: which measures cannot be taken, and why."""
+    reasons: dict[str, list[str]] = {}
+    for measure, why in results.get("skipped", {}).items():
+        reasons.setdefault(why, []).append(measure)
+    return [f"{', '.join(measures)} cannot be measured: {why}" for why, measures in reasons.items()]
 
 
 def measure_table(results: Results) -> Table:
@@ -131,7 +176,7 @@ def measure_markdown(results: Results) -> str:
     lines = [f"| % | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for label, cells, best in measure_rows(results):
         lines.append(f"| {label} | {' | '.join(f'**{c}**' if i == best else c for i, c in enumerate(cells))} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(f"\n{note}" for note in measure_notes(results))]) + "\n"
 
 
 def render_table(results: Results, file: Path) -> None:
@@ -156,4 +201,5 @@ def render_table(results: Results, file: Path) -> None:
         cell.set_text_props(ha="left" if column == 0 else "right")
         if row == 0 or (column and rows[row - 1][2] == column - 1):
             cell.set_text_props(weight="bold")
-    figure.savefig(file)
+    stamps = [column["weights"] for column in results["networks"].values() if "weights" in column]
+    figure.savefig(file, metadata=png_text(stamps))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.provenance import known_weights
 from pipeline.plan import Plan
 from pipeline.remote import is_address
 from pipeline.shards import Shards
@@ -33,7 +34,7 @@ TIMM = "timm:"  # before a model's name; the same as in model.weights, which loa
 KINDS = ("cls", "patches", "pixels")  # features of a photo: [CLS], mean of the patch tokens, raw pixels
 MEMORY_SIZE = 1_024_000  # tokens of the memory bank in segmentation by retrieval: 1.6 GB for ViT-S
 PROTOCOLS = ("densedino", "leopart")  # of linear segmentation
-MEASURES = ("knn", "linear", "linear_seg", "cluster_seg", "retrieval_seg")  # evaluations that `compare` runs
+MEASURES = ("knn", "linear", "linear_seg", "cluster_seg", "retrieval_seg", "points")  # evaluations that `compare` runs
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,9 @@ class EvalTarget:
         """Append a line to the run's evaluations.jsonl; returns the message for the user."""
         if self.run is None:
             return f"not recorded: {self.path} is in no run folder"
-        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "what": what, "network": str(self.path)}
+        weights = {"step": 0} if results.get("untrained") else known_weights(self.path)
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        line = {"time": time, "what": what, "network": str(self.path), "weights": weights}
         file = self.run / "evaluations.jsonl"
         append_jsonl(file, line | results)
         return f"recorded in {file}"
@@ -187,6 +190,7 @@ class EvalSpec:
     train: str | None = None
     val: str | None = None
     data: str | None = None  # folder of scenes
+    palette: str | None = None  # file with the classes of their masks' colors
     limit: int | None = None
     seeds: int = 5
     workers: int | None = None

@@ -17,7 +17,7 @@ def again(*more: str) -> str:
         defaults = {"CONFIG": "configs/demo.yaml", "RUN": f"runs/{_run_name(given)}"}
         words = [f"{name}={shlex.quote(value)}" for name, value in given.items() if value != defaults.get(name)]
         arguments = shlex.join(_replace(shlex.split(os.environ.get("ARGS", "")), more))
-        return " ".join([started, *words, f"ARGS={_quote(arguments)}"]).replace("$", "$$")
+        return " ".join([started, *words, f"ARGS={_quote(arguments)}"])
     program, *words = sys.argv
     # what torchrun itself was given is not known here
     launcher = "torchrun …" if "TORCHELASTIC_RUN_ID" in os.environ else "python"

@@ -44,7 +44,7 @@ def compile_parts(parts: list[nn.Module], device: torch.device) -> str:
     for part in parts:
         # static shapes: a run has few, and Dynamo's DDP optimizer cannot split a graph with symbolic ones
         part.compile(dynamic=False)
-    return "compiling: the first steps take a while"
+    return "compiling: the first step takes a while, minutes for a large network; the time left does not count it"
 
 
 def compile_failure(error: Exception) -> str | None:

@@ -6,14 +6,17 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from runtime.distributed import DistributedContext
@@ -32,6 +35,18 @@ PACKAGES = (
 
 COLLAPSE_ROWS = 5  # rows of metrics in a row with an entropy at 0 or log K: then the teacher has collapsed
 PRINT_SECONDS = 10  # between two lines where there is no live screen
+UNKNOWN_TIME = "-:--"
+# what a line says of each metric; all metrics are in metrics.jsonl
+LINE: dict[str, Callable[[float], str]] = {
+    "loss": lambda loss: f"loss {loss:.4g}",
+    "images_per_second": lambda speed: f"{_short(speed)} images/s",
+    "data_wait_percent": lambda percent: f"data wait {percent:.1f} %",
+}
+# of these a line is printed whenever they occur
+RARE: dict[str, Callable[[float], str]] = {
+    "knn_top1": lambda percent: f"k-NN {percent:.1f} %",
+    "skipped_steps": lambda steps: f"{steps:.0f} steps skipped, not finite",
+}
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
@@ -52,6 +67,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def is_collapsed(entropy: float, highest: float) -> bool:
+    """Whether an entropy of the teacher's probabilities is at 0 or at its highest value, log of the number of prototypes."""
+    return entropy <= 0.01 * highest or entropy >= 0.999 * highest
 
 
 def versions() -> dict[str, str]:
@@ -115,6 +135,8 @@ class MetricLogger:
     Warns once if the teacher has collapsed: the entropy of its probabilities stays at 0 (the same prototype for every
     image) or at log `prototypes` (all prototypes alike).
 
+    The time left is that of the steps after the first one, which compiles: `begin` before it, `first_step_done` after it.
+
     steps: of the whole run. start: steps done before.
     """
 
@@ -128,15 +150,31 @@ class MetricLogger:
         self._last_print = -1e9
         self._progress = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps ·"),
-            TimeElapsedColumn(), TextColumn("elapsed ·"), TimeRemainingColumn(), TextColumn("left"),
+            TimeElapsedColumn(), TextColumn("elapsed · {task.fields[left]} left"),
             console=self._console,
         )  # fmt: skip
-        self._task = self._progress.add_task(folder.name, total=steps, completed=start)
+        # the elapsed time, and nothing else, is rich's: its estimate forgets steps that are slower than half a minute
+        self._task = self._progress.add_task(escape(folder.name), total=steps, completed=start, left=UNKNOWN_TIME)
         live = self._console.is_terminal
         self._screen = Live(self._progress, console=self._console, refresh_per_second=4) if live else None
         if self._screen:
             self._screen.start()
-        self._started, self._start = time.monotonic(), start
+        self._started, self._counted_from = time.monotonic(), start  # the steps that the time left is reckoned from
+
+    def begin(self, note: str) -> None:
+        """The first step begins. note: what it does besides, under the bar of the live screen until the step is done."""
+        self._started = time.monotonic()
+        if self._screen and note:
+            self._screen.update(Group(self._progress, Text(note)))
+
+    def first_step_done(self) -> None:
+        """From here on time is counted. Says how long the step took, if that was long enough to wonder."""
+        took, self._started = time.monotonic() - self._started, time.monotonic()
+        self._counted_from += 1
+        if self._screen:
+            self._screen.update(self._progress)
+        if took > PRINT_SECONDS:
+            self.log(f"the first step took {_time(took)}; the time left does not count it")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log the values after `step` steps."""
@@ -144,18 +182,18 @@ class MetricLogger:
         append_jsonl(self.folder / "metrics.jsonl", row)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        self._progress.update(self._task, completed=step)
+        self._progress.update(self._task, completed=step, left=self._left(step))
         if self._screen:
             self._screen.update(Group(self._progress, self._table(row)))
-        elif time.monotonic() - self._last_print > PRINT_SECONDS or step == self.steps:
+        elif time.monotonic() - self._last_print > PRINT_SECONDS or step == self.steps or RARE.keys() & values:
             self._last_print = time.monotonic()
-            self.log(self._line(row))
+            self.log(self._line(step, values))
         if "teacher_entropy" in values:
             self._check_collapse(step, values["teacher_entropy"])
 
     def log(self, message: str) -> None:
         """Print a line, above the live screen if there is one."""
-        self._console.print(message, highlight=False, soft_wrap=True)
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._screen:
@@ -163,8 +201,7 @@ class MetricLogger:
         self._board.close()
 
     def _check_collapse(self, step: int, entropy: float) -> None:
-        share = entropy / self._max_entropy
-        self._collapsed_rows = self._collapsed_rows + 1 if share <= 0.01 or share >= 0.999 else 0
+        self._collapsed_rows = self._collapsed_rows + 1 if is_collapsed(entropy, self._max_entropy) else 0
         if self._collapsed_rows == COLLAPSE_ROWS:
             self.log(
                 f"warning: the teacher has collapsed: at step {step} its probabilities have an entropy of {entropy:.3g}, "
@@ -181,12 +218,16 @@ class MetricLogger:
             table.add_row(*cells[i : i + 4])
         return table
 
-    def _line(self, row: dict[str, float]) -> str:
-        done = int(row["step"]) - self._start
-        elapsed = time.monotonic() - self._started
-        left = elapsed / max(1, done) * (self.steps - int(row["step"]))
-        cells = " · ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in row.items() if name != "step")
-        return f"step {int(row['step'])}/{self.steps} · {_time(left)} left · {cells}"
+    def _line(self, step: int, values: dict[str, float]) -> str:
+        """A line for a file: step, time left, loss, speed, data wait; and what is rare."""
+        cells = [text(values[name]) for name, text in (LINE | RARE).items() if name in values]
+        return " · ".join([f"step {step}/{self.steps}", f"{self._left(step)} left", *cells])
+
+    def _left(self, step: int) -> str:
+        done = step - self._counted_from
+        if done < 1:
+            return UNKNOWN_TIME
+        return _time((time.monotonic() - self._started) / done * (self.steps - step))
 
 
 def _short(value: float) -> str:

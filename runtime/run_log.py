@@ -39,17 +39,20 @@ class RunLog:
             row = {"step": start, "command": command_line(), **versions()}
             append_jsonl(folder / "versions.jsonl", row)
 
-    def start_steps(self, checkpoint: Path | None, messages: list[str]) -> None:
+    def start_steps(self, checkpoint: Path | None, messages: list[str], compiled: str = "") -> None:
         """Print what is trained, on what, and the messages that are not empty; start the clock of the first step.
 
-        checkpoint: the one from which the run resumes.
+        checkpoint: the one from which the run resumes. compiled: what `compile_parts` says; it stays on the live screen
+        until the first step is done.
         """
         context = self.context
         self.log(describe(self.config, self.plan, context.world_size, str(context.device), str(context.dtype)))
         self.log(f"resumed at step {self.start} from {checkpoint}" if checkpoint else f"a new run in {self.folder}")
-        for message in [*messages, precision_warning(context)]:
+        for message in [*messages, compiled, precision_warning(context)]:
             if message:
                 self.log(message)
+        if self.logger:
+            self.logger.begin(compiled)
         self.metric_sums = MetricSums(self.start)
 
     def log(self, message: str) -> None:
@@ -61,6 +64,8 @@ class RunLog:
         """Add a step: its samples (int64 [B] on any device) and its metrics, as `train_step` returns them. The host does not
         wait for the device."""
         self.metric_sums.add(metrics)
+        if self.logger and step == self.start:
+            self.logger.first_step_done()
         if self.config.run.log_samples:
             self.samples.add_seen(step, ids)
 

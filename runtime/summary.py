@@ -1,5 +1,8 @@
-"""What would be trained, and what it needs: for `--dry-run` and the first lines of a run."""
+"""What would be trained, and what it needs: for `--dry-run` and the first lines of a run. And its last lines."""
 
+import shlex
+import sys
+from pathlib import Path
 from typing import Any
 
 from runtime.config import Config
@@ -40,3 +43,24 @@ def print_summary(
         )
     for message in filter(None, messages):
         print(message)
+
+
+def describe_end(folder: Path, steps: int, loading: list[str]) -> str:
+    """The last lines of a run: where its backbone is, the lines of Python that load it, and three commands."""
+    run, export = str(folder), str(Path("exported", folder.resolve().name))
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    commands = {
+        shlex.join(["make", "eval", f"RUN={run}"]): "k-NN and segmentation, beside the untrained network",
+        shlex.join(["make", "export", f"RUN={run}", f"DST={export}"]): "a folder for timm; ARGS=--onnx: ONNX too",
+        shlex.join([str(python), "-m", "eval", "compare", run, "--untrained"]): "every measure; name more runs",
+    }
+    width = max(map(len, commands))
+    return "\n".join(
+        [
+            f"finished: {steps} steps; the backbone is {folder}/backbone.safetensors. In Python:",
+            *(f"    {line}" for line in loading),
+            "next:",
+            *(f"    {command:{width}}  # {what}" for command, what in commands.items()),
+        ]
+    )

@@ -4,7 +4,6 @@ Long: all cases share the painted folders of scenes made here.
 """
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from eval.features import scene_batches, scene_tokens, upsample
 from eval.linear_seg import EpochScore, Protocol, best_of, fit, scenes_of
 from eval.miou import confusion, intersection_over_union, score_of
 from model.vit import ViT
+from runtime.checkpoint import save_backbone
 from runtime.errors import UserError
 
 COLORS = np.array([(40, 40, 40), (220, 60, 40), (40, 90, 230)], np.uint8)  # of classes 0, 1, 2
@@ -201,7 +201,7 @@ def test_a_wrong_folder_of_scenes_is_refused(voc, tmp_path):
     Image.fromarray(np.zeros((48, 60, 3), np.uint8)).save(voc / "SegmentationClass" / "val0.png")
     refused("a mask must be a palette or gray PNG")
     (voc / "SegmentationClass" / "val0.png").unlink()
-    refused("val0.png: no such mask, but split 'val' lists it")
+    refused("val.txt, line 1: no mask of 'val0' in .*SegmentationClass$")
     (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
     refused("the split is empty")
 
@@ -350,7 +350,7 @@ def run(tmp_path, monkeypatch):
         return ViT(width=24, depth=1, heads=2, patch=8, image_size=48)
 
     monkeypatch.setattr("model.weights.load_backbone", load)
-    (tmp_path / "run").mkdir()
+    save_backbone(tmp_path / "run" / "checkpoints" / "checkpoint-00000007.safetensors", load(""), {"steps": 7})
     (tmp_path / "run" / "config.yaml").write_text(
         "data: {shards: nowhere, views: [{count: 2, size: 48, teacher: true}]}\n"
         "model: {arch: custom, width: 24, depth: 1, heads: 2, patch: 8}\noptim: {global_batch_size: 8}\n"
@@ -418,9 +418,9 @@ def test_the_report_compares_trained_untrained_and_pixels(run, voc, tmp_path, ca
     assert command_line.main(["report", str(run), "--skip-existing"]) == 0  # printed again, not measured again
     assert f"{results['miou']:.2f}" in capsys.readouterr().out
     assert json.loads((run / "results.json").read_text()) == results
-    (run / "checkpoints").mkdir()
-    (run / "checkpoints" / "checkpoint-00000009.safetensors").touch()
-    os.utime(run / "results.json", (0, 0))  # trained further since
+    assert results["weights"]["step"] == 7
+    newest = run / "checkpoints" / "checkpoint-00000009.safetensors"  # trained further since
+    save_backbone(newest, ViT(width=24, depth=1, heads=2, patch=8, image_size=48), {"steps": 9})
     assert command_line.main(["report", str(run), "--skip-existing"]) == 0
     assert "written to" in capsys.readouterr().out
 
@@ -434,8 +434,9 @@ def test_a_report_names_what_it_skips(run, voc, tmp_path, capsys):
     config.write_text(config.read_text().replace("shards: nowhere", f"shards: {tmp_path / 'unlabeled'}, holdout: 0.2"))
     assert command_line.main(["report", str(run)]) == 0
     screen = capsys.readouterr().out
-    assert screen.count("k-NN skipped: these shards have no classes") == 1
-    assert screen.count("mIoU skipped") == 1
+    assert screen.count("k-NN cannot be measured: these shards have no classes") == 1
+    assert screen.count("mIoU cannot be measured: no scenes to segment (--data FOLDER") == 1
+    assert "│" not in screen  # no table without a number in it
     results = json.loads((run / "results.json").read_text())
     assert (
         results["knn_top1"] is results["miou"] is results["untrained"]["miou"] is results["pixels"]["knn_top1"] is None

@@ -1,6 +1,7 @@
-"""The point probe (eval/points.py): where points are drawn, what it measures, and that a token which knows its place wins."""
+"""The point probe (eval/points.py): where points are drawn, what it measures, that a token which knows its place wins."""
 
 import math
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -100,19 +101,22 @@ def test_attention_of_a_batch_is_that_of_each_image():
 
 
 def test_scenes_without_small_things(scenes, tmp_path):
-    from shutil import copytree
-
+    """They are left out of the results; scenes without any thing are refused."""
     folder = copytree(scenes, tmp_path / "one")
-    for path in (folder / "SegmentationClass").iterdir():
-        mask = np.array(Image.open(path))
-        Image.fromarray(np.where(mask > 2, 0, mask).astype(np.uint8), "L").save(path)
-    train, val = VocSegmentation(folder, "train", 32), VocSegmentation(folder, "val", 32)
-    with pytest.raises(UserError, match="no scene has a second thing to draw points on"):
-        measure(network(), train, val)
+
+    def keep(classes: int) -> tuple[VocSegmentation, VocSegmentation]:
+        for path in (folder / "SegmentationClass").iterdir():
+            mask = np.array(Image.open(path))
+            Image.fromarray(np.where(mask > classes, 0, mask).astype(np.uint8), "L").save(path)
+        return VocSegmentation(folder, "train", 32), VocSegmentation(folder, "val", 32)
+
+    assert set(measure(network(), *keep(2)).knn) == {"large"}
+    with pytest.raises(UserError, match="no scene has a thing to draw points on"):
+        measure(network(), *keep(0))
 
 
 def test_program(scenes, tiny_config, tmp_path):
     run_program("train.py", tiny_config, "optim.epochs=1", "optim.warmup_epochs=0")
     out = run_program("-m", "eval", "points", tmp_path / "run", "--data", scenes, "--untrained").stdout
-    assert "patch token under it" in out
+    assert all(word in out for word in ("reference", "patch token", "[CLS]", "small"))
     assert "of their variance is within a scene" in out

@@ -16,10 +16,10 @@ from eval.datasets import center_crop
 from eval.features import normalized
 from model.reference import resize_grid
 from model.vit import ARCHS, ViT
-from model.weights import load_backbone
+from model.weights import load_backbone, timm_model
 from runtime.checkpoint import save_backbone
 from runtime.errors import UserError
-from tools.export.timm_folder import export, hub_config, timm_model
+from tools.export.timm_folder import export, hub_config
 
 # Evaluates each expression on the same images; imports torch and timm only.
 _ELSEWHERE = """

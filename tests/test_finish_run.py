@@ -1,13 +1,11 @@
-"""What follows training: every part is made even if another one fails, and what is current is kept."""
-
-import os
+"""What follows training: every part is made even if another one fails. What is kept: tests/faults/test_f29_weights.py."""
 
 import pytest
 
 from runtime.errors import RunError, UserError
 from tools import finish_run
 
-PICTURES = ["views", "attention", "pca", "similarity", "points"]
+PICTURES = ["views", "attention", "pca", "similarity", "neighbors", "points"]
 
 
 @pytest.fixture
@@ -63,20 +61,6 @@ def test_the_exit_code_is_that_of_the_first_failure(run, calls, capsys):
     errors |= {"views": RunError("process 1 exited"), "html": UserError("no page")}
     assert finish_run.main([str(run)]) == 1
     assert capsys.readouterr().err == "error: process 1 exited\nerror: no page\n"
-
-
-def test_a_current_page_is_kept(run, calls, capsys):
-    calls, _ = calls
-    page, results = run / "report.html", run / "results.json"
-    for path, time in ((run / "config.yaml", 1), (results, 2), (page, 3)):
-        path.touch()
-        os.utime(path, (time, time))
-    assert finish_run.main([str(run), "--skip-existing"]) == 0
-    assert ["html", str(run)] not in calls
-    assert capsys.readouterr().out == f"{page}: already there\n"
-    os.utime(results, (4, 4))
-    assert finish_run.main([str(run), "--skip-existing"]) == 0
-    assert calls[-1] == ["html", str(run)]
 
 
 def test_no_run_folder(tmp_path, calls):

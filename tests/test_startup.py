@@ -4,7 +4,13 @@ import json
 import shlex
 
 import pytest
+import torch
 from conftest import run_program
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from eval.provenance import png_text, weights_of
+from runtime.checkpoint import save_backbone
 
 HEAVY = ("torch", "torchvision", "timm", "matplotlib", "numba")
 
@@ -38,6 +44,7 @@ COMMANDS = {  # command line: exit code
     "tools.show points {run} no/such/photo.jpg": 2,
     "tools.show similarity {run} --compare no/such/run": 2,
     "tools.show segmentation {run} --scenes 0": 2,
+    "tools.show neighbors {run} --queries 0": 2,
     "tools.show views no/such/shards": 2,
     "tools.show views {run} --images 0": 2,
     "tools.show views {run} --skip-existing": 0,
@@ -63,6 +70,9 @@ COMMANDS = {  # command line: exit code
     "tools.make_shards make no/such/photos shards": 2,
     "tools.export --help": 0,
     "tools.export no/such/run exported": 2,
+    "tools.pretrain --help": 0,
+    "tools.pretrain --gpus x configs/demo.yaml": 2,
+    "tools.pretrain --restarts x configs/demo.yaml": 2,
     "tools.finish_run --help": 0,
     "tools.finish_run no/such/run": 2,
     "tools.finish_run {run} --skip-existing": 0,
@@ -112,10 +122,14 @@ def run(tmp_path_factory):
     (folder / "pictures").mkdir(parents=True)
     (folder / "config.yaml").write_text("data: {shards: no/such/shards}\n")
     missing: dict = {"knn_top1": None, "knn_top1_patches": None, "miou": None}
-    results = missing | {"untrained": missing, "pixels": {"knn_top1": None}, "settings": {}}
+    save_backbone(folder / "checkpoints" / "checkpoint-00000007.safetensors", torch.nn.Linear(1, 1), {"steps": 7})
+    weights = weights_of(folder)
+    results = missing | {"untrained": missing, "pixels": {"knn_top1": None}, "settings": {}, "weights": weights}
     (folder / "results.json").write_text(json.dumps(results))
-    for name in ("views", "attention", "pca", "similarity", "points"):
-        (folder / "pictures" / f"{name}.png").write_bytes(b"")
+    text = PngInfo()
+    text.add_text(*png_text([weights]).popitem())
+    for name in ("views", "attention", "pca", "similarity", "neighbors", "points"):
+        Image.new("L", (1, 1)).save(folder / "pictures" / f"{name}.png", pnginfo=text)
     (folder / "report.html").write_text("")
     return folder
 

@@ -4,8 +4,8 @@
 
 The same as `python -m eval report RUN`, `python -m tools.show run RUN` and `python -m eval html RUN`, but torch is loaded
 once. If a part fails, its message is printed and the others are still made; the exit code is that of the first failure.
-With --skip-existing, results that are newer than the last checkpoint, pictures that exist, and a page that is newer than
-all it shows are kept.
+With --skip-existing, results and pictures of the run's weights are kept; those of other weights are made again. The page
+takes half a second and is always written.
 """
 
 import sys
@@ -19,16 +19,6 @@ import tools.show.__main__ as show
 from runtime.errors import RunError, UserError, run_cli
 from tools.docstring import make_parser
 from tools.show.run import pictures_of
-
-PAGE = "report.html"
-SHOWN = ("*.json", "*.jsonl", "config.yaml", "pictures/*.png")  # files of a run that its page shows
-
-
-def is_current(run: Path) -> bool:
-    """Whether the page is newer than every file that it shows."""
-    page = run / PAGE
-    shown = [path.stat().st_mtime for pattern in SHOWN for path in run.glob(pattern)]
-    return page.is_file() and page.stat().st_mtime >= max(shown, default=0.0)
 
 
 def attempt(part: Callable[[], object]) -> int:
@@ -50,18 +40,15 @@ def finish(run: Path, skip_existing: bool) -> int:
     skip = ["--skip-existing"] if skip_existing else []
     parts: list[Callable[[], object]] = [partial(evaluate.main, ["report", str(run), *skip])]
     parts += [partial(show.main, [picture, str(run), *skip]) for picture in pictures]
+    parts.append(partial(evaluate.main, ["html", str(run)]))
     codes = [attempt(part) for part in parts]
-    if skip_existing and is_current(run):
-        print(f"{run / PAGE}: already there")
-    else:
-        codes.append(attempt(partial(evaluate.main, ["html", str(run)])))
     return next((code for code in codes if code), 0)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("tools.finish_run", "tools.finish_run")
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--skip-existing", action="store_true", help="keep results, pictures and page that are current")
+    parser.add_argument("--skip-existing", action="store_true", help="keep results and pictures of the run's weights")
     args = parser.parse_args(argv)
     return finish(args.run, args.skip_existing)
 

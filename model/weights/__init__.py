@@ -2,15 +2,15 @@
 
 read.py      a file or run folder -> what it contains. Safe: nothing is unpickled but tensors and plain options
 names.py     the parameter names of every checkpoint format <-> ours; loading is strict
-timm_hub.py  timm:NAME, the pretrained weights that timm knows by a name
+timm_hub.py  timm:NAME, the pretrained weights that timm knows by a name; the call of timm that loads a backbone of ours
 init.py      the backbone of any of these (evaluation), and a run that starts from them (model.init)
 """
 
 from model.weights.init import about_backbone, load_backbone, load_pretrained, read_network, weights_seed
 from model.weights.names import load_strictly, remap_keys
-from model.weights.timm_hub import TIMM
+from model.weights.timm_hub import TIMM, loading_lines, timm_call, timm_model
 
 __all__ = [
-    "TIMM", "about_backbone", "load_backbone", "load_pretrained", "load_strictly", "read_network", "remap_keys",
-    "weights_seed",
+    "TIMM", "about_backbone", "load_backbone", "load_pretrained", "load_strictly", "loading_lines", "read_network",
+    "remap_keys", "timm_call", "timm_model", "weights_seed",
 ]  # fmt: skip

@@ -1,19 +1,24 @@
-"""`timm:NAME`: the pretrained weights that timm knows by this name, if it is a plain pre-norm ViT."""
+"""timm and us: `timm:NAME`, the pretrained weights that timm knows by this name, if it is a plain pre-norm ViT; and the call
+of timm that loads a backbone of ours."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 
+from model.vit import ARCHS, ViT
 from model.weights.names import BACKBONE_KEYS
 from runtime.errors import UserError, suggest
 
 TIMM = "timm:"
 _LOCAL = "local-dir:"
+HUB_TIMEOUT = 5  # seconds
 
 
 def read_timm(name: str) -> tuple[dict, dict]:
@@ -23,21 +28,7 @@ def read_timm(name: str) -> tuple[dict, dict]:
     Raises UserError if timm knows no such model, if it is not a plain pre-norm ViT with [CLS], or if its weights cannot be
     fetched.
     """
-    known = timm.list_models("vit_*", pretrained=True)
-    local = name.startswith(_LOCAL)
-    if local and not (Path(name.removeprefix(_LOCAL)) / "config.json").is_file():
-        raise UserError(f"timm:{name}: not a folder in timm's hub format (config.json is missing)")
-    if not local and not timm.is_model(name):
-        raise UserError(f"timm:{name}: timm has no such model{suggest(name, known)}")
-    if not local and not timm.models.is_model_pretrained(name):
-        raise UserError(f"timm:{name}: timm has no pretrained weights for it{suggest(name, known)}")
-    try:
-        with torch.device("meta"):
-            empty: Any = timm.create_model(name, num_classes=0)
-    except Exception as error:  # a folder's config.json may contain anything
-        raise UserError(f"timm:{name}: timm cannot build it ({' '.join(str(error).split())[:200]})") from None
-    if reason := incompatibility(empty):
-        raise UserError(f"timm:{name}: not a plain pre-norm ViT with [CLS]: {reason}")
+    check_timm(name)
     try:
         theirs: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub's client raises many types without a network
@@ -56,6 +47,44 @@ def read_timm(name: str) -> tuple[dict, dict]:
     shift = (weight * ((ours_mean - mean) / std).view(1, 3, 1, 1)).sum((1, 2, 3))
     tensors["backbone.patch_embed.proj.bias"] = (bias + shift).float()
     return tensors, {"heads": theirs.blocks[0].attn.num_heads}
+
+
+def check_timm(name: str) -> None:
+    """Raises UserError, in seconds, if timm knows no such pretrained model, if it is not a plain pre-norm ViT with [CLS], or
+    if its weights are not in the hub's cache and the hub does not answer (its client would try again for a minute)."""
+    known = timm.list_models("vit_*", pretrained=True)
+    local = name.startswith(_LOCAL)
+    if local and not (Path(name.removeprefix(_LOCAL)) / "config.json").is_file():
+        raise UserError(f"timm:{name}: not a folder in timm's hub format (config.json is missing)")
+    if not local and not timm.is_model(name):
+        raise UserError(f"timm:{name}: timm has no such model{suggest(name, known)}")
+    if not local and not timm.models.is_model_pretrained(name):
+        raise UserError(f"timm:{name}: timm has no pretrained weights for it{suggest(name, known)}")
+    try:
+        with torch.device("meta"):
+            empty: Any = timm.create_model(name, num_classes=0)
+    except Exception as error:  # a folder's config.json may contain anything
+        raise UserError(f"timm:{name}: timm cannot build it ({' '.join(str(error).split())[:200]})") from None
+    if reason := incompatibility(empty):
+        raise UserError(f"timm:{name}: not a plain pre-norm ViT with [CLS]: {reason}")
+    pretrained = None if local else timm.models.get_pretrained_cfg(name)
+    if pretrained is None or not pretrained.hf_hub_id or _is_cached(str(pretrained.hf_hub_id)):
+        return
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception as error:  # the client's own types, of several packages
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"timm:{name}: its weights are not in the cache ({huggingface_hub.constants.HF_HUB_CACHE}) and "
+            f"{huggingface_hub.constants.ENDPOINT} does not answer ({reason}); run the same command with a "
+            "network connection, or download the file elsewhere and give its path instead"
+        ) from None
+
+
+def _is_cached(hub: str) -> bool:
+    """Whether the hub's cache holds weights of this repository."""
+    files = ("model.safetensors", "pytorch_model.bin")
+    return any(isinstance(huggingface_hub.try_to_load_from_cache(hub, file), str) for file in files)
 
 
 def incompatibility(theirs: torch.nn.Module) -> str | None:
@@ -80,3 +109,35 @@ def incompatibility(theirs: torch.nn.Module) -> str | None:
     if norm.eps != 1e-6:
         return f"its norms' eps is {norm.eps:g}, not 1e-06"
     return None
+
+
+def timm_model(vit: ViT) -> tuple[str, dict[str, int]]:
+    """(timm's name, its further arguments) of a backbone."""
+    shape = {"embed_dim": vit.width, "depth": len(vit.blocks), "num_heads": vit.heads}
+    names = [name for name, dims in ARCHS.items() if dims == tuple(shape.values())]
+    arguments = {} if names else shape
+    if vit.patch != 16:
+        arguments["patch_size"] = vit.patch
+    if vit.image_size != 224:
+        arguments["img_size"] = vit.image_size
+    return f"{names[0] if names else 'vit_tiny'}_patch16_224", arguments
+
+
+def timm_call(vit: ViT, path: Path) -> str:
+    """The call of timm, as Python, that loads a backbone's file."""
+    name, arguments = timm_model(vit)
+    keywords = "".join(f", {key}={value}" for key, value in arguments.items())
+    return f'timm.create_model("{name}", num_classes=0{keywords}, checkpoint_path={_literal(path)})'
+
+
+def loading_lines(vit: ViT, path: Path) -> list[str]:
+    """The lines of Python that load a backbone's file: with timm alone, or with this repository if a plain ViT would have
+    other features."""
+    if vit.attention == "all_query":  # its patches never attend to [CLS], those of a plain ViT do
+        return ["from model.weights import load_backbone", f"vit = load_backbone({_literal(path)})"]
+    return ["import timm", f"vit = {timm_call(vit, path)}"]
+
+
+def _literal(path: Path) -> str:
+    """A path as a string of Python, in double quotes."""
+    return json.dumps(str(path), ensure_ascii=False)

@@ -124,8 +124,7 @@ class Sources:
 def _read(path: Path, errors: ConfigErrors, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Sources]:
     """The file's mapping merged over that of its `base`, and where each key comes from."""
     if not path.is_file():
-        known = [str(p) for p in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such config{suggest(str(path), known)}")
+        raise UserError(f"{path}: no such config{_suggest_config(path)}")
     if path.stat().st_size > yaml.MAX_SIZE:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for a config (at most {yaml.MAX_SIZE:,})")
     try:
@@ -154,6 +153,13 @@ def _read(path: Path, errors: ConfigErrors, seen: tuple[Path, ...] = ()) -> tupl
         own = tree
     sources.given |= dict.fromkeys(dotted(own), str(path))
     return tree, sources
+
+
+def _suggest_config(path: Path) -> str:
+    """The end of a message: which config was probably meant, in the same folder, in configs/ or in a run's folder."""
+    known = [*sorted(path.parent.glob("*.yaml")), *sorted(Path("configs").glob("*.yaml")), *path.glob("config.yaml")]
+    same = [str(p) for p in known if p.stem == path.stem or p.parent == path]
+    return suggest(str(path), same, cutoff=0) if same else suggest(str(path), map(str, known))
 
 
 def merge(below: Any, above: Any) -> Any:

@@ -38,13 +38,13 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F26": ("what the end of a run needs", 20),
     "F27": ("a run that was copied or moved", 13),
     "F28": ("values that change only the speed", 21),
-    "F29": ("derived files of other weights", 0),
+    "F29": ("derived files of other weights", 15),
     "F30": ("training longer", 15),
-    "F31": ("masks that measure nothing", 0),
-    "F32": ("lists of scenes", 0),
-    "F33": ("odd words for make", 0),
+    "F31": ("masks that measure nothing", 36),
+    "F32": ("lists of scenes", 21),
+    "F33": ("odd words for make", 60),
     "F34": ("lists and reasons", 36),
-    "F35": ("the first minutes", 0),
+    "F35": ("the first minutes", 25),
 }
 WHOLE = os.environ.get("FAULTS") == "all"
 

@@ -44,7 +44,9 @@ def voc(tmp_path) -> Path:
         (folder / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(scenes) + "\n")
         for scene in scenes:
             Image.new("RGB", (48, 48)).save(folder / f"JPEGImages/{scene}.jpg")
-            Image.new("L", (48, 48)).save(folder / f"SegmentationClass/{scene}.png")
+            mask = Image.new("L", (48, 48))
+            mask.paste(1, (10, 10, 30, 30))
+            mask.save(folder / f"SegmentationClass/{scene}.png")
     return folder
 
 
@@ -79,9 +81,13 @@ MISSING = {  # what: (words, what is made or removed before, parts of the messag
     "no split of scenes": (
         "eval.voc={voc}", lambda f: without(f["voc"] / "ImageSets/Segmentation/val.txt"), ["no split 'val'"],
     ),
-    "an image is gone": ("eval.voc={voc}", lambda f: without(f["voc"] / "JPEGImages/d.jpg"), ["JPEGImages/d.jpg: no such"]),
+    "an image is gone": (
+        "eval.voc={voc}", lambda f: without(f["voc"] / "JPEGImages/d.jpg"),
+        ["val.txt, line 1: no image of 'd' in {voc}/JPEGImages"],
+    ),
     "a mask is gone": (
-        "eval.voc={voc}", lambda f: without(f["voc"] / "SegmentationClass/b.png"), ["SegmentationClass/b.png: no such mask"],
+        "eval.voc={voc}", lambda f: without(f["voc"] / "SegmentationClass/b.png"),
+        ["train.txt, line 2: no mask of 'b' in {voc}/SegmentationClass"],
     ),
     "scenes that are no whole patches": (
         "eval.voc={voc} model.patch=12 data.views.0.size=132 data.views.1.size=24", None,
@@ -168,6 +174,6 @@ def test_a_run_that_holds_no_photo_out_has_a_report(tiny_config, tmp_path):
     assert announced in run_program("train.py", tiny_config, *words, "--dry-run").stdout
     assert announced in run_program("train.py", tiny_config, *words).stdout
     stdout = run_program("-m", "eval", "report", tmp_path / "run").stdout
-    assert "k-NN skipped: " in stdout
+    assert "k-NN cannot be measured: " in stdout
     assert "none is left to test on" in stdout
     assert json.loads((tmp_path / "run" / "results.json").read_text())["knn_top1"] is None

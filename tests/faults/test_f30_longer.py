@@ -111,7 +111,7 @@ COMMANDS = {  # what: (environment, words of train.py, more words, the command)
     "make, with lists and dollars": (
         {"STARTED_BY": "make pretrain", "SHARDS": "$HOME/x", "ARGS": "'data.views.0.scale=[0.4, 1]' optim.epochs=3"},
         ["train.py", "a.yaml"], ["optim.epochs=20"],
-        """make pretrain SHARDS='$$HOME/x' ARGS="'data.views.0.scale=[0.4, 1]' optim.epochs=20\"""",
+        """make pretrain SHARDS='$HOME/x' ARGS="'data.views.0.scale=[0.4, 1]' optim.epochs=20\"""",
     ),
 }  # fmt: skip
 

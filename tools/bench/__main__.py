@@ -30,8 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--config", default=config, help="default: %(default)s")
         if shards:
             command.add_argument("--shards", default=SCENES, help="a folder of shards (default: the painted scenes)")
-        if name != "checkpoint":
-            command.add_argument("--out", type=Path, help="append the rows as JSON lines")
+        command.add_argument("--out", type=Path, help="append the rows as JSON lines")
         return command
 
     add("data", "photos per second of each reader, stage by stage", shards=True)
@@ -57,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _devices(word: str) -> int | str:
+    if word != "all" and not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{word}': a number of devices, or all")
     return word if word == "all" else int(word)
 
 

@@ -1,6 +1,6 @@
 """How long a checkpoint delays the step.
 
-    python -m tools.bench checkpoint [--config FILE] [--dst FOLDER] [--rounds 5]
+    python -m tools.bench checkpoint [--config FILE] [--dst FOLDER] [--rounds 5] [--out FILE]
 
 The state of a whole run (student, teacher, centers, AdamW's moments) of a config's size, on the device that trains.
 `before` hashes, checks and writes it between two steps, as this trainer first did; `pause` is what the step waits for now,
@@ -10,7 +10,6 @@ the copy off the device; `on disk` is when the writer thread is done. In turns, 
 import argparse
 import hashlib
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from model.methods import build
 from runtime.checkpoint import Writer, training_state
 from runtime.config import dump_config, load_config
 from runtime.distributed import reuse_memory
+from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
 
 
 def save_synchronously(path: Path, state: dict[str, Tensor]) -> None:
@@ -62,7 +62,13 @@ def run(args: argparse.Namespace) -> None:
             save_synchronously(Path(folder) / "before.safetensors", training_state(model, adamw))
             seconds["before"].append(time.perf_counter() - start)
         size = (Path(folder) / "before.safetensors").stat().st_size
-    print(f"{size / 1e6:,.0f} MB of {args.config} on {device}, torch {torch.__version__}")
-    for name, (first, *values) in seconds.items():
-        spread = f"{min(values):.3f} to {max(values):.3f}, {len(values)} rounds; first {first:.3f}"
-        print(f"{name:8s} {statistics.median(values):6.3f} s  ({spread})")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    about = {"what": "checkpoint", "config": args.config, "device": name, "megabytes": round(size / 1e6)}
+    print(f"{size / 1e6:,.0f} MB of {args.config} on {name}")
+    table = make_table("how long a step waits", ("seconds", "median", "least", "most", "first"), left=1)
+    rows = []
+    for part, (first, *values) in seconds.items():
+        row = median_and_range("seconds", values)
+        table.add_row(part, *(f"{s:.3f}" for s in (row["seconds"], *row["seconds_spread"], first)))
+        rows.append(about | {"part": part, "rounds": args.rounds} | row | {"first_seconds": round(first, 3)})
+    report_rows(table, rows, args.out)

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     n = gpus if args.processes == "all" else args.processes
     if not 1 < n <= (gpus or cores):
-        raise UserError(f"GPUS={n}: at least 2, and this machine has {gpus} GPUs, {cores} cores")
+        raise UserError(f"GPUS={args.processes}: at least 2, and this machine has {gpus} GPUs, {cores} cores")
     if not gpus:
         os.environ["OMP_NUM_THREADS"] = str(cores // n)
     config = load_config(args.config, [f"data.shards={args.shards}"])

@@ -38,16 +38,14 @@ def main(argv: list[str] | None = None) -> None:
     if not args.network.startswith("timm:") and not path.exists():
         raise UserError(f"{path}: no such run, checkpoint or backbone file{suggest_path(path)}")
 
-    from model.weights import load_backbone
-    from tools.export.timm_folder import export, timm_model
+    from model.weights import load_backbone, timm_call
+    from tools.export.timm_folder import export
 
     vit = load_backbone(args.network)
     differences = export(vit, args.dst, args.onnx)
     print(f"{args.dst}: {', '.join(sorted(p.name for p in args.dst.iterdir()))}")
     print(f"images of {vit.image_size} px have the same features here and in {' and '.join(differences)}")
-    name, arguments = timm_model(vit)
-    keywords = "".join(f", {key}={value}" for key, value in arguments.items())
-    print(f'timm.create_model("{name}", num_classes=0{keywords}, checkpoint_path="{args.dst}/model.safetensors")')
+    print(timm_call(vit, args.dst / "model.safetensors"))
     print(f'timm.create_model("local-dir:{args.dst}", pretrained=True)  # the same, by config.json')
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from eval.datasets import shorter_side
-from model.vit import ARCHS, ViT
+from model.vit import ViT
+from model.weights import timm_model
 from pipeline.augment.recipe import MEAN, STD
 from runtime.checkpoint import save_tensors
 from runtime.errors import UserError
@@ -23,18 +24,6 @@ from runtime.files import atomic_path
 
 TOLERANCE = 1e-3  # as a share of the largest feature: other kernels differ by less, other weights by more
 OPSET = 20  # torch needs at least 18; 20 is the first with GELU
-
-
-def timm_model(vit: ViT) -> tuple[str, dict[str, int]]:
-    """(timm's name, its further arguments) of a backbone."""
-    shape = {"embed_dim": vit.width, "depth": len(vit.blocks), "num_heads": vit.heads}
-    names = [name for name, dims in ARCHS.items() if dims == tuple(shape.values())]
-    arguments = {} if names else shape
-    if vit.patch != 16:
-        arguments["patch_size"] = vit.patch
-    if vit.image_size != 224:
-        arguments["img_size"] = vit.image_size
-    return f"{names[0] if names else 'vit_tiny'}_patch16_224", arguments
 
 
 def crop_pct(size: int) -> float:

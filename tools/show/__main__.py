@@ -10,6 +10,8 @@ import argparse
 import importlib
 from pathlib import Path
 
+from eval.masks import check_scenes
+from eval.provenance import known_weights, weights_of
 from eval.target import EvalTarget, open_shards
 from runtime.config import Config, load_config
 from runtime.errors import UserError, run_cli
@@ -21,6 +23,7 @@ NETWORK_TOOLS = {  # name: (summary, the photos' shorter side as a multiple of t
     "points": ("what reference tokens attend to", 1),
     "pca": ("the first three principal components of patch tokens", 2),
     "similarity": ("cosine similarity of one patch to all patches", 2),
+    "neighbors": ("photos and those that the network finds most similar, without labels", 1),
     "segmentation": ("a linear map on patch tokens, beside the true classes", 2),
 }
 
@@ -34,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_misalignment(commands)
     run = add_command(commands, "tools.show.run", "run", "all pictures of a run")
     run.add_argument("run", type=Path, help="a run folder")
-    run.add_argument("--skip-existing", action="store_true", help="keep pictures that exist")
+    run.add_argument("--skip-existing", action="store_true", help="keep pictures of the same weights")
     return parser
 
 
@@ -46,7 +49,7 @@ def _add_views(commands: "argparse._SubParsersAction") -> None:
     views.add_argument("--images", type=int, default=4, help="number of images, evenly spaced (default 4)")
     views.add_argument("--samples", type=int, nargs="+", help="these sample ids instead")
     views.add_argument("--epoch", type=int, default=0, help="the epoch whose views are shown (default 0)")
-    views.add_argument("--skip-existing", action="store_true", help="keep a picture that exists")
+    views.add_argument("--skip-existing", action="store_true", help="keep a picture of the same weights")
 
 
 def _add_network_tool(commands: "argparse._SubParsersAction", name: str, summary: str, scale: int) -> None:
@@ -56,18 +59,23 @@ def _add_network_tool(commands: "argparse._SubParsersAction", name: str, summary
     tool.add_argument("photos", type=Path, nargs="*", help="image files, or a folder in Pascal VOC's layout")
     tool.add_argument("--compare", nargs="+", default=[], metavar="NETWORK", help="other networks, a row each")
     tool.add_argument("--out", type=Path, help=f"the picture (default: RUN/pictures/{name}.png or {name}.png)")
-    tool.add_argument("--images", type=int, default=4, help="number of images of a folder, evenly spaced (default 4)")
+    images = "photos that are searched, evenly spaced" if name == "neighbors" else "images of a folder, evenly spaced"
+    number = 1000 if name == "neighbors" else 4
+    tool.add_argument("--images", type=int, default=number, help=f"number of {images} (default {number})")
     usual = "the size that each network was trained for" if scale == 1 else f"{scale} times the size of training"
     tool.add_argument("--size", type=int, help=f"the shorter side in pixels (default: {usual})")
-    tool.add_argument("--skip-existing", action="store_true", help="keep a picture that exists")
+    tool.add_argument("--skip-existing", action="store_true", help="keep a picture of the same weights")
     if name in ("attention", "points"):
         tool.add_argument("--block", type=int, help="the block, counted from 1 (default: the last)")
     if name in ("points", "similarity"):
         tool.add_argument(
             "--points", nargs="+", metavar="X,Y", help="points, as shares of the photo's width and height"
         )
+    if name == "neighbors":
+        tool.add_argument("--queries", type=int, default=6, help="photos whose neighbors are shown (default 6)")
     if name == "segmentation":
         tool.add_argument("--scenes", type=int, default=500, help="train scenes, at most (default 500)")
+        tool.add_argument("--palette", help="classes of the masks' colors (default: palette.txt in the scenes' folder)")
 
 
 def _add_misalignment(commands: "argparse._SubParsersAction") -> None:
@@ -102,7 +110,9 @@ def show_views(args: argparse.Namespace) -> None:
     if is_run and args.config:
         raise UserError(f"{args.source} is a run with a config of its own; --config is for a folder of shards")
     out = output_path("views", run if is_run else None, args.out)
-    if keep_existing(out, args.skip_existing):
+    current = known_weights(run) if is_run else None
+    weights = [current] if current else []
+    if keep_existing(out, args.skip_existing, weights):
         return
     file = run / "config.yaml" if is_run else args.config
     config = load_config(file) if file else Config()
@@ -112,21 +122,28 @@ def show_views(args: argparse.Namespace) -> None:
     shards = open_shards(folder, config)
     from tools.show import views
 
-    views.show(shards, config, args, out)
+    views.show(shards, config, args, weights, out)
 
 
 def show_networks(args: argparse.Namespace) -> None:
     _check_minima(args, images=1)
     if args.tool == "segmentation":
         _check_minima(args, scenes=1)
+    if args.tool == "neighbors":
+        _check_minima(args, queries=1)
     targets = [EvalTarget(path) for path in (args.network, *args.compare)]
+    weights = [weights_of(target.path) for target in targets]
     out = output_path(args.tool, targets[0].run, args.out)
-    if keep_existing(out, args.skip_existing):
+    if keep_existing(out, args.skip_existing, weights):
         return
     check_images(args.photos)
+    if args.tool == "segmentation":
+        for folder in args.photos or [Path(targets[0].place("eval.voc") or "")]:
+            if (folder / "ImageSets").is_dir():
+                check_scenes(folder, palette_file=args.palette)
     from tools.show.figures import run_tool
 
-    run_tool(importlib.import_module(f"tools.show.{args.tool}").draw, targets, args, out)
+    run_tool(importlib.import_module(f"tools.show.{args.tool}").draw, targets, weights, args, out)
 
 
 def show_misalignment(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ DenseDINO paper puts DenseDINO below DINO. Which photos: tools/show/photos.py. C
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.features import check_size
+from eval.provenance import Weights, png_text
 from eval.target import EvalTarget
 from model.vit import ViT
 from runtime.errors import UserError
 from runtime.files import atomic_path
-from tools.show.photos import Photo, choose_photos, input_size
+from tools.show.photos import Photo, find_photos, input_size
 
 # Okabe & Ito 2008, colors that color-blind readers can distinguish; without black, the color of the text
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
@@ -31,20 +33,26 @@ Networks = list[tuple[str, ViT]]  # each with its title
 
 
 def run_tool(
-    draw: Callable[[Networks, list[Photo], argparse.Namespace], Figure],
+    draw: Callable[[Networks, Any, argparse.Namespace], Figure],
     targets: list[EvalTarget],
+    weights: list[Weights],
     args: argparse.Namespace,
     out: Path,
 ) -> None:
-    """Load the networks and the photos, draw the figure, write it to `out`. Raises UserError if --size does not fit."""
-    photos = choose_photos(args.photos, targets[0], args.images)
+    """Load the networks and the photos, draw the figure, write it to `out`. Raises UserError if --size does not fit.
+
+    weights: of each target. `draw` gets the photos as a list; that of neighbors, which has many, as an iterator.
+    """
+    many = args.tool == "neighbors"
+    found = find_photos(args.photos, targets[0], args.images, getattr(args, "palette", None), scattered=not many)
+    photos = found if many else list(found)
     networks = [("/".join(target.path.absolute().parts[-2:]), target.network()) for target in targets]
     for _, network in networks:
         size = input_size(network, args)
         check_size(network, size)
         if size > MAX_PATCHES * network.patch:
             raise UserError(f"--size {args.size}: at most {MAX_PATCHES} patches, {MAX_PATCHES * network.patch} pixels")
-    save(draw(networks, photos, args), out)
+    save(draw(networks, photos, args), out, weights)
     print(f"{args.tool} written to {out}")
 
 
@@ -78,11 +86,12 @@ def mark_point(axes: Axes, x: float, y: float, number: int, size: float = 9) -> 
     axes.text(x, y, str(number), ha="center", va="center_baseline", fontsize=0.7 * size, color=ink, zorder=4)
 
 
-def save(figure: Figure, out: Path, dpi: int = 150) -> None:
-    """Write a PNG atomically. Raises UserError if it cannot be written."""
+def save(figure: Figure, out: Path, weights: list[Weights], dpi: int = 150) -> None:
+    """Write a PNG atomically, with the weights that it was drawn from in a text chunk. Raises UserError if it cannot be
+    written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(out) as draft:
-            figure.savefig(draft, dpi=dpi, format="png")
+            figure.savefig(draft, dpi=dpi, format="png", metadata=png_text(weights))
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}") from None

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from eval.provenance import Weights, png_weights
 from runtime.errors import UserError, suggest
 
 
@@ -11,11 +12,17 @@ def output_path(name: str, run: Path | None, out: Path | None) -> Path:
     return out or (run / "pictures" / f"{name}.png" if run else Path(f"{name}.png"))
 
 
-def keep_existing(out: Path, skip_existing: bool) -> bool:
-    """Whether a picture exists and is kept; says so."""
-    if skip_existing and out.is_file():
+def keep_existing(out: Path, skip_existing: bool, weights: list[Weights]) -> bool:
+    """Whether a picture of these weights exists and is kept; says so, or why it is drawn again."""
+    if not skip_existing or not out.exists():
+        return False
+    drawn = png_weights(out)
+    if drawn == weights:
         print(f"{out}: already there")
         return True
+    steps = [w.get("step") for w in drawn or ()]
+    of = f"of step {steps[0]}" if steps and steps[0] is not None else "of another network, or of an unknown one"
+    print(f"{out}: {of}; drawn again")
     return False
 
 

@@ -92,7 +92,7 @@ TABLE_2 = [
 
 def find_objects(scenes: VocSegmentation, i: int) -> NDArray[np.bool_]:
     """The pixels of each object of a scene: [O,H,W]."""
-    mask = np.asarray(Image.open(scenes.masks[i]))
+    mask = np.asarray(scenes.mask(i))
     instances = scenes.folder / "SegmentationObject" / scenes.masks[i].name
     if instances.is_file():
         numbers = np.asarray(Image.open(instances))
@@ -259,5 +259,5 @@ def show(args: argparse.Namespace, configs: Mapping[str, Config]) -> None:
     counts = count_pairs(scenes, recipes, args.draws, args.min_share)
     title = f"Object misalignment of two views: {args.data}, {len(scenes)} scenes × {args.draws} draws"
     Console().print(make_table(recipes, counts, title))
-    save(make_figure(recipes, counts, title), args.out)
+    save(make_figure(recipes, counts, title), args.out, [])
     print(f"misalignment written to {args.out}")

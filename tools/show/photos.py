@@ -6,22 +6,22 @@ h, w patches of a picture's height and width · p pixels of a patch's side · D 
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
 
-from eval.datasets import IGNORE, VocSegmentation
 from eval.features import tokens
+from eval.masks import IGNORE, Palette, find_palette, read_mask
 from eval.target import EvalTarget, open_shards, subsample
-from eval.voc import IMAGE_SUFFIXES
+from eval.voc import IMAGE_SUFFIXES, scene_files
 from model.vit import ViT
 from pipeline.augment.recipe import MEAN, STD
 from pipeline.decode import DecodeError, decode
@@ -35,16 +35,17 @@ class Photo(NamedTuple):
     name: str
     picture: Tensor  # uint8 [3,H,W]
     mask: Path | None = None  # the class of each pixel, if it is known
+    palette: Palette | None = None  # of the mask's colors
 
 
 # ---------------------------------------------------------------------------------------------------- choosing photos
 
 
-def read_photo(path: Path, mask: Path | None = None) -> Photo:
+def read_photo(path: Path, mask: Path | None = None, palette: Palette | None = None) -> Photo:
     """Raises UserError if there is no such file, or it cannot be decoded."""
     check_images([path])
     try:
-        return Photo(shorten(path.name), decode(path.read_bytes()), mask)
+        return Photo(shorten(path.name), decode(path.read_bytes()), mask, palette)
     except DecodeError as error:
         raise UserError(f"{path}: cannot be decoded: {error}") from None
 
@@ -55,45 +56,51 @@ def shorten(name: str) -> str:
     return name if len(name) <= MAX_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
-def choose_photos(paths: list[Path], target: EvalTarget, count: int) -> list[Photo]:
+def find_photos(
+    paths: list[Path], target: EvalTarget, count: int, palette: str | None = None, *, scattered: bool = True
+) -> Iterator[Photo]:
     """The images named; else `count` of the run's scenes, else of the photos it was evaluated on or trained with.
 
+    palette: a file with the classes of the colors in the scenes' masks. scattered: evenly spaced in remote shards too, else
+    from the first of them.
     Raises UserError if a path holds no images, or if none are named and the network lies in no run folder.
     """
     if not paths and (scenes_folder := target.place("eval.voc")):
         paths = [Path(scenes_folder)]
-    photos: list[Photo] = []
+    if not paths:
+        yield from _photos_of_run(target, count, scattered)
     for path in paths:
         if (path / "ImageSets").is_dir():
-            scenes = VocSegmentation(path, "val", 1, classes=1)
-            photos += [read_photo(scenes.images[i], scenes.masks[i]) for i in subsample(np.arange(len(scenes)), count)]
+            scenes, colors = scene_files(path, "val"), find_palette(path, palette)
+            for i in subsample(np.arange(len(scenes)), count):
+                image, mask = scenes[i]
+                yield read_photo(image, mask, colors)
         elif path.is_dir():
             files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
             if not files:
                 raise UserError(f"{path}: neither photos nor Pascal VOC's layout (no ImageSets/)")
-            photos += [read_photo(files[i]) for i in subsample(np.arange(len(files)), count)]
+            yield from (read_photo(files[i]) for i in subsample(np.arange(len(files)), count))
         else:
-            photos.append(read_photo(path))
-    return photos or _photos_of_run(target, count)
+            yield read_photo(path)
 
 
-def _photos_of_run(target: EvalTarget, count: int) -> list[Photo]:
+def _photos_of_run(target: EvalTarget, count: int, scattered: bool) -> Iterator[Photo]:
     """`count` photos of the run's validation shards, else of its training shards; corrupt ones are left out."""
     folder = target.place("data.val") or target.place("data.shards")
     if folder is None:
         raise UserError(f"{target.path}: not in a run folder; name the images to show")
     shards = open_shards(folder, target.config)
-    photos = []
-    for sample in subsample(np.arange(len(shards)), count).tolist():
+    found, near = False, shards.is_remote and not scattered
+    for sample in range(min(count, len(shards))) if near else subsample(np.arange(len(shards)), count).tolist():
         photo = shards.read(sample)
         if shards.is_valid(sample, photo):
             try:
-                photos.append(Photo(f"sample {sample}", decode(photo)))
+                yield Photo(f"sample {sample}", decode(photo))
+                found = True
             except DecodeError:
                 continue
-    if not photos:
+    if not found:
         raise UserError(f"{folder}: every photo that was read is corrupt; `make verify DST={folder}` lists the damage")
-    return photos
 
 
 # ------------------------------------------------------------------------------------------------ photos to a network
@@ -136,7 +143,7 @@ def query_points(photo: Photo, count: int) -> NDArray[np.float64]:
     if photo.mask is None:
         pattern = np.array([[0.3, 0.3], [0.7, 0.7], [0.7, 0.3], [0.3, 0.7]])
         return np.array([[0.5, 0.5]]) if count == 1 else pattern[:count]
-    centers = class_centers(np.asarray(Image.open(photo.mask)))
+    centers = class_centers(np.asarray(read_mask(photo.mask, photo.palette)))
     ranked = sorted((label == 0, -depth, x, y) for label, depth, x, y in centers)
     chosen = ranked[: count - 1] + ranked[-1:] if len(ranked) > count > 1 else ranked[:count]
     return np.array([(x, y) for *_, x, y in chosen])

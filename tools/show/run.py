@@ -2,8 +2,8 @@
 
     python -m tools.show run RUN [--skip-existing]
 
-Views, attention, principal components and similarity; points if the run has reference tokens; segmentation if it has
-scenes (`eval.voc`). The pictures go to RUN/pictures/.
+Views, attention, principal components, similarity and nearest neighbors; points if the run has reference tokens;
+segmentation if it has scenes (`eval.voc`). The pictures go to RUN/pictures/.
 """
 
 from pathlib import Path
@@ -17,6 +17,6 @@ def pictures_of(run: Path) -> list[str]:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: no run folder (no config.yaml)")
     config = load_config(run / "config.yaml")
-    names = ["views", "attention", "pca", "similarity"]
+    names = ["views", "attention", "pca", "similarity", "neighbors"]
     names += ["points"] if config.points else []
     return names + (["segmentation"] if config.eval.voc else [])

@@ -13,6 +13,7 @@ n patches · D width · h, w patches of a scene · C classes · S side of a scen
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,9 +25,8 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eval.datasets import IGNORE, VocSegmentation
+from eval.datasets import IGNORE, VocSegmentation, voc_splits
 from eval.features import progress_bar, scene_batches
-from eval.voc import default_train_split
 from model.vit import ViT
 from runtime.errors import UserError
 from tools.show.figures import COLORS, TEXT, Networks, figure_grid, figure_title
@@ -89,30 +89,34 @@ def draw_classes(axes: Axes, mask: NDArray[np.uint8], extent: tuple[float, float
     return labels
 
 
-def load_splits(photos: list[Photo], size: int, limit: int) -> tuple[VocSegmentation, VocSegmentation]:
-    """(at most `limit` scenes of the train split, the scenes of these photos), from the photos' folder.
-
-    Raises UserError if a photo has no mask, or if the photos are from several folders.
-    """
+def folder_of(photos: list[Photo]) -> Path:
+    """The folder of these scenes. Raises UserError if a photo has no mask, or if the photos are from several folders."""
     masks = [photo.mask for photo in photos if photo.mask]
     folders = {mask.parents[1] for mask in masks}
     if len(masks) < len(photos) or len(folders) > 1:
         raise UserError("segmentation needs scenes with masks: name one folder in Pascal VOC's layout")
-    folder = folders.pop()
-    train = VocSegmentation(folder, default_train_split(folder), size).subset(limit)
-    val = VocSegmentation(folder, "val", size, classes=train.classes)
-    shown_scenes = [val.masks.index(mask) for mask in masks]
+    return folders.pop()
+
+
+def load_splits(
+    folder: Path, photos: list[Photo], size: int, limit: int, palette: str | None
+) -> tuple[VocSegmentation, VocSegmentation]:
+    """(at most `limit` scenes of the train split, the scenes of these photos), from the photos' folder."""
+    train, val = voc_splits(folder, size, palette=palette)
+    train = train.subset(limit)
+    shown_scenes = [val.masks.index(photo.mask) for photo in photos if photo.mask]
     val.images, val.masks = [val.images[i] for i in shown_scenes], [val.masks[i] for i in shown_scenes]
     return train, val
 
 
 def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> Figure:
     """A row for each scene and network: the scene, the true classes, the prediction, and where it is wrong."""
+    folder = folder_of(photos)
     title = figure_title(networks, "Segmentation by a linear map on patch tokens")
     figure, grid = figure_grid(len(photos) * len(networks), 4, title, photos)
     names: dict[int, str] = {}
     for n, (name, network) in enumerate(networks):
-        train, val = load_splits(photos, input_size(network, args), args.scenes)
+        train, val = load_splits(folder, photos, input_size(network, args), args.scenes, args.palette)
         head = fit_linear_map(network, train)
         for i, (features, masks) in enumerate(scene_batches(network, val, batch=1)):
             logits = head(features.movedim(1, -1)).movedim(-1, 1)  # [1,C,h,w]

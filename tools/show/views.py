@@ -25,6 +25,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eval.provenance import Weights
 from eval.target import subsample
 from pipeline.augment.recipe import MEAN, STD, apply_color
 from pipeline.batch import Draws, draw, size_groups
@@ -145,7 +146,7 @@ def _draw_legend(figure: Figure, views: int, with_points: bool) -> None:
     figure.legend(handles=legend, loc="outside lower center", ncols=min(3, 1 + views // 2), fontsize=8, frameon=False)
 
 
-def show(shards: Shards, config: Config, args: argparse.Namespace, out: Path) -> None:
-    """Draw some samples of the shards and write the figure to `out`."""
-    save(make_figure(config, valid_samples(shards, args.samples, args.images), args.epoch), out, dpi=130)
+def show(shards: Shards, config: Config, args: argparse.Namespace, weights: list[Weights], out: Path) -> None:
+    """Draw some samples of the shards and write the figure to `out`. weights: of the run whose config it is, if any."""
+    save(make_figure(config, valid_samples(shards, args.samples, args.images), args.epoch), out, weights, dpi=130)
     print(f"views written to {out}")

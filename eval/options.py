@@ -1,0 +1,102 @@
+"""Options that several evaluations share, and how they are read. Imports no torch."""
+
+import argparse
+from typing import Any
+
+from eval.masks import check_scenes
+from eval.target import EvalTarget, PhotoSets
+from runtime.errors import UserError, require_positive
+
+NETWORK = "a run folder, a checkpoint, a backbone file or timm:NAME"
+SCENES = "a folder in Pascal VOC's layout"
+
+Options = dict[str, Any]  # by name, as argparse gives them
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("network", metavar="NETWORK", help=NETWORK)
+    parser.add_argument("--untrained", action="store_true", help="the run's network before training")
+
+
+def add_photos(parser: argparse.ArgumentParser, size: bool = True) -> None:
+    parser.add_argument("--train", help="train set: shards (default: the run's own, without what it held out)")
+    parser.add_argument("--val", help="validation set: shards (default: the run's data.val, else what it held out)")
+    parser.add_argument("--limit", type=int, help="at most this many photos of each set, evenly spaced")
+    add_ignore_class(parser)
+    parser.add_argument("--workers", type=int, help="data workers (default: by the number of photos)")
+    if size:
+        parser.add_argument("--size", type=int, help="side of a photo in pixels (default: that of the training views)")
+
+
+def add_ignore_class(parser: argparse.ArgumentParser) -> None:
+    help = "leave out the photos of a class; may be repeated (default: the run's eval.ignore_classes)"
+    parser.add_argument("--ignore-class", metavar="NAME", action="append", help=help)
+
+
+def add_scenes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", help=f"{SCENES} (default: the run's eval.voc)")
+    parser.add_argument("--classes", type=int, help="their number (default: from classes.txt, else from the masks)")
+    add_palette(parser)
+    parser.add_argument("--size", type=int, help="side of a scene in pixels (default: 448; small protocol: the view's)")
+    parser.add_argument("--workers", type=int, help="data workers (default: by the number of scenes)")
+
+
+def add_palette(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--palette",
+        help="for masks of colors: a file of lines R G B CLASS (default: palette.txt in the scenes' folder)",
+    )
+
+
+def add_splits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--train-split", help="default: trainaug if it is listed, else train")
+    parser.add_argument("--val-split", default="val", help="default: val")
+
+
+def check_positive(args: Options, *names: str) -> None:
+    require_positive(argparse.Namespace(**args), *names)
+
+
+def open_target(network: str, args: Options) -> EvalTarget:
+    """The network's target. Raises UserError if its path or --untrained is wrong."""
+    target = EvalTarget(network)
+    target.check_untrained(args["untrained"])
+    return target
+
+
+def open_photos(network: str, args: Options) -> tuple[EvalTarget, PhotoSets | None]:
+    """(target, its photos), taking --train, --val and --ignore-class out of the options. Raises UserError."""
+    target = open_target(network, args)
+    target.ignore_classes(args.pop("ignore_class"))
+    return target, target.photo_sets(args.pop("train"), args.pop("val"), args["limit"])
+
+
+def open_scenes(network: str, args: Options) -> tuple[EvalTarget, str]:
+    """(target, folder of scenes), taking --data out of the options; all masks are looked at. Raises UserError."""
+    target = open_target(network, args)
+    data = target.scenes_folder(args.pop("data"))
+    splits = (args["split"],) if "split" in args else (args["train_split"], args["val_split"])
+    check_scenes(data, splits, args["palette"], args["classes"])
+    return target, data
+
+
+def read_rates(text: str) -> tuple[float, ...]:
+    """Learning rates, as in .001,.01,.1. Raises UserError."""
+    try:
+        rates = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise UserError(f"--rates {text}: must be numbers separated by commas, as in .001,.01,.1") from None
+    if min(rates) <= 0 or len(set(rates)) < len(rates):
+        raise UserError(f"--rates {text}: all must be more than 0 and different")
+    return rates
+
+
+def read_clusters(text: str) -> list[int]:
+    """Numbers of clusters, as in 500,21. Raises UserError."""
+    try:
+        clusters = [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"--clusters {text}: must be whole numbers separated by commas, as in 500,21") from None
+    if min(clusters) < 2:
+        raise UserError(f"--clusters {text}: each must be at least 2")
+    return clusters
