@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.prepare.archives import AGAIN, fault
+from pipeline.prepare.archives import AGAIN, compressed_tars, describe_archive, fault
 from pipeline.prepare.classes import make_command
 from pipeline.prepare.kinds import ARCHIVE
 from pipeline.prepare.labels import LABEL_ENDINGS
@@ -19,6 +19,8 @@ from pipeline.prepare.skipped import Skipped
 from pipeline.prepare.tar import Member, members
 from pipeline.prepare.walk import photos_in_tar
 from runtime.errors import UserError
+
+LEAVE_OUT = "or leave such tars out with ARGS=--skip-broken"
 
 
 class ClassTar(NamedTuple):
@@ -62,6 +64,8 @@ def in_folder(src: Path, names: list[str], labels: str, dst: str, skip_broken: b
             f"{src}: {len(tars)} tars numbered in a row ({tars[0].name} to {tars[-1].name}): if they are WebDataset shards, "
             f"{index} uses them as they are; if each is a class, say so with ARGS='--labels yes'"
         )
+    if not skip_broken and (compressed := compressed_tars(tars[0].path.parent)):  # each would be a class
+        raise UserError(f"{compressed[0][0]}: {describe_archive(compressed[0][0])}; {LEAVE_OUT}")
     return _read_all(src, tars, labels, skip_broken, skipped, f"a folder of {len(tars)} tars")
 
 
@@ -77,7 +81,7 @@ def _read_all(
             reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
             if not skip_broken:
                 where = f"{src}: {tar.name}" if tar.path == src else str(tar.path)
-                raise UserError(f"{where}: {reason}; or leave such tars out with ARGS=--skip-broken") from None
+                raise UserError(f"{where}: {reason}; {LEAVE_OUT}") from None
             broken.append({"source": printable(tar.name), "reason": reason})
             continue
         if tar.path != src:

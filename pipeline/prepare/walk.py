@@ -95,11 +95,10 @@ def _begins_as_photo(path: str, name: str, tars: list[str], skipped: Skipped) ->
         finally:
             os.close(fd)
     except OSError as error:
-        if is_tar:
-            tars.append(name)
-        else:
+        kind = ""
+        if not is_tar:  # of a tar, class_tars.py says it
             skipped.add(name, "unreadable files", f"cannot be opened: {error.strerror}")
-        return False
+            return False
     if kind in PHOTOS:
         return True
     if is_tar:

@@ -139,6 +139,11 @@ def test_a_broken_class_tar(tool, tmp_path):
         assert "left out: 1 tar (rejected.jsonl): fir.tar: truncated" in output
         assert photos_of(dst) == set(PHOTO)
         assert list(rejected(dst)) == ["fir.tar"]
+    (tmp_path / "folder" / "fir.tar").rename(tmp_path / "folder" / "ivy.tar.gz").write_bytes(gzip.compress(whole(1)))
+    _, error = tool("make", tmp_path / "folder", tmp_path / "other")
+    assert "ivy.tar.gz: compressed (gzip), and photos" in error
+    output, _ = tool("make", tmp_path / "folder", tmp_path / "other", "--skip-broken")
+    assert "skipped 1 (archive .gz 1); " in output
 
 
 # ---- compressed archives, whatever their name
