@@ -1,4 +1,4 @@
-"""The fault plan: 20 cases with 191 sub-cases. Each runs the real program and asserts the outcome and the message.
+"""The fault plan: 35 cases with 579 sub-cases. Each runs the real program and asserts the outcome and the message.
 
 `make faults` runs all of them and prints a table; `make test` runs those marked `fast`. A sub-case is one test marked
 `@pytest.mark.fault("F07")`; tests without that mark are not counted.
