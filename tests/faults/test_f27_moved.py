@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import run_program, write_config
+from conftest import env_without_make, run_program, write_config
 
 import train
 from eval.target import EvalTarget
@@ -97,7 +97,7 @@ def test_make_passes_the_folder_of_the_config(copy, tmp_path):
     def refusal(*words: str) -> str:
         ready = ["-o", ".venv/.ready", "-o", "requirements.lock"]  # an environment is there
         words = ("make", *ready, "pretrain", f"CONFIG={copy}/config.yaml", *words)
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, cwd=ROOT, env=env_without_make(), capture_output=True, text=True, check=False)
         assert done.returncode == 2
         return done.stderr
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_program
+from conftest import ROOT, env_without_make, run_program
 
 from runtime.config import load_config
 from runtime.errors import UserError
@@ -17,11 +17,6 @@ from runtime.errors import UserError
 pytestmark = pytest.mark.fault("F33")
 
 ODD = """my s(1) 'a' "b" $c & #d `e`;f"""
-# of the make that runs these tests
-OF_MAKE = ("MAKE", "MFLAGS", "GNUMAKE")
-VARIABLES = {
-    "ARGS", "CONFIG", "DST", "GPUS", "METHOD", "OUT", "RESTARTS", "RUN", "SHARDS", "SHARD_MB", "SRC", "TORCH", "VAL", "WHAT"
-}  # fmt: skip
 ARGV = """#!{python}
 import json, sys
 print(json.dumps(sys.argv[1:]))
@@ -52,7 +47,7 @@ class Clone:
         os.utime(ready, (now - 900 - older, now - 900 - older))
 
     def make(self, *words: object, expect: int = 0) -> subprocess.CompletedProcess:
-        env = {n: v for n, v in os.environ.items() if not n.startswith(OF_MAKE) and n not in VARIABLES}
+        env = env_without_make()
         command = ["make", *(str(word) for word in words)]
         done = subprocess.run(
             command, cwd=self.folder, env=env | {"PYTHON": "false"}, capture_output=True, text=True, check=False
