@@ -19,8 +19,7 @@ def again(*more: str) -> str:
         arguments = shlex.join(_replace(shlex.split(os.environ.get("ARGS", "")), more))
         return " ".join([started, *words, *([f"ARGS={_quote(arguments)}"] if arguments else [])])
     program, *words = sys.argv
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None:  # started by -m
+    if Path(program).name == "__main__.py" and (spec := sys.modules["__main__"].__spec__):  # started by -m
         return f"python -m {shlex.join([spec.name.removesuffix('.__main__'), *_replace(words, more)])}"
     # what torchrun itself was given is not known here
     launcher = "torchrun …" if "TORCHELASTIC_RUN_ID" in os.environ else "python"

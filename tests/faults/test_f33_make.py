@@ -20,7 +20,8 @@ ODD = """my s(1) 'a' "b" $c & #d `e`;f"""
 # of the make that runs these tests
 OF_MAKE = ("MAKE", "MFLAGS", "GNUMAKE")
 VARIABLES = {
-    "ARGS", "CONFIG", "DST", "GPUS", "METHOD", "OUT", "RESTARTS", "RUN", "SHARDS", "SHARD_MB", "SRC", "TORCH", "VAL", "WHAT"
+    "ARGS", "CONFIG", "DST", "GPUS", "METHOD", "OUT", "RESTARTS", "RUN", "SCALE", "SEEDS", "SHARDS", "SHARD_MB", "SRC",
+    "TABLE", "TORCH", "VAL", "WHAT",
 }  # fmt: skip
 ARGV = """#!{python}
 import json, sys

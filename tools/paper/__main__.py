@@ -40,8 +40,7 @@ RUNS = Path("runs/paper")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser("tools.paper", "tools.paper.__main__")
-    parser.add_argument("table", help=f"{', '.join(TABLES)} or all")
-    parser.add_argument("words", nargs="*", metavar="a.b=c", help="values of the config, for every row")
+    parser.add_argument("words", nargs="+", metavar="TABLE", help=f"{', '.join(TABLES)} or all; a.b=c: for every row")
     parser.add_argument("--scale", default="small", help="small or paper (default: small)")
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: 3; paper scale: 1)")
     parser.add_argument("--dry-run", action="store_true", help="print runs and hours, and start nothing")
@@ -62,8 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_intermixed_args(argv)
-    if args.table != "all" and args.table not in TABLES:
-        raise UserError(f"{args.table}: must be one of {', '.join(TABLES)}, all{suggest(args.table, (*TABLES, 'all'))}")
+    table = read_table(args.words)
     if args.scale not in ("small", "paper"):
         raise UserError(f"--scale {args.scale}: must be small or paper{suggest(args.scale, ('small', 'paper'))}")
     require_positive(args, "seeds", "jobs")
@@ -79,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     processes = count_processes(gpus)
     scale = read_scale(args, processes)
     tables = make_tables(scale.base)
-    chosen = TABLES if args.table == "all" else (args.table,)
+    chosen = TABLES if table == "all" else (table,)
     rows = read_rows(args.rows, [row.name for name in chosen for row in tables[name].rows])
     seeds = range(args.seeds or SEEDS[scale.name])
     selection = runs.select(tables, chosen, scale, seeds, rows, measures)
@@ -98,6 +96,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------- the command line
+
+
+def read_table(words: Sequence[str]) -> str:
+    """The word that names a table; the others are a.b=c. Raises UserError if there is none, or if there are several."""
+    named, known = [word for word in words if "=" not in word], (*TABLES, "all")
+    if len(named) != 1:
+        raise UserError(f"{', '.join(named) or 'which table?'}: one table, or all: {', '.join(known)}")
+    if named[0] not in known:
+        raise UserError(f"{named[0]}: must be one of {', '.join(known)}{suggest(named[0], known)}")
+    return named[0]
 
 
 def read_measures(text: str | None) -> list[str]:
@@ -122,10 +130,9 @@ def read_scale(args: argparse.Namespace, processes: int) -> "Scale":
     from tools.paper.runs import Scale
 
     name = "photos" if args.photos and args.scale == "small" else args.scale
-    for word in args.words:
-        key, equals, _ = word.partition("=")
-        if not equals:
-            raise UserError(f"'{word}': one table, or all; a value of the config is written a.b=c")
+    values = [word for word in args.words if "=" in word]
+    for word in values:
+        key = word.partition("=")[0]
         if key in ("seed", "run.folder"):
             raise UserError(f"{word}: seeds are given as --seeds N" if key == "seed" else f"{word}: see --runs FOLDER")
     words = PHOTOS64[:] if name == "photos" else []
@@ -140,7 +147,7 @@ def read_scale(args: argparse.Namespace, processes: int) -> "Scale":
         if is_path(args.voc) and (problem := missing(args.voc)):
             raise UserError(f"--voc {args.voc}: {problem}")
         words.append(f"eval.voc={json.dumps(args.voc, ensure_ascii=False)}")
-    words += args.words
+    words += values
     base = load_config(CONFIGS[name], words, processes=processes)
     scenes = os.path.abspath(base.eval.voc) if base.eval.voc else None
     return Scale(name, CONFIGS[name], words, scenes, args.runs / name, base)

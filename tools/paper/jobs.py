@@ -87,8 +87,8 @@ def run_all(
         while waiting or active:
             while waiting and len(active) < jobs:
                 job, started = waiting.popleft(), started + 1
-                job.start_next()
                 active.append(job)
+                job.start_next()
                 print(f"[{started} of {total}] {job.run.name}: {job.doing}; its output: {job.log}", flush=True)
             time.sleep(TICK)
             for job in [job for job in active if job.process and job.process.poll() is not None]:

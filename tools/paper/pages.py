@@ -33,9 +33,7 @@ WIDTH = 160  # letters of a table that no terminal shows
 def collect(table: Table, selection: Selection, scale: Scale) -> Results:
     """The results of a table, as far as its runs have been measured."""
     runs = {row.name: selection.of_row[table.name, row.name] for row in table.rows}
-    values: dict[str, dict[int | None, dict[str, Any]]] = {}
-    for name, own in runs.items():
-        values[name] = {run.seed: run.figures(scale.scenes) for run in own}
+    values = {name: {run.seed: _figures(run, scale) for run in own} for name, own in runs.items()}
     taken = {key for own in values.values() for column in own.values() for key in FIGURES if key in column}
     rows = []
     for row in table.rows:
@@ -58,6 +56,13 @@ def collect(table: Table, selection: Selection, scale: Scale) -> Results:
         "complete": all(not run.missing(scale.scenes) for own in runs.values() for run in own),
         "versions": versions(), "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
+
+
+def _figures(run: Run, scale: Scale) -> dict[str, Any]:
+    """Its measures; not those of reference tokens, if it was trained without them."""
+    column = run.figures(scale.scenes)
+    without = run.config is not None and not run.config.points
+    return {key: x for key, x in column.items() if not (without and key.startswith("points_reference"))}
 
 
 def _describe(run: Run, column: dict[str, Any]) -> Results:
