@@ -188,7 +188,7 @@ def print_plan(selection: "Selection", scale: "Scale", jobs: int, on_gpu: bool) 
         print(f"{len(selection.runs)} runs: {count}; {source}")
     else:
         minutes = sum(seconds.values()) / jobs / 60
-        time = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.0f} minutes"
+        time = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.0f} min"
         print(f"{len(selection.runs)} runs: {count}; about {time}, {jobs} at a time, estimated {source}")
 
 
