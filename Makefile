@@ -8,13 +8,14 @@ SCENES   := data/scenes
 
 # ---------------------------------------------------------------------------------------- words of the command line
 
-TARGETS  := help setup scenes shards verify index pretrain eval export bench test test-slow faults check lock docs-reference clean
+TARGETS  := help setup scenes shards verify index pretrain tables eval export bench test test-slow faults check lock docs-reference clean
 
 # the variables that a target takes, besides those of the installation
 takes_shards    := SRC DST SHARD_MB ARGS
 takes_verify    := DST ARGS
 takes_index     := DST ARGS
 takes_pretrain  := CONFIG SHARDS VAL GPUS RUN RESTARTS METHOD ARGS
+takes_tables    := TABLE SCALE SEEDS ARGS
 takes_eval      := RUN CONFIG METHOD ARGS
 takes_export    := RUN CONFIG METHOD DST ARGS
 takes_bench     := WHAT GPUS CONFIG SHARDS SRC OUT ARGS
@@ -120,6 +121,10 @@ pretrain: export STARTED_BY := make pretrain
 pretrain: ready $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(config)),scenes)) ## train, evaluate, draw [CONFIG=… SHARDS=… VAL=… GPUS=n|all RESTARTS=n RUN=… METHOD=dino ARGS='a.b=c …']
 	@$(PY) -m tools.pretrain --run="$$RUN" --method="$$METHOD" --shards="$$SHARDS" --val="$$VAL" --gpus="$$GPUS" --restarts="$$RESTARTS" "$$CONFIG" $(ARGS)
 	@$(if $(filter --dry-run,$(ARGS)),,$(PY) -m tools.finish_run "$$RUN" --skip-existing)
+
+tables: export STARTED_BY := make tables
+tables: ready $(if $(or $(filter paper,$(SCALE)),$(findstring --photos,$(ARGS)),$(findstring data.shards=,$(ARGS))),,scenes) ## the paper's ablations [TABLE=table2|table3|figure5|locality SCALE=small|paper SEEDS=n ARGS='--dry-run …']
+	@$(PY) -m tools.paper $(if $(TABLE),"$$TABLE",all) $(if $(SCALE),--scale "$$SCALE") $(if $(SEEDS),--seeds "$$SEEDS") $(ARGS)
 
 eval: ready ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained
 	@$(PY) -m eval report "$$RUN" $(ARGS)

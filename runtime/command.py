@@ -5,8 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
-# of `make pretrain`, in the order of its documentation; make exports those that were given
-VARIABLES = ("CONFIG", "SHARDS", "VAL", "GPUS", "RESTARTS", "RUN", "METHOD")
+# of `make pretrain` and `make tables`, in the order of their documentation; make exports those that were given
+VARIABLES = ("CONFIG", "SHARDS", "VAL", "GPUS", "RESTARTS", "RUN", "METHOD", "TABLE", "SCALE", "SEEDS")
 
 
 def again(*more: str) -> str:
@@ -17,8 +17,10 @@ def again(*more: str) -> str:
         defaults = {"CONFIG": "configs/demo.yaml", "RUN": f"runs/{_run_name(given)}"}
         words = [f"{name}={shlex.quote(value)}" for name, value in given.items() if value != defaults.get(name)]
         arguments = shlex.join(_replace(shlex.split(os.environ.get("ARGS", "")), more))
-        return " ".join([started, *words, f"ARGS={_quote(arguments)}"])
+        return " ".join([started, *words, *([f"ARGS={_quote(arguments)}"] if arguments else [])])
     program, *words = sys.argv
+    if Path(program).name == "__main__.py" and (spec := sys.modules["__main__"].__spec__):  # started by -m
+        return f"python -m {shlex.join([spec.name.removesuffix('.__main__'), *_replace(words, more)])}"
     # what torchrun itself was given is not known here
     launcher = "torchrun …" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
     return f"{launcher} {shlex.join([program, *_replace(words, more)])}"

@@ -56,7 +56,7 @@ def cosine(start: float, end: float, steps: int) -> NDArray[np.float64]:
 def make_schedules(config: Config, steps_per_epoch: int) -> Schedules:
     """The schedules of a run of optim.epochs epochs of `steps_per_epoch` steps each."""
     o, loss = config.optim, config.loss
-    steps = max(1, round(o.epochs * steps_per_epoch))
+    steps = config.steps(steps_per_epoch)
     peak = o.lr * o.global_batch_size / 256
     warmup = min(round(o.warmup_epochs * steps_per_epoch), steps)
     lr = np.concatenate([np.linspace(0, peak, warmup), cosine(peak, o.min_lr, steps - warmup)])
@@ -100,7 +100,7 @@ def describe_change(before: Schedules, after: Schedules, step: int) -> str:
 def short_run_notes(config: Config, steps_per_epoch: int) -> list[str]:
     """What takes up a short run, because its length in epochs was meant for a longer one; with the override that fits."""
     o, loss = config.optim, config.loss
-    steps = max(1, round(o.epochs * steps_per_epoch))
+    steps = config.steps(steps_per_epoch)
     warmup, frozen = (round(epochs * steps_per_epoch) for epochs in (o.warmup_epochs, o.freeze_last_layer_epochs))
     notes, tenth = [], f"{o.epochs / 10:g}"
     if warmup > steps / 2:

@@ -329,6 +329,10 @@ class Config:
         """
         return self.reference.points if uses_points(self.method) else 0
 
+    def steps(self, steps_per_epoch: int) -> int:
+        """Length of the training, in steps."""
+        return max(1, round(self.optim.epochs * steps_per_epoch))
+
     @property
     def image_size(self) -> int:
         """Size of the largest view. The position grid is made for it."""

@@ -1,0 +1,227 @@
+"""The paper's ablations: train what is missing, measure it, and show the paper's figures beside ours.
+
+    python -m tools.paper table2|table3|figure5|locality|all [--scale small|paper] [--seeds N] [--dry-run]
+        [--photos SHARDS VAL] [--voc FOLDER] [--rows NAME,...] [--measures NAME,...] [--jobs N] [--gpus N|all]
+        [--runs FOLDER] [--out FOLDER] [a.b=c ...]
+
+table2: view recipes. table3: loss terms. figure5: reference points of a pair. locality: width of the Gaussian prior on
+what a reference token attends to (not in the paper).
+
+--scale small: the demo's network and painted scenes (configs/demo.yaml), or with --photos that of configs/photos64.yaml on
+these shards. --scale paper: ViT-Ti/16 as in the paper (configs/densedino_vitti16.yaml), on all GPUs of the machine.
+Words a.b=c change every row. docs/howto/paper-tables.md has examples and hours.
+
+Everything is kept in runs/paper/<scale>/<row>-<seed>; the same command goes on where it was stopped. Of each table the
+files OUT/<table>-<scale>.json, .md and .png are written.
+"""
+
+import argparse
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.command import again
+from runtime.errors import UserError, require_positive, run_cli, suggest
+from tools.docstring import make_parser
+
+if TYPE_CHECKING:
+    from tools.paper.runs import Scale, Selection
+
+TABLES = ("table2", "table3", "figure5", "locality")
+CONFIGS = {"small": "configs/demo.yaml", "photos": "configs/photos64.yaml", "paper": "configs/densedino_vitti16.yaml"}
+PHOTOS64 = ["eval.seg_lr=0.1"]  # as the demo's: the published rate is for features of a large network
+SEEDS = {"small": 3, "photos": 3, "paper": 1}
+CLUSTER_SEEDS = {"small": 2, "photos": 2, "paper": 5}
+RUNS = Path("runs/paper")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser("tools.paper", "tools.paper.__main__")
+    parser.add_argument("words", nargs="+", metavar="TABLE", help=f"{', '.join(TABLES)} or all; a.b=c: for every row")
+    parser.add_argument("--scale", default="small", help="small or paper (default: small)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: 3; paper scale: 1)")
+    parser.add_argument("--dry-run", action="store_true", help="print runs and hours, and start nothing")
+    parser.add_argument("--photos", nargs=2, metavar=("SHARDS", "VAL"), help="photos to train on, and to classify")
+    parser.add_argument("--voc", metavar="FOLDER", help="scenes to segment, in Pascal VOC's layout")
+    parser.add_argument(
+        "--rows", help="train these rows and their baselines only; the tables show those that are there too"
+    )
+    parser.add_argument("--measures", help="some of eval compare's (default: those of each table)")
+    parser.add_argument(
+        "--jobs", type=int, help="runs beside each other (default: 2 on a CPU at the small scale, else 1)"
+    )
+    parser.add_argument("--gpus", default="", help="GPUs of each run, or all (default: paper scale: all; small: 1)")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder of the tables (default: that of --runs)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_intermixed_args(argv)
+    table = read_table(args.words)
+    if args.scale not in ("small", "paper"):
+        raise UserError(f"--scale {args.scale}: must be small or paper{suggest(args.scale, ('small', 'paper'))}")
+    require_positive(args, "seeds", "jobs")
+    measures = read_measures(args.measures)
+
+    from tools.paper import runs
+    from tools.paper.pages import check_writable
+    from tools.paper.tables import make_tables
+    from tools.pretrain import count_devices, count_processes, has_cpu_torch
+
+    devices = 0 if has_cpu_torch() else count_devices()
+    gpus = args.gpus or ("all" if args.scale == "paper" and devices > 1 else "")
+    processes = count_processes(gpus)
+    scale = read_scale(args, processes)
+    tables = make_tables(scale.base)
+    chosen = TABLES if table == "all" else (table,)
+    rows = read_rows(args.rows, [row.name for name in chosen for row in tables[name].rows])
+    seeds = range(args.seeds or SEEDS[scale.name])
+    selection = runs.select(tables, chosen, scale, seeds, rows, measures)
+    out = args.out or args.runs
+    check_writable(selection.tables, scale.name, out)
+    impossible = runs.check(selection.runs, scale)
+    if impossible:
+        print(f"no scenes to segment: without --voc FOLDER, {', '.join(impossible)} cannot be measured")
+    on_cpu = devices == 0 or scale.base.speed.device == "cpu"
+    small_on_cpu = args.scale == "small" and on_cpu and len(os.sched_getaffinity(0)) > 1
+    jobs = args.jobs or (2 if small_on_cpu else 1)
+    print_plan(selection, scale, jobs, not on_cpu)
+    if args.dry_run:
+        return 0
+    return start(selection, scale, jobs, gpus, out)
+
+
+# ------------------------------------------------------------------------------------------------------- the command line
+
+
+def read_table(words: Sequence[str]) -> str:
+    """The word that names a table; the others are a.b=c. Raises UserError if there is none, or if there are several."""
+    named, known = [word for word in words if "=" not in word], (*TABLES, "all")
+    if len(named) != 1:
+        raise UserError(f"{', '.join(named) or 'which table?'}: one table, or all: {', '.join(known)}")
+    if named[0] not in known:
+        raise UserError(f"{named[0]}: must be one of {', '.join(known)}{suggest(named[0], known)}")
+    return named[0]
+
+
+def read_measures(text: str | None) -> list[str]:
+    """The names of --measures. Raises UserError for an unknown one."""
+    from eval.target import MEASURES, require_choice
+
+    return [require_choice("--measures", name, MEASURES) for name in text.split(",")] if text else []
+
+
+def read_rows(text: str | None, known: Sequence[str]) -> list[str]:
+    """The names of --rows. Raises UserError for one that no chosen table has."""
+    found = text.split(",") if text else []
+    for name in found:
+        if name not in known:
+            raise UserError(f"--rows {name}: must be among {', '.join(known)}{suggest(name, known)}")
+    return found
+
+
+def read_scale(args: argparse.Namespace, processes: int) -> "Scale":
+    """The base config and what it is trained and measured on. Raises UserError if something is missing."""
+    from runtime.config import is_path, load_config, missing
+    from tools.paper.runs import Scale
+
+    name = "photos" if args.photos and args.scale == "small" else args.scale
+    values = [word for word in args.words if "=" in word]
+    for word in values:
+        key = word.partition("=")[0]
+        if key in ("seed", "run.folder"):
+            raise UserError(f"{word}: seeds are given as --seeds N" if key == "seed" else f"{word}: see --runs FOLDER")
+    words = PHOTOS64[:] if name == "photos" else []
+    if args.photos:
+        places = zip(("data.shards", "data.val"), args.photos, strict=True)
+        words += [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in places]
+    elif name == "paper":
+        raise UserError(
+            "--scale paper: which photos? --photos SHARDS VAL, for example --photos /data/imagenet/train /data/imagenet/val"
+        )
+    if args.voc:
+        if is_path(args.voc) and (problem := missing(args.voc)):
+            raise UserError(f"--voc {args.voc}: {problem}")
+        words.append(f"eval.voc={json.dumps(args.voc, ensure_ascii=False)}")
+    words += values
+    base = load_config(CONFIGS[name], words, processes=processes)
+    scenes = os.path.abspath(base.eval.voc) if base.eval.voc else None
+    return Scale(name, CONFIGS[name], words, scenes, args.runs / name, base)
+
+
+# ---------------------------------------------------------------------------------------------------------- plan and run
+
+
+def print_plan(selection: "Selection", scale: "Scale", jobs: int, on_gpu: bool) -> None:
+    """What there is, what is missing, and how long it will take."""
+    from tools.paper.runs import estimate
+
+    seconds, source = estimate(selection.runs, scale, on_gpu)
+    tables: dict[Path, list[str]] = {run.folder: [] for run in selection.runs}
+    for (table, _), runs_of_row in selection.of_row.items():
+        for run in runs_of_row:
+            tables[run.folder].append(table)
+    states = {"finished": 0, "started": 0, "missing": 0}
+    width = max(len(run.name) for run in selection.runs)
+    print(f"runs in {scale.folder}:")
+    for run in selection.runs:
+        steps, missing = run.trained_steps(), run.missing(scale.scenes)
+        if run.is_trained() and not missing:
+            state, what = "finished", "finished"
+        elif run.is_trained():
+            state, what = "started", f"trained; to measure: {', '.join(missing)}"
+        else:
+            state = "started" if steps else "missing"
+            what = f"started, step {steps:,} of {run.steps:,}" if steps else f"missing, {run.steps:,} steps"
+        states[state] += 1
+        left = f"{seconds[run.folder] / 60:6.1f} min" if seconds and state != "finished" else " " * 10
+        print(f"  {run.name:{width}}  {left}  {what}  ({', '.join(dict.fromkeys(tables[run.folder]))})")
+    for table, rows in selection.left_out.items():
+        for row in rows:
+            print(f"  left out of {table}: {row}")
+    count = ", ".join(f"{n} {state}" for state, n in states.items())
+    if seconds is None:
+        print(f"{len(selection.runs)} runs: {count}; {source}")
+    else:
+        minutes = sum(seconds.values()) / jobs / 60
+        time = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.0f} min"
+        print(f"{len(selection.runs)} runs: {count}; about {time}, {jobs} at a time, estimated {source}")
+
+
+def start(selection: "Selection", scale: "Scale", jobs: int, gpus: str, out: Path) -> int:
+    """Train and measure what is missing, then print and write the tables; returns the exit code."""
+    from tools.paper import pages
+    from tools.paper.jobs import run_all
+
+    def write() -> None:
+        for table in selection.tables:
+            pages.write(pages.collect(table, selection, scale), out)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)  # of a job's end: the trainings save too
+    try:
+        failures = run_all(
+            selection.runs, scale, jobs=jobs, gpus=gpus, cluster_seeds=CLUSTER_SEEDS[scale.name], finished=write
+        )
+    except KeyboardInterrupt:
+        print(f"stopped; what was trained and measured is kept, the same command goes on from there: `{again()}`")
+        return 130
+    write()
+    for table in selection.tables:
+        pages.show(pages.collect(table, selection, scale))
+        print("written to " + ", ".join(map(str, pages.names(table.name, scale.name, out))))
+    for failure in failures:
+        print(f"failed: {failure}")
+    if failures:
+        print(f"{len(failures)} of {len(selection.runs)} runs failed; when the cause is mended: `{again()}`")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
