@@ -97,6 +97,7 @@ endif
 FORCE:
 
 ready: $(READY)
+	$(if $(filter cpu cuda,$(TORCH)),,$(error TORCH=$(TORCH): cpu or cuda))
 	$(if $(filter-out $(TORCH),$(kind)),$(error TORCH=$(TORCH): .venv has torch for $(kind); `make setup TORCH=$(TORCH)` replaces it))
 	@[ ! requirements.lock -nt $(READY) ] || echo "requirements.lock is newer than .venv: \`make setup\` updates it" >&2
 
@@ -120,7 +121,7 @@ scenes: ready # the demo's data: painted scenes and their shards
 pretrain: export STARTED_BY := make pretrain
 pretrain: ready $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(config)),scenes)) ## train, evaluate, draw [CONFIG=… SHARDS=… VAL=… GPUS=n|all RESTARTS=n RUN=… METHOD=dino ARGS='a.b=c …']
 	@$(PY) -m tools.pretrain --run="$$RUN" --method="$$METHOD" --shards="$$SHARDS" --val="$$VAL" --gpus="$$GPUS" --restarts="$$RESTARTS" "$$CONFIG" $(ARGS)
-	@$(if $(filter --dry-run,$(ARGS)),,$(PY) -m tools.finish_run "$$RUN" --skip-existing)
+	@$(if $(filter --dry-run --check --help -h,$(ARGS)),,$(PY) -m tools.finish_run "$$RUN" --skip-existing)
 
 tables: export STARTED_BY := make tables
 tables: ready $(if $(or $(filter paper,$(SCALE)),$(findstring --photos,$(ARGS)),$(findstring data.shards=,$(ARGS))),,scenes) ## the paper's ablations [TABLE=table2|table3|figure5|locality SCALE=small|paper SEEDS=n ARGS='--dry-run …']

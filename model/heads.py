@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.init import trunc_normal_
 
 
@@ -70,8 +69,23 @@ class BatchNorm(nn.BatchNorm1d):
 def _over_processes(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance [D] over the tokens of all processes, from those over each one's own; with gradients."""
     world_size = dist.get_world_size()
-    mean_of_all = all_reduce(mean) / world_size
-    return mean_of_all, all_reduce(variance + (mean - mean_of_all).square()) / world_size
+    mean_of_all = _Sum.apply(mean) / world_size
+    return mean_of_all, _Sum.apply(variance + (mean - mean_of_all).square()) / world_size
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over all processes: each process's loss depends on every process's tensor, so gradients are summed
+    too. torch's own differentiable reduction is deprecated since 2.15."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient)
 
 
 class Prototypes(nn.Module):

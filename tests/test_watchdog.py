@@ -105,12 +105,12 @@ def test_no_step_is_logged_twice(tiny_config, tmp_path):
 def test_corrupt_samples_are_counted_across_restarts(tiny_config, tmp_path):
     """The limit is for an epoch, not for a start: one of 88 samples was damaged before the restart."""
     run = tmp_path / "run"
-    words = [f"run.folder={run}", "run.checkpoint_every=7", "data.max_corrupt=0.005"]
+    words = [f"run.folder={run}", "run.checkpoint_every=7", "data.max_corrupt=0"]
     program = Program(tiny_config, *words, script=with_fault(tmp_path, "if step == 8: os._exit(3)"))
     assert program.end()[0] == 3
     metrics.append_jsonl(run / "damaged.jsonl", {"step": 6, "planned": 1, "read": 2})
     stderr = run_program("train.py", tiny_config, *words, expect=2).stderr
-    assert "1 of 88 samples are damaged in one epoch, more than data.max_corrupt: 0.005" in stderr
+    assert "1 of 88 samples are damaged in one epoch, more than data.max_corrupt: 0;" in stderr
 
 
 @pytest.mark.parametrize(("entropy", "warned"), [(1e-4, True), (5.2983, True), (3.0, False)])
