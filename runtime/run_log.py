@@ -147,12 +147,12 @@ class CorruptSamples:
         return max(self._by_epoch.values(), default=0)
 
     def check(self, corrupt: int, allowed: float) -> None:
-        """Raise UserError if this many samples, of all processes, are more than a share `allowed` of an epoch, rounded up: one
-        damaged photo does not stop the training of a small set."""
+        """Raise UserError if this many samples, of all processes, are more than a share `allowed` of an epoch, rounded up:
+        one damaged photo does not stop the training of a small set."""
         if corrupt > math.ceil(allowed * self.plan.samples):
             raise UserError(
-                f"{corrupt} of {self.plan.samples} samples are damaged in one epoch, more than data.max_corrupt: {allowed:g}; "
-                f"{self.folder}/damaged.jsonl lists them; make these shards again, or train without them: "
+                f"{corrupt} of {self.plan.samples} samples are damaged in one epoch, more than data.max_corrupt: "
+                f"{allowed:g}; {self.folder}/damaged.jsonl lists them; make these shards again, or train without them: "
                 f"data.max_corrupt={math.ceil(1000 * corrupt / self.plan.samples) / 1000:g}"
             )
 
