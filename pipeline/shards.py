@@ -80,12 +80,12 @@ class Shards:
             self.index, self._map = np.asarray(mapped), getattr(mapped, "_mmap", None)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self.folder}/index.npy: {error}; `make index DST={self.folder}` writes it again"
+                f"{self.folder}/index.npy: {error}; `make index DST={_word(self.folder)}` writes it again"
             ) from None
         if self.index.dtype != INDEX or len(self.index) != self.starts[-1]:
             raise UserError(
                 f"{self.folder}: the index holds {len(self.index)} samples, the manifest {self.starts[-1]}; "
-                f"`make index DST={self.folder}` writes both again"
+                f"`make index DST={_word(self.folder)}` writes both again"
             )
         self._actual_bytes: dict[int, int] = {}  # of each shard whose size differs from the manifest's; missing: -1
         check = max_missing is not None and self._remote is None
@@ -149,7 +149,7 @@ class Shards:
         if lost > max_missing * len(self) or max_missing == 0:
             share = math.ceil(1000 * max(lost, 1) / len(self)) / 1000
             raise UserError(
-                f"{line}; copy or make these shards again (`make verify DST={folder}` checks every byte), or train "
+                f"{line}; copy or make these shards again (`make verify DST={_word(folder)}` checks every byte), or train "
                 f"without the lost samples: data.max_missing={share:g}"
             )
         return line
@@ -262,8 +262,9 @@ def _no_manifest(folder: Path) -> str:
         if re.search(r"[*?\[{]|\.tar$", str(folder)):
             return f"{no_shards}; give the folder of the tars{'' if folder.parent == Path() else f': {folder.parent}'}"
         return f"{'not a folder' if folder.exists() else 'no such folder'}{suggest_path(folder)}"
-    if any(folder.glob("*.tar")):
-        return f"{no_shards}; if these tars were made by another program, `make index DST={folder}` writes the manifest"
+    if any(path.suffix.lower() == ".tar" for path in folder.iterdir()):
+        index = f"`make index DST={_word(folder)}` writes the manifest"
+        return f"{no_shards}; if these tars were made by another program, {index}"
     made = [path.parent for path in itertools.islice(folder.glob("*/manifest.json"), 4)]
     if made:
         return f"{no_shards}, but in {' and '.join(sorted(map(str, made)))}: name one of them"
@@ -271,9 +272,12 @@ def _no_manifest(folder: Path) -> str:
         beside = folder.with_name(f"{folder.name}-shards") if folder.name else folder.absolute().with_name("shards")
         if (beside / "manifest.json").is_file():
             return f"photos, not shards, which seem to be in {beside}"
-        source, target = shlex.quote(str(folder)), shlex.quote(str(beside))
-        return f"photos, not shards; `make shards SRC={source} DST={target}` makes shards of them"
-    return f"{no_shards}; `make shards SRC=photos/ DST={folder}` makes shards from a folder of photos"
+        return f"photos, not shards; `make shards SRC={_word(folder)} DST={_word(beside)}` makes shards of them"
+    return f"{no_shards}; `make shards SRC=photos/ DST={_word(folder)}` makes shards from a folder of photos"
+
+
+def _word(path: str | Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _has_photos(folder: Path) -> bool:

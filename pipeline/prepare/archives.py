@@ -9,6 +9,7 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.prepare.names import printable
 from pipeline.prepare.tar import BLOCK, members
 from runtime.errors import UserError
 
@@ -63,10 +64,25 @@ def describe_archive(path: Path) -> str:
     return f"compressed ({kind}), and photos are read at their offset; unpack it first: `{how}`"
 
 
-def _archive(path: Path) -> tuple[str, str, str]:
-    """The entry of ARCHIVES for a file, by its first bytes; three empty texts if it is none of them."""
+def inner_fault(path: Path, start: int, end: int) -> str:
+    """As `fault`, for a tar in bytes [start, end) of the tar `path`, as far as its first bytes show it."""
+    if start == end:
+        return f"empty (0 bytes); {AGAIN}"
+    kind = _archive(path, start)[0]
+    return f"compressed ({kind}), and photos are read at their offset; {unpack_outer(path)}" if kind else ""
+
+
+def unpack_outer(tar: Path) -> str:
+    """The end of a message about a tar whose members are compressed."""
+    folder = shlex.quote(str(_folder_of(tar)))
+    unpack = f"mkdir -p {folder} && tar -xf {shlex.quote(str(tar))} -C {folder}"
+    return f"unpack both: `{unpack}`, then each archive in {folder}, and make shards of that folder"
+
+
+def _archive(path: Path, at: int = 0) -> tuple[str, str, str]:
+    """The entry of ARCHIVES for the bytes of a file from `at` on; three empty texts if it is none of them."""
     with path.open("rb") as file:
-        first = os.pread(file.fileno(), LONGEST, 0)
+        first = os.pread(file.fileno(), LONGEST, at)
     return next((entry for magic, entry in ARCHIVES.items() if first.startswith(magic)), ("", "", ""))
 
 
@@ -77,6 +93,40 @@ def first_archive(folder: Path) -> str:
             if archive := describe_archive(path):
                 return f"; {path.name} is {archive}"
     return ""
+
+
+def list_tars(folder: Path) -> list[Path]:
+    """The files and folders in a folder whose names end in .tar or .TAR, sorted."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tar")
+
+
+def left_out(folder: Path) -> list[str]:
+    """What an index of a folder's tars leaves out: tars under other names, archives of files, and tars in folders below. A
+    sentence each, with the next step."""
+    renamed, packed = [], []
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() != ".tar"):
+        with suppress(OSError), path.open("rb") as file:
+            first = os.pread(file.fileno(), BLOCK, 0)
+            if first[257:262] == b"ustar":
+                renamed.append(path)
+            elif path.suffix.lower() in ARCHIVE_ENDINGS and _archive(path)[0] and not _archive(path)[2]:
+                packed.append(path)
+    below = sorted(folder.glob("*/**/*.[tT][aA][rR]"))
+    said = []
+    if renamed:
+        command = f"mv {shlex.quote(str(renamed[0]))} {shlex.quote(f'{renamed[0]}.tar')}"
+        said.append(f"{_named(renamed, folder)}: a tar, but its name does not end in .tar: if it is whole, `{command}`")
+    if packed:
+        said.append(f"{_named(packed, folder)}: not opened; {describe_archive(packed[0])}, then `make shards` of it")
+    if below:
+        index = f"`make index DST={shlex.quote(str(below[0].parent))}`"
+        said.append(f"{_named(below, folder)}: in a folder below; move the tars here, or {index} writes an index there")
+    return said
+
+
+def _named(paths: list[Path], folder: Path) -> str:
+    more = f" and {len(paths) - 1:,} more like it" if len(paths) > 1 else ""
+    return f"{printable(str(paths[0].relative_to(folder)))}{more}"
 
 
 def compressed_tars(folder: Path) -> list[tuple[Path, str]]:
@@ -104,5 +154,9 @@ def _unpack_stream(path: Path, command: str, ending: str) -> str:
 
 def _unpack_files(path: Path, command: str) -> str:
     """x.zip becomes the folder x."""
-    folder = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-photos")
-    return command.format(file=shlex.quote(str(path)), folder=shlex.quote(str(folder)))
+    return command.format(file=shlex.quote(str(path)), folder=shlex.quote(str(_folder_of(path))))
+
+
+def _folder_of(archive: Path) -> Path:
+    """Where an archive is unpacked: beside it."""
+    return archive.with_suffix("") if archive.suffix else archive.with_name(f"{archive.name}-photos")

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.prepare.archives import AGAIN, compressed_tars, describe_archive, fault
+from pipeline.prepare.archives import AGAIN, compressed_tars, describe_archive, fault, inner_fault
 from pipeline.prepare.classes import make_command
 from pipeline.prepare.kinds import ARCHIVE
 from pipeline.prepare.labels import LABEL_ENDINGS
@@ -94,7 +94,7 @@ def _read_all(
 
 def _read(tar: ClassTar, skipped: Skipped) -> tuple[list[Member], list[Member]]:
     """(photos, all members) of a class's tar; what is no photo is counted. Raises UserError if it is broken."""
-    if tar.end is None and (why := fault(tar.path)):
+    if why := fault(tar.path) if tar.end is None else inner_fault(tar.path, tar.start, tar.end):
         raise UserError(why)
     with tar.path.open("rb") as file:
         end = os.fstat(file.fileno()).st_size if tar.end is None else tar.end

@@ -28,6 +28,16 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 MAX_DEVKIT_MEMBER = 1 << 26  # bytes
 
 
+SHOWN_CLASSES = 5  # before the work begins
+
+
+def describe_classes(classes: list[str], photos: Counter[int]) -> str:
+    """A line with the first classes that have photos. photos: how many have each label."""
+    found = [f"{printable(name)} ({plural(photos[i], 'photo')})" for i, name in enumerate(classes) if photos[i]]
+    more = len(found) - SHOWN_CLASSES
+    return f"classes: {', '.join(found[:SHOWN_CLASSES])}{f', ... {more:,} more' if more > 0 else ''}"
+
+
 class Labels(NamedTuple):
     """summary: one line that says how the classes were chosen."""
 

@@ -15,7 +15,16 @@ from pathlib import Path
 from shlex import quote
 from typing import BinaryIO, NamedTuple
 
-from pipeline.prepare.archives import AGAIN, compressed_tars, describe_archive, fault, first_archive
+from pipeline.prepare.archives import (
+    AGAIN,
+    compressed_tars,
+    describe_archive,
+    fault,
+    first_archive,
+    left_out,
+    list_tars,
+)
+from pipeline.prepare.classes import describe_classes
 from pipeline.prepare.folder import (
     WORK,
     ShardRecord,
@@ -51,7 +60,8 @@ def index(options: Namespace) -> None:
     dst = options.dst
     tars = _tars_in(dst, options.skip_broken)
     here, new = quote(str(dst.resolve())), quote(f"data/{dst.resolve().name}")
-    links = f"links to the tars do as well: `mkdir -p {new} && ln -s {here}/*.tar {new} && make index DST={new}`"
+    files = " ".join(f"{here}/*{suffix}" for suffix in sorted({tar.suffix for tar in tars}))
+    links = f"links to the tars do as well: `mkdir -p {new} && ln -s {files} {new} && make index DST={new}`"
     require_writable(dst, links)
     rejected: list[dict] = []
     with folder_lock(dst, "nothing was changed; the same command begins again"):
@@ -65,15 +75,21 @@ def index(options: Namespace) -> None:
         usable, skipped = [r for r in records if not r.broken], Skipped()
         for record in usable:
             skipped.update(record.skipped)
+        classes = _set_labels(dst, usable, skipped)
         head = {
             "source": {"tars": len(usable)},
             "settings": {"photo": options.photo} if options.photo else {},
-            "classes": _set_labels(dst, usable, skipped),
+            "classes": classes,
         }
         write_folder(dst, usable, head, _keep_sources(dst, usable), skipped, _rows_of_broken(records))
-        rows = [row for record in usable for row in record.rows]
-        for warning in index_warnings(skipped, len(rows), sum(row[4] >= 0 for row in rows), options.photo):
+        labels = Counter(row[4] for record in usable for row in record.rows)
+        for line in _describe_labels(classes, labels):
+            print(line)
+        labeled = labels.total() - labels[-1]
+        for warning in index_warnings(skipped, labels.total(), labeled, options.photo):
             print(f"warning: {warning}")
+        for what in left_out(dst):
+            print(f"warning: left out: {what}")
         rotated = sum(n for r in usable for kind, n in r.kept.items() if kind.endswith("rotated"))
         if rotated:
             print(
@@ -92,11 +108,11 @@ def _tars_in(dst: Path, skip_broken: bool) -> list[Path]:
         raise UserError(f"{dst}: {what}")
     if (dst / WORK / "task").exists():
         raise UserError(f"{dst}: holds an unfinished `make`; run the same `make` command again to finish it")
-    tars = sorted(dst.glob("*.tar"))
+    tars = list_tars(dst)
     if not tars:
-        hint = first_archive(dst) or "; `make shards SRC=photos/ DST=shards/` makes shards from photos"
-        raise UserError(f"{dst}: no *.tar here{hint}")
-    _refuse_splits(dst, [tar.stem for tar in tars])
+        other = "; ".join(left_out(dst)) or "`make shards SRC=photos/ DST=shards/` makes shards from photos"
+        raise UserError(f"{dst}: no *.tar here{first_archive(dst) or f'; {other}'}")
+    _refuse_splits(dst, [tar.name for tar in tars])
     compressed = compressed_tars(dst)
     if compressed and not skip_broken:
         (first, command), *_ = compressed
@@ -108,16 +124,16 @@ def _tars_in(dst: Path, skip_broken: bool) -> list[Path]:
     return sorted(tars + [path for path, _ in compressed])
 
 
-def _refuse_splits(dst: Path, stems: list[str]) -> None:
+def _refuse_splits(dst: Path, names: list[str]) -> None:
     """Raise UserError if the names of the tars are of several splits."""
-    splits = splits_among(stems)
+    splits = splits_among(names)
     if splits:
-        found = [f"{split} ({plural(len(stems), 'tar')}, {stems[0]}.tar first)" for split, stems in splits.items()]
-        split, stems = next(iter(splits.items()))
+        found = [f"{split} ({plural(len(names), 'tar')}, {names[0]} first)" for split, names in splits.items()]
+        split, names = next(iter(splits.items()))
         into = quote(str(dst / split))
         raise UserError(
             f"{dst} holds tars of several splits: {', '.join(found)}; give each a folder of its own: `mkdir {into} && "
-            f"mv {_words(dst, [f'{stem}.tar' for stem in stems], '.tar')} {into} && make index DST={into}`"
+            f"mv {_words(dst, names, '.tar')} {into} && make index DST={into}`"
         )
 
 
@@ -229,6 +245,22 @@ def _set_labels(dst: Path, records: list[TarRecord], skipped: Skipped) -> list[s
     return names if len(names) >= count else [str(label) for label in range(count)]
 
 
+def _describe_labels(classes: list[str], labels: Counter[int]) -> list[str]:
+    """Lines for the user on the labels: how many samples have each, -1 for none."""
+    lines = []
+    if classes:
+        lines.append(describe_classes(classes, labels))
+    without, found = labels[-1], len(labels.keys() - {-1})
+    if 0 < found < len(classes):
+        lines.append(
+            f"samples in only {found:,} of {len(classes):,} classes: labels are positions in the list of classes, from 0 on; "
+            f"here the lowest is {min(labels.keys() - {-1})}, the highest {max(labels)}"
+        )
+    if without and found:
+        lines.append(f"{without:,} of {labels.total():,} samples have no label")
+    return lines
+
+
 class TarJob(NamedTuple):
     """One tar to be indexed. photo: as in samples.group."""
 
@@ -251,7 +283,7 @@ def index_tar(job: TarJob) -> TarRecord:
             for sample in group(tar, members(tar, 0, record.bytes, ""), record.skipped, path.name, key, endings):
                 _index_sample(record, tar, sample, max_pixels)
         if not record.rows and not record.rejected:
-            record.broken = _no_photos(path.parent, key, endings, record.skipped)
+            record.broken = _no_photos(path, key, endings, record.skipped)
     except UserError as error:
         record.broken = f"{error}; {AGAIN}".removeprefix(": ")
     except OSError as error:
@@ -279,7 +311,7 @@ def _index_sample(record: TarRecord, tar: BinaryIO, sample: Sample, max_pixels: 
     record.sources.append(sample.key)  # `make` lists what it was made from under that
 
 
-def _no_photos(folder: Path, key: str | None, endings: Counter[str], skipped: Skipped) -> str:
+def _no_photos(tar: Path, key: str | None, endings: Counter[str], skipped: Skipped) -> str:
     """Why a tar has no photos: the endings of its members, and the command that chooses one."""
     found = ", ".join(f"{printable(e) or 'no ending'} ({n:,})" for e, n in endings.most_common(8)) or "nothing"
     what = f"no photos in this tar ({f'key {key}' if key else 'jpg, jpeg, png or webp'}; found: {found})"
@@ -287,5 +319,8 @@ def _no_photos(folder: Path, key: str | None, endings: Counter[str], skipped: Sk
     if likely:
         chosen = difflib.get_close_matches(key or "", likely, 1) or likely
         args = quote(f"--photo {chosen[0]}")
-        return f"{what}; `make index DST={quote(str(folder))} ARGS={args}` takes {chosen[0]}"
+        return f"{what}; `make index DST={quote(str(tar.parent))} ARGS={args}` takes {chosen[0]}"
+    if any(kind.startswith(("GIF", "TIFF", "BMP")) for kind in skipped.counts):
+        shards = tar.parent.with_name(f"{tar.parent.resolve().name}-shards")
+        return f"{what}; `make shards SRC={quote(str(tar))} DST={quote(str(shards))}` converts them"
     return f"{what}; convert them to JPEG and pack them again" if skipped.pictures() else what

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
@@ -103,7 +104,7 @@ def require_writable(dst: Path, otherwise: str, files: int = 8) -> None:
     if room.f_files > 0 and room.f_favail < files:  # some disks do not count them, and say 0
         raise UserError(
             f"{folder}: {plural(files, 'file')} will be written, and its disk has room for {room.f_favail:,} more "
-            f"(`df -i {folder}`); delete some there, or {otherwise}"
+            f"(`df -i {quote(str(folder))}`); delete some there, or {otherwise}"
         )
 
 

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import BinaryIO, NamedTuple
 
-from pipeline.prepare.skipped import BAD_LABELS, Skipped
+from pipeline.prepare.names import printable
+from pipeline.prepare.skipped import BAD_LABELS, LABEL_LIKE, Skipped
 from pipeline.prepare.tar import Member
 
 LABEL_ENDINGS = ("cls", "json", "txt")  # in the order in which they are looked at
@@ -38,14 +39,16 @@ def read_label(tar: BinaryIO, parts: Mapping[str, Member], skipped: Skipped, whe
         m = parts[ending]
         data = os.pread(tar.fileno(), min(m.size, MAX_LABEL), m.offset)
         source = f"{where}/{m.name}"
+        kind = f".{ending} files"
         try:
-            value = _json_label(data) if ending == "json" else parse_label(data)
+            value, other = _json_label(data) if ending == "json" else (parse_label(data), "")
+            kind += f" with {other}" if other else ""
         except ValueError as error:
             value, bad = None, Written(source, str(error)) if ending != "txt" and not bad.source else bad
         if label.value is None and value is not None:
             label = Written(source, ending, value)
         elif ending != "cls":
-            skipped.counts[f".{ending} files"] += 1
+            skipped.counts[kind] += 1
     if bad.source and label.value is None:
         skipped.add(bad.source, BAD_LABELS, bad.ending)
     return label
@@ -69,19 +72,24 @@ def parse_label(data: bytes) -> int | str | None:
     return text
 
 
-def _json_label(data: bytes) -> int | str | None:
-    """The label in a JSON object; None if it has none. Raises ValueError if it is neither a number nor a name."""
+def _json_label(data: bytes) -> tuple[int | str | None, str]:
+    """The label in a JSON object, None if it has none; and then what may be one (`class_id`, `only a number`). Raises
+    ValueError if the label is neither a number nor a name."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
-        return None
-    key = next((k for k in JSON_KEYS if k in found), None) if isinstance(found, dict) else None
-    value = None if key is None else found[key]
+        return None, ""
+    if not isinstance(found, dict):
+        return None, "only a number" if isinstance(found, int | float) else ""
+    key = next((k for k in JSON_KEYS if k in found), None)
+    if key is None:
+        return None, next((printable(k)[:MAX_NAME] for k in found if LABEL_LIKE.search(k)), "")
+    value = found[key]
     if value is None:
-        return None
+        return None, ""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"{key}: {json.dumps(value)[:20]} is neither a number nor the name of a class")
-    return parse_label(str(value).encode())
+    return parse_label(str(value).encode()), ""
 
 
 def resolve_labels(written: list[Written], skipped: Skipped) -> tuple[list[int], list[str], str]:
@@ -97,10 +105,10 @@ def resolve_labels(written: list[Written], skipped: Skipped) -> tuple[list[int],
         skipped.counts[".txt files"] += captions.total()
     texts = [w for w in written if isinstance(w.value, str)]
     numbers = sum(isinstance(w.value, int) for w in written)
-    said = (
-        f"the .txt members are captions, no classes: {len(captions):,} texts of {captions.total():,} differ"
-        * is_caption
-    )
+    said = ""
+    if captions:
+        what = "captions, no classes" if is_caption else "names of classes, no captions"
+        said = f"the .txt members are {what}: {len(captions):,} texts of {captions.total():,} differ"
     if numbers >= len(texts):
         for w in texts:
             skipped.add(w.source, BAD_LABELS, f"{w.value!r} is a name, and most labels are numbers")

@@ -12,10 +12,12 @@ from collections import Counter
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.prepare.archives import list_tars
 from pipeline.prepare.folder import (
     WORK,
     ShardFile,
@@ -194,9 +196,10 @@ def _begin_or_resume(dst: Path, task: dict) -> None:
         for draft in work.glob("*.draft"):
             draft.unlink()
         return
-    if any(dst.glob("*.tar")):
+    if list_tars(dst):
         raise UserError(
-            f"{dst}: holds tars of another program; give another DST, or write their index with `make index DST={dst}`"
+            f"{dst}: holds tars of another program; give another DST, or write their index with "
+            f"`make index DST={quote(str(dst))}`"
         )
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()

@@ -1,9 +1,10 @@
 """Samples of a tar of another program: which members belong together, and which of them is the photo.
 
 Members with the same key are a sample, wherever they are in the tar: all photos may come first and all labels after them.
-The key is WebDataset's, the name up to the first dot, with one addition: parts that are no plain words (`2-000`, `5`) belong
-to the key. So `v1.2-000.jpg` is the photo of `v1.2-000`, and `7.seg.png` the member `seg.png` of `7`. The user can name the
-ending of the photos (`seg.png`).
+The key is WebDataset's, the name up to the first dot, with two additions. Parts that are no plain words (`2-000`, `5`)
+belong to the key: `v1.2-000.jpg` is the photo of `v1.2-000`, and `7.seg.png` the member `seg.png` of `7`. So do words that
+differ from member to member, where an ending would occur with other keys: `cat.a.jpg`, `cat.b.jpg`, `cat.c.jpg` are three
+photos. The user can name the ending of the photos (`seg.png`).
 """
 
 import os
@@ -16,7 +17,7 @@ from typing import BinaryIO
 from pipeline.prepare.kinds import HEAD, PICTURES, kind_of
 from pipeline.prepare.labels import LABEL_ENDINGS
 from pipeline.prepare.names import is_hidden
-from pipeline.prepare.skipped import DUPLICATES, NO_PHOTO, Skipped
+from pipeline.prepare.skipped import DUPLICATES, LONE_LABELS, NO_PHOTO, Skipped
 from pipeline.prepare.tar import Member
 
 PHOTO_ENDINGS = ("jpg", "jpeg", "png", "webp")
@@ -24,9 +25,10 @@ PHOTO_ENDINGS = ("jpg", "jpeg", "png", "webp")
 
 @dataclass
 class Sample:
-    """The members of one sample by role: `photo`, or the ending."""
+    """The members of one sample by role: `photo`, or the ending. tar: as in Member, of the one that was added last."""
 
     key: str
+    tar: int
     parts: dict[str, Member] = field(default_factory=dict)
 
 
@@ -44,6 +46,26 @@ def split_key(name: str, photo: str | None = None) -> tuple[str, str]:
     return folder + slash + ".".join(parts[:first]), ".".join(parts[first:]).lower()
 
 
+def split_keys(names: Iterable[str], photo: str | None = None) -> list[tuple[str, str]]:
+    """`split_key` of all members of a tar, whose endings show which words belong to the key.
+
+    They do where a key has no member without such a word, and at least three words that no other key has.
+    """
+    names = list(names)
+    found = [split_key(name, photo) for name in names]
+    if photo:
+        return found
+    words: dict[str, set[str]] = {}
+    for key, ending in found:
+        words.setdefault(key, set()).add(ending.rpartition(".")[0])
+    keys_with = Counter(word for of_key in words.values() for word in of_key)
+    longer = {key for key, w in words.items() if "" not in w and len(w) > 2 and all(keys_with[word] == 1 for word in w)}
+    return [
+        (name.rpartition(".")[0], ending.rpartition(".")[2]) if key in longer else (key, ending)
+        for name, (key, ending) in zip(names, found, strict=True)
+    ]
+
+
 def group(
     tar: BinaryIO, found: Iterable[Member], skipped: Skipped, where: str, photo: str | None, endings: Counter[str]
 ) -> list[Sample]:
@@ -51,33 +73,42 @@ def group(
     members in `endings`. where: the tar's name. photo: the ending of the photos (`input.jpg`); None: PHOTO_ENDINGS.
 
     A key that comes again after other keys, with a photo that it already has, is another sample: joined tars number their
-    samples alike. Beside each other they are duplicates, and the first one counts.
+    samples alike. Beside each other they are duplicates, and the first one counts. A sample of one of the joined tars takes
+    members of another one (photos in one, labels in the other) unless that brings its own photo, or what may be one.
     """
     photo_endings = (photo,) if photo else PHOTO_ENDINGS
+    usable: list[Member] = []
+    for m in found:
+        if m.skip:
+            skipped.add(f"{where}/{m.name}", m.skip, "not read from a tar")
+        elif is_hidden(m.name.rpartition("/")[2]):
+            skipped.add(f"{where}/{m.name}", "hidden files", "its name begins with a dot")
+        else:
+            usable.append(m)
+    split = split_keys((m.name for m in usable), photo)
+    endings.update(ending for _, ending in split)
+    roles = ["photo" if ending in photo_endings else ending for _, ending in split]
+    own: dict[tuple[int, str], set[str]] = {}  # what each of the joined tars brings for a key, but for labels
+    for m, (key, _), role in zip(usable, split, roles, strict=True):
+        if role not in LABEL_ENDINGS:
+            own.setdefault((m.tar, key), set()).add(role)
     open_samples: dict[str, list[Sample]] = {}
     samples: list[Sample] = []
     last: Sample | None = None
-    for m in found:
-        base = m.name.rpartition("/")[2]
-        if m.skip:
-            skipped.add(f"{where}/{m.name}", m.skip, "not read from a tar")
-            continue
-        if is_hidden(base):
-            skipped.add(f"{where}/{m.name}", "hidden files", "its name begins with a dot")
-            continue
-        key, ending = split_key(m.name, photo)
-        endings[ending] += 1
-        role = "photo" if ending in photo_endings else ending
-        if last is None or last.key != key:
+    for m, (key, _), role in zip(usable, split, roles, strict=True):
+        if last is None or last.key != key or last.tar != m.tar:
             known = open_samples.setdefault(key, [])
-            last = next((s for s in known if role not in s.parts), None)
+            brought = own.get((m.tar, key), set())
+            is_open = (s for s in known if role not in s.parts and (s.tar == m.tar or not brought & s.parts.keys()))
+            last = next(is_open, None)
             if last is None:
-                last = Sample(key)
+                last = Sample(key, m.tar)
                 known.append(last)
                 samples.append(last)
         if role in last.parts and role in ("photo", *LABEL_ENDINGS):
             skipped.add(f"{where}/{m.name}", DUPLICATES, f"{last.parts[role].name} comes before it")
         last.parts.setdefault(role, m)
+        last.tar = m.tar
     with_photo = [s for s in samples if _choose_photo(tar, s, skipped, where, by_bytes=not photo)]
     return sorted(with_photo, key=lambda s: s.parts["photo"].offset)
 
@@ -100,5 +131,6 @@ def _choose_photo(tar: BinaryIO, sample: Sample, skipped: Skipped, where: str, b
             skipped.counts[f".{ending} files" if ending else "files without ending"] += 1
     if "photo" not in sample.parts:
         endings = ", ".join(f".{e}" if e else "no ending" for e in sample.parts)
-        skipped.add(f"{where}/{sample.key}", NO_PHOTO, f"its members: {endings}")
+        kind = NO_PHOTO if others else LONE_LABELS
+        skipped.add(f"{where}/{sample.key}", kind, f"its members: {endings}")
     return "photo" in sample.parts

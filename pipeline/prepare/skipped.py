@@ -1,5 +1,6 @@
 """What a source holds and its shards will not: counted by kind and ending, listed by name, and warned of."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Container
 from dataclasses import dataclass, field
@@ -8,13 +9,18 @@ from shlex import quote
 
 from pipeline.prepare.kinds import ARCHIVE, PICTURES
 from pipeline.prepare.names import ending, printable
-from pipeline.shards import plural
+from pipeline.shards import PHOTO_SUFFIXES, plural
 
 MAX_UNSAID = 0.01  # share of pictures, labels or keys that may be skipped without a warning
 MAX_KINDS = 8  # in a line
 FOLLOW = "ARGS=--follow-links reads what links point to"
 
 BAD_LABELS, NO_PHOTO, DUPLICATES = "labels that cannot be read", "samples without a photo", "duplicates in a sample"
+LONE_LABELS = "labels without a photo"
+LABEL_LIKE = re.compile(
+    "cls|class|label|target|categor|only a number", re.IGNORECASE
+)  # a member or key that may be a label
+LABELS_ARE = "a label is a number or a name, in .cls, .json (key cls, label or class) or .txt"
 
 
 @dataclass
@@ -92,14 +98,28 @@ def index_warnings(skipped: Skipped, samples: int, labels: int, photo: str | Non
     bad, keys, twice = (skipped.counts[kind] for kind in (BAD_LABELS, NO_PHOTO, DUPLICATES))
     if is_many(bad, labels):
         warnings.append(
-            f"{bad:,} of {plural(bad + labels, 'label')} cannot be read, so their photos have no class; a label is a number "
-            "or a name, in .cls, .json (key cls, label or class) or .txt"
+            f"{bad:,} of {plural(bad + labels, 'label')} cannot be read, so their photos have no class; {LABELS_ARE}"
+        )
+    like = Counter({kind: n for kind, n in skipped.counts.items() if "files" in kind and LABEL_LIKE.search(kind)})
+    if like and not labels:
+        warnings.append(f"no labels were found; what looks like some is not read: {counts(like)}; {LABELS_ARE}")
+    if is_many(lone := skipped.counts[LONE_LABELS], labels):
+        first = next(row["source"] for row in skipped.listed if row["kind"] == LONE_LABELS)
+        warnings.append(
+            f"{plural(lone, 'label')} without a photo of the same key ({first} first): labels are found by the whole name "
+            "before the ending, with its folder (a/0.jpg, a/0.cls); pack the tars again with equal names"
         )
     if is_many(keys, samples):
         ends = f"in .{photo}, by --photo" if photo else "in .jpg, .jpeg, .png or .webp"
         warnings.append(
             f"{keys:,} of {plural(keys + samples, 'key')} have no photo; a photo ends {ends}; ARGS='--photo KEY' takes "
             "another ending (skipped.jsonl lists those of each key)"
+        )
+    unused = Counter({k: n for k, n in skipped.counts.items() if k.removesuffix(" files").endswith(PHOTO_SUFFIXES)})
+    if is_many(unused.total(), samples):
+        warnings.append(
+            f"{plural(unused.total(), 'picture')} not used, by ending: {counts(unused)}; a sample has one photo, and what "
+            "else has its key (a mask, a second view) is left out; ARGS='--photo KEY' takes another ending"
         )
     if is_many(twice, samples):
         warnings.append(

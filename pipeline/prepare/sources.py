@@ -15,11 +15,12 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import BinaryIO, NamedTuple
 
 from pipeline.prepare import class_tars
-from pipeline.prepare.archives import describe_archive, first_archive
-from pipeline.prepare.classes import label_photos, make_command, refuse_devkit
+from pipeline.prepare.archives import describe_archive, first_archive, unpack_outer
+from pipeline.prepare.classes import describe_classes, label_photos, make_command, refuse_devkit
 from pipeline.prepare.kinds import ARCHIVE, HEAD, is_palette_png
 from pipeline.prepare.names import ENDINGS, ending, has_photo_ending, printable
 from pipeline.prepare.skipped import FOLLOW, Skipped, convert_command, counts, source_warnings
@@ -28,7 +29,6 @@ from pipeline.prepare.walk import photos_in_folder, photos_in_tar
 from pipeline.shards import plural
 from runtime.errors import UserError, suggest
 
-SHOWN_CLASSES = 5  # before the work begins
 MASK_SAMPLE = 3  # photos of a folder whose headers are read to tell masks from photos
 MAX_OPEN_TARS = 128  # of a folder of tars, by each process
 
@@ -71,10 +71,7 @@ class SourceIndex:
         """Lines for the user before the work begins: classes, what is skipped, warnings. src, dst: as they were given."""
         lines = []
         if self.classes:
-            photos = Counter(p.label for p in self.photos)
-            first = [f"{name} ({plural(photos[i], 'photo')})" for i, name in enumerate(self.classes[:SHOWN_CLASSES])]
-            more = len(self.classes) - len(first)
-            lines.append(f"classes: {', '.join(first)}{f', ... {more:,} more' if more else ''}")
+            lines.append(describe_classes(self.classes, Counter(p.label for p in self.photos)))
         odd = (p.name for p in self.photos if not has_photo_ending(p.name))
         if endings := Counter(ending(name) or "no ending" for name in odd):
             lines.append(f"by their first bytes, not by their ending: {counts(endings)}")
@@ -255,8 +252,10 @@ def _no_photos(src: Path, skipped: Skipped) -> str:
         hint = f"; {convert_command(pictures, src)}"
     elif skipped.counts["links"] and src.is_dir():
         hint = f"; links are not followed: {FOLLOW}"
+    elif skipped.archives() and not src.is_dir():
+        hint = f"; {unpack_outer(src)}"
     elif src.is_dir() and (archive := first_archive(src)):
         hint = archive
     elif src.is_dir() and any(src.glob("*.tar")):
-        hint = f"; give one of its tars, or run `make index DST={src}` if they are shards already"
+        hint = f"; give one of its tars, or run `make index DST={quote(str(src))}` if they are shards already"
     return f"{src}: no photos here (found: {others or 'nothing'}){hint}"

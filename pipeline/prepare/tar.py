@@ -20,6 +20,7 @@ class Member(NamedTuple):
     offset: int
     size: int
     skip: str  # why it is skipped ("links", ...); empty for an ordinary file
+    tar: int  # first byte of its tar: several can be joined in a file
 
 
 def members(tar: BinaryIO, start: int, end: int, where: str) -> Iterator[Member]:
@@ -82,7 +83,7 @@ def members(tar: BinaryIO, start: int, end: int, where: str) -> Iterator[Member]
             name = name.removeprefix("./")
             if name.startswith("/") or ".." in name.split("/"):
                 skip = skip or "unsafe names"
-            yield Member(name, data, size, skip)
+            yield Member(name, data, size, skip, first)
         at, name, size, skip = after, "", -1, ""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from hashlib import file_digest, sha256
 from pathlib import Path
+from shlex import quote
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -52,10 +53,20 @@ def verify(options: Namespace) -> int:
                 print(line, flush=True)
             progress.step(len(check.rows), check.shard["bytes"])
     if problems:
-        print(f"{options.dst}: {plural(problems, 'problem')}; copy the shards again, or make them again")
+        print(f"{options.dst}: {plural(problems, 'problem')}; {_repair(shards)}")
         return 2
     print(f"{options.dst}: {plural(len(shards.shards), 'shard')}, {plural(len(shards), 'sample')}: all agree")
     return 0
+
+
+def _repair(shards: Shards) -> str:
+    """How to get whole shards. `make` would find a folder with a manifest complete, and one with other tars another
+    program's, so what it wrote is deleted first."""
+    folder = quote(str(shards.folder))
+    if "photos" in shards.manifest.get("source", {}):
+        made = f"rm -f {folder}/manifest.json {folder}/shard-*.tar"
+        return f"copy what is damaged again; or make all shards again: `{made}`, then the same `make shards` command"
+    return f"copy what is damaged again, and if it came so, `make index DST={folder}` indexes what is whole"
 
 
 def verify_shard(check: Check) -> tuple[Check, list[str]]:
