@@ -81,10 +81,10 @@ def index(options: Namespace) -> None:
             "settings": {"photo": options.photo} if options.photo else {},
             "classes": classes,
         }
-        write_folder(dst, usable, head, _keep_sources(dst, usable), skipped, _rows_of_broken(records))
         labels = Counter(row[4] for record in usable for row in record.rows)
         for line in _describe_labels(classes, labels):
             print(line)
+        write_folder(dst, usable, head, _keep_sources(dst, usable), skipped, _rows_of_broken(records))
         labeled = labels.total() - labels[-1]
         for warning in index_warnings(skipped, labels.total(), labeled, options.photo):
             print(f"warning: {warning}")
@@ -253,8 +253,8 @@ def _describe_labels(classes: list[str], labels: Counter[int]) -> list[str]:
     without, found = labels[-1], len(labels.keys() - {-1})
     if 0 < found < len(classes):
         lines.append(
-            f"samples in only {found:,} of {len(classes):,} classes: labels are positions in the list of classes, from 0 on; "
-            f"here the lowest is {min(labels.keys() - {-1})}, the highest {max(labels)}"
+            f"samples in only {found:,} of {len(classes):,} classes: labels are positions in the list of classes, from 0 "
+            f"on; here the lowest is {min(labels.keys() - {-1})}, the highest {max(labels)}"
         )
     if without and found:
         lines.append(f"{without:,} of {labels.total():,} samples have no label")

@@ -16,7 +16,7 @@ from pictures import encoded, photo, pixels, tar_of, tree
 
 from pipeline.prepare.kinds import PICTURES, kind_of
 from pipeline.prepare.labels import parse_label
-from pipeline.prepare.samples import split_key
+from pipeline.prepare.samples import split_key, split_keys
 from pipeline.shards import Shards
 
 fault = [pytest.mark.fault("F24"), pytest.mark.fast]
@@ -209,6 +209,8 @@ KEYS = {
     "a dot and a number": [f"v1.2-{i:03d}" for i in range(12)],
     "versions": [f"scan.{i}.{j}" for i in range(3) for j in range(2)],
     "times": [f"cam.2024-01-01T10.00.{i:02d}" for i in range(4)],
+    "words and numbers that differ": [f"img.v{i}" for i in range(12)],
+    "letters that differ": [f"cat.{letter}" for letter in "abcdefghijkl"],
 }
 
 
@@ -216,7 +218,9 @@ KEYS = {
 def test_keys_with_a_dot(case: str, tmp_path: Path) -> None:
     files: dict[str, bytes] = {}
     for i, key in enumerate(KEYS[case]):
-        files |= {f"{key}.jpg": photo(i), f"{key}.cls": b"%d" % (i % 3), f"{key}.seg.png": encoded(pixels(90), "PNG")}
+        files |= {f"{key}.jpg": photo(i), f"{key}.cls": b"%d" % (i % 3)}
+        if "differ" not in case:
+            files[f"{key}.seg.png"] = encoded(pixels(90), "PNG")
     tar_of(files, tmp_path / "0.tar")
     index(tmp_path)
     assert labels_of(tmp_path) == {photo(i): str(i % 3) for i in range(len(KEYS[case]))}
@@ -234,6 +238,55 @@ def test_split_key() -> None:
     assert split_key("a/0.left-eye.jpg", "left-eye.jpg") == ("a/0", "left-eye.jpg")
     assert split_key("0.seg.jpg", "jpg") == split_key("0.seg.jpg", "seg.jpg") == ("0", "seg.jpg")
     assert split_key("a.b/IMG.Beach.001.seg.png") == ("a.b/IMG.Beach.001", "seg.png")
+
+
+def test_split_keys() -> None:
+    """A word belongs to the key if no other key has it and the key has no member without one; endings repeat."""
+    views = [f"{key}.{view}.jpg" for key in "012" for view in ("left", "right", "top")]
+    assert {key for key, _ in split_keys(views)} == {*"012"}
+    assert split_keys(["0.jpg", "0.a.png", "0.b.png", "0.c.png"])[1] == ("0", "a.png")  # one sample with its masks
+    assert split_keys(["0.left.jpg", "0.right.jpg"])[0] == ("0", "left.jpg")
+    assert split_keys(["C.a.jpg", "C.b.jpg", "C.c.JPG"])[2] == ("C.c", "jpg")
+    assert split_keys(["C.a.jpg", "C.b.jpg", "C.c.JPG"], "a.jpg")[0] == ("C", "a.jpg")
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_pictures_that_are_not_used_are_warned_of(tmp_path: Path) -> None:
+    """By their number, not by that of their keys."""
+    tar_of(
+        {f"{animal}.{letter}.jpg": photo(i) for animal in ("cat", "dog") for i, letter in enumerate("abcd")},
+        tmp_path / "0.tar",
+    )
+    output = index(tmp_path, "--photo", "a.jpg")
+    assert "2 samples in 1 shard" in output
+    assert "warning: 6 pictures not used, by ending: 6 (.b.jpg files 2, .c.jpg files 2, .d.jpg files 2)" in output
+
+
+JOINED = {  # case: (names in the first tar, in the second, which photos have a label)
+    "labels only in the second": ("{}.jpg", "{}.cls {}.jpg", range(4, 8)),
+    "photos, then labels": ("{}.jpg", "{}.cls", range(4)),
+    "labels, then photos with masks": ("{}.cls", "{}.jpg {}.seg.png", range(4)),
+    "photos without an ending": ("{}.image", "{}.cls {}.image", range(4, 8)),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=fault) for c in JOINED])
+def test_joined_tars_with_equal_keys(case: str, tmp_path: Path) -> None:
+    """No photo gets another one's label."""
+    *parts, labeled = JOINED[case]
+    photos, data = map(photo, range(8)), b""
+    for names in parts:
+        files = {}
+        for name in [name.format(i) for i in range(4) for name in names.split()]:
+            is_photo = name.endswith((".jpg", ".image"))
+            files[name] = next(photos) if is_photo else b"1" if name.endswith(".cls") else encoded(pixels(90), "PNG")
+        data += tar_of(files)
+    (tmp_path / "0.tar").write_bytes(data)
+    index(tmp_path)
+    found = labels_of(tmp_path)
+    assert len(found) == (8 if "labels only" in case or "ending" in case else 4)
+    assert {k for k, label in found.items() if label == "1"} == {photo(i) for i in labeled}
 
 
 @pytest.mark.fault("F24")
@@ -348,6 +401,44 @@ def test_labels_that_cannot_be_read_are_warned_of(tmp_path: Path) -> None:
     }
 
 
+UNREAD = {  # what: (ending, text, how it is named)
+    "a key of another name": ("json", b'{"w": 3, "class_id": 1}', ".json files with class_id 3"),
+    "a number in .json": ("json", b"1", ".json files with only a number 3"),
+    "another ending": ("label", b"1", ".label files 3"),
+    "an array": ("cls.npy", b"\x93NUMPY\x01\0", ".cls.npy files 3"),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=fault) for c in UNREAD])
+def test_what_looks_like_labels_is_warned_of(case: str, tmp_path: Path) -> None:
+    ending, text, named = UNREAD[case]
+    tar_of({f"{i}.{e}": d for i in range(3) for e, d in (("jpg", photo(i)), (ending, text))}, tmp_path / "0.tar")
+    assert f"warning: no labels were found; what looks like some is not read: 3 ({named}); a label is" in index(
+        tmp_path
+    )
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_labels_with_keys_of_their_own(tmp_path: Path) -> None:
+    files = {f"images/{i}.jpg": photo(i) for i in range(3)} | {f"labels/{i}.cls": b"0" for i in range(3)}
+    tar_of(files, tmp_path / "0.tar")
+    output = index(tmp_path)
+    assert "warning: 3 labels without a photo of the same key (0.tar/labels/0 first): labels are found by" in output
+    assert "--photo" not in output
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_classes_and_samples_without_one_are_counted(tmp_path: Path) -> None:
+    files = {f"{i}.jpg": photo(i) for i in range(8)} | {f"{i}.cls": b"%d" % (1 + i % 3) for i in range(6)}
+    tar_of(files, tmp_path / "0.tar")
+    output = index(tmp_path)
+    assert "classes: 1 (2 photos), 2 (2 photos), 3 (2 photos)\n" in output
+    assert "samples in only 3 of 4 classes: labels are positions in the list of classes, from 0 on" in output
+    assert "2 of 8 samples have no label\n" in output
+
+
 def test_captions_are_no_classes(tmp_path: Path) -> None:
     """img2dataset's tars: a caption and a JSON object beside each photo."""
     beside = {"txt": lambda i: b"a dog, number %d" % i, "json": lambda i: b'{"caption": "a dog", "width": %d}' % i}
@@ -382,6 +473,37 @@ def test_a_compressed_tar_beside_others(tmp_path: Path) -> None:
     for i in (1, 2):
         (tmp_path / f"{i}.tar").write_bytes(gzip.decompress((tmp_path / f"{i}.tar.gz").read_bytes()))
     assert "3 samples in 3 shards" in index(tmp_path)  # the compressed ones may stay beside them
+
+
+LEFT_OUT = {  # name: what is said of it
+    "1.tar.gz": "1.tar.gz: a tar, but its name does not end in .tar: if it is whole, `mv {home}/1.tar.gz {home}/1.tar.gz.tar`",
+    "1.tar.part": "1.tar.part: a tar, but its name does not end in .tar",
+    "1": "1: a tar, but its name does not end in .tar",
+    "more/1.tar": "more/1.tar: in a folder below; move the tars here, or `make index DST={home}/more` writes an index there",
+    "1.zip": "1.zip: not opened; compressed (zip)",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=fault) for n in LEFT_OUT])
+def test_what_an_index_leaves_out_is_named(name: str, tmp_path: Path) -> None:
+    """Beside a tar, and alone."""
+    data = tar_of({"1.jpg": photo(1)}) if name != "1.zip" else b"PK\x03\x04" + bytes(300)
+    tree(tmp_path, {"0.tar": tar_of({"0.jpg": photo(0)}), name: data})
+    said = LEFT_OUT[name].format(home=tmp_path)
+    assert f"warning: left out: {said}" in index(tmp_path)
+    (tmp_path / "0.tar").unlink()
+    error = index(tmp_path, expect=2)
+    assert error.startswith(f"error: {tmp_path}: no *.tar here; ")
+    assert said.partition("not opened; ")[2] in error if "zip" in name else said in error
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_tars_in_capitals(tmp_path: Path) -> None:
+    for i in range(2):
+        tar_of({f"{i}.jpg": photo(i)}, tmp_path / ("0.TAR", "1.tar")[i])
+    index(tmp_path)
+    assert set(labels_of(tmp_path)) == {photo(0), photo(1)}
 
 
 @pytest.mark.fault("F24")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_program
-from pictures import photo, tar_of, tree
+from pictures import encoded, photo, pixels, tar_of, tree
 
 from pipeline.shards import Shards
 from runtime import files, watchdog
@@ -192,6 +192,36 @@ def test_a_compressed_archive(name, kind, command, tool, tmp_path, monkeypatch):
     subprocess.run(shown, shell=True, check=True)
     tool("index", ".")
     assert photos_of(Path()) == {PHOTO[1]}
+
+
+INNER = {  # what: (name in the outer tar, its bytes, the message)
+    "gzip named tar": ("b.tar", gzip.compress(whole(1)), "b.tar: compressed (gzip), and photos are read at their offset; unpack both: "),
+    "empty": ("b.tar", b"", "b.tar: empty (0 bytes); copy"),
+    "all compressed": ("", gzip.compress(whole(1)), "no photos here (found: 2 archive .gz); unpack both: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=fault_case) for c in INNER])
+def test_inner_tars_that_are_no_tars(case, tool, tmp_path):
+    """What they are, by their first bytes; the command unpacks the outer tar."""
+    name, data, message = INNER[case]
+    tar_of({"a.tar": whole(0), name: data} if name else {"a.tar.gz": data, "b.tar.gz": data}, tmp_path / "all.tar")
+    _, error = tool("make", tmp_path / "all.tar", tmp_path / "dst")
+    assert message in error
+    if case != "empty":
+        subprocess.run(re.search(r"`([^`]*)`", error)[1], shell=True, check=True)
+        assert (tmp_path / "all" / (name or "b.tar.gz")).read_bytes() == data
+
+
+@pytest.mark.fault("F25")
+@pytest.mark.fast
+def test_a_tar_of_pictures_that_make_converts(tool, tmp_path):
+    folder = tree(tmp_path / "my tars", {"0.tar": tar_of({f"{i}.tiff": encoded(pixels(i), "TIFF") for i in range(3)})})
+    _, error = tool("index", folder)
+    command = shlex.split(re.search(r"`make shards ([^`]*)` converts them", error)[1])
+    src, dst = (word.partition("=")[2] for word in command)
+    tool("make", src, dst)
+    assert len(photos_of(Path(dst))) == 3
 
 
 # ---- the key of the photos

@@ -209,6 +209,34 @@ def test_verify_names_the_photo(form, tool, tmp_path):
 
 @pytest.mark.fault("F34")
 @pytest.mark.fast
+def test_what_verify_advises_works(tool, tmp_path):
+    """For a damaged shard of `make` in a folder whose name has a blank: the command deletes what `make` wrote, no more."""
+    src, dst = tree(tmp_path / "src", {f"{i}.jpg": photo(i) for i in range(6)}), tmp_path / "my shards"
+    tool("make", src, dst, "--shard-mb", 0.005)
+    (dst / "notes.txt").write_text("mine")
+    damage(dst, 1)
+    assert "already complete" in tool("make", src, dst, "--shard-mb", 0.005)[0]
+    output, _ = tool("verify", dst)
+    subprocess.run(output.split("make all shards again: `")[1].split("`")[0], shell=True, check=True)
+    tool("make", src, dst, "--shard-mb", 0.005)
+    assert "all agree" in tool("verify", dst)[0]
+    assert (dst / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.fault("F34")
+@pytest.mark.fast
+def test_commands_quote_a_blank(tool, tmp_path):
+    folder = tree(tmp_path / "my shards", {"0.tar": tar_of({"0.jpg": photo(0)})})
+    quoted = f"`make index DST='{folder}'`"
+    assert quoted in tool("verify", folder)[1]
+    assert quoted in tool("make", tree(tmp_path / "src", {"0.jpg": photo(0)}), folder)[1]
+    tool("index", folder)
+    (folder / "index.npy").unlink()
+    assert quoted in tool("verify", folder)[1]
+
+
+@pytest.mark.fault("F34")
+@pytest.mark.fast
 def test_a_new_index_keeps_the_sources(tool, tmp_path):
     """Of shards that `make` made, also if a photo is damaged meanwhile, and beside a tar of another program."""
     src, dst = tree(tmp_path / "src", {f"{i}.jpg": photo(i) for i in range(6)}), tmp_path / "dst"
