@@ -33,8 +33,8 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F21": ("a tar whose end is not its end", 12),
     "F22": ("photos that decoders judge differently", 21),
     "F23": ("folders that are not classes", 24),
-    "F24": ("photos, labels and keys that would be passed over", 35),
-    "F25": ("one odd file among many", 34),
+    "F24": ("photos, labels and keys that would be passed over", 52),
+    "F25": ("one odd file among many", 38),
     "F26": ("what the end of a run needs", 20),
     "F27": ("a run that was copied or moved", 13),
     "F28": ("values that change only the speed", 21),
@@ -43,7 +43,7 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F31": ("masks that measure nothing", 36),
     "F32": ("lists of scenes", 21),
     "F33": ("odd words for make", 60),
-    "F34": ("lists and reasons", 36),
+    "F34": ("lists and reasons", 38),
     "F35": ("the first minutes", 25),
 }
 WHOLE = os.environ.get("FAULTS") == "all"

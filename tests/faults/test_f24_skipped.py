@@ -271,7 +271,7 @@ JOINED = {  # case: (names in the first tar, in the second, which photos have a 
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=fault) for c in JOINED])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=fault if JOINED[c][2][0] else ()) for c in JOINED])
 def test_joined_tars_with_equal_keys(case: str, tmp_path: Path) -> None:
     """No photo gets another one's label."""
     *parts, labeled = JOINED[case]
@@ -476,8 +476,8 @@ def test_a_compressed_tar_beside_others(tmp_path: Path) -> None:
 
 
 LEFT_OUT = {  # name: what is said of it
-    "1.tar.gz": "1.tar.gz: a tar, but its name does not end in .tar: if it is whole, `mv {home}/1.tar.gz {home}/1.tar.gz.tar`",
-    "1.tar.part": "1.tar.part: a tar, but its name does not end in .tar",
+    "1.tar.gz": "1.tar.gz: a tar, but its name does not end in .tar",
+    "1.tar.part": "1.tar.part: a tar, but its name does not end in .tar: if it is whole, `mv {home}/1.tar.part {home}/",
     "1": "1: a tar, but its name does not end in .tar",
     "more/1.tar": "more/1.tar: in a folder below; move the tars here, or `make index DST={home}/more` writes an index there",
     "1.zip": "1.zip: not opened; compressed (zip)",
