@@ -386,7 +386,7 @@ def test_index_of_foreign_tars(tmp_path: Path) -> None:
     assert shards.manifest["skipped"] == {
         "labels that cannot be read": 1,
         ".json files": 1, ".pyd files": 1, ".pkl files": 1, ".seg.png files": 1,
-        "samples without a photo": 1,
+        "labels without a photo": 1,
         "duplicates in a sample": 1,
     }  # fmt: skip
     assert not canary.exists()
