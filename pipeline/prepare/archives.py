@@ -26,7 +26,7 @@ ARCHIVES = {
 }
 STREAM_ENDINGS = (".gz", ".tgz", ".xz", ".txz", ".zst", ".tzst", ".bz2", ".tbz2", ".tbz", ".lz4")
 ARCHIVE_ENDINGS = (".tar", ".zip", ".7z", ".rar", *STREAM_ENDINGS)
-AGAIN = "copy it again"
+AGAIN = "copy or download it again"
 LONGEST = max(map(len, ARCHIVES))
 
 
@@ -37,8 +37,8 @@ def fault(path: Path) -> str:
     """
     if not path.is_file():  # reading a fifo would wait for ever
         return "is a folder, not a tar" if path.is_dir() else "is not a file"
-    if archive := describe_archive(path):
-        return archive
+    if why := describe_archive(path) or _describe_text(path):
+        return why
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
@@ -77,6 +77,18 @@ def unpack_outer(tar: Path) -> str:
     folder = shlex.quote(str(_folder_of(tar)))
     unpack = f"mkdir -p {folder} && tar -xf {shlex.quote(str(tar))} -C {folder}"
     return f"unpack both: `{unpack}`, then each archive in {folder}, and make shards of that folder"
+
+
+def _describe_text(path: Path) -> str:
+    """What a text named `.tar` is, a web page or Git LFS's pointer, and what helps; "" if the file is no text."""
+    with path.open("rb") as file:
+        first = os.pread(file.fileno(), BLOCK, 0)
+    words = first.decode(errors="replace").strip()
+    if not words or b"\0" in first or not words.splitlines()[0].isprintable():  # a tar's header has zeros
+        return ""
+    is_pointer = words.startswith("version https://git-lfs")
+    how = "`git lfs pull` downloads the tar that it points to" if is_pointer else "download it again"
+    return f"text, not a tar; it begins with {words.splitlines()[0][:40]!r}; {how}"
 
 
 def _archive(path: Path, at: int = 0) -> tuple[str, str, str]:

@@ -99,7 +99,7 @@ def _read(tar: ClassTar, skipped: Skipped) -> tuple[list[Member], list[Member]]:
     with tar.path.open("rb") as file:
         end = os.fstat(file.fileno()).st_size if tar.end is None else tar.end
         try:
-            found = list(members(file, tar.start, end, ""))
+            found = list(members(file, tar.start, end, "", skipped.joints(tar.name)))
         except UserError as error:
             raise UserError(f"{error}; {AGAIN}".removeprefix(": ")) from None
         inner: list[Member] = []

@@ -39,7 +39,7 @@ from pipeline.prepare.labels import Written, read_label, resolve_labels
 from pipeline.prepare.names import printable, splits_among
 from pipeline.prepare.photo import decode_error, inspect_existing, limit_pixels
 from pipeline.prepare.samples import PHOTO_ENDINGS, Sample, group
-from pipeline.prepare.skipped import Skipped, index_warnings
+from pipeline.prepare.skipped import Skipped, index_warnings, joined_tars
 from pipeline.prepare.tar import members
 from pipeline.prepare.work import Progress, parallel_map
 from pipeline.shards import ORIGIN, SOURCES, plural
@@ -85,6 +85,8 @@ def index(options: Namespace) -> None:
         for line in _describe_labels(classes, labels):
             print(line)
         write_folder(dst, usable, head, _keep_sources(dst, usable), skipped, _rows_of_broken(records))
+        for line in joined_tars(skipped):
+            print(line)
         labeled = labels.total() - labels[-1]
         for warning in index_warnings(skipped, labels.total(), labeled, options.photo):
             print(f"warning: {warning}")
@@ -280,7 +282,8 @@ def index_tar(job: TarJob) -> TarRecord:
         with path.open("rb") as tar:
             record.sha256 = file_digest(tar, "sha256").hexdigest()
             record.bytes = tar.tell()
-            for sample in group(tar, members(tar, 0, record.bytes, ""), record.skipped, path.name, key, endings):
+            found = members(tar, 0, record.bytes, "", record.skipped.joints(path.name))
+            for sample in group(tar, found, record.skipped, path.name, key, endings):
                 _index_sample(record, tar, sample, max_pixels)
         if not record.rows and not record.rejected:
             record.broken = _no_photos(path, key, endings, record.skipped)

@@ -4,7 +4,7 @@ An upright JPEG of 8 bits, gray or color, keeps its bytes. Everything else is co
 resolution (4:4:4). The readers' decoder (pipeline/decode.py) decodes and judges, with three additions:
   EXIF rotation                  applied to the pixels
   transparency                   composited over white
-  zeros before a JPEG's end      removed; some cameras pad with them, and the decoder complains
+  a JPEG's end                   zeros and line ends before it removed, a missing one added: decoders complain of them
 TIFF, BMP and GIF are converted too; of all formats the first frame. Modes that `decode.to_8_bits` refuses are refused.
 A photo in a tar of another program is kept unchanged or refused (`inspect_existing`). docs/reference/formats.md has both as
 one table.
@@ -15,8 +15,6 @@ import re
 import warnings
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from pipeline import decode
@@ -53,14 +51,6 @@ class Source(NamedTuple):
     upright: Image.Transpose | None  # what EXIF wants to be done to the pixels
 
 
-class PaddedError(decode.DecodeError):
-    """A JPEG in which zeros lie before the end; `mended` is the same without them."""
-
-    def __init__(self, mended: bytes):
-        super().__init__("padded with zeros before its end, of which decoders complain; `make shards` removes them")
-        self.mended = mended
-
-
 def limit_pixels(at_most: int) -> None:
     """From now on headers with more pixels are refused; other warnings are silenced."""
     Image.MAX_IMAGE_PIXELS = at_most
@@ -76,7 +66,7 @@ def open_source(data: bytes) -> Source:
             raise decode.DecodeError(f"its header says {height * width} pixels, more than --max-pixels")
         _check_sides(height, width)
     if decode.is_jpeg(data):
-        pixels, components = _decode_jpeg(data), decode.jpeg_components(data)
+        pixels, components = decode.decode_array(data, max_pixels=MAX_SIDE**2), decode.jpeg_components(data)
         image = Image.fromarray(pixels[..., 0] if components == 1 else pixels)
         kind = f"JPEG {'CMYK' if components == 4 else image.mode}"
     elif decode.is_known(data):
@@ -93,15 +83,12 @@ def open_source(data: bytes) -> Source:
 def prepare(data: bytes, resize_short: int | None = None, quality: int = 95) -> Prepared:
     """Decode a photo and convert it if necessary (see above). If its short side is longer than `resize_short` pixels, it is
     resized to that (Lanczos). Raises DecodeError or anything that Pillow raises if the photo is bad."""
-    padded = ""
-    try:
-        image, kind, upright = open_source(data)
-    except PaddedError as error:
-        data, padded = error.mended, " padded"
-        image, kind, upright = open_source(data)
+    image, kind, upright = open_source(data)
     resized = resize_short is not None and min(image.size) > resize_short
     if kind in ("JPEG L", "JPEG RGB") and not resized:
-        return Prepared(_check_readable(data, image), image.height, image.width, kind + padded, not padded)
+        plain = decode.mend_end(data)
+        kind += " mended" * (plain is not data)
+        return Prepared(_check_readable(plain, image), image.height, image.width, kind, plain is data)
     if upright and image.format != "TIFF":  # which Pillow turns upright when it decodes it
         image = image.transpose(upright)
     image = decode.to_8_bits(_over_white(image))
@@ -112,7 +99,7 @@ def prepare(data: bytes, resize_short: int | None = None, quality: int = 95) -> 
     out = io.BytesIO()
     image.save(out, "JPEG", quality=quality, subsampling=0)
     data = _check_readable(out.getvalue(), image)
-    return Prepared(data, image.height, image.width, kind + padded + " resized" * resized, False)
+    return Prepared(data, image.height, image.width, kind + " resized" * resized, False)
 
 
 def inspect_existing(data: bytes) -> tuple[Image.Image, str]:
@@ -126,21 +113,6 @@ def inspect_existing(data: bytes) -> tuple[Image.Image, str]:
     decode.to_8_bits(image)  # which decodes a PNG or WebP
     _check_readable(data, image)
     return image, kind
-
-
-def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
-    """`decode.decode_array` of a JPEG. Raises PaddedError if only zeros before its end are wrong with it."""
-    try:
-        return decode.decode_array(data, max_pixels=MAX_SIDE**2)
-    except decode.DecodeError as error:
-        if "before marker 0xd9" not in str(error):  # what libjpeg says of bytes between the pixels and the end
-            raise
-        mended = _without_padding(data)
-        try:
-            decode.decode_array(mended, max_pixels=MAX_SIDE**2)
-        except decode.DecodeError:
-            raise error from None
-        raise PaddedError(mended) from None
 
 
 def _open_other(data: bytes) -> Image.Image:
@@ -182,13 +154,6 @@ def _orientation(data: bytes, image: Image.Image) -> int:
         return Image.Image.getexif(image).get(ORIENTATION, 1)
     except Exception:
         return 1
-
-
-def _without_padding(jpeg: bytes) -> bytes:
-    """A JPEG without zeros before its last end marker. A zero behind 0xFF belongs to the pixels."""
-    end = jpeg.rfind(b"\xff\xd9")
-    pixels = jpeg[:end].rstrip(b"\0")
-    return pixels + b"\0" * pixels.endswith(b"\xff") + jpeg[end:]
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -26,10 +26,12 @@ LABELS_ARE = "a label is a number or a name, in .cls, .json (key cls, label or c
 @dataclass
 class Skipped:
     """counts: by kind (`links`) or by kind and ending (`HEIC .heic`, `.txt files`). listed: rows of skipped.jsonl,
-    {"source": name, "kind": kind, "reason": why}."""
+    {"source": name, "kind": kind, "reason": why}. joined: of each tar, the bytes where another one begins behind it: what
+    zeros have overwritten may look like that."""
 
     counts: Counter[str] = field(default_factory=Counter)
     listed: list[dict[str, str]] = field(default_factory=list)
+    joined: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, name: str, kind: str, reason: str) -> None:
         """A file, link or folder that is skipped as a whole."""
@@ -45,9 +47,14 @@ class Skipped:
             last = ending(name)
             self.add(name, f"{last} files" if last else "files without ending", "its first bytes are not a photo's")
 
+    def joints(self, tar: str) -> list[int]:
+        """The list in `joined` of a tar, to be filled."""
+        return self.joined.setdefault(tar, [])
+
     def update(self, other: "Skipped") -> None:
         self.counts.update(other.counts)
         self.listed += other.listed
+        self.joined |= other.joined
 
     def pictures(self, photos: Container[str] = ()) -> Counter[str]:
         """Counts of the pictures in formats that are not read, by kind and ending, but for those that `convert_command` has
@@ -65,6 +72,19 @@ def counts(kinds: Counter[str]) -> str:
     by_kind = ", ".join(f"{kind} {n:,}" for kind, n in most)
     more = f", {len(kinds) - MAX_KINDS} more kinds" if len(kinds) > MAX_KINDS else ""
     return f"{kinds.total():,}" + (f" ({by_kind}{more})" if by_kind else "")
+
+
+def joined_tars(skipped: Skipped) -> list[str]:
+    """A line about the tars that hold several, if there are any."""
+    joined = {tar: at for tar, at in skipped.joined.items() if at}
+    if not joined:
+        return []
+    tar, at = next(iter(joined.items()))
+    more = f" (and {plural(len(joined) - 1, 'more such tar')})" if len(joined) > 1 else ""
+    return [
+        f"{printable(tar)}: {len(at) + 1} tars behind each other, joined at byte {at[0]}{more}; if they were not joined by "
+        "`cat`, zeros have overwritten a part: copy or download it again"
+    ]
 
 
 def is_many(skipped: int, kept: int) -> bool:

@@ -2,7 +2,7 @@
 
 A file with a photo's ending is a photo; what is wrong with it, the decoder says later. Any other file is judged by its
 first bytes. Nothing is extracted or unpickled: a photo is `size` bytes at `offset` of a file. Devices, fifos, sparse
-members, names that lead outside (`/x`, `../x`), hidden files and the folders of file systems are skipped; so are links,
+members, names that lead outside (`../x`), hidden files and the folders of file systems are skipped; so are links,
 unless they are to be followed (walk.py). Whatever is skipped is counted and listed.
 
 A tar or a folder of tars (ILSVRC2012_img_train.tar) has one tar per class (class_tars.py). For all other sources classes.py
@@ -19,11 +19,11 @@ from shlex import quote
 from typing import BinaryIO, NamedTuple
 
 from pipeline.prepare import class_tars
-from pipeline.prepare.archives import describe_archive, first_archive, unpack_outer
+from pipeline.prepare.archives import AGAIN, fault, first_archive, unpack_outer
 from pipeline.prepare.classes import describe_classes, label_photos, make_command, refuse_devkit
 from pipeline.prepare.kinds import ARCHIVE, HEAD, is_palette_png
 from pipeline.prepare.names import ENDINGS, ending, has_photo_ending, printable
-from pipeline.prepare.skipped import FOLLOW, Skipped, convert_command, counts, source_warnings
+from pipeline.prepare.skipped import FOLLOW, Skipped, convert_command, counts, joined_tars, source_warnings
 from pipeline.prepare.tar import Member, members
 from pipeline.prepare.walk import photos_in_folder, photos_in_tar
 from pipeline.shards import plural
@@ -77,6 +77,7 @@ class SourceIndex:
             lines.append(f"by their first bytes, not by their ending: {counts(endings)}")
         if self.skipped.listed:
             lines.append(f"skipped {counts(self.skipped.counts)}; {dst}/skipped.jsonl lists them")
+        lines += joined_tars(self.skipped)
         in_tars = any(p.tar for p in self.photos)
         warnings = (*self.warnings, *source_warnings(self.skipped, {p.name for p in self.photos}, src, in_tars))
         return lines + [f"warning: {warning}" for warning in warnings]
@@ -180,13 +181,14 @@ class Source:
 def _photos_in_tar(tar: BinaryIO, src: Path, skipped: Skipped) -> tuple[list[tuple[str, int, int]], list[Member]]:
     """(name, offset, size) of a tar's photos; or, if it holds tars and no photos, its inner tars."""
     size = os.fstat(tar.fileno()).st_size
-    if archive := describe_archive(src):
-        raise UserError(f"{src}: {archive}")
-    if size == 0:
-        raise UserError(f"{src}: empty (0 bytes)")
+    if why := fault(src):
+        raise UserError(f"{src}: {why}")
     inner: list[Member] = []
-    photos = photos_in_tar(tar, members(tar, 0, size, str(src)), inner, skipped)
-    found = [(m.name, m.offset, m.size) for m in photos]
+    try:
+        inside = members(tar, 0, size, str(src), skipped.joints(src.name))
+        found = [(m.name, m.offset, m.size) for m in photos_in_tar(tar, inside, inner, skipped)]
+    except UserError as error:
+        raise UserError(f"{error}; {AGAIN}") from None
     if found:
         for m in inner:
             skipped.add_file(m.name, ARCHIVE)

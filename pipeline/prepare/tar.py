@@ -1,4 +1,4 @@
-"""The members of a tar, from its headers alone: nothing is extracted, no link is followed."""
+"""The members of a tar, from its headers alone: nothing is extracted, no link leaves the tar."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pipeline.shards import plural
 from runtime.errors import UserError
 
 BLOCK = 512
-RECORD = 20 * BLOCK  # programs fill a tar with zeros up to a multiple of this
+RECORDS = (20 * BLOCK, 64 * BLOCK)  # programs fill a tar with zeros up to a multiple of one of these
 MAX_HEADER = 1 << 20  # bytes of a long name or PAX header; real ones have a few hundred
 CHUNK = 1 << 20  # bytes of zeros that are read at once
 
@@ -23,22 +23,37 @@ class Member(NamedTuple):
     tar: int  # first byte of its tar: several can be joined in a file
 
 
-def members(tar: BinaryIO, start: int, end: int, where: str) -> Iterator[Member]:
+class _Announced(NamedTuple):
+    """What extension headers say about the member behind them."""
+
+    name: str = ""
+    link: str = ""
+    size: int = -1
+    skip: str = ""
+
+
+_NOTHING = _Announced()
+
+
+def members(tar: BinaryIO, start: int, end: int, where: str, joints: list[int] | None = None) -> Iterator[Member]:
     """Members of the tar in bytes [start, end) of a file (USTAR, GNU, PAX), without folders.
 
     Not `tarfile`: it ends silently at a truncated or damaged header and at the first zeros, and accepts negative sizes.
-    Several tars behind each other (`cat a.tar b.tar`) are read as one. where: the tar's name for messages. Raises UserError,
-    with the byte, if the tar is truncated or damaged, or not a tar.
+    Several tars behind each other (`cat a.tar b.tar`) are read as one; the first bytes of all but the first are added to
+    `joints`. A hard link is its target's bytes, if that is a member before it. Leading slashes of names are left out.
+    where: the tar's name for messages. Raises UserError, with the byte, if the tar is truncated or damaged, or not a tar.
     """
     at = first = start  # first: of the tar at hand, if there are several
-    name, size, skip = "", -1, ""  # what extension headers say about the next member
+    announced = _NOTHING
+    by_name = dict[str, Member]()  # the targets of hard links
     while True:
         header = os.pread(tar.fileno(), min(BLOCK, end - at), at)
-        announced = name or skip or size >= 0  # a member must follow
-        if len(header) == BLOCK and not any(header) and not announced:
+        if len(header) == BLOCK and not any(header) and announced == _NOTHING:  # what is announced must follow
             at = first = _after_end(tar, first, at, end, where)
             if at == end:
                 return
+            if joints is not None:
+                joints.append(at)
             continue
         if len(header) < BLOCK:
             raise UserError(
@@ -53,18 +68,14 @@ def members(tar: BinaryIO, start: int, end: int, where: str) -> Iterator[Member]
         kind, data = header[156:157], at + BLOCK
         if kind in b"xLKg":
             after = _next_header(data, length, end, where)
-            text = os.pread(tar.fileno(), length, data) if length <= MAX_HEADER else b""
-            if length > MAX_HEADER:
-                skip = "huge headers"
-            elif kind == b"L":
-                name = text.split(b"\0")[0].decode("utf-8", "surrogateescape")
-            elif kind == b"x":
-                try:
-                    name, size, skip = _parse_pax(text, name, size, skip)
-                except ValueError:
-                    raise UserError(f"{where}: the PAX header at byte {at} is damaged") from None
+            text = os.pread(tar.fileno(), length, data) if length <= MAX_HEADER else None
+            try:
+                announced = _extend(announced, kind, text)
+            except ValueError:
+                raise UserError(f"{where}: the PAX header at byte {at} is damaged") from None
             at = after
             continue
+        skip = announced.skip
         if kind == b"S":  # GNU sparse: a chain of blocks with the map comes before the data
             more = header[482]
             while more:
@@ -76,36 +87,43 @@ def members(tar: BinaryIO, start: int, end: int, where: str) -> Iterator[Member]
             skip, length = skip or "special files", 0
         elif kind not in b"\x00075":
             skip = skip or "special files"
-        name = name or _ustar_name(header)
-        size = 0 if kind in b"123456" else length if size < 0 else size
+        name = announced.name or _ustar_name(header)
+        size = 0 if kind in b"123456" else length if announced.size < 0 else announced.size
         after = _next_header(data, size, end, where)
         if kind != b"5" and not name.endswith("/"):
-            name = name.removeprefix("./")
-            if name.startswith("/") or ".." in name.split("/"):
+            name = _relative(name)
+            if ".." in name.split("/"):
                 skip = skip or "unsafe names"
-            yield Member(name, data, size, skip, first)
-        at, name, size, skip = after, "", -1, ""
+            m = Member(name, data, size, skip, first)
+            if kind == b"1" and skip == "links":
+                target = by_name.get(_relative(announced.link or _text(header[157:257])))
+                m = target._replace(name=name, tar=first) if target else m
+            if not m.skip:
+                by_name[name] = m
+            yield m
+        at, announced = after, _NOTHING
 
 
 def _after_end(tar: BinaryIO, first: int, at: int, end: int, where: str) -> int:
     """Where to read on after a block of zeros at `at`: `end` if only zeros follow, else the first byte of the next tar.
     Raises UserError if the zeros are damage. first: the first byte of the tar that ends here.
 
-    Whatever the zeros overwrote is lost, so they are a tar's end only if they are as many as programs write: two blocks, or
-    up to a multiple of RECORD.
+    Whatever the zeros overwrote is lost, so they are a tar's end only if they are as many as programs write: one or two
+    blocks, or up to a multiple of one of RECORDS.
     """
     zeros = _count_zeros(tar, at, end)
     if at + zeros == end:
         return end
     following = at + zeros // BLOCK * BLOCK
-    blocks, is_filled = (following - at) // BLOCK, (following - first) % RECORD == 0
+    blocks, is_filled = (following - at) // BLOCK, any((following - first) % record == 0 for record in RECORDS)
     header = os.pread(tar.fileno(), min(BLOCK, end - following), following)
-    if (blocks == 2 or (blocks > 2 and is_filled)) and _is_header(header):
+    if (blocks <= 2 or is_filled) and _is_header(header):
         return following
-    behind = plural(end - at - zeros, "byte")
+    left = end - at - zeros
+    behind = f"{plural(left, 'byte')} follow{'s' * (left == 1)} them"
     raise UserError(
-        f"{where}: damaged: {zeros:,} zero bytes at byte {at} are not its end, because {behind} follow them, from byte "
-        f"{at + zeros} on; copy or download it again"
+        f"{where}: damaged: {zeros:,} zero bytes at byte {at} are not its end, because {behind}, from byte "
+        f"{at + zeros} on"
     )
 
 
@@ -145,14 +163,33 @@ def _number(field: bytes) -> int:
 
 
 def _ustar_name(header: bytes) -> str:
-    name = header[:100].split(b"\0")[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].split(b"\0")[0] + b"/" + name
-    return name.decode("utf-8", "surrogateescape")
+    name = _text(header[:100])
+    return f"{_text(header[345:500])}/{name}" if header[257:263] == b"ustar\0" and header[345] else name
 
 
-def _parse_pax(text: bytes, name: str, size: int, skip: str) -> tuple[str, int, str]:
-    """(name, size, skip) after the records `<length> <key>=<value>\\n` of a PAX header. ValueError if damaged."""
+def _text(field: bytes) -> str:
+    return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _relative(name: str) -> str:
+    """A name as `tar` would extract it below a folder. `tar -P` keeps leading slashes; here names only label samples."""
+    return name.removeprefix("./").lstrip("/")
+
+
+def _extend(announced: _Announced, kind: bytes, text: bytes | None) -> _Announced:
+    """What is announced after one more extension header; text: its data, None if huge. ValueError if a PAX header is
+    damaged."""
+    if text is None:
+        return announced._replace(skip="huge headers")
+    if kind == b"L":
+        return announced._replace(name=_text(text))
+    if kind == b"K":
+        return announced._replace(link=_text(text))
+    return _parse_pax(text, announced) if kind == b"x" else announced
+
+
+def _parse_pax(text: bytes, announced: _Announced) -> _Announced:
+    """What is announced after the records `<length> <key>=<value>\\n` of a PAX header. ValueError if damaged."""
     at = 0
     while at < len(text):
         space = text.index(b" ", at, at + 20)
@@ -161,12 +198,14 @@ def _parse_pax(text: bytes, name: str, size: int, skip: str) -> tuple[str, int, 
             raise ValueError(end)
         key, _, value = text[space + 1 : end - 1].partition(b"=")
         if key == b"path":
-            name = value.decode("utf-8", "surrogateescape")
+            announced = announced._replace(name=value.decode("utf-8", "surrogateescape"))
+        elif key == b"linkpath":
+            announced = announced._replace(link=value.decode("utf-8", "surrogateescape"))
         elif key == b"size":
-            size = int(value)
-            if size < 0:
-                raise ValueError(size)
+            if int(value) < 0:
+                raise ValueError(value)
+            announced = announced._replace(size=int(value))
         elif key.startswith(b"GNU.sparse"):
-            skip = "sparse members"
+            announced = announced._replace(skip="sparse members")
         at = end
-    return name, size, skip
+    return announced

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
 from pipeline.batch import Batch, draw_for, size_groups
-from pipeline.decode import with_adobe_marker
+from pipeline.decode import for_dali
 from pipeline.plan import Plan
 from pipeline.readers.worker import BatchBuilder, init_worker
 from pipeline.shards import Shards
@@ -77,7 +77,7 @@ class _Source:
             self.plan.prefetch(self.shards, step, self.rank, self.world_size)
             for i, sample in enumerate(ids):
                 rows[i], photo = self.plan.read_valid(self.shards, int(sample), step)
-                photos.append(np.frombuffer(with_adobe_marker(photo), np.uint8))
+                photos.append(np.frombuffer(for_dali(photo), np.uint8))
         except UserError:
             rows[:], photos = -1, [np.zeros(1, np.uint8)] * len(ids)
         draws = draw_for(self.config, self.shards, self.plan, step, ids, np.maximum(rows, 0))

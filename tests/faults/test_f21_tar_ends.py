@@ -58,6 +58,8 @@ def zeros(at: int, size: int) -> bytes:
 JOINED = {
     "cat a.tar b.tar": HALVES[0] + HALVES[1],
     "cat of tars without padding": bare(HALVES[0]) + bare(HALVES[1]),
+    "cat of tars in records of 64 kB": HALVES[0].ljust(64 << 10, b"\0") + HALVES[1],
+    "cat of tars with one block of zeros": bare(HALVES[0])[:-512] + HALVES[1],
     "cat of three, one of them empty": HALVES[0] + bytes(10240) + HALVES[1],
 }
 ORDINARY = {
@@ -89,6 +91,7 @@ def said_by_both(tar: bytes, folder: Path, expect: int) -> list[str]:
 def test_all_of_it_is_read(kind, tmp_path):
     for text in said_by_both((JOINED | ORDINARY)[kind], tmp_path, expect=0):
         assert f"{PHOTOS} samples" in text
+        assert ("some.tar: 2 tars behind each other, joined at byte " in text) == (kind in JOINED)
     indexed = Shards(tmp_path / "tars")
     photos = {indexed.read(i): int(indexed.index["label"][i]) for i in range(len(indexed))}
     assert photos == {part[f"{i:02d}.jpg"]: i % 3 for i, part in enumerate(PARTS)}
@@ -106,6 +109,39 @@ def test_what_lies_behind_zeros_is_named(kind, tmp_path):
         assert tar[first + zero_bytes]
         assert behind == len(tar) - first - zero_bytes
     assert not (tmp_path / "tars" / "manifest.json").exists()
+
+
+@pytest.mark.fault("F21")
+@pytest.mark.fast
+def test_zeros_like_a_joint_are_said(tmp_path):
+    """They end where a record ends, at a header: as the zeros between joined tars."""
+    sound = next(i for i in range(2, 2 * PHOTOS) if header(i) // 10240 > header(i - 1) // 10240)
+    padding = 10240 - header(sound) % 10240  # so that the header is at the beginning of a record
+    first = tarfile.TarInfo("note.txt")
+    first.size = padding - 512
+    whole = first.tobuf() + bytes(first.size) + WHOLE
+    end = header(sound) + padding
+    hole = end - (header(sound) - header(sound - 2))
+    for text in said_by_both(whole[:hole] + bytes(end - hole) + whole[end:], tmp_path, expect=0):
+        assert f"some.tar: 2 tars behind each other, joined at byte {end}; if they were not joined by `cat`" in text
+
+
+TEXTS = {
+    "a pointer of Git LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+        "`git lfs pull` downloads",
+    ),
+    "a web page": (b"<!DOCTYPE html>\n<html>" + b"sign in " * 100, "download it again"),
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.fault("F21"), pytest.mark.fast]) for k in TEXTS])
+def test_text_is_no_tar(kind, tmp_path):
+    text, advice = TEXTS[kind]
+    for said in said_by_both(text, tmp_path, expect=2):
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert f"some.tar: text, not a tar; it begins with '{text[:9].decode()}" in line
+        assert advice in line
 
 
 def numbers(line: str) -> tuple[int, int, int]:
@@ -172,5 +208,5 @@ def test_many_zeros_are_read_quickly(tmp_path):
         tar.seek(-1, os.SEEK_END)
         tar.write(b"x")
         tar.flush()
-        with pytest.raises(UserError, match="because 1 byte follow"):
+        with pytest.raises(UserError, match="because 1 byte follows them"):
             [*members(tar, 0, path.stat().st_size, "sparse.tar")]

@@ -7,6 +7,7 @@ tars.
 import gzip
 import io
 import json
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -517,3 +518,44 @@ def test_class_folders_that_are_links(tmp_path: Path) -> None:
         (src / name).symlink_to(tmp_path / f"disk{i}" / name)
     make(src, "--follow-links")
     assert labels_of(Path(f"{src}-shards")) == {photo(0): "ash", photo(1): "birch"}
+
+
+@pytest.mark.parametrize("form", [pytest.param(f, marks=fault) for f in ("gnu", "pax")])
+def test_hard_links_in_a_tar(form: str, tmp_path: Path) -> None:
+    """`tar` writes the second name of a file as a link to the first; long names are in headers of their own."""
+    long = "n" * 120
+    files = {f"ash/0{long}.jpg": photo(0), f"ash/0{long}.cls": b"ash", "elm/1.jpg": photo(1), "elm/1.cls": b"elm"}
+    src = tree(tmp_path / "src", {**files, "ash/2.jpg": photo(2), "elm/3.jpg": photo(3)})
+    (src / "ash" / "2.cls").hardlink_to(src / f"ash/0{long}.cls")
+    (src / "elm" / "3.cls").hardlink_to(src / "elm" / "1.cls")
+    (src / "both").mkdir()
+    for i, name in enumerate((f"ash/0{long}.jpg", "elm/1.jpg")):
+        (src / "both" / f"{i}.jpg").hardlink_to(src / name)
+
+    def pack(path: Path, *what: str) -> Path:
+        path.parent.mkdir(exist_ok=True)
+        subprocess.run(["tar", "--sort=name", f"--format={form}", "-C", src, "-cf", path, *what], check=True)
+        return path
+
+    output = index(pack(tmp_path / "tars" / "0.tar", "ash", "elm").parent)
+    assert "skipped 0" in output
+    assert labels_of(tmp_path / "tars") == {photo(0): "ash", photo(2): "ash", photo(1): "elm", photo(3): "elm"}
+    output = make(pack(tmp_path / "photos.tar", "ash", "elm", "both"))
+    assert "6 samples" in output
+    assert "skipped 4 (.cls files 4)" in output
+    made = Shards(f"{tmp_path / 'photos.tar'}-shards")
+    both = made.classes.index("both")
+    assert {made.read(i) for i, label in enumerate(made.index["label"]) if label == both} == {photo(0), photo(1)}
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_absolute_names_in_a_tar(tmp_path: Path) -> None:
+    """`tar -P` keeps the leading slash. Nothing is extracted: the names only label samples."""
+    files = {f"/data/{c}/{i}.jpg": photo(i) for c, i in (("ash", 0), ("elm", 1))}
+    tar_of(files, tmp_path / "photos.tar")
+    make(tmp_path / "photos.tar")
+    assert labels_of(tmp_path / "photos.tar-shards") == {photo(0): "ash", photo(1): "elm"}
+    tar_of({**files, "/data/ash/0.cls": b"3"}, tmp_path / "tars" / "0.tar")
+    assert "skipped 0" in index(tmp_path / "tars")
+    assert labels_of(tmp_path / "tars") == {photo(0): "3", photo(1): None}

@@ -74,11 +74,11 @@ def damaged() -> bytes:
 
 
 BROKEN = {
-    "empty": (b"", "empty (0 bytes); copy it again"),
+    "empty": (b"", "empty (0 bytes); copy or download it again"),
     "cut": (whole(1)[:1200], "truncated: the member at byte 0 has"),
     "endless": (whole(1)[: 512 + 512 * -(-len(PHOTO[1]) // 512)], "the end of the tar (two empty blocks"),
-    "damaged": (damaged(), "is not a tar header: damaged, truncated, or not a tar; copy it again"),
-    "no tar": (b"<html>no access</html>" * 100, "byte 0 is not a tar header"),
+    "damaged": (damaged(), "is not a tar header: damaged, truncated, or not a tar; copy or download it again"),
+    "no tar": (b"<html>no access</html>" * 100, "text, not a tar; it begins with '<html>no access"),
     "no photos": (tar_of({"1.txt": b"text"}), "no photos in this tar (jpg, jpeg, png or webp; found: txt (1))"),
     "gzip": (gzip.compress(whole(1)), "compressed (gzip)"),
 }
