@@ -449,7 +449,7 @@ WRONG = {
     "make photos dst --quality 101": "--quality 101",
     "make photos dst --max-bad 2": "--max-bad 2",
     "make photos dst --processes 0": "--processes 0",
-    "make photos dst --labels yes": "is directly in",
+    "make photos dst --labels yes": "1 photo directly in",
     "make photos dst --devkit x": "does not hold ImageNet's validation photos",
     "make splits dst": "holds several splits: train (1 photo), val (1 photo); make shards of one of them: `make shards SRC=",
     "verify nowhere": "no such folder",

@@ -12,6 +12,7 @@ from collections import Counter
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
@@ -196,7 +197,8 @@ def _begin_or_resume(dst: Path, task: dict) -> None:
         return
     if any(dst.glob("*.tar")):
         raise UserError(
-            f"{dst}: holds tars of another program; give another DST, or write their index with `make index DST={dst}`"
+            f"{dst}: holds tars of another program; give another DST, or write their index with "
+            f"`make index DST={quote(str(dst))}`"
         )
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
