@@ -116,7 +116,7 @@ class Layout:
 
     def warnings(self, folder: str) -> list[str]:
         """Warnings about the folders in this one, which are taken as classes."""
-        found = (self.splits_below(folder), self._classes_below(folder), self._pairs_below(folder))
+        found = (self.splits_below(folder), self._classes_below(folder), self._same_names(folder))
         return [warning for warning in found if warning]
 
     def splits_below(self, folder: str) -> str:
@@ -153,24 +153,24 @@ class Layout:
             f"count as one class; if the inner folders are the classes: {how}; if none are, ARGS='--labels no'"
         )
 
-    def _pairs_below(self, folder: str) -> str:
+    def _same_names(self, folder: str) -> str:
         """Two folders of files with the same names, of one JPEG and of the other another format: photos and their masks."""
-        for above, folders in sorted(self.inside.items()):
-            if above.startswith(folder) and len(folders) == 2:
-                names: list[set[str]] = []
-                jpeg: list[set[bool]] = []
-                for f in folders:
-                    files = [n[len(above) + len(f) + 1 :] for n in self.names if n.startswith(f"{above}{f}/")]
-                    names.append({n.rpartition(".")[0] for n in files})
-                    jpeg.append({n.lower().endswith((".jpg", ".jpeg")) for n in files})
-                if names[0] == names[1] and sorted(jpeg, key=str) == [{False}, {True}]:
-                    photos, other = folders if jpeg[0] == {True} else folders[::-1]
-                    return (
-                        f"{self.where(above)}: {printable(other)} and {printable(photos)} hold files of the same names; if "
-                        f"{printable(other)} holds masks, take the photos alone: "
-                        f"{make_command(self.src, above + photos, f'{self.dst}-{photos}')}"
-                    )
-        return ""
+        if len(self.inside[folder]) != 2:
+            return ""
+        names: dict[str, set[str]] = {}
+        are_jpeg: dict[str, set[bool]] = {}
+        for name in self.names:
+            top, _, below = name[len(folder) :].partition("/")
+            names.setdefault(top, set()).add(below.rpartition(".")[0])
+            are_jpeg.setdefault(top, set()).add(name.lower().endswith((".jpg", ".jpeg")))
+        photos, other = sorted(names, key=lambda top: True not in are_jpeg[top])
+        if names[photos] != names[other] or are_jpeg[photos] != {True} or are_jpeg[other] != {False}:
+            return ""
+        right = make_command(self.src, folder + photos, f"{self.dst}-{photos}")
+        return (
+            f"{self.where(folder)}: {printable(other)} and {printable(photos)} hold files of the same names; if "
+            f"{printable(other)} holds masks, take the photos alone: {right}"
+        )
 
 
 def are_parts(folders: list[str]) -> bool:

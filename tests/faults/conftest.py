@@ -32,7 +32,7 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F20": ("resume from another run", 6),
     "F21": ("a tar whose end is not its end", 12),
     "F22": ("photos that decoders judge differently", 21),
-    "F23": ("folders that are not classes", 56),
+    "F23": ("folders that are not classes", 49),
     "F24": ("photos, labels and keys that would be passed over", 40),
     "F25": ("one odd file among many", 34),
     "F26": ("what the end of a run needs", 20),

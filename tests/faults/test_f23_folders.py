@@ -323,7 +323,7 @@ NO_MASKS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("names", [pytest.param(n, marks=fault, id=n[0] + "," + n[1]) for n in NO_MASKS])
+@pytest.mark.parametrize("names", NO_MASKS, ids=", ".join)
 def test_classes_with_words_for_masks(names: tuple[str, ...], tmp_path: Path) -> None:
     src = tree(tmp_path / "src", {f"{name}/{i}.png": encoded(pixels(i), "PNG") for name in names for i in (1, 2)})
     assert list_photos(src).classes == sorted(names)
