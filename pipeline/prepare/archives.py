@@ -9,7 +9,7 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.prepare.names import printable
+from pipeline.prepare.names import in_command, printable, split_order
 from pipeline.prepare.tar import BLOCK, members
 from runtime.errors import UserError
 
@@ -57,11 +57,16 @@ def describe_archive(path: Path) -> str:
 
     Raises OSError if it cannot be read.
     """
+    kind, *_ = _archive(path)
+    return f"compressed ({kind}), and photos are read at their offset; unpack it first: {unpack(path)}" if kind else ""
+
+
+def unpack(path: Path) -> str:
+    """The exact command that unpacks a compressed archive; "" if the file is not one. Raises OSError as above."""
     kind, command, ending = _archive(path)
     if not kind:
         return ""
-    how = _unpack_stream(path, command, ending) if ending else _unpack_files(path, command)
-    return f"compressed ({kind}), and photos are read at their offset; unpack it first: `{how}`"
+    return f"`{_unpack_stream(path, command, ending) if ending else _unpack_files(path, command)}`"
 
 
 def inner_fault(path: Path, start: int, end: int) -> str:
@@ -99,12 +104,30 @@ def _archive(path: Path, at: int = 0) -> tuple[str, str, str]:
 
 
 def first_archive(folder: Path) -> str:
-    """The end of a message: `; x.zip is compressed ...` for the first compressed archive in a folder, or nothing."""
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    """The end of a message about a folder of compressed archives: `; x.zip is compressed ...`, or nothing.
+
+    Tars are unpacked by one command. Of others the first is described (that of train), and the rest are named.
+    """
+    if len(compressed := compressed_tars(folder)) > 1:
+        return (
+            f"; {len(compressed)} tars are compressed, and photos are read at their offset: `{unpack_tars(compressed)}`"
+        )
+    found = []
+    for path in sorted(folder.iterdir(), key=lambda path: split_order(path.name)):
         with suppress(OSError):  # a file that cannot be read is no help
-            if archive := describe_archive(path):
-                return f"; {path.name} is {archive}"
-    return ""
+            if path.is_file() and (archive := describe_archive(path)):
+                found.append((path.name, archive))
+    if not found:
+        return ""
+    others = ", ".join(name for name, _ in found[1:])
+    return f"; {found[0][0]} is {found[0][1]}" + (f"; then the same for {others}" if others else "")
+
+
+def unpack_tars(compressed: list[tuple[Path, str]]) -> str:
+    """One command for all of these `compressed_tars` of the first one's kind."""
+    first, command = compressed[0]
+    names = [path.name for path, other in compressed if other == command]
+    return f"{command} {in_command(first.parent, names, ''.join(first.suffixes[-2:]))}"
 
 
 def list_tars(folder: Path) -> list[Path]:

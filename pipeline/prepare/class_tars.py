@@ -9,15 +9,16 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.prepare.archives import AGAIN, compressed_tars, describe_archive, fault, inner_fault
-from pipeline.prepare.classes import make_command
+from pipeline.prepare.archives import AGAIN, compressed_tars, describe_archive, fault, inner_fault, unpack_tars
 from pipeline.prepare.kinds import ARCHIVE
 from pipeline.prepare.labels import LABEL_ENDINGS
+from pipeline.prepare.layout import make_command, word
 from pipeline.prepare.names import printable, splits_among
 from pipeline.prepare.samples import split_key
 from pipeline.prepare.skipped import Skipped
 from pipeline.prepare.tar import Member, members
 from pipeline.prepare.walk import photos_in_tar
+from pipeline.shards import plural
 from runtime.errors import UserError
 
 LEAVE_OUT = "or leave such tars out with ARGS=--skip-broken"
@@ -58,14 +59,15 @@ def in_folder(src: Path, names: list[str], labels: str, dst: str, skip_broken: b
     """As `in_tar`, of a folder of tars with these names below SRC."""
     tars = [ClassTar(name, src / name, 0, None) for name in sorted(names)]
     _refuse_parts(src, tars, labels, dst)
-    index = f"`make index DST={tars[0].path.parent}`"
+    index = f"`make index DST={word(str(tars[0].path.parent))}`"
     if labels == "auto" and _is_numbered([t.label for t in tars]):
         raise UserError(
             f"{src}: {len(tars)} tars numbered in a row ({tars[0].name} to {tars[-1].name}): if they are WebDataset shards, "
             f"{index} uses them as they are; if each is a class, say so with ARGS='--labels yes'"
         )
     if not skip_broken and (compressed := compressed_tars(tars[0].path.parent)):  # each would be a class
-        raise UserError(f"{compressed[0][0]}: {describe_archive(compressed[0][0])}; {LEAVE_OUT}")
+        more = f" ({plural(len(compressed), 'such file')}: `{unpack_tars(compressed)}`)" if compressed[1:] else ""
+        raise UserError(f"{compressed[0][0]}: {describe_archive(compressed[0][0])}{more}; {LEAVE_OUT}")
     return _read_all(src, tars, labels, skip_broken, skipped, f"a folder of {len(tars)} tars")
 
 
@@ -117,7 +119,7 @@ def _refuse_shard(tar: ClassTar, photos: list[Member], inside: list[Member]) -> 
         if ending in LABEL_ENDINGS and key in keys:
             raise UserError(
                 f"{tar.path}: holds samples ({printable(keys[key])} with {printable(m.name)}): a WebDataset shard, not a "
-                f"class of photos; `make index DST={tar.path.parent}` uses such tars as they are"
+                f"class of photos; `make index DST={word(str(tar.path.parent))}` uses such tars as they are"
             )
 
 
@@ -138,7 +140,8 @@ def _refuse_parts(src: Path, tars: list[ClassTar], labels: str, dst: str) -> Non
         ]
         how = f"make shards of one of them: {make_command(src, next(iter(splits.values()))[0], dst)}"
         if src.is_dir() and any(len(names) > 1 for names in splits.values()):
-            how = f"if they are WebDataset shards, `make index DST={tars[0].path.parent}` says how to separate them"
+            index = f"`make index DST={word(str(tars[0].path.parent))}`"
+            how = f"if they are WebDataset shards, {index} says how to separate them"
         raise UserError(f"{src} holds several splits: {', '.join(found)}: parts of a data set, not classes; {how}")
 
 

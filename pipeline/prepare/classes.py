@@ -4,23 +4,22 @@ Where to look: SRC; or, while a folder holds nothing but one folder, that one (`
 tar is looked at as a folder is.
 
 auto   The folders there are the classes if all photos are in them and there are at least two. Otherwise there are none.
-       Several splits (train, val, test..., in any form), or the photos and masks of VOC, are refused.
+       Several splits (train, val, test..., in any form), or folders of masks beside photos, are refused.
        ILSVRC2012_val photos: the devkit's ground truth; classes are the sorted synsets, as for the training photos. Without
        the devkit: no classes.
 yes    Every photo must have a class; one folder is enough.
 no     No classes.
 """
 
-import fnmatch
 import io
 import re
 import tarfile
 from collections import Counter
 from pathlib import Path
-from shlex import quote
 from typing import NamedTuple
 
-from pipeline.prepare.names import printable, split_of, splits_among
+from pipeline.prepare.layout import INSIST, Layout, are_parts
+from pipeline.prepare.names import printable
 from pipeline.shards import plural
 from runtime.errors import UserError
 
@@ -51,8 +50,9 @@ class Labels(NamedTuple):
 def label_photos(src: Path, names: list[str], labels: str, devkit: Path | None, dst: str) -> Labels:
     """Labels of photos with these sorted names below SRC; dst: the shards' folder, for messages. Raises UserError if they
     cannot be labeled as asked."""
-    if fnmatch.fnmatch(names[0], "ILSVRC2012_val_*") and not any("/" in name for name in names):
-        return _imagenet_validation(src, names, labels, devkit)
+    folder = names[0][: names[0].rfind("/") + 1]
+    if all(name.startswith(f"{folder}ILSVRC2012_val_") for name in names):
+        return _imagenet_validation(src, folder, names, labels, devkit)
     refuse_devkit(src, devkit)
     return _folders_as_classes(src, names, labels, dst)
 
@@ -63,126 +63,57 @@ def refuse_devkit(src: Path, devkit: Path | None) -> None:
         raise UserError(f"--devkit: {src} does not hold ImageNet's validation photos (ILSVRC2012_val_*.JPEG)")
 
 
-def make_command(src: Path, folder: str, dst: str) -> str:
-    """The command that makes shards of one folder of SRC; a tar is unpacked for it."""
-    if src.is_dir():
-        return f"`make shards SRC={_word(f'{src}/{folder}')} DST={_word(dst)}`"
-    out = src.with_suffix("")
-    unpack = f"mkdir -p {_word(str(out))} && tar -xf {_word(str(src))} -C {_word(str(out))}"
-    return f"`{unpack} && make shards SRC={_word(f'{out}/{folder}')} DST={_word(dst)}`"
-
-
-def _word(text: str) -> str:
-    return quote(printable(text))
-
-
 def _folders_as_classes(src: Path, names: list[str], labels: str, dst: str) -> Labels:
     """A class per folder of the folder that is looked at."""
-    shared = _shared_folder(names)
-    inside = _folders_in(names)
+    layout = Layout(src, names, dst)
+    masks = layout.masks() if labels != "yes" else ""
     if labels == "auto":
-        _refuse_splits(src, shared, names, inside[shared], dst)
-        _refuse_masks(src, inside, dst)
-    if shared and any("/" not in name[len(shared) :] for name in names):
-        shared = shared[:-1].rpartition("/")[0]  # photos are directly in it: it can only be a class itself
-        shared += "/" if shared else ""
-    where = printable(f"{src}/{shared}".rstrip("/"))
-    below = [name[len(shared) :] for name in names]
-    folder_of = [name.partition("/")[0] if "/" in name else "" for name in below]
-    folders = sorted(set(folder_of))
-    direct = "" in folders
-    warnings = () if labels == "yes" else _warn_of_splits(src, shared, inside)
-    if labels == "yes" and direct:
-        stray = printable(below[folder_of.index("")])
-        raise UserError(f"--labels yes: {stray} is directly in {where}; every photo must be in the folder of its class")
-    if labels == "yes" or (labels == "auto" and not direct and len(folders) > 1 and not _are_parts(folders)):
-        position = {folder: i for i, folder in enumerate(folders)}
-        count = f"{len(folders):,} {'class' if len(folders) == 1 else 'classes'}"
-        summary = f"{count}: the folders in {where} (--labels no: no classes)"
-        return Labels([position[folder] for folder in folder_of], folders, summary, shared, warnings)
-    if labels == "no":
-        why = "--labels no"
-    elif direct:
-        why = "photos are directly in it"
-    else:
-        why = "all are in one folder" if len(folders) == 1 else "its folders are parts of one split"
-    summary = f"no classes in {where}: {why} (--labels yes: one class per folder)"
-    return Labels([-1] * len(names), [], summary, shared, warnings)
-
-
-def _shared_folder(names: list[str]) -> str:
-    """The deepest folder that holds all of these sorted names: `ILSVRC/Data/CLS-LOC/`, or nothing."""
-    shared = ""
-    for folder, other in zip(names[0].split("/")[:-1], names[-1].split("/")[:-1], strict=False):
-        if folder != other:
-            break
-        shared += folder + "/"
-    return shared
-
-
-def _folders_in(names: list[str]) -> dict[str, list[str]]:
-    """{folder: names of the folders in it}, sorted: {"": ["a"], "a/": ["b"], "a/b/": []}."""
-    folders = set[str]()
-    for folder in {name.rpartition("/")[0] for name in names}:
-        while folder and folder not in folders:
-            folders.add(folder)
-            folder = folder.rpartition("/")[0]
-    inside: dict[str, list[str]] = {"": [], **{f"{folder}/": [] for folder in folders}}
-    for folder in sorted(folders):
-        above, _, last = folder.rpartition("/")
-        inside[f"{above}/" if above else ""].append(last)
-    return inside
-
-
-def _are_parts(folders: list[str]) -> bool:
-    """Whether all folders are parts of one split, as train1 and train2, and no classes."""
-    return all(split and not others for split, others in map(split_of, folders))
-
-
-def _refuse_splits(src: Path, shared: str, names: list[str], folders: list[str], dst: str) -> None:
-    """Raise UserError if these folders of SRC/shared hold several splits."""
-    splits = splits_among(folders)
-    if not splits:
-        return
-    photos = Counter(name[len(shared) :].partition("/")[0] for name in names)
-    found = [f"{printable(f)} ({plural(photos[f], 'photo')})" for folder in splits.values() for f in folder]
-    first = next(iter(splits.values()))[0]
-    raise UserError(
-        f"{printable(f'{src}/{shared}'.rstrip('/'))} holds several splits: {', '.join(found)}; make shards of one of them: "
-        f"{make_command(src, shared + first, dst)}; or with ARGS='--labels no' of all of them, without classes; or with "
-        "ARGS='--labels yes' if these are names of classes"
-    )
-
-
-def _refuse_masks(src: Path, inside: dict[str, list[str]], dst: str) -> None:
-    """Raise UserError if a folder is laid out as Pascal VOC, where masks lie beside the photos."""
-    for folder, folders in sorted(inside.items()):
-        masks = [f for f in folders if f in ("SegmentationClass", "SegmentationObject", "SegmentationClassAug")]
-        if "JPEGImages" in folders and masks:
-            where = printable(f"{src}/{folder}".rstrip("/"))
-            raise UserError(
-                f"{where}: a folder of Pascal VOC; {masks[0]} holds masks, JPEGImages the photos: "
-                f"{make_command(src, folder + 'JPEGImages', dst)}"
+        if masks:
+            raise UserError(f"{masks}; {INSIST}")
+        layout.refuse_splits()
+    shared = layout.classes_in
+    where = layout.where(shared)
+    folder_of = [name[len(shared) :].partition("/")[0] if "/" in name[len(shared) :] else "" for name in names]
+    folders = sorted({*folder_of} - {""})
+    stray = layout.stray(shared)
+    if labels == "yes" and stray:
+        raise UserError(
+            f"--labels yes: {stray}; every photo must be in the folder of its class: move such photos, or use --labels no"
+        )
+    why = "--labels no" if labels == "no" else "" if labels == "yes" else _why_none(layout, shared, folders)
+    if why:
+        warnings = [masks, layout.splits_below(shared)]
+        if labels == "auto" and stray and len(folders) > 1:
+            warnings.append(
+                f"{stray}, beside {len(folders):,} folders, so there are no classes; if the folders are classes, move such "
+                "photos elsewhere or into one of them; if not, ARGS='--labels no'"
             )
+        summary = f"no classes in {where}: {why}"
+        return Labels([-1] * len(names), [], summary, shared, tuple(filter(None, warnings)))
+    position = {folder: i for i, folder in enumerate(folders)}
+    count = f"{len(folders):,} {'class' if len(folders) == 1 else 'classes'}"
+    summary = f"{count}: the folders in {where} (--labels no: no classes)"
+    warnings = layout.warnings(shared) if labels == "auto" else []
+    return Labels([position[folder] for folder in folder_of], folders, summary, shared, tuple(warnings))
 
 
-def _warn_of_splits(src: Path, shared: str, inside: dict[str, list[str]]) -> tuple[str, ...]:
-    """A warning if folders further down hold several splits (`bottle/train`, `bottle/test`)."""
-    mixed = [f for f, folders in sorted(inside.items()) if f.startswith(shared) and splits_among(folders)]
-    if not mixed:
-        return ()
-    found = [name for names in splits_among(inside[mixed[0]]).values() for name in names]
-    more = f" (and {plural(len(mixed) - 1, 'more folder')})" if len(mixed) > 1 else ""
-    where = printable(f"{src}/{mixed[0]}".rstrip("/"))
-    splits = printable(", ".join(found))
-    return (
-        f"{where} holds several splits: {splits}{more}; the photos of all are used; to leave one out, move it elsewhere",
-    )
+def _why_none(layout: Layout, shared: str, folders: list[str]) -> str:
+    """Why the folders in SRC/shared are no classes, empty if they are."""
+    if layout.direct[shared]:
+        return "photos are directly in it"
+    insist = " (--labels yes: one class per folder)"
+    if len(folders) == 1:
+        return f"all are in one folder{insist}"
+    if are_parts(folders):
+        return f"its folders are parts of one split{insist}"
+    return f"its folders are those of Pascal VOC{insist}" if layout.is_voc(shared) else ""
 
 
-def _imagenet_validation(src: Path, names: list[str], labels: str, devkit: Path | None) -> Labels:
-    """ImageNet's validation photos: line k of the devkit's ground truth is the class of ILSVRC2012_val_<k>.JPEG."""
-    default = src.parent / DEVKIT
+def _imagenet_validation(src: Path, folder: str, names: list[str], labels: str, devkit: Path | None) -> Labels:
+    """ImageNet's validation photos, all in SRC/folder: line k of the devkit's ground truth is the class of
+    ILSVRC2012_val_<k>.JPEG."""
+    beside = [src.parent / DEVKIT, (src / folder).parent / DEVKIT]
+    default = next((path for path in beside if path.is_file()), beside[0])
     if labels == "no" or (devkit is None and labels == "auto" and not default.is_file()):
         why = "--labels no" if labels == "no" else f"{DEVKIT} is not next to it (--devkit FILE gives the classes)"
         return Labels([-1] * len(names), [], f"ImageNet's validation photos without classes: {why}")
@@ -192,7 +123,7 @@ def _imagenet_validation(src: Path, names: list[str], labels: str, devkit: Path 
     position = {synset: i for i, synset in enumerate(classes)}
     label_of = []
     for name in names:
-        match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name)
+        match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name[len(folder) :])
         if not match or not 1 <= int(match[1]) <= len(truth):
             raise UserError(f"{src}: {printable(name)} is not one of the {len(truth)} validation photos in {devkit}")
         label_of.append(position[synsets[truth[int(match[1]) - 1]]])

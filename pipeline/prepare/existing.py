@@ -23,6 +23,7 @@ from pipeline.prepare.archives import (
     first_archive,
     left_out,
     list_tars,
+    unpack_tars,
 )
 from pipeline.prepare.classes import describe_classes
 from pipeline.prepare.folder import (
@@ -36,7 +37,7 @@ from pipeline.prepare.folder import (
 )
 from pipeline.prepare.kinds import unread_reason
 from pipeline.prepare.labels import Written, read_label, resolve_labels
-from pipeline.prepare.names import printable, splits_among
+from pipeline.prepare.names import in_command, printable, splits_among
 from pipeline.prepare.photo import decode_error, inspect_existing, limit_pixels
 from pipeline.prepare.samples import PHOTO_ENDINGS, Sample, group
 from pipeline.prepare.skipped import Skipped, index_warnings, joined_tars
@@ -117,11 +118,10 @@ def _tars_in(dst: Path, skip_broken: bool) -> list[Path]:
     _refuse_splits(dst, [tar.name for tar in tars])
     compressed = compressed_tars(dst)
     if compressed and not skip_broken:
-        (first, command), *_ = compressed
-        files = _words(dst, [path.name for path, other in compressed if other == command], "".join(first.suffixes[-2:]))
+        first = compressed[0][0]
         raise UserError(
             f"{first}: compressed, and would be left out of the index ({plural(len(compressed), 'such file')}): "
-            f"`{command} {files}`, then the same command again; {_skip_broken(dst)}"
+            f"`{unpack_tars(compressed)}`, then the same command again; {_skip_broken(dst)}"
         )
     return sorted(tars + [path for path, _ in compressed])
 
@@ -135,18 +135,8 @@ def _refuse_splits(dst: Path, names: list[str]) -> None:
         into = quote(str(dst / split))
         raise UserError(
             f"{dst} holds tars of several splits: {', '.join(found)}; give each a folder of its own: `mkdir {into} && "
-            f"mv {_words(dst, names, '.tar')} {into} && make index DST={into}`"
+            f"mv {in_command(dst, names, '.tar')} {into} && make index DST={into}`"
         )
-
-
-def _words(dst: Path, names: list[str], ending: str) -> str:
-    """These files in a command: as a pattern if it matches no other file of the folder."""
-    if len(names) > 1:
-        beginning = os.path.commonprefix(names).removesuffix(ending)  # noqa: RUF071  # of letters, not of folders
-        matched = [p.name for p in dst.iterdir() if p.name.startswith(beginning) and p.name.endswith(ending)]
-        if sorted(matched) == sorted(names):
-            return f"{quote(f'{dst}/{beginning}')}*{ending}"
-    return " ".join(quote(str(dst / name)) for name in names)
 
 
 def _skip_broken(dst: Path) -> str:

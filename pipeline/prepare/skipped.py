@@ -3,18 +3,22 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Container
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 
+from pipeline.prepare.archives import unpack
 from pipeline.prepare.kinds import ARCHIVE, PICTURES
-from pipeline.prepare.names import ending, printable
+from pipeline.prepare.names import ending, printable, split_order
 from pipeline.shards import PHOTO_SUFFIXES, plural
 
 MAX_UNSAID = 0.01  # share of pictures, labels or keys that may be skipped without a warning
 MAX_KINDS = 8  # in a line
+SHOWN = 3  # archives in a line
 FOLLOW = "ARGS=--follow-links reads what links point to"
 
+READ_BEFORE = "folders read before"
 BAD_LABELS, NO_PHOTO, DUPLICATES = "labels that cannot be read", "samples without a photo", "duplicates in a sample"
 LONE_LABELS = "labels without a photo"
 LABEL_LIKE = re.compile(
@@ -105,10 +109,25 @@ def source_warnings(skipped: Skipped, photos: Collection[str], src: Path, in_tar
         how = FOLLOW if src.is_dir() else "the tar does not hold what links point to"
         warnings.append(f"{plural(links, 'link')} {'is' if links == 1 else 'are'} not followed; {how}")
     if archives:
-        warnings.append(f"{counts(archives)} not opened; if they hold photos, unpack them first")
+        warnings.append(f"{counts(archives)} not opened: {_unpack_first(skipped, src)}")
+    if twice := [row["source"] for row in skipped.listed if row["kind"] == READ_BEFORE]:
+        warnings.append(
+            f"{plural(len(twice), 'folder')} read once, under another name that links reach: {twice[0]}"
+            f"{', ...' if twice[1:] else ''} is no folder or class of its own"
+        )
     if unreadable := skipped.counts["unreadable files"]:
         warnings.append(f"{plural(unreadable, 'file')} cannot be opened; `ls -l` shows their permissions")
     return warnings
+
+
+def _unpack_first(skipped: Skipped, src: Path) -> str:
+    """The archives' names, those of train first, and how to unpack the first one."""
+    names = sorted((row["source"] for row in skipped.listed if row["kind"].startswith(ARCHIVE)), key=split_order)
+    named = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if names[SHOWN:] else "")
+    how = ""
+    with suppress(OSError):  # inside a tar, or not readable
+        how = unpack(src / names[0])
+    return f"{named}; if they hold photos, unpack them first" + (f": {how}" if how else "")
 
 
 def index_warnings(skipped: Skipped, samples: int, labels: int, photo: str | None) -> list[str]:

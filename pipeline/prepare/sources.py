@@ -11,17 +11,18 @@ says which photos have a class.
 
 import hashlib
 import os
+import re
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 from typing import BinaryIO, NamedTuple
 
 from pipeline.prepare import class_tars
 from pipeline.prepare.archives import AGAIN, fault, first_archive, unpack_outer
-from pipeline.prepare.classes import describe_classes, label_photos, make_command, refuse_devkit
+from pipeline.prepare.classes import describe_classes, label_photos, refuse_devkit
 from pipeline.prepare.kinds import ARCHIVE, HEAD, is_palette_png
+from pipeline.prepare.layout import make_command, word
 from pipeline.prepare.names import ENDINGS, ending, has_photo_ending, printable
 from pipeline.prepare.skipped import FOLLOW, Skipped, convert_command, counts, joined_tars, source_warnings
 from pipeline.prepare.tar import Member, members
@@ -29,6 +30,8 @@ from pipeline.prepare.walk import photos_in_folder, photos_in_tar
 from pipeline.shards import plural
 from runtime.errors import UserError, suggest
 
+LABEL_FILES = (".txt", ".csv", ".tsv", ".json", ".mat", ".xml")
+MAX_LABEL_FILES = 5
 MASK_SAMPLE = 3  # photos of a folder whose headers are read to tell masks from photos
 MAX_OPEN_TARS = 128  # of a folder of tars, by each process
 
@@ -125,6 +128,9 @@ def list_photos(
     labeled = label_photos(src, [name for name, _, _ in found], labels, devkit, dst)
     photos = [Photo(*place, label) for place, label in zip(found, labeled.label_of, strict=True)]
     warnings = [*labeled.warnings, *_warn_of_masks(src, photos, labeled.below, dst)]
+    if labels == "auto":
+        warnings += _warn_of_samples(src, [p.name for p in photos], skipped, dst)
+        warnings += [] if labeled.classes else _warn_of_labels(src, skipped)
     return SourceIndex(photos, [printable(c) for c in labeled.classes], labeled.summary, skipped, warnings)
 
 
@@ -247,6 +253,34 @@ def _is_mask(source: Source, photo: Photo) -> bool:
         return False
 
 
+def _warn_of_samples(src: Path, photos: list[str], skipped: Skipped, dst: str) -> list[str]:
+    """A warning if photos have a label beside them (x.jpg, x.cls): WebDataset samples, whose labels `index` reads."""
+    labels = {row["source"].removesuffix(".cls") for row in skipped.listed if row["kind"] == ".cls files"}
+    first = next((name for name in photos if printable(name.rpartition(".")[0]) in labels), "") if labels else ""
+    if not first:
+        return []
+    how = f"`make index DST={word(str(src.parent))}` uses the tars there as they are, with their labels"
+    if src.is_dir():
+        new = word(f"{dst}-labeled")
+        tar = f"tar --sort=name -cf {word(f'{dst}-labeled/shard-000000.tar')} -C {word(str(src))} ."
+        how = f"`mkdir -p {new} && {tar} && make index DST={new}` packs them with their labels"
+    return [
+        f"{src} holds WebDataset samples ({printable(first)} with {printable(first.rpartition('.')[0])}.cls), whose labels "
+        f"are not read here; {how}"
+    ]
+
+
+def _warn_of_labels(src: Path, skipped: Skipped) -> list[str]:
+    """A warning if a file may hold the labels of photos that get none: `val_annotations.txt`, `imagelabels.mat`."""
+    names = [row["source"] for row in skipped.listed if row["source"].lower().endswith(LABEL_FILES)]
+    names = [name for name in names if re.search("label|annot|class|truth", name.rpartition("/")[2].lower())]
+    if not names or len(names) > MAX_LABEL_FILES:  # more are not of all photos, but of one each
+        return []
+    return [
+        f"{src}/{names[0]} may hold labels, which are not read; for classes, put the photos of each into a folder of its own"
+    ]
+
+
 def _no_photos(src: Path, skipped: Skipped) -> str:
     others = ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.counts.items()))
     hint = f"; photos end in {' '.join(ENDINGS)}, or begin with the bytes of one"
@@ -258,6 +292,8 @@ def _no_photos(src: Path, skipped: Skipped) -> str:
         hint = f"; {unpack_outer(src)}"
     elif src.is_dir() and (archive := first_archive(src)):
         hint = archive
+    elif system := next((row["source"] for row in skipped.listed if row["kind"] == "system folders"), ""):
+        hint = f"; {system} is not looked into, but SRC={word(f'{src}/{system}'.rstrip('/'))} takes its photos"
     elif src.is_dir() and any(src.glob("*.tar")):
-        hint = f"; give one of its tars, or run `make index DST={quote(str(src))}` if they are shards already"
+        hint = f"; give one of its tars, or run `make index DST={word(str(src))}` if they are shards already"
     return f"{src}: no photos here (found: {others or 'nothing'}){hint}"

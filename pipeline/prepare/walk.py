@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from pipeline.prepare.kinds import HEAD, PHOTOS, kind_of
 from pipeline.prepare.names import folder_to_skip, has_photo_ending, is_hidden, printable, skipped_folder
-from pipeline.prepare.skipped import Skipped
+from pipeline.prepare.skipped import READ_BEFORE, Skipped
 from pipeline.prepare.tar import Member
 
 
@@ -121,7 +121,7 @@ def _new(src: Path, folder: str, real: set[tuple[int, int]], skipped: Skipped) -
     """The folder, unless it was read before under another name."""
     identity = _identity(src / folder)
     if identity in real:
-        skipped.add(folder, "folders read before", "read under another name")
+        skipped.add(folder, READ_BEFORE, "read under another name")
         return []
     real.add(identity)
     return [folder]

@@ -92,7 +92,7 @@ def check_indexed(tmp_path: Path, good: dict[str, bytes], bad: bytes, ending: st
     tar_of(files, tars / "some.tar")
     output = run_program("-m", "tools.make_shards", "index", tars, "--max-bad", "0.2", "--processes", "1").stdout
     if why is None:
-        assert "samples without a photo 1" in output
+        assert "labels without a photo 1" in output
         assert len(Shards(tars)) == 9
     elif why:
         assert "rejected 1 (rejected.jsonl)" in output

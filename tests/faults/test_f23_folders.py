@@ -1,16 +1,19 @@
 """F23: folders that are not classes: splits, file systems' own folders, masks, and folders around the classes."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import run_program
-from pictures import encoded, photo, tar_of, tree
+from pictures import encoded, photo, pixels, tar_of, tree
 from PIL import Image
 
 from pipeline.prepare.names import split_of, splits_among
+from pipeline.prepare.sources import list_photos
 from pipeline.shards import Shards
+from runtime.errors import UserError
 
 fault = [pytest.mark.fault("F23"), pytest.mark.fast]
 
@@ -24,6 +27,22 @@ def make(src: Path, *options: str, expect: int = 0) -> str:
 
 def photos_of(*names: str) -> dict[str, bytes]:
     return {name: photo(i) for i, name in enumerate(names)}
+
+
+def lines(src: Path, labels: str = "auto") -> str:
+    """What `make` prints before the work begins."""
+    found = list_photos(src, labels, dst=f"{src}-shards")
+    return "\n".join([found.summary, *found.describe(src, Path(f"{src}-shards"))]) + "\n"
+
+
+def refused(src: Path, labels: str = "auto") -> str:
+    with pytest.raises(UserError) as error:
+        list_photos(src, labels, dst=f"{src}-shards")
+    return str(error.value)
+
+
+def shell(command: str) -> None:
+    subprocess.run(command, shell=True, check=True, executable="/bin/bash")
 
 
 def mask() -> bytes:
@@ -48,6 +67,12 @@ SPLITS = {  # what lies in the source: the folder that the message offers first,
         tuple(f"ILSVRC/Data/CLS-LOC/{s}/1.jpg" for s in ("test", "train/n01", "train/n02", "val")),
         "ILSVRC/Data/CLS-LOC/train", "train (2 photos), val (1 photo), test (1 photo)",
     ),
+    "train, dev": (("dev/x/1.jpg", "train/x/2.jpg"), "train", "dev (1 photo)"),
+    "trn, tst, holdout": (("trn/1.jpg", "tst/1.jpg", "holdout/1.jpg"), "trn", "holdout and 1 more (2 photos)"),
+    "train, test_easy, test_hard": (
+        ("train/1.jpg", "test_easy/1.jpg", "test_hard/1.jpg"), "train", "test_easy and 1 more (2 photos)",
+    ),
+    "train, eval, extra": (("eval/1.jpg", "extra/1.jpg", "train/1.jpg"), "train", "eval (1 photo), extra (1 photo)"),
     "beside a stray photo": (("cover.jpg", "train/a/1.jpg", "test/a/2.jpg"), "train", "test (1 photo)"),
 }  # fmt: skip
 
@@ -111,13 +136,31 @@ def test_names_of_splits() -> None:
     assert split_of("train_val") == ("trainval", ())
     for name in ("trainer", "contest", "n01440764", "validity", "image", ""):
         assert split_of(name)[0] == "", name
-    for names in (["bullet_train", "test_tube"], ["train", "bus", "car"], ["train1", "train2"], ["a", "b"]):
+    for names in (
+        ["bullet_train", "test_tube"],
+        ["train", "bus", "car"],
+        ["train1", "train2"],
+        ["train_a", "train_0"],
+        ["a", "b"],
+    ):
         assert not splits_among(names), names
 
 
 def test_parts_of_one_split_are_no_classes(tmp_path: Path) -> None:
-    src = tree(tmp_path / "src", photos_of("train1/1.jpg", "train2/2.jpg"))
+    src = tree(tmp_path / "src", photos_of("train1/1.jpg", "train_b/2.jpg"))
     assert "no classes in" in make(src)
+
+
+@pytest.mark.fault("F23")
+@pytest.mark.fast
+def test_a_split_in_several_folders(tmp_path: Path) -> None:
+    """As Open Images has them: the command joins them, and works."""
+    src = tree(tmp_path / "my src", photos_of("train_0/1.jpg", "train_f/2.jpg", "validation/3.jpg"))
+    error = refused(src)
+    assert "holds several splits: train_0 and 1 more (2 photos), validation (1 photo); train is in 2 folders" in error
+    assert f"`mkdir '{src}/train' && mv '{src}/train_'* '{src}/train' && make shards SRC='{src}/train' DST=" in error
+    shell(error.split("`")[1].partition(" && make")[0])
+    assert "parts of one split" in lines(src / "train")
 
 
 # ---- which folders are the classes
@@ -152,6 +195,7 @@ def test_the_first_classes_are_shown_before_the_work_begins(tmp_path: Path) -> N
 
 
 SYSTEM = (
+    "thumbnails", "Thumbs", "_thumbs",
     "@eaDir", "$RECYCLE.BIN", "lost+found", "System Volume Information", "__MACOSX", ".AppleDouble", ".Trashes", "#recycle",
 )  # fmt: skip
 
@@ -171,7 +215,127 @@ def test_folders_of_file_systems_are_skipped(name: str, tmp_path: Path) -> None:
         assert sorted(re.findall('"source": "([^"]*)"', listed)) == sorted([f"{name}/", f"a/{name}/"])
 
 
+STRAY = {  # folder names below SRC, and where the stray photos are
+    "beside the classes": ("", ["0.jpg", "1.jpg"]),
+    "one folder down": ("images/", ["images/0.jpg"]),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=fault) for c in STRAY])
+def test_a_stray_photo_beside_class_folders(case: str, tmp_path: Path) -> None:
+    """It is named, and moving it gives the classes."""
+    below, stray = STRAY[case]
+    src = tree(tmp_path / "src", photos_of(*stray, f"{below}cat/1.jpg", f"{below}dog/2.jpg"))
+    output = lines(src)
+    assert f"warning: {len(stray)} photo" in output
+    assert f" directly in {src}/{below}".rstrip("/") + f" ({stray[0]}" in output
+    assert "beside 2 folders, so there are no classes" in output
+    assert f"({stray[0]}" in refused(src, "yes")
+    assert "warning" not in lines(src, "no")
+    for name in stray:
+        (src / name).unlink()
+    assert "2 classes" in lines(src)
+
+
+@pytest.mark.fault("F23")
+@pytest.mark.fast
+def test_a_flat_folder_gets_no_advice_about_classes(tmp_path: Path) -> None:
+    src = tree(tmp_path / "src", photos_of("1.jpg", "2.jpg"))
+    assert lines(src) == f"no classes in {src}: photos are directly in it\n"
+
+
+@pytest.mark.fault("F23")
+@pytest.mark.fast
+def test_class_folders_that_hold_folders(tmp_path: Path) -> None:
+    """Places365: the command makes a class of each inner folder, and works."""
+    src = tree(tmp_path / "src", photos_of("a/abbey/1.jpg", "a/airfield/2.jpg", "b/bar/3.jpg"))
+    output = lines(src)
+    assert "warning: 1 of 2 class folders hold folders (a: abbey, airfield)" in output
+    shell(output.split("`")[1].partition(" && make")[0])
+    made = list_photos(Path(f"{src}-classes"), follow_links=True)
+    assert made.classes == ["abbey", "airfield", "bar"]
+    tree(src, photos_of("b/abbey/4.jpg"))  # the links' names would collide
+    assert "give each a folder of its own" in lines(src)
+    one = tree(tmp_path / "one", photos_of("n01/images/1.jpg", "n02/images/2.jpg"))
+    assert "warning" not in lines(one)
+
+
+@pytest.mark.fault("F23")
+@pytest.mark.fast
+def test_several_folders_of_voc_are_no_classes(tmp_path: Path) -> None:
+    src = tree(tmp_path / "src", photos_of("VOC2007/JPEGImages/1.jpg", "VOC2012/JPEGImages/2.jpg"))
+    assert "no classes in" in lines(src)
+    tree(src, {"VOC2007/SegmentationClass/1.png": mask(), "VOC2012/SegmentationClass/2.png": mask()})
+    assert f"(and 1 more such folder: {src}/VOC2012)" in refused(src)
+
+
+@pytest.mark.fault("F23")
+@pytest.mark.fast
+def test_validation_photos_one_folder_down(tmp_path: Path) -> None:
+    """ImageNet's: the message names the devkit."""
+    src = tree(tmp_path / "src", photos_of("val/ILSVRC2012_val_00000001.JPEG"))
+    assert "ILSVRC2012_devkit_t12.tar.gz is not next to it" in lines(src)
+
+
+@pytest.mark.fault("F23")
+@pytest.mark.fast
+def test_the_command_for_a_tar_without_an_ending(tmp_path: Path) -> None:
+    src = tmp_path / "photos"
+    tar_of(photos_of("train/1.jpg", "val/2.jpg"), src)
+    error = refused(src)
+    shell(error.split("`")[1].partition(" && make")[0])
+    assert f"make shards SRC={src}-photos/train " in error
+    assert (tmp_path / "photos-photos/train/1.jpg").exists()
+
+
 # ---- masks
+
+
+MASKS = {  # where photos and masks are; the folder that the message names
+    "Oxford pets": ("images/{}.jpg", "annotations/trimaps/{}.png", "images"),
+    "Cityscapes": ("leftImg8bit/train/a/{}.png", "gtFine/train/a/{}_labelIds.png", "leftImg8bit"),
+    "ADE20K": ("ADE/images/training/{}.jpg", "ADE/annotations/training/{}.png", "ADE/images"),
+    "CUB": ("CUB_200/images/001.A/{}.jpg", "segmentations/001.A/{}.png", "CUB_200"),
+    "COCO-stuff": ("train2017/{}.jpg", "stuffthingmaps/train2017/{}.png", "train2017"),
+    "Carvana": ("train/{}.jpg", "train_masks/{}_mask.gif", "train"),
+    "salt": ("train/images/{}.png", "train/masks/{}.png", "train/images"),
+    "CamVid": ("train/{}.png", "train_labels/{}_L.png", "train"),
+    "ground truth": ("imgs/{}.jpg", "ground_truth/{}.jpg", "imgs"),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=fault) for c in MASKS])
+def test_masks_beside_photos_are_refused(case: str, tmp_path: Path) -> None:
+    """Gray or RGB ones, which no header tells from photos: by the names of the folders. --labels yes insists."""
+    photos, masks, folder = MASKS[case]
+    src = tree(tmp_path / "src", {form.format(i): photo(i) for form in (photos, masks) for i in range(3)})
+    error = refused(src)
+    assert f"make shards SRC={src}/{folder} DST=" in error
+    assert " masks, " in error
+    assert lines(src, "yes").startswith(("2 classes: ", "1 class: "))
+    assert "warning: " in lines(src, "no")
+    assert "hold" not in lines(src / folder)
+
+
+NO_MASKS = (
+    ("with_mask", "without_mask"), ("mask", "no_mask"), ("face", "face_mask"), ("mask", "car", "dog"),
+    ("Ford GT Coupe 2006", "Ford Focus 2007"), ("label", "box"), ("gas", "gas mask"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("names", NO_MASKS, ids=", ".join)
+def test_classes_with_words_for_masks(names: tuple[str, ...], tmp_path: Path) -> None:
+    src = tree(tmp_path / "src", {f"{name}/{i}.png": encoded(pixels(i), "PNG") for name in names for i in (1, 2)})
+    assert list_photos(src).classes == sorted(names)
+
+
+@pytest.mark.fault("F23")
+@pytest.mark.fast
+def test_two_folders_with_the_same_names(tmp_path: Path) -> None:
+    """Photos and maybe their masks, in a folder of any name: a warning."""
+    src = tree(tmp_path / "src", {f"rgb/{i}.jpg": photo(i) for i in range(3)})
+    tree(src, {f"seg/{i}.png": encoded(pixels(i), "PNG") for i in range(3)})
+    assert f"warning: {src}: seg and rgb hold files of the same names; if seg holds masks" in lines(src)
 
 
 @pytest.mark.fault("F23")
@@ -189,9 +353,9 @@ def test_pascal_voc(tmp_path: Path) -> None:
 @pytest.mark.fault("F23")
 @pytest.mark.fast
 def test_a_class_of_masks_is_warned_of(tmp_path: Path) -> None:
-    src = tree(tmp_path / "src", {"images/1.jpg": photo(1), "images/2.jpg": photo(2), "labels/1.png": mask()})
+    src = tree(tmp_path / "src", {"images/1.jpg": photo(1), "images/2.jpg": photo(2), "numbers/1.png": mask()})
     output = make(src)
-    assert f"warning: {src}/labels holds 1 file like a mask, not a photo (palette PNG)" in output
+    assert f"warning: {src}/numbers holds 1 file like a mask, not a photo (palette PNG)" in output
     assert f"`make shards SRC={src}/images DST={src}-shards-images`" in output
     tree(tmp_path / "only", {"1.png": mask(), "2.png": mask(), "3.png": mask()})
     assert f"warning: {tmp_path}/only holds 3 files like masks, not photos (palette PNGs)" in make(tmp_path / "only")

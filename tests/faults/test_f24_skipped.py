@@ -107,7 +107,10 @@ def test_a_phone_folder(tmp_path: Path) -> None:
         f"warning: 65 of 98 pictures are in formats that are not read: 65 ({kinds}); convert them"
     )
     assert rf"`find {src} \( -iname '*.avif' -o -iname '*.heic' \) -exec magick " in lines[3]
-    assert lines[4] == "warning: 1 (archive .zip 1) not opened; if they hold photos, unpack them first"
+    assert lines[4] == (
+        "warning: 1 (archive .zip 1) not opened: old.zip; if they hold photos, unpack them first: "
+        f"`unzip -q {src}/old.zip -d {src}/old`"
+    )
     assert len(listed(dst)) == 69
     assert Shards(dst).manifest["skipped"]["HEIC .heic"] == 60
     assert {photo(i + 30) for i in range(3)} < set(labels_of(dst))
@@ -548,6 +551,9 @@ def test_hard_links_in_a_tar(form: str, tmp_path: Path) -> None:
     assert {made.read(i) for i, label in enumerate(made.index["label"]) if label == both} == {photo(0), photo(1)}
 
 
+# ---- what `make shards` does not read, and what to do instead
+
+
 @pytest.mark.fault("F24")
 @pytest.mark.fast
 def test_absolute_names_in_a_tar(tmp_path: Path) -> None:
@@ -559,3 +565,69 @@ def test_absolute_names_in_a_tar(tmp_path: Path) -> None:
     tar_of({**files, "/data/ash/0.cls": b"3"}, tmp_path / "tars" / "0.tar")
     assert "skipped 0" in index(tmp_path / "tars")
     assert labels_of(tmp_path / "tars") == {photo(0): "3", photo(1): None}
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_samples_with_labels_given_to_make(tmp_path: Path) -> None:
+    """In a tar and in a folder: the command that keeps the labels, which works."""
+    samples = {f"{i}.{e}": data for i in range(2) for e, data in (("jpg", photo(i)), ("cls", b"%d" % i))}
+    (tmp_path / "a b").mkdir()
+    tar_of(samples, tmp_path / "a b/x.tar")
+    assert f"warning: {tmp_path}/a b/x.tar holds WebDataset samples (0.jpg with 0.cls)" in make(tmp_path / "a b/x.tar")
+    assert f"`make index DST='{tmp_path}/a b'`" in make(tmp_path / "a b/x.tar", "--labels", "auto")
+    src = tree(tmp_path / "loose", samples)
+    command, _, _ = make(src).split("`")[1].partition(" && make index")
+    subprocess.run(command, shell=True, check=True)
+    index(Path(f"{src}-shards-labeled"))
+    assert labels_of(Path(f"{src}-shards-labeled")) == {photo(i): str(i) for i in range(2)}
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_a_file_that_may_hold_the_labels(tmp_path: Path) -> None:
+    """Tiny ImageNet's validation photos."""
+    src = tree(tmp_path / "val", {"images/1.jpg": photo(1), "val_annotations.txt": b"1.jpg\tn01"})
+    assert f"warning: {src}/val_annotations.txt may hold labels, which are not read" in make(src)
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_archives_are_named_train_first(tmp_path: Path) -> None:
+    """Kaggle's: beside photos, and alone."""
+    zips = {f"{name}.zip": b"PK\x03\x04" + bytes(300) for name in ("test", "train")}
+    src = tree(tmp_path / "src", zips | {"test/1.jpg": photo(1)})
+    assert (
+        f"not opened: train.zip, test.zip; if they hold photos, unpack them first: `unzip -q {src}/train.zip"
+        in make(src)
+    )
+    only = tree(tmp_path / "only", zips)
+    error = make(only, expect=2)
+    assert "; train.zip is compressed (zip)" in error
+    assert "; then the same for test.zip" in error
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_class_tars_that_are_all_compressed(tmp_path: Path) -> None:
+    """One command unpacks all, and works."""
+    src = tree(
+        tmp_path / "src", {f"{c}.tar.gz": gzip.compress(tar_of({"1.jpg": photo(i)})) for i, c in enumerate("ab")}
+    )
+    error = make(src, expect=2)
+    assert f"`gzip -d -k {src}/*.tar.gz`" in error
+    subprocess.run(error.split("`")[1], shell=True, check=True)
+    make(src)
+    assert Shards(Path(f"{src}-shards")).classes == ["a", "b"]
+
+
+@pytest.mark.fault("F24")
+@pytest.mark.fast
+def test_two_links_to_one_folder(tmp_path: Path) -> None:
+    tree(tmp_path / "real", {"1.jpg": photo(1)})
+    (tmp_path / "src").mkdir()
+    for name in ("p", "q"):
+        (tmp_path / "src" / name).symlink_to(tmp_path / "real")
+    output = make(tmp_path / "src", "--follow-links")
+    assert "warning: 1 folder read once, under another name" in output
+    assert "q/ is no folder or class of its own" in output
