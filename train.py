@@ -85,7 +85,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     from eval import preflight
     from pipeline.plan import Plan
     from pipeline.shards import Shards
-    from runtime import checkpoint, command, watchdog
+    from runtime import checkpoint, watchdog
 
     assert config.data.shards is not None  # load_config requires it
     shards = Shards(config.data.shards, config.speed, config.data.max_missing)
@@ -145,11 +145,11 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     if not context.all_equal(start):
         raise UserError(f"{folder}: processes find different checkpoints; all machines must share this folder")
     if resume and start >= steps and (folder / "backbone.safetensors").is_file():
-        longer = command.again(f"optim.epochs={2 * config.optim.epochs:g}", "--allow-change", "optim.epochs")
-        print(
-            f"{folder} is finished: {start} steps, {resume.path}. Start another run with RUN=another/folder, or train "
-            f"longer (docs/howto/train-longer.md), e.g. twice as long: `{longer}`"
-        )
+        if context.is_main:
+            for message in checkpoint.update_evaluation(folder, resume, config):
+                print(message)
+            epochs = {"trained": before.optim.epochs, "asked": config.optim.epochs}
+            print(summary.describe_finished(folder, resume.path, start, **epochs))
         return 0
     writer = None
     if context.is_main:  # before the loader starts: a folder that cannot be written to ends the run
@@ -240,7 +240,8 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         about = weights.about_backbone(method.backbone, steps, config.method)
         path = folder / "backbone.safetensors"
         checkpoint.save_backbone(path, method.backbone, about)
-        print(summary.describe_end(folder, steps, weights.loading_lines(method.backbone, path)))
+        measurable = preflight.is_measurable(config, shards, plan)
+        print(summary.describe_end(folder, steps, weights.loading_lines(method.backbone, path), measurable))
     return 0
 
 

@@ -191,10 +191,13 @@ def voc_splits(
     augment: bool = False,
     palette: str | Path | None = None,
 ) -> tuple[VocSegmentation, VocSegmentation]:
-    """(train, val) of a folder in Pascal VOC's layout; the train split is by default `trainaug` if there is one."""
+    """(train, val) of a folder in Pascal VOC's layout; the train split is by default `trainaug` if there is one. Both have
+    the same classes: if nothing gives their number, as many as the masks of either hold."""
     train_split = train_split or default_train_split(folder)
     train = VocSegmentation(folder, train_split, size, augment=augment, classes=classes, palette=palette)
-    return train, VocSegmentation(folder, val_split, size, classes=train.classes, palette=palette)
+    val = VocSegmentation(folder, val_split, size, classes=classes, palette=palette)
+    train.classes = val.classes = max(train.classes, val.classes)
+    return train, val
 
 
 def scene_sizes(image_size: int, size: int | None = None) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval.voc import class_names, default_train_split, scene_files
+from eval.voc import NO_JPEG, class_names, default_train_split, is_jpeg, scene_files
 from runtime.errors import UserError
 
 IGNORE = 255  # class of a pixel that is not counted
@@ -109,6 +109,8 @@ def read_mask(path: Path, palette: Palette | None = None) -> Image.Image:
         with open(path, "rb") as file:
             bits = file.read(25)[24]  # of one value; Pillow stretches gray of fewer than 8 to 0 … 255
     except (OSError, IndexError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        if is_jpeg(path):
+            raise UserError(f"{path}: this mask is a JPEG; {NO_JPEG}") from None
         raise UserError(f"{path}: this mask cannot be read ({error})") from None
     if palette:
         return palette.classes_of(mask, path)
@@ -125,12 +127,12 @@ def read_mask(path: Path, palette: Palette | None = None) -> Image.Image:
 
 
 class ColoredMask(UserError):
-    """A mask holds colors instead of class numbers. colors: those of more masks, in words."""
+    """A mask holds colors instead of class numbers. colors: those of more masks, in words. help: `_palette_help`."""
 
-    def __init__(self, path: Path, mode: str, colors: str = ""):
+    def __init__(self, path: Path, mode: str, colors: str = "", help: str = ""):
         super().__init__(
             f"{path}: a mask must be a palette or gray PNG of class numbers, this one has mode {mode}{colors}; name the "
-            f"class of each color ({_palette_help(path.parents[1])})"
+            f"class of each color ({help or _palette_help(path.parents[1])})"
         )
         self.path, self.mode = path, mode
 
@@ -153,60 +155,81 @@ def check_scenes(
     splits: Sequence[str | None] = (None, "val"),
     palette_file: str | Path | None = None,
     classes: int | None = None,
+    palette_option: bool = True,
 ) -> None:
     """Looks at every image's file and every mask of some splits, the one to train on first (None: the default one). Prints
-    a warning if a class never occurs.
+    a warning if a class never occurs, or only in splits that nothing is trained on.
 
+    classes: what --classes gives; by default the names of the classes are counted, else the numbers in all these masks.
+    palette_option: whether the command has --palette, so that a message can name it.
     Raises UserError if a file is missing or wrong, or if the masks of a split hold fewer than two classes: then every
     prediction is right, and a figure measures nothing.
     """
     palette = find_palette(folder, palette_file)
     names = palette.names if palette and palette.names else class_names(Path(folder))
-    classes = classes or len(names)
-    held: set[int] = set()
+    known = classes or len(names)  # 0: as many as the masks hold
+    help = _palette_help(folder, palette_option)
+    held: dict[str, set[int]] = {}
     for split in (name or default_train_split(folder) for name in splits):
         masks = [mask for _, mask in scene_files(folder, split)]
         try:
             counts = count_pixels(masks, palette)
         except ColoredMask as error:
-            raise ColoredMask(error.path, error.mode, f"; {_colors(masks, split)}") from None
+            raise ColoredMask(error.path, error.mode, f"; {_colors(masks, split)}", help) from None
         numbers = np.flatnonzero(counts[:, :IGNORE].sum(0)).tolist()
         if len(numbers) < 2:
-            raise UserError(_too_few(folder, split, numbers, bool(counts[:, IGNORE].sum())))
-        classes = classes or numbers[-1] + 1
-        if numbers[-1] >= classes:
-            mask = masks[int(counts[:, numbers[-1]].argmax())]
+            raise UserError(_too_few(folder, split, numbers, bool(counts[:, IGNORE].sum()), help))
+        if known and numbers[-1] >= known:
+            mask, count = masks[int(counts[:, numbers[-1]].argmax())], numbers[-1] + 1
+            mend = f"write {count} names into {Path(folder) / 'classes.txt'}, one a line, or move it away"
+            mend = f"--classes {count} counts them all" if classes else mend
             raise UserError(
-                f"{mask}: class {numbers[-1]}, but there are {classes} classes (0 to {classes - 1}): "
-                f"the masks of '{split}' hold {_listed(numbers)}; --classes {numbers[-1] + 1} counts them all"
+                f"{mask}: class {numbers[-1]}, but there are {known} classes (0 to {known - 1}): "
+                f"the masks of '{split}' hold {_listed(numbers)}; {mend}"
             )
-        held |= set(numbers)
-    if absent := sorted(set(range(classes)) - held):
+        held[split] = set(numbers)
+    _warn_of_gaps(folder, held, known)
+
+
+def _warn_of_gaps(folder: str | Path, held: dict[str, set[int]], known: int) -> None:
+    """Print which classes no mask has, or no mask of the first split, the one to train on. held: class numbers by split;
+    known: classes, 0: as many as the masks hold."""
+    found = set().union(*held.values())
+    classes = known or max(found) + 1
+    if absent := sorted(set(range(classes)) - found):
         print(
-            f"warning: {folder}: the masks hold {_listed(sorted(held))} of {classes} classes; no pixel has "
+            f"warning: {folder}: the masks hold {_listed(sorted(found))} of {classes} classes; no pixel has "
             f"{_listed(absent, 'or')}, which counts as 0 in the mean of all classes. Number the classes without gaps, or "
             "read the mean of the classes present",
             flush=True,
         )
+    first = next(iter(held))
+    if unlearned := sorted(found - held[first]):
+        print(
+            f"warning: {folder}: no mask of '{first}' has {_listed(unlearned, 'or')}, which other masks have: nothing can "
+            "learn it, and it counts as 0",
+            flush=True,
+        )
 
 
-def _too_few(folder: str | Path, split: str, numbers: list[int], ignored: bool) -> str:
-    """Why the masks of a split measure nothing, and what mends it."""
+def _too_few(folder: str | Path, split: str, numbers: list[int], ignored: bool, help: str) -> str:
+    """Why the masks of a split measure nothing, and what mends it. help: `_palette_help`."""
     where = f"{folder}: the masks of '{split}'"
-    mend = f"write class numbers 0, 1, 2 … into the masks, or name their colors ({_palette_help(folder)})"
+    mend = f"write class numbers 0, 1, 2 … into the masks, or name their colors ({help})"
     if not numbers:
         return f"{where} hold only 255, which is ignored: no pixel can be measured; {mend}"
     if ignored:
         return (
             f"{where} hold {numbers[0]} and 255: 255 is ignored, so there is one class and every prediction is right; "
             f"write 1 for the object, or name the colors `0 0 0 background` and `255 255 255 object` "
-            f"({_palette_help(folder)})"
+            f"({help})"
         )
     return f"{where} hold {numbers[0]} only: there is one class and every prediction is right; {mend}"
 
 
-def _palette_help(folder: str | Path) -> str:
-    return f"a line `R G B NAME` for each in {Path(folder) / PALETTE}, or in another file with --palette FILE"
+def _palette_help(folder: str | Path, option: bool = True) -> str:
+    other = ", or in another file with --palette FILE" if option else ""
+    return f"a line `R G B NAME` for each in {Path(folder) / PALETTE}{other}"
 
 
 def _colors(masks: Sequence[Path], split: str) -> str:

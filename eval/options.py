@@ -35,7 +35,9 @@ def add_ignore_class(parser: argparse.ArgumentParser) -> None:
 
 def add_scenes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help=f"{SCENES} (default: the run's eval.voc)")
-    parser.add_argument("--classes", type=int, help="their number (default: from classes.txt, else from the masks)")
+    parser.add_argument(
+        "--classes", type=int, help="their number (default: from classes.txt, else from the masks of all splits)"
+    )
     add_palette(parser)
     parser.add_argument("--size", type=int, help="side of a scene in pixels (default: 448; small protocol: the view's)")
     parser.add_argument("--workers", type=int, help="data workers (default: by the number of scenes)")

@@ -27,7 +27,7 @@ def check(config: Config, shards: Shards, plan: Plan, folder: Path, resuming: bo
     """
     check_writable(folder)
     if config.eval.voc:
-        check_scenes(config.eval.voc)
+        check_scenes(config.eval.voc, palette_option=False)
     return [check_weights(config.model.init, resuming), check_photos(config, shards, plan)]
 
 
@@ -66,6 +66,14 @@ def check_photos(config: Config, shards: Shards, plan: Plan) -> str:
     check_ignored(shards, val, config.eval.ignore_classes)
     check_classes(shards, val, config.eval.ignore_classes, training=True)
     return ""
+
+
+def is_measurable(config: Config, shards: Shards, plan: Plan) -> bool:
+    """Whether the report can have a figure that needs labels: k-NN, or segmentation."""
+    try:
+        return bool(config.eval.voc) or not check_photos(config, shards, plan)
+    except UserError:  # the validation shards are gone since the run began
+        return False
 
 
 def check_scene_size(config: Config) -> None:

@@ -6,10 +6,11 @@
 k-NN (eval/knn.py) on [CLS], on the mean of the patch tokens and on raw pixels; linear segmentation (eval/linear_seg.py)
 on a folder in Pascal VOC's layout; without labels, the effective rank of [CLS] (eval/unlabeled.py). Prints one table and
 writes RUN/results.json, with the step and the hash of the network. Imports no torch until the arguments and the data are
-checked, and not at all with --skip-existing if the results are of this network.
+checked, and not at all with --skip-existing if the results are of this network and of these settings.
 """
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -55,16 +56,20 @@ def run(
         )
     file = target.run / "results.json"
     weights = weights_of(target.path)
+    target.ignore_classes(ignore_class)
+    asked = settings_of(target, data, palette, limit)
     before = read_object(file)
     if skip_existing and before.get("weights") == weights:
-        show(before, str(target.path))
-        print(f"from {file}, of step {weights['step']}")
-        return 0
-    target.ignore_classes(ignore_class)
+        if before.get("asked") == asked:
+            show(before, str(target.path))
+            print(f"from {file}, of step {weights['step']}")
+            return 0
+        print(f"{file} is measured again: {difference(before.get('asked'), asked)}")
     results = measure(target, data or target.place("eval.voc"), palette, limit, workers)
     results |= {
         "network": str(target.path),
         "weights": weights,
+        "asked": asked,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -72,6 +77,36 @@ def run(
     show(results, str(target.path))
     print(f"written to {file}")
     return 0
+
+
+def settings_of(target: EvalTarget, data: str | None, palette: str | None, limit: int | None) -> dict[str, Any]:
+    """What decides the results of a network: results.json keeps it, and is current only if it is the same."""
+    config, settings = target.config, target.settings
+    assert config is not None
+    scenes = data or settings.voc
+    return {
+        "limit": limit,
+        "data": os.path.abspath(scenes) if scenes else None,
+        "palette": os.path.abspath(palette) if palette else None,
+        "val": config.data.val,
+        "ignore_classes": list(settings.ignore_classes),
+        "k": settings.k,
+        "temperature": settings.temperature,
+        "seg_epochs": settings.seg_epochs,
+        "seg_lr": settings.seg_lr,
+    }
+
+
+def difference(before: Any, asked: dict[str, Any]) -> str:
+    """In words, which settings of results.json are not those asked for."""
+    if not isinstance(before, dict):
+        return "it does not say with which settings it was made"
+    changed = [name for name in asked if before.get(name) != asked[name]]
+    return ", ".join(f"{name} was {_word(before.get(name))}, now {_word(asked[name])}" for name in changed)
+
+
+def _word(value: Any) -> str:
+    return "none" if value in (None, []) else str(value)
 
 
 def show(results: dict[str, Any], title: str) -> None:

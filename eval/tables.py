@@ -70,9 +70,11 @@ def result_rows(results: Results) -> list[tuple[str, list[str]]]:
 
 
 def result_notes(results: Results) -> list[str]:
-    """What results.json says besides its table: what cannot be measured and why, and the effective rank."""
+    """What results.json says besides its table: what cannot be measured and why, a limit, and the effective rank."""
     skipped = results.get("skipped")
     notes = [f"{what} cannot be measured: {why}" for what, why in (skipped or {}).items()]
+    if limit := (results.get("asked") or {}).get("limit"):
+        notes.append(f"k-NN with at most {limit:,} photos of each set (--limit {limit}), not with all")
     rank, untrained = results.get("effective_rank"), (results.get("untrained") or {}).get("effective_rank")
     if rank is not None and untrained is not None:
         of = results["settings"]["effective_rank"]

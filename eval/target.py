@@ -229,6 +229,13 @@ def check_classes(train: Shards, val: Shards, ignored: Sequence[str] = (), *, tr
     count. training: the command that leaves them out is train.py's."""
     present = np.unique(val.index["label"])
     names = {val.classes[label] for label in present[present >= 0].tolist()}
+    for shards, classes in ((val, names), (train, set(train.classes))):
+        if classes and classes <= {*ignored}:
+            option = "eval.ignore_classes" if training else "--ignore-class (or eval.ignore_classes)"
+            raise UserError(
+                f"{shards.folder}: {option} leaves out all of its {len(classes)} classes, so no photo is left to measure; "
+                "name fewer of them"
+            )
     unknown = sorted(names - {*train.classes, *ignored})
     if not unknown:
         return
@@ -239,6 +246,8 @@ def check_classes(train: Shards, val: Shards, ignored: Sequence[str] = (), *, tr
         without = "; without data.val, a share of the training photos is held out (data.holdout)" if training else ""
         raise UserError(f"{what}; the two have no class in common: is this the right folder?{without}")
     near = suggest(unknown[0], train.classes) if len(unknown) == 1 else ""
+    known = {*train.classes, *val.classes}
+    unknown = [*(name for name in ignored if name in known), *unknown]  # the new list replaces the one given
     if training:
         plain = all(re.fullmatch(r"[A-Za-z_]\w+", name) and name not in ("true", "false", "null") for name in unknown)
         listed = f"[{','.join(unknown)}]" if plain else json.dumps(unknown, ensure_ascii=False)
@@ -251,10 +260,11 @@ def check_classes(train: Shards, val: Shards, ignored: Sequence[str] = (), *, tr
 def check_ignored(train: Shards, val: Shards, ignored: Sequence[str]) -> None:
     """Raises UserError for a name to ignore that is a class of neither set."""
     known = {*train.classes, *val.classes}
+    folders = val.folder if same_folder(train.folder, val.folder) else f"{train.folder} or {val.folder}"
     for name in ignored:
         if name not in known:
             raise UserError(
-                f"'{name}' is to be left out, but no class of {val.folder} has this name{suggest(name, known)}"
+                f"'{name}' is to be left out, but no class of {folders} has this name{suggest(name, known)}"
             )
 
 

@@ -8,6 +8,8 @@ A list has one name a line. The name may hold blanks, end in the photo's extensi
 nothing outside the folder is opened. What the masks hold: eval/masks.py.
 """
 
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -16,6 +18,11 @@ from runtime.errors import UserError, suggest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LISTS = Path("ImageSets") / "Segmentation"
+NO_JPEG = "a mask must be a PNG, because a JPEG changes the numbers of pixels: write the masks again, as PNG"
+PATHS = re.compile(
+    r"(/?\S+\.(?:jpe?g|png|webp))\s+(/?\S+\.png)\s*", re.IGNORECASE
+)  # a line of DeepLab's and SBD's lists
+FLAG = re.compile(r"(\S+)\s+(-?[01])\s*")  # a line of VOC's lists of one class
 
 
 class Listed(NamedTuple):
@@ -48,6 +55,8 @@ def read_split(folder: str | Path, split: str) -> list[Listed]:
     if not names:
         raise UserError(f"{file}: the split is empty")
     for name, place in names:
+        if wrong := name.startswith("/") and _columns(Listed(name, place)):
+            raise UserError(wrong)
         if name.startswith(("/", "\\")) or ".." in PurePosixPath(name).parts or "\0" in name:
             raise UserError(f"{place}: '{name}' leads out of {folder}; a list names files below JPEGImages/")
     return names
@@ -77,6 +86,29 @@ def class_names(folder: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def is_jpeg(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(3) == b"\xff\xd8\xff"
+
+
+def _columns(listed: Listed) -> str:
+    """What is wrong with a line of more than a name, and the command that mends its list; "" if it is another line."""
+    file = shlex.quote(listed.place.rpartition(", line ")[0])
+    if paths := PATHS.fullmatch(listed.name):
+        name = re.sub(r"^/?JPEGImages/", "", paths[1]).rpartition(".")[0]
+        what = f"two paths, '{paths[1]}' and '{paths[2]}'; a list has one name a line, here '{name}'"
+        mend = r"s#^/?(JPEGImages/)?([^[:space:]]+)\.[[:alpha:]]+[[:space:]].*#\2#"
+    elif flag := FLAG.fullmatch(listed.name):
+        what = (
+            f"'{flag[1]}' and a flag '{flag[2]}', as in VOC's lists of one class; a list has one name a line, of the scenes "
+            "that are meant. Without all flags"
+        )
+        mend = r"s/[[:space:]]+-?[01][[:space:]]*$//"
+    else:
+        return ""
+    return f"{listed.place}: {what}: `sed -i.bak -E '{mend}' {file}`"
+
+
 class _Finder:
     """Finds the files that a list names in some folders, the first one first."""
 
@@ -98,10 +130,30 @@ class _Finder:
                         raise UserError(f"{listed.place}: '{listed.name}' may be {both} in {found[0].parent}")
                     if found:
                         return found[0]
+        if wrong := _columns(listed):
+            raise UserError(wrong)
         last = self.folders[-1] / listed.name
+        if other := self._with_another_ending(listed.name):
+            endings = (
+                NO_JPEG if is_jpeg(other) and self.kind == "mask" else f"it must end in {' or '.join(self.suffixes)}"
+            )
+            raise UserError(f"{listed.place}: the {self.kind} of '{listed.name}' is {other}; {endings}")
         known = [Path(name).stem for names in self._names_in(last.parent).values() for name in names]
         near = suggest(last.name, known, cutoff=0.8)
         raise UserError(f"{listed.place}: no {self.kind} of '{listed.name}' in {last.parent}{near}")
+
+    def _with_another_ending(self, name: str) -> Path | None:
+        """A file of this name that is not read, because of its ending."""
+        for text in self._readings(name):
+            for folder in self.folders:
+                path = folder / text
+                names = [name for same in self._names_in(path.parent).values() for name in same]
+                near = (
+                    name for name in names if Path(name).suffix and Path(name).stem.casefold() == path.name.casefold()
+                )
+                if found := next(near, None):
+                    return path.parent / found
+        return None
 
     def _readings(self, name: str) -> Iterator[str]:
         """What a line may mean: the name, without blanks around it, each without the extension of an image."""

@@ -3,14 +3,17 @@
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 # of `make pretrain` and `make tables`, in the order of their documentation; make exports those that were given
 VARIABLES = ("CONFIG", "SHARDS", "VAL", "GPUS", "RESTARTS", "RUN", "METHOD", "TABLE", "SCALE", "SEEDS")
+ALLOW = "--allow-change"
 
 
 def again(*more: str) -> str:
-    """The command that started this process, with `more` at its end. A word a.b=c replaces an earlier one of its key."""
+    """The command that started this process, with `more` at its end. A word a.b=c replaces an earlier one of its key, and
+    --allow-change KEY is there once."""
     started = os.environ.get("STARTED_BY")  # set by the Makefile, which gives train.py other words than the user typed
     if started:
         given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
@@ -37,5 +40,23 @@ def _quote(text: str) -> str:
 
 
 def _replace(words: list[str], more: tuple[str, ...]) -> list[str]:
-    keys = {word.partition("=")[0] for word in more if "=" in word}
-    return [word for word in words if "=" not in word or word.partition("=")[0] not in keys] + [*more]
+    """`words` and `more`, without the arguments of `words` that `more` has too."""
+    replaced = {_name(argument) for argument in _arguments(more)}
+    kept = (argument for argument in _arguments(words) if _name(argument) not in replaced)
+    return [word for argument in kept for word in argument] + [*more]
+
+
+def _arguments(words: Iterable[str]) -> list[list[str]]:
+    """The words, --allow-change together with its key."""
+    arguments: list[list[str]] = []
+    for word in words:
+        if arguments and arguments[-1] == [ALLOW]:
+            arguments[-1].append(word)
+        else:
+            arguments.append(word.split("=", 1) if word.startswith(f"{ALLOW}=") else [word])
+    return arguments
+
+
+def _name(argument: list[str]) -> str:
+    """What an argument is about: `a.b` of a.b=c, else all of it."""
+    return argument[0].partition("=")[0] if "=" in argument[0] else " ".join(argument)

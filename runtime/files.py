@@ -9,6 +9,7 @@ import fcntl
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -45,14 +46,20 @@ def write_atomic(path: Path, content: str | bytes, temporary: Path | None = None
 
 
 def refusal(folder: Path) -> str:
-    """Why no file can be written to a folder, which need not exist yet; "" if one can be. Writes nothing itself."""
+    """Why no file can be written to a folder, which need not exist yet; "" if one can be. Tried with a file without a name
+    in the nearest folder there is, because permissions alone do not say it (/proc): nothing is left behind."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         return f"{existing} is no folder"
-    if os.access(existing, os.W_OK | os.X_OK):
-        return ""
-    read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
-    return f"{existing}: {'Read-only file system' if read_only else 'Permission denied'}"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+        return f"{existing}: {'Read-only file system' if read_only else 'Permission denied'}"
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)  # the folder is there: its file system makes no files
+        return f"{existing}: {'no file can be made there' if missing else error.strerror}"
+    return ""
 
 
 def sync(path: Path) -> None:

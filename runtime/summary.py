@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runtime.command import again
 from runtime.config import Config
 
 
@@ -45,15 +46,31 @@ def print_summary(
         print(message)
 
 
-def describe_end(folder: Path, steps: int, loading: list[str]) -> str:
-    """The last lines of a run: where its backbone is, the lines of Python that load it, and three commands."""
+def describe_finished(folder: Path, checkpoint: Path, steps: int, *, trained: float, asked: float) -> str:
+    """What is said of a run that has nothing left to train. trained, asked: epochs of the run, and of the command."""
+    less = f" ({asked:g} epochs asked for, the run already has {trained:g})" if asked < trained else ""
+    longer = again(f"optim.epochs={2 * trained:g}", "--allow-change", "optim.epochs")
+    return (
+        f"{folder} is finished: {steps} steps, {checkpoint}{less}. Start another run with RUN=another/folder, or train "
+        f"longer (docs/howto/train-longer.md), e.g. twice as long: `{longer}`"
+    )
+
+
+def describe_end(folder: Path, steps: int, loading: list[str], measurable: bool = True) -> str:
+    """The last lines of a run: where its backbone is, the lines of Python that load it, and three commands. measurable:
+    whether the run has photos with classes to test on, or scenes."""
     run, export = str(folder), str(Path("exported", folder.resolve().name))
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    figures = "k-NN and segmentation" if measurable else "no labels: the effective rank"
+    if measurable:
+        last = {shlex.join([str(python), "-m", "eval", "compare", run, "--untrained"]): "every measure; name more runs"}
+    else:
+        last = {shlex.join([str(python), "-m", "tools.show", "run", run]): "pictures, among them nearest neighbors"}
     commands = {
-        shlex.join(["make", "eval", f"RUN={run}"]): "k-NN and segmentation, beside the untrained network",
+        shlex.join(["make", "eval", f"RUN={run}"]): f"{figures}, beside the untrained network",
         shlex.join(["make", "export", f"RUN={run}", f"DST={export}"]): "a folder for timm; ARGS=--onnx: ONNX too",
-        shlex.join([str(python), "-m", "eval", "compare", run, "--untrained"]): "every measure; name more runs",
+        **last,
     }
     width = max(map(len, commands))
     return "\n".join(

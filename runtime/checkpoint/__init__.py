@@ -18,10 +18,17 @@ from runtime.checkpoint.format import (
     save_tensors,
     training_state,
 )
-from runtime.checkpoint.resume import environment_changes, find_resume, fingerprint, latest_valid
+from runtime.checkpoint.resume import (
+    environment_changes,
+    find_resume,
+    fingerprint,
+    latest_valid,
+    update_evaluation,
+)
 from runtime.checkpoint.writer import Writer
 
 __all__ = [
     "Checkpoint", "CorruptCheckpoint", "Writer", "environment_changes", "find_resume", "fingerprint", "latest_valid",
     "open_checkpoint", "read_header", "read_tensors", "restore", "save_backbone", "save_tensors", "training_state",
+    "update_evaluation",
 ]  # fmt: skip

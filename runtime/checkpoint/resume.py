@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from runtime.checkpoint.format import Checkpoint, CorruptCheckpoint, list_checkpoints, open_checkpoint
 from runtime.command import again
-from runtime.config import Config, diff, load_config, parse_config
+from runtime.config import Config, diff, dump_run_config, flatten, load_config, parse_config
 from runtime.errors import UserError
+from runtime.files import write_atomic
 
 SHAPES = {  # keys whose values decide the names or shapes of a network's weights
     "method", "model.arch", "model.patch", "model.width", "model.depth", "head.hidden", "head.bottleneck",
@@ -71,6 +73,21 @@ def find_resume(
         about = ", see docs/howto/train-longer.md" if "optim.epochs" in refused else ""
         raise UserError(f"{what}, or resume this one with the new values{about}: `{command}`")
     return found, [f"allowed change: {message}" for message in changes.values()]
+
+
+def update_evaluation(folder: Path, found: Checkpoint, config: Config) -> list[str]:
+    """Give a finished run the `eval` section of `config`, as a resumed run would have it: what follows training reads the
+    run's config.yaml. Nothing else of the file changes. found: the run's checkpoint. Returns a message for each value that
+    is new."""
+    file = folder / "config.yaml"
+    kept = parse_config(file.read_text() if file.is_file() else found.config, str(file))
+    before = flatten(kept)
+    text = dump_run_config(replace(kept, eval=config.eval))
+    after = flatten(parse_config(text, str(file)))
+    changed = [key for key in after if key.startswith("eval.") and before[key] != after[key]]
+    if changed or not file.is_file():
+        write_atomic(file, text)
+    return [f"{file}: {key}: was {before[key]}, now {after[key]}" for key in changed]
 
 
 def environment_changes(found: Checkpoint | None, environment: dict[str, str]) -> list[str]:

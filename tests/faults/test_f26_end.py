@@ -13,6 +13,7 @@ import train
 from eval.__main__ import main as evaluate
 from runtime.config import load_config
 from runtime.errors import UserError
+from runtime.summary import describe_end
 
 
 def write_photos(folder: Path, **classes: int) -> Path:
@@ -74,7 +75,8 @@ MISSING = {  # what: (words, what is made or removed before, parts of the messag
         ["{val}: 2 classes that {shards} does not have: 'birhc', 'oak'", "eval.ignore_classes=[birhc,oak]"],
     ),
     "a class to ignore that there is not": (
-        "data.val={val} eval.ignore_classes=[birhc,oka]", None, ["'oka' is to be left out", "did you mean 'oak'?"],
+        "data.val={val} eval.ignore_classes=[birhc,oka]", None,
+        ["'oka' is to be left out, but no class of {shards} or {val} has this name", "did you mean 'oak'?"],
     ),
     "no scenes": ("eval.voc={voc}2", None, ["eval.voc: {voc}2: no such folder, did you mean '{voc}'", "eval.voc=null"]),
     "no layout of scenes": ("eval.voc={photos}", None, ["{photos}: not in Pascal VOC's layout"]),
@@ -95,6 +97,16 @@ MISSING = {  # what: (words, what is made or removed before, parts of the messag
     ),
     "the run folder is inside a file": (
         "run.folder={file}/run", None, ["{file}/run: cannot write there ({file} is no folder); name another folder"],
+    ),
+    "no file can be made in the run folder": (
+        "run.folder=/proc/nope/x", None, ["/proc/nope/x: cannot write there (/proc: no file can be made there); name"],
+    ),
+    "one of two classes left out": (
+        "data.val={val} eval.ignore_classes=[oak]", None, ["does not have: 'birhc'", "eval.ignore_classes=[oak,birhc]"],
+    ),
+    "all classes left out": (
+        "data.val={val} eval.ignore_classes=[ash,birhc,oak]", None,
+        ["{val}: eval.ignore_classes leaves out all of its 3 classes, so no photo is left to measure"],
     ),
     "checkpoints is a file": (
         "", lambda f: f["run"].mkdir() or (f["run"] / "checkpoints").touch(),
@@ -160,6 +172,8 @@ def test_classes_are_left_out_by_name(tiny_config, tiny_shards, val, tmp_path, c
     config.write_text(config.read_text().replace("  ignore_classes:\n  - birhc\n  - oak\n", ""))
     with pytest.raises(UserError, match=r"'birhc', 'oak'; .*`--ignore-class birhc --ignore-class oak`"):
         evaluate(["knn", str(run)])
+    with pytest.raises(UserError, match=r"'birhc', did .*`--ignore-class oak --ignore-class birhc`"):
+        evaluate(["knn", str(run), "--ignore-class", "oak"])
     assert evaluate(["knn", str(run), "--ignore-class", "birhc", "--ignore-class", "oak"]) == 0
     row = json.loads((run / "evaluations.jsonl").read_text())
     assert (row["queries"], row["ignored_classes"]) == (6, ["birhc", "oak"])
@@ -177,3 +191,12 @@ def test_a_run_that_holds_no_photo_out_has_a_report(tiny_config, tmp_path):
     assert "k-NN cannot be measured: " in stdout
     assert "none is left to test on" in stdout
     assert json.loads((tmp_path / "run" / "results.json").read_text())["knn_top1"] is None
+
+
+@pytest.mark.fault("F26")
+@pytest.mark.fast
+@pytest.mark.parametrize("labeled", [True, False])
+def test_the_last_lines_name_what_measures_something(labeled):
+    lines = describe_end(Path("runs/a"), 5, [], labeled)
+    assert ("k-NN and segmentation" in lines) == ("eval compare" in lines) == labeled
+    assert ("no labels: the effective rank" in lines) == ("tools.show run runs/a" in lines) == (not labeled)

@@ -147,3 +147,26 @@ def test_a_run_that_is_continued_gets_its_new_pictures(tiny_shards, tmp_path):
         == carried(run / "pictures/pca.png")
         == newest(run)
     )
+
+
+OTHER_SETTINGS = {  # what: (words of the first report, changes of config.yaml, why it is measured again)
+    "a limit": (["--limit", "10"], ("", ""), "limit was 10, now none"),
+    "neighbors": ([], ("k: 5", "k: 3"), "k was 5, now 3"),
+    "classes": ([], ("k: 5", "k: 5, ignore_classes: [ash]"), "ignore_classes was none, now ['ash']"),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.fault("F29")
+@pytest.mark.parametrize("what", OTHER_SETTINGS)
+def test_results_of_other_settings_are_measured_again(tiny_shards, tmp_path, capsys, what):
+    words, (old, new), why = OTHER_SETTINGS[what]
+    run = write_run(tmp_path / "run", tiny_shards)
+    assert commands.main(["report", str(run), *words]) == 0
+    limited = "k-NN with at most 10 photos of each set (--limit 10), not with all"
+    assert (limited in capsys.readouterr().out) == bool(words)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(old, new))
+    assert commands.main(["report", str(run), "--skip-existing"]) == 0
+    assert f"{run}/results.json is measured again: {why}\n" in capsys.readouterr().out
+    assert commands.main(["report", str(run), "--skip-existing"]) == 0
+    assert f"from {run}/results.json" in capsys.readouterr().out

@@ -75,6 +75,31 @@ def test_the_end_of_a_run_names_the_way_on(finished, run):
 
 
 @pytest.mark.fault("F30")
+def test_a_finished_run_is_twice_its_own_length(finished, run):
+    """Not twice what was typed; --allow-change is there once."""
+    words = ("optim.epochs=0.6", "optim.warmup_epochs=0", f"run.folder={run}", "--allow-change", "optim.epochs")
+    stdout = run_program("train.py", finished, *words).stdout
+    assert "(0.6 epochs asked for, the run already has 1)" in stdout
+    line = printed_command(stdout)
+    assert "optim.epochs=2 --allow-change optim.epochs" in line
+    assert line.count("--allow-change") == 1
+
+
+@pytest.mark.fault("F30")
+def test_a_finished_run_takes_new_values_of_eval(finished, run):
+    """Its config.yaml, which what follows reads, has them; nothing else changes there, and each is said."""
+    file = run / "config.yaml"
+    before = load_config(file)
+    stdout = run_program("train.py", file, "eval.k=3", "optim.epochs=0.6", "--allow-change=optim.epochs").stdout
+    assert f"{file}: eval.k: was {before.eval.k}, now 3\n" in stdout
+    after = load_config(file)
+    assert after.eval.k == 3
+    before.eval.k = 3
+    assert after == before
+    assert "eval.k" not in run_program("train.py", file).stdout
+
+
+@pytest.mark.fault("F30")
 def test_make_prints_the_command_of_make(finished, run, tiny_shards):
     """Whole: with the variables that the user gave."""
     ready = ["-o", ".venv/.ready", "-o", "requirements.lock"]  # an environment is there
@@ -98,6 +123,11 @@ COMMANDS = {  # what: (environment, words of train.py, more words, the command)
     "train.py": (
         {}, ["train.py", "my config.yaml", "seed=1", "--allow-change", "seed"], ["--allow-change", "optim.epochs"],
         "python train.py 'my config.yaml' seed=1 --allow-change seed --allow-change optim.epochs",
+    ),
+    "allowed before": (
+        {}, ["train.py", "a.yaml", "--allow-change", "optim.epochs", "--allow-change=seed", "optim.epochs=1"],
+        ["optim.epochs=2", "--allow-change", "optim.epochs"],
+        "python train.py a.yaml --allow-change seed optim.epochs=2 --allow-change optim.epochs",
     ),
     "torchrun": (
         {"TORCHELASTIC_RUN_ID": "1"}, ["train.py", "a.yaml", "optim.epochs=1"], ["optim.epochs=2"],

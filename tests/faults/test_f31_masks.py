@@ -11,8 +11,11 @@ from conftest import run_program
 from pictures import encoded, photo, tree
 from PIL import Image
 
+import train
 from eval import __main__ as commands
 from eval.datasets import VocSegmentation
+from eval.masks import check_scenes
+from runtime.config import load_config
 from runtime.errors import UserError
 from tests.runs import write_run
 from tools.show import __main__ as show
@@ -61,8 +64,7 @@ NOTHING = {  # case: (train masks, val masks, what is said)
     "one number": ([halves(0), halves(0)], None, ("the masks of 'train' hold 0 only: there is one class",)),
     "val of one class": ([halves(0, 1)], [halves(0, 255)], ("the masks of 'val' hold 0 and 255",)),
     "val ignored": ([halves(0, 1)], [halves(255)], ("the masks of 'val' hold only 255",)),
-    "more in val": ([halves(0, 1)], [halves(0, 1, 7)], (
-        "val0.png: class 7, but there are 2 classes (0 to 1)", "the masks of 'val' hold 0, 1 and 7", "--classes 8")),
+    "a JPEG as a mask": ([encoded(halves(0, 1), "JPEG")], None, ("train0.png: this mask is a JPEG; a mask must be a PNG",)),
 }  # fmt: skip
 
 
@@ -73,6 +75,42 @@ def test_what_measures_nothing_is_refused(tmp_path, case):
     train, val, words = NOTHING[case]
     message = refusal(scenes(tmp_path / "voc", train, val))
     assert all(word in message for word in words), message
+
+
+@pytest.mark.fast
+@pytest.mark.fault("F31")
+def test_classes_are_those_of_both_splits(tmp_path, tiny_shards, capsys):
+    """What only 'val' has is counted, in training and in every evaluation, and told."""
+    folder = scenes(tmp_path / "voc", [halves(0, 1)] * 2, [halves(0, 1, 2)] * 2)
+    check_scenes(folder)
+    assert "no mask of 'train' has 2, which other masks have: nothing can learn it" in capsys.readouterr().out
+    run = write_run(tmp_path / "run", tiny_shards)
+    assert commands.main(["report", str(run), "--data", str(folder)]) == 0
+    assert json.loads((run / "results.json").read_text())["settings"]["segmentation"]["classes"] == 3
+
+
+@pytest.mark.fast
+@pytest.mark.fault("F31")
+@pytest.mark.parametrize("source", ["classes.txt", "--classes"])
+def test_too_few_classes_are_mended_where_they_were_given(tmp_path, source):
+    folder = scenes(tmp_path / "voc", [halves(0, 1)], [halves(0, 1, 7)])
+    if source == "classes.txt":
+        tree(folder, {"classes.txt": b"ground\nthing\n"})
+    message = refusal(folder, "linear_seg", *(["--classes", 2] if source == "--classes" else []))
+    assert "val0.png: class 7, but there are 2 classes (0 to 1): the masks of 'val' hold 0, 1 and 7; " in message
+    mend = f"write 8 names into {folder}/classes.txt, one a line, or move it away"
+    assert message.endswith("--classes 8 counts them all" if source == "--classes" else mend)
+
+
+@pytest.mark.fast
+@pytest.mark.fault("F31")
+@pytest.mark.parametrize("mask", [colored((0, 0, 0), (128, 0, 0)), halves(0, 255)], ids=["colors", "0 and 255"])
+def test_training_names_no_option_that_it_does_not_have(tmp_path, tiny_config, mask):
+    folder = scenes(tmp_path / "voc", [mask])
+    with pytest.raises(UserError) as refused:
+        train.train(load_config(tiny_config, [f"eval.voc={folder}"], processes=1), dry_run=True)
+    assert f"{folder}/palette.txt)" in str(refused.value)
+    assert "--palette" not in str(refused.value)
 
 
 @pytest.mark.fault("F31")

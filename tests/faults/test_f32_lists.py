@@ -5,6 +5,7 @@ The cases go through the data set that every segmentation command reads; one goe
 """
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,10 @@ def scenes(folder: Path, lines: str | bytes, photos: dict[str, bytes], masks: tu
     """The split 'val' of a folder with this list and these files."""
     text = lines.encode() if isinstance(lines, str) else lines
     files = {f"JPEGImages/{name}": data for name, data in photos.items()}
-    tree(folder, {LIST: text} | files | {f"SegmentationClass/{name}": MASK for name in masks})
+    of = {True: MASK, False: PHOTO}
+    tree(
+        folder, {LIST: text} | files | {f"SegmentationClass/{name}": of[name.lower().endswith("png")] for name in masks}
+    )
     return VocSegmentation(folder, "val", 16, classes=2)
 
 
@@ -72,7 +76,16 @@ REFUSED = {  # case: (list, photos, masks, message)
                  "val.txt, line 3: no image of 'IMG 0008' in {folder}/JPEGImages, did you mean 'IMG 0007'?"),
     "no mask": ("a\nb.jpg\n", {"a.jpg": PHOTO, "b.jpg": PHOTO}, ("a.png",),
                 "val.txt, line 2: no mask of 'b.jpg' in {folder}/SegmentationClass"),
-    "two columns": ("a.jpg a.png\n", {"a.jpg": PHOTO}, ("a.png",), "val.txt, line 1: no image of 'a.jpg a.png'"),
+    "two columns": ("a.jpg a.png\n", {"a.jpg": PHOTO}, ("a.png",), "val.txt, line 1: two paths, 'a.jpg' and 'a.png'"),
+    "two paths": ("/JPEGImages/a.jpg /SegmentationClass/a.png\n", {"a.jpg": PHOTO}, ("a.png",),
+                  "one name a line, here 'a': `sed -i.bak -E "),
+    "two paths below": ("JPEGImages/b/a.jpg SegmentationClass/b/a.png\n", {"b/a.jpg": PHOTO}, ("b/a.png",), "here 'b/a': `"),
+    "a flag": ("a  1\n", {"a.jpg": PHOTO}, ("a.png",), "val.txt, line 1: 'a' and a flag '1', as in VOC's lists of"),
+    "a flag below 0": ("a -1\n", {"a.jpg": PHOTO}, ("a.png",), "val.txt, line 1: 'a' and a flag '-1'"),
+    "a photo of another kind": ("a\n", {"a.bmp": PHOTO}, ("a.png",),
+                                "the image of 'a' is {folder}/JPEGImages/a.bmp; it must end in .jpg or .jpeg or"),
+    "a mask that is a JPEG": ("a\n", {"a.jpg": PHOTO}, ("a.jpg",),
+                             "the mask of 'a' is {folder}/SegmentationClass/a.jpg; a mask must be a PNG"),
     "leads up": ("a\n../out\n", {"a.jpg": PHOTO}, ("a.png",), "val.txt, line 2: '../out' leads out of {folder}"),
     "leads up inside": ("b/../../../out\n", {"b/a.jpg": PHOTO}, (), "val.txt, line 1: 'b/../../../out' leads out"),
     "absolute": ("{folder}/../out\n", {"a.jpg": PHOTO}, (), "val.txt, line 1: '{folder}/../out' leads out of"),
@@ -94,6 +107,19 @@ def test_a_wrong_line_is_named(tmp_path, case):
     with pytest.raises(UserError) as refused:
         scenes(folder, lines, photos, masks)
     assert message.format(folder=folder) in str(refused.value)
+
+
+@pytest.mark.fast
+@pytest.mark.fault("F32")
+@pytest.mark.parametrize("line", ["/JPEGImages/b/v1.2-0.jpg /SegmentationClass/b/v1.2-0.png", "b/v1.2-0  -1"])
+def test_the_command_mends_the_list(tmp_path, line):
+    files = ({"b/v1.2-0.jpg": PHOTO}, ("b/v1.2-0.png",))
+    with pytest.raises(UserError) as refused:
+        scenes(tmp_path / "my voc", f"{line}\n", *files)
+    subprocess.run(str(refused.value).split("`")[1], shell=True, check=True)
+    made = VocSegmentation(tmp_path / "my voc", "val", 16, classes=2)
+    assert made.images == [tmp_path / "my voc/JPEGImages/b/v1.2-0.jpg"]
+    assert (tmp_path / "my voc" / f"{LIST}.bak").read_text() == f"{line}\n"
 
 
 @pytest.mark.fast

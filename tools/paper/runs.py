@@ -210,7 +210,7 @@ def check(runs: Sequence[Run], scale: Scale) -> list[str]:
         preflight.check_weights(config.model.init, bool(run.trained_steps()))
         _check_same(run, data)
     if scale.scenes is not None:
-        check_scenes(scale.scenes)
+        check_scenes(scale.scenes, palette_option=False)
         return []
     impossible = {measure for run in runs for measure in run.measures if measure not in ON_PHOTOS}
     for run in runs:
