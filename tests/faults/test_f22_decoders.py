@@ -165,8 +165,8 @@ def test_ends_are_mended_without_a_change_of_pixels():
 
 @pytest.mark.fault("F22")
 def test_dali_decodes_the_same_without_a_word(capfd):
-    """Except where the end is not plain, which `make shards` mends: libjpeg warns of bytes before it, and DALI refuses a JPEG
-    without an end, as it must refuse truncated ones."""
+    """Except where the end is not plain, which `make shards` mends: libjpeg warns of bytes before it, and DALI refuses a
+    JPEG without an end, as it must refuse truncated ones."""
     pytest.importorskip("nvidia.dali")
     sound = [case.data for case in CASES.values() if case.made and not case.made.endswith("mended")]
     for data, theirs in zip(sound, decode_with_dali(sound), strict=True):
