@@ -87,7 +87,7 @@ def update_evaluation(folder: Path, found: Checkpoint, config: Config) -> list[s
     changed = [key for key in after if key.startswith("eval.") and before[key] != after[key]]
     if changed or not file.is_file():
         write_atomic(file, text)
-    return [f"{file}: {key}: was {before[key]}, now {after[key]}" for key in changed]
+    return [f"{file}: {key}: was {_word(before[key])}, now {_word(after[key])}" for key in changed]
 
 
 def environment_changes(found: Checkpoint | None, environment: dict[str, str]) -> list[str]:
@@ -105,3 +105,7 @@ def environment_changes(found: Checkpoint | None, environment: dict[str, str]) -
 
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _word(value: object) -> str:
+    return "null" if value is None else str(value)

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import run_program, write_config
+from pictures import encoded, photo, tree
 
 from runtime import command
 from runtime.config import load_config
@@ -30,6 +32,14 @@ def finished(tiny_shards, tmp_path_factory) -> Path:
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished.parent / "run", tmp_path / "run"))
+
+
+def scenes(folder: Path) -> Path:
+    """A scene in Pascal VOC's layout, in both splits."""
+    mask = np.tile(np.uint8([0, 1]), (12, 6))
+    lists = {f"ImageSets/Segmentation/{split}.txt": b"a" for split in ("train", "val")}
+    files = {"JPEGImages/a.jpg": photo(1, 12, 12), "SegmentationClass/a.png": encoded(mask, "PNG")}
+    return tree(folder, lists | files)
 
 
 def printed_command(message: str) -> str:
@@ -86,15 +96,19 @@ def test_a_finished_run_is_twice_its_own_length(finished, run):
 
 
 @pytest.mark.fault("F30")
-def test_a_finished_run_takes_new_values_of_eval(finished, run):
+def test_a_finished_run_takes_new_values_of_eval(run, tmp_path):
     """Its config.yaml, which what follows reads, has them; nothing else changes there, and each is said."""
     file = run / "config.yaml"
     before = load_config(file)
-    stdout = run_program("train.py", file, "eval.k=3", "optim.epochs=0.6", "--allow-change=optim.epochs").stdout
+    voc = scenes(tmp_path / "voc")
+    stdout = run_program(
+        "train.py", file, "eval.k=3", f"eval.voc={voc}", "optim.epochs=0.6", "--allow-change=optim.epochs"
+    ).stdout
+    assert f"{file}: eval.voc: was null, now {voc}\n" in stdout
     assert f"{file}: eval.k: was {before.eval.k}, now 3\n" in stdout
     after = load_config(file)
     assert after.eval.k == 3
-    before.eval.k = 3
+    before.eval.k, before.eval.voc = 3, str(voc)
     assert after == before
     assert "eval.k" not in run_program("train.py", file).stdout
 
