@@ -90,8 +90,7 @@ def test_classes_are_those_of_both_splits(tmp_path, tiny_shards, capsys):
 
 
 @pytest.mark.fast
-@pytest.mark.fault("F31")
-@pytest.mark.parametrize("source", ["classes.txt", "--classes"])
+@pytest.mark.parametrize("source", [pytest.param("classes.txt", marks=pytest.mark.fault("F31")), "--classes"])
 def test_too_few_classes_are_mended_where_they_were_given(tmp_path, source):
     folder = scenes(tmp_path / "voc", [halves(0, 1)], [halves(0, 1, 7)])
     if source == "classes.txt":
