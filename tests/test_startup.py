@@ -10,6 +10,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from eval.provenance import png_text, weights_of
+from eval.report import settings_of
+from eval.target import EvalTarget
 from runtime.checkpoint import save_backbone
 
 HEAVY = ("torch", "torchvision", "timm", "matplotlib", "numba")
@@ -130,6 +132,7 @@ def run(tmp_path_factory):
     save_backbone(folder / "checkpoints" / "checkpoint-00000007.safetensors", torch.nn.Linear(1, 1), {"steps": 7})
     weights = weights_of(folder)
     results = missing | {"untrained": missing, "pixels": {"knn_top1": None}, "settings": {}, "weights": weights}
+    results["asked"] = settings_of(EvalTarget(str(folder)), None, None, None)
     (folder / "results.json").write_text(json.dumps(results))
     text = PngInfo()
     text.add_text(*png_text([weights]).popitem())
