@@ -84,7 +84,7 @@ def test_a_broken_tar_after_bad_photos(tool, tmp_path):
 @pytest.mark.fault("F34")
 def test_stopped_by_ctrl_c(tmp_path):
     good = photo(0, 300, 400)
-    src = tree(tmp_path / "src", {f"{i}.jpg": BAD if i % 2 else good for i in range(4000)})  # many seconds of work
+    src = tree(tmp_path / "src", {f"{i}.jpg": BAD if i % 2 else good for i in range(1500)})  # seconds of work
     words = "make", src, tmp_path / "dst", "--shard-mb", "0.05", "--max-bad", "1", "--processes", "1"
     process = Forked(["-m", "tools.make_shards", *map(str, words)])
     until = time.monotonic() + 60
