@@ -25,7 +25,7 @@ Weights = dict[str, Any]  # {"step": steps done, None if it is not known; "sha25
 
 def weights_of(path: str | Path) -> Weights:
     """The weights at a path: a run folder (its newest checkpoint), a checkpoint (folder or file), a file of weights, or
-    timm:NAME, whose name stands for its hash.
+    timm:NAME, whose name is used as its hash.
 
     Raises UserError if there are none.
     """

@@ -94,8 +94,8 @@ class ViT(VisionTransformer):
         groups = points if isinstance(points, list) else [] if points is None else [points]
         # a reference token's content is its position, always interpolated from the grid itself, whatever the view's size
         references = [point_embedding(grid, p, self.border) for p in groups]  # [n_i,R_i,D]
-        local = self.locality is not None
-        biases = [locality_bias(p, h, w, self.locality) for p in groups] if local else None  # type: ignore[arg-type]
+        sigma = self.locality
+        biases = None if sigma is None else [locality_bias(p, h, w, sigma) for p in groups]
         # all tokens in one matrix: the images' [n,1+N], then each group's; each linear map is one product
         x = concat([torch.cat([cls, patches], 1).flatten(0, 1), *(r.flatten(0, 1) for r in references)])
         shapes = [(n, 1 + h * w), *((len(r), r.shape[1]) for r in references)]

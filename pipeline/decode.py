@@ -49,7 +49,7 @@ _SEQUENTIAL = {0xC0, 0xC1}
 _SOS, _APP0, _APP14 = 0xDA, 0xE0, 0xEE
 _METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP1 to APP13, APP15, COM; APP0 and APP14 say how colors are stored
 _WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xD8)}  # a stuffed byte, TEM, RST
-_ENDS = {0xD8, 0xD9}  # SOI, EOI: no header goes on behind them
+_ENDS = {0xD8, 0xD9}  # SOI, EOI: the header ends before them
 
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # APP14, transform 0: CMYK
 

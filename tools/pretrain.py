@@ -4,7 +4,7 @@
         CONFIG [words of train.py ...]
 
 An empty value is as if it were not given. Paths are taken as they are, not as YAML. Several processes are started after
-`train.py --check` has found nothing wrong, so that a wrong input is told once and in seconds. The trainer replaces this
+`train.py --check` has found nothing wrong, so that a wrong input is reported once and in seconds. The trainer replaces this
 program, so that signals reach it.
 """
 

@@ -140,7 +140,7 @@ def _refuse_splits(dst: Path, names: list[str]) -> None:
 
 
 def _skip_broken(dst: Path) -> str:
-    """The end of a message: how to go on without the tars that it names."""
+    """The end of a message: how to continue without the tars that it names."""
     return f"or index the others: `make index DST={quote(str(dst))} ARGS=--skip-broken`"
 
 
@@ -194,7 +194,7 @@ def _rows_of_broken(records: Iterable[TarRecord]) -> list[dict]:
 
 
 def _refuse_broken(dst: Path, broken: list[dict], tars: int) -> str:
-    """The message for tars that cannot be used: each with its reason, and the command that goes on without them."""
+    """The message for tars that cannot be used: each with its reason, and the command that continues without them."""
     listed = "; ".join(f"{row['source']}: {row['reason']}" for row in broken[:3])
     more = f"; and {len(broken) - 3} more ({dst}/rejected.jsonl lists all)" if len(broken) > 3 else ""
     skip = f"; {_skip_broken(dst)}" if tars > len(broken) else ""

@@ -55,7 +55,7 @@ def read_label(tar: BinaryIO, parts: Mapping[str, Member], skipped: Skipped, whe
 
 
 def parse_label(data: bytes) -> int | str | None:
-    """3 for `3`, `3.0` and b'3'; a name for any other text; None for -1, which stands for no class. Raises ValueError."""
+    """3 for `3`, `3.0` and b'3'; a name for any other text; None for -1, which means no class. Raises ValueError."""
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:

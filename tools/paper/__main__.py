@@ -11,7 +11,7 @@ what a reference token attends to (not in the paper).
 these shards. --scale paper: ViT-Ti/16 as in the paper (configs/densedino_vitti16.yaml), on all GPUs of the machine.
 Words a.b=c change every row. docs/howto/paper-tables.md has examples and hours.
 
-Everything is kept in runs/paper/<scale>/<row>-<seed>; the same command goes on where it was stopped. Of each table the
+Everything is kept in runs/paper/<scale>/<row>-<seed>; the same command resumes where it was stopped. Of each table the
 files OUT/<table>-<scale>.json, .md and .png are written.
 """
 
@@ -210,7 +210,7 @@ def start(selection: "Selection", scale: "Scale", jobs: int, gpus: str, out: Pat
             selection.runs, scale, jobs=jobs, gpus=gpus, cluster_seeds=CLUSTER_SEEDS[scale.name], finished=write
         )
     except KeyboardInterrupt:
-        print(f"stopped; what was trained and measured is kept, the same command goes on from there: `{again()}`")
+        print(f"stopped; what was trained and measured is kept, the same command resumes: `{again()}`")
         return 130
     write()
     for table in selection.tables:

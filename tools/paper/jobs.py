@@ -61,8 +61,8 @@ class Job:
         """Why its program failed: the last message of its log."""
         assert self.process is not None
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        told = [line for line in lines if "error: " in line.lower()] or lines
-        return f"{self.doing} failed with exit code {self.process.returncode}: {told[-1].strip()} (see {self.log})"
+        errors = [line for line in lines if "error: " in line.lower()] or lines
+        return f"{self.doing} failed with exit code {self.process.returncode}: {errors[-1].strip()} (see {self.log})"
 
 
 def run_all(
