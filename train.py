@@ -117,7 +117,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         return 0
 
     # ----------------------------------------------------------------------------------------------------- build
-    from eval.online import OnlineKnn, OnlineRank
+    from eval.online import OnlineKnn, OnlinePoints, OnlineRank
     from model import methods, weights
     from pipeline.loader import Loader, choose_reader
     from pipeline.random import hash64
@@ -161,6 +161,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     compiled = compile_parts(method.compile_units(), context.device) if config.speed.compile else ""
     forward = distributed.wrap_ddp(method, context)
     knn, rank = OnlineKnn(config, shards, plan, context), OnlineRank(config, steps, context)
+    evaluations = (knn, OnlinePoints(config, plan, context))
     loader = Loader(
         config, shards, plan, device=context.device, dtype=context.dtype, start=start, stop=steps,
         rank=context.rank, world_size=context.world_size, compile=compiled.startswith("compiling"),
@@ -193,14 +194,14 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
             done = step + 1
             stop_now = single_process and stop.received
             save_now = done % config.run.checkpoint_every == 0 or done == steps
-            log_now = save_now or stop_now or knn.due(done) or done % config.run.log_every == 0
+            due = [evaluation for evaluation in evaluations if evaluation.due(done)]
+            log_now = save_now or stop_now or bool(due) or done % config.run.log_every == 0
             if log_now:  # the only place where the host waits for the device
                 interval = run_log.read(done, stop.received, loader.damaged(), loader.waited())
                 stop_now, extra = interval.stop, {}
-                if knn.due(done):
-                    watch.heartbeat(f"in the k-NN after step {step}", first=True)
-                    top1 = knn(method.backbone)
-                    extra = {} if top1 is None else {"knn_top1": top1}
+                for evaluation in due:
+                    watch.heartbeat(f"in {evaluation.name} after step {step}", first=True)
+                    extra |= evaluation(method.backbone)
                 if rank.due(done):
                     with run_log.metric_sums.paused():
                         extra["effective_rank"] = rank(method.backbone, batch)

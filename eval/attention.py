@@ -47,3 +47,11 @@ def attention_weights(
             allowed.fill_diagonal_(True)
     weights = scores.masked_fill(~allowed.to(scores.device), -torch.inf).softmax(-1)
     return weights[:, :, 0, 1:image], weights[:, :, image:, 1:image]
+
+
+def distance_from_points(weights: Tensor, points: Tensor, h: int, w: int) -> Tensor:
+    """Mean distance of attention from the point, in patches: [...,R]. weights [...,R,N] of any sum; points [...,R,2] in [0,1]."""
+    x = torch.arange(w, device=weights.device) + 0.5
+    y = torch.arange(h, device=weights.device) + 0.5
+    dx, dy = points[..., 0, None] * w - x.repeat(h), points[..., 1, None] * h - y.repeat_interleave(w)
+    return (weights * torch.hypot(dx, dy)).sum(-1) / weights.sum(-1)

@@ -32,6 +32,11 @@ LEARNING: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Losses", "nats", ("loss", "cls_loss", "reference_loss")),
     ("Entropy of the teacher's probabilities", "nats", ("teacher_entropy",)),
     ("k-NN top-1 while training", "% of photos not trained on", ("knn_top1",)),
+    (
+        "Points on small things: k-NN top-1 while training",
+        "% of points",
+        ("points_reference_small", "points_patch_small", "points_cls_small"),
+    ),
     ("Effective rank of the teacher's features", "directions, of one view of a batch", ("effective_rank",)),
     ("Learning rate", "", ("lr",)),
 )

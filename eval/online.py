@@ -1,10 +1,12 @@
-"""While training: k-NN of the teacher on photos that no training step uses, and the effective rank of its features.
+"""While training: k-NN of the teacher on photos that no training step uses, the point probe on labeled scenes, and the
+effective rank of its features.
 
-All processes take part, each has its share of the photos, and all get the same result. No random number of the run is
-drawn, so a run trains the same with and without it. Imports no torch until the first evaluation.
+All processes take part. No random number of the run is drawn, so a run trains the same with and without it. Imports no
+torch until the first evaluation.
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from runtime.distributed import DistributedContext
 
 RANKS = 20  # measurements of the effective rank in a run
+SCENES = 300  # of each split in the point probe
 PART = 64  # images at a time: a batch may be larger than what fits into memory at once
 
 
@@ -31,6 +34,8 @@ class OnlineKnn:
 
     skipped: the reason if `eval.every` is set and cannot be done, else None. every: steps between evaluations, 0: never.
     """
+
+    name = "the k-NN"
 
     def __init__(self, config: Config, shards: Shards, plan: Plan, processes: "DistributedContext"):
         self.config, self.processes = config, processes
@@ -62,8 +67,8 @@ class OnlineKnn:
         """Whether to evaluate after `done` steps."""
         return self.every > 0 and done % self.every == 0
 
-    def __call__(self, backbone: "ViT") -> float | None:
-        """Top-1 in percent; None if every photo is damaged."""
+    def __call__(self, backbone: "ViT") -> dict[str, float]:
+        """Top-1 in percent, as a metric of a row; none if every photo is damaged."""
         from eval.features import default_workers
         from eval.knn import photo_knn
 
@@ -76,8 +81,44 @@ class OnlineKnn:
                     processes=processes,
                 )  # fmt: skip
         except UserError:  # every photo is damaged: the run has its own limit for damage
-            return None
-        return accuracy["cls"][0]
+            return {}
+        return {"knn_top1": accuracy["cls"][0]}
+
+
+class OnlinePoints:
+    """The point probe (eval/points.py) on SCENES scenes of each split of `eval.voc`, every `eval.every` epochs.
+
+    Every process measures the same scenes: none waits for another, and the time is that of one. every: steps between
+    evaluations, 0: never, such as for a method without reference tokens.
+    """
+
+    name = "the point probe"
+
+    def __init__(self, config: Config, plan: Plan, processes: "DistributedContext"):
+        self.config, self.processes = config, processes
+        measured = config.eval.voc and config.eval.every and config.points
+        self.every = max(1, round(config.eval.every * plan.steps_per_epoch)) if measured else 0
+
+    def due(self, done: int) -> bool:
+        """Whether to evaluate after `done` steps."""
+        return self.every > 0 and done % self.every == 0
+
+    def __call__(self, backbone: "ViT") -> dict[str, float]:
+        """Top-1 of k-NN at points in percent, by kind of token and by what the points lie on: the metrics of a row."""
+        from eval import points
+        from eval.datasets import scene_sizes, voc_splits
+
+        assert self.config.eval.voc
+        try:
+            splits = voc_splits(self.config.eval.voc, scene_sizes(self.config.image_size)[0])
+            train, val = (split.subset(SCENES) for split in splits)
+            with frozen(backbone, self.processes):
+                score = points.measure(backbone, train, val)
+        except UserError as error:  # scenes that were sound when the run began
+            if self.processes.is_main:
+                print(f"the point probe is skipped: {error}", file=sys.stderr, flush=True)
+            return {}
+        return {f"points_{kind}_{on}": top1[kind] for on, top1 in score.knn.items() for kind in points.KINDS}
 
 
 class OnlineRank:

@@ -29,7 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from eval.attention import attention_weights
+from eval.attention import attention_weights, distance_from_points
 from eval.datasets import IGNORE, VocSegmentation, scene_sizes, voc_splits
 from eval.features import batches, check_size, default_workers, normalized, progress_bar
 from eval.knn import knn_scores
@@ -96,7 +96,6 @@ def point_features(
     """Tokens at `count` points on the largest thing of each scene, and at as many on its other things."""
     device = next(network.parameters()).device
     draws, grid = torch.Generator().manual_seed(seed), scenes.size // network.patch
-    centers = (torch.arange(grid, device=device) + 0.5).repeat(grid), (torch.arange(grid) + 0.5).repeat_interleave(grid)
     kept: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     all_labels: list[Tensor] = []
     references: list[Tensor] = []
@@ -118,10 +117,10 @@ def point_features(
 
         weights = attention_weights(network, pixels, points)[1].mean(1)  # [n,R,N]
         weights = weights / weights.sum(-1, keepdim=True)
-        dx, dy = (points[..., i, None] * grid - center.to(device) for i, center in enumerate(centers))
+        distance = distance_from_points(weights, points, grid, grid)
         cosine = F.cosine_similarity(tokens.float(), cls[:, None].float(), dim=-1)
         entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1)
-        sums += torch.stack([x.mean(1).sum() for x in (cosine, (weights * torch.hypot(dx, dy)).sum(-1), entropy)]).cpu()
+        sums += torch.stack([x.mean(1).sum() for x in (cosine, distance, entropy)]).cpu()
     labels, small = torch.cat(all_labels).unbind(1)
     tokens = torch.cat(references).double()  # [n,R,D]
     spread = (tokens - tokens.mean((0, 1))).square().mean()

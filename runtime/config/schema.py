@@ -279,7 +279,7 @@ class Eval:
     ignore_classes: Texts = Field(default_factory=list)
     """Classes whose photos take no part in k-NN and linear classification, such as one that only `data.val` has."""
     every: NonNegativeFloat = 0
-    """Epochs between two k-NN evaluations during training. 0 means never."""
+    """Epochs between two evaluations during training: k-NN, and with `voc` the point probe. 0 means never."""
     limit: PositiveInt = 20_000
     """Largest number of training images, and of validation images, in k-NN evaluations during training."""
     k: PositiveInt = 20

@@ -5,8 +5,9 @@
 
 A reference token starts as a position only (DenseDINO paper, section 3.2); its features come from what it attends to.
 A cell is one patch; the more opaque it is, the more weight it has, averaged over the heads. Every map is scaled to its
-own largest weight. The number above a map is the share of the weight on the patches. Points are shares of width and
-height; by default they are the centers of the largest objects in scenes with masks, and a regular pattern in photos.
+own largest weight. The numbers above a map are the share of the weight on the patches, and the mean distance of that
+weight from the point. Points are shares of width and height; by default they are the centers of the largest objects in
+scenes with masks, and a regular pattern in photos.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import argparse
 import torch
 from matplotlib.figure import Figure
 
+from eval.attention import distance_from_points
 from tools.show.attention import LEGEND, attention, block_name, overlay
 from tools.show.figures import TEXT, Networks, figure_grid, figure_title, mark_point
 from tools.show.photos import Photo, input_size, parse_points, query_points, resize_to_patches
@@ -33,11 +35,13 @@ def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> F
         picture = resize_to_patches(photo.picture, input_size(network, args), network.patch)
         height, width = picture.shape[1:]
         _, weights = attention(network, picture, torch.from_numpy(xy), args.block)
-        maps = weights.mean(0).unflatten(1, (height // network.patch, -1))  # [R,h,w]
+        h, w = height // network.patch, width // network.patch
+        maps = weights.mean(0).unflatten(1, (h, w))  # [R,h,w]
+        distances = distance_from_points(weights.mean(0), torch.from_numpy(xy), h, w)
         row[0].imshow(picture.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
         row[0].set_title(f"{name}\n{photo.name}" if len(networks) > 1 else photo.name, fontsize=TEXT)
-        for n, (axes, heat, (x, y)) in enumerate(zip(row[1:], maps, xy, strict=False), 1):
-            overlay(axes, picture, heat, f"point {n} · {100 * heat.sum():.0f} % on patches")
+        for n, (axes, heat, distance, (x, y)) in enumerate(zip(row[1:], maps, distances, xy, strict=False), 1):
+            overlay(axes, picture, heat, f"point {n} · {100 * heat.sum():.0f} % on patches\n{distance:.1f} patches away")
             for target in (row[0], axes):
                 mark_point(target, x * width, y * height, n)
     return figure
