@@ -124,7 +124,7 @@ pretrain: ready $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(config)),scene
 	@$(if $(filter --dry-run --check --help -h,$(ARGS)),,$(PY) -m tools.finish_run "$$RUN" --skip-existing)
 
 tables: export STARTED_BY := make tables
-tables: ready $(if $(or $(filter paper,$(SCALE)),$(findstring --photos,$(ARGS)),$(findstring data.shards=,$(ARGS))),,scenes) ## the paper's ablations [TABLE=table2|table3|figure5|locality SCALE=small|paper SEEDS=n ARGS='--dry-run …']
+tables: ready $(if $(or $(filter paper,$(SCALE)),$(findstring --photos,$(ARGS)),$(findstring data.shards=,$(ARGS))),,scenes) ## the paper's ablations [TABLE=table2|table3|figure5|locality|variants SCALE=small|paper SEEDS=n ARGS='--dry-run …']
 	@$(PY) -m tools.paper $(if $(TABLE),"$$TABLE",all) $(if $(SCALE),--scale "$$SCALE") $(if $(SEEDS),--seeds "$$SEEDS") $(ARGS)
 
 eval: ready ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained

@@ -36,7 +36,7 @@ def attention_weights(
     q, k, _ = tokens.unflatten(-1, (3, network.heads, -1)).permute(2, 0, 3, 1, 4)  # [n,H,1+N+R,d] each
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
     if points is not None and network.locality is not None:
-        scores[:, :, image:, 1:image] += locality_bias(points, h, w, network.locality)[:, None].to(scores)
+        scores[:, :, image:, 1:image] += locality_bias(points, h, w, network.locality).to(scores)
     allowed = torch.zeros(image + references, image + references, dtype=torch.bool)  # [query, key]
     allowed[:, :image] = True
     if network.attention == "none":
@@ -50,7 +50,10 @@ def attention_weights(
 
 
 def distance_from_points(weights: Tensor, points: Tensor, h: int, w: int) -> Tensor:
-    """Mean distance of attention from the point, in patches: [...,R]. weights [...,R,N] of any sum; points [...,R,2] in [0,1]."""
+    """Mean distance of attention from its point, in patches: [...,R].
+
+    weights [...,R,N], of any sum; points [...,R,2]: (x, y) in the images' [0,1] frame.
+    """
     x = torch.arange(w, device=weights.device) + 0.5
     y = torch.arange(h, device=weights.device) + 0.5
     dx, dy = points[..., 0, None] * w - x.repeat(h), points[..., 1, None] * h - y.repeat_interleave(w)

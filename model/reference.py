@@ -58,14 +58,15 @@ def point_embedding(grid: Tensor, points: Tensor, border: str = "zeros") -> Tens
 def locality_bias(points: Tensor, h: int, w: int, sigma: float) -> Tensor:
     """A Gaussian prior on what a reference token attends to, as a bias of its attention's logits.
 
-    points [n,R,2]: (x, y) in the view's [0,1] frame -> [n,R,h*w]: -||point - center of the patch||^2 / (2 sigma^2), in
-    patches. No part of the paper, which names it as future work (section 5); sigma -> inf is the published method.
+    points [n,R,2]: (x, y) in the view's [0,1] frame -> [n,1,R,h*w], the same for all heads: -||point - center of the
+    patch||^2 / (2 sigma^2), in patches. No part of the paper, which names it as future work (section 5); sigma -> inf is the
+    published method.
     """
     at = points.double()
     columns, rows = (torch.arange(cells, device=at.device) + 0.5 for cells in (w, h))
     dx, dy = at[..., :1] * w - columns, at[..., 1:] * h - rows  # [n,R,w], [n,R,h]
     squared = dy.square().unsqueeze(-1) + dx.square().unsqueeze(-2)
-    return (squared / (-2 * sigma**2)).flatten(-2)
+    return (squared / (-2 * sigma**2)).flatten(-2).unsqueeze(1)
 
 
 def resize_grid(grid: Tensor, h: int, w: int) -> Tensor:
@@ -88,15 +89,15 @@ class Group(NamedTuple):
     tokens: QKV  # of the reference tokens
     k: Tensor  # [n_i,H,1+N,d] of the images' [CLS] and patches
     v: Tensor
-    bias: Tensor | None  # [n_i,1,R_i,N]
+    bias: Tensor | None  # [n_i,1,R_i,N], or H for 1
 
 
 def attend(image: QKV, references: list[QKV], mode: str, biases: list[Tensor] | None = None) -> list[Tensor]:
     """Attention of n images' [CLS] and patches (q, k, v [n,H,1+N,d]) and of their reference tokens.
 
     references: q, k, v [n_i,H,R_i,d] for consecutive groups of images, starting at the first image. Images after the last
-    group have no reference tokens. biases [n_i,R_i,N]: of each group, added to the logits of its reference tokens over the
-    patches (`locality_bias`); only in the modes whose name begins with "patches".
+    group have no reference tokens. biases [n_i,1,R_i,N] or [n_i,H,R_i,N]: of each group, added to the logits of its
+    reference tokens over the patches (`locality_bias`); only in the modes whose name begins with "patches".
     Returns the outputs: of the image tokens [n,H,1+N,d], whole or split into consecutive images, then of each group's
     reference tokens [n_i,H,R_i,d]. The image's q may be that of [CLS] alone, [n,H,1,d] (last block, if no patch tokens are
     wanted).
@@ -111,7 +112,7 @@ def attend(image: QKV, references: list[QKV], mode: str, biases: list[Tensor] | 
     (tests/test_reference.py).
     """
     q, k, v = image
-    each_bias = [None] * len(references) if biases is None else [b.unsqueeze(1).to(q.dtype) for b in biases]
+    each_bias = [None] * len(references) if biases is None else [b.to(q.dtype) for b in biases]
     groups = [Group(*group) for group in zip(references, *_split_groups(k, v, references), each_bias, strict=True)]
     if mode == "none":
         return full_attention(q, groups) if groups else [attention(q, k, v)]

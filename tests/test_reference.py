@@ -47,7 +47,7 @@ def test_attend_equals_masked_attention(mode: str, references: int, form: str, l
     bias, biases = torch.zeros(3, references, patches, dtype=torch.float64), None
     if locality and references:
         points = torch.rand(3, references, 2)
-        bias = locality_bias(points, 3, 3, locality)
+        bias = locality_bias(points, 3, 3, locality)[:, 0]
         biases = [locality_bias(points[:2], 3, 3, locality), locality_bias(points[2:], 3, 3, locality)]
     outputs = attend(image, groups, mode, biases)
     n_image = len(outputs) - len(groups)

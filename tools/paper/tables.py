@@ -27,6 +27,7 @@ FIGURES = {  # what tables show, and its short heading
 }
 GLOBAL, LOCAL = (0.4, 1.0), (0.05, 0.4)  # areas of windows, as shares of the image (Table 2)
 DINO = ("method=dino", "data.min_overlap=0")  # plain DINO's windows know nothing of each other
+PUBLISHED = ("reference.locality=null",)  # no prior, whatever the base config has
 POINTS = (1, 2, 4, 8, 16, 32)  # M
 WIDTHS = (2, 1, 0.7, 0.5)  # σ of reference.locality, in patches
 
@@ -71,7 +72,9 @@ class Table:
 
 def make_tables(base: Config) -> dict[str, Table]:
     """{name: table} of a base config: DenseDINO on the views that it has."""
-    return {table.name: table for table in (_table2(base), _table3(base), _figure5(base), _locality(base))}
+    return {
+        table.name: table for table in (_table2(base), _table3(base), _figure5(base), _locality(base), _variants(base))
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ the views
@@ -154,7 +157,7 @@ def _table2(base: Config) -> Table:
                 Row(
                     f"{name}-{recipe.name}",
                     f"{label}, {recipe.label(base)}",
-                    (*recipe.words(base), *words),
+                    (*recipe.words(base), *PUBLISHED, *words),
                     baseline=None if against == f"{name}-{recipe.name}" else against,
                     paper={CLS: cls, SEG: seg},
                 )
@@ -168,7 +171,7 @@ def _table2(base: Config) -> Table:
 
 
 def _table3(base: Config) -> Table:
-    views, cls = SIX.words(base), "dino-6-views"
+    views, cls = (*SIX.words(base), *PUBLISHED), "dino-6-views"
     rows = (
         Row(cls, "class loss", (*views, *DINO), paper={CLS: 56.7, SEG: 46.4}),
         Row(
@@ -195,7 +198,7 @@ def _figure5(base: Config) -> Table:
         expected = {CLS: 1 if more else -1}
         if points < 4 or points == max(POINTS):
             expected[SEG] = -1
-        words = (*SIX.words(base), f"reference.points={points}")
+        words = (*SIX.words(base), *PUBLISHED, f"reference.points={points}")
         rows.append(
             Row(
                 f"densedino-6-views-m{points}",
@@ -221,8 +224,8 @@ def _figure5(base: Config) -> Table:
 def _locality(base: Config) -> Table:
     none = "densedino"
     rows = [
-        Row(none, "published (none)", ("reference.locality=null",)),
-        Row("dino", "DINO", (*DINO, "reference.locality=null"), baseline=none, expected={SEG: -1}),
+        Row(none, "published (none)", PUBLISHED),
+        Row("dino", "DINO", (*DINO, *PUBLISHED), baseline=none, expected={SEG: -1}),
     ]
     rows += [
         Row(
@@ -240,3 +243,32 @@ def _locality(base: Config) -> Table:
     )
     measures = ("knn", "linear_seg", "cluster_seg", "retrieval_seg", "points")
     return Table("locality", "Locality of reference tokens", source, tuple(rows), measures=measures)
+
+
+VARIANTS = {
+    "by-head": ("σ from ½ to 2 by head", ("method=tools.paper.variants:ByHead",)),
+    "learned": ("σ learned by block and head", ("method=tools.paper.variants:Learned",)),
+    "annealed": ("from σ = 1 to none over training", ("method=tools.paper.variants:Annealed",)),
+    "first-block": ("in the first block only", ("method=tools.paper.variants:FirstBlock",)),
+    "last-block": ("in the last block only", ("method=tools.paper.variants:LastBlock",)),
+    "share": ("distance in the photo, not in the view", ("method=tools.paper.variants:ShareOfImage",)),
+    "m-1": ("M = 1", ("reference.points=1",)),
+    "m-16": ("M = 16", ("reference.points=16",)),
+    "alpha-0.3": ("α = 0.3", ("loss.alpha=0.3",)),
+    "alpha-0.7": ("α = 0.7", ("loss.alpha=0.7",)),
+    "center-published": ("the published center", ("reference.center=published",)),
+    "centered": ("targets centered within an image", ("method=tools.paper.variants:CenteredTargets",)),
+    "sine-cosine": ("positions start as sines and cosines", ("method=tools.paper.variants:SineCosine",)),
+}
+
+
+def _variants(base: Config) -> Table:
+    baseline = "densedino-sigma-1"
+    rows = [Row(baseline, "σ = 1", ("reference.locality=1",))]
+    for name, (label, words) in VARIANTS.items():
+        rows.append(Row(f"local-{name}", label, ("reference.locality=1", *words), baseline=baseline, optional=True))
+    source = (
+        "Not in the paper: variants of the prior and of what it works with (tools/paper/variants.py), each compared with "
+        "σ = 1 in every head and block."
+    )
+    return Table("variants", "Variants of the locality prior", source, tuple(rows))

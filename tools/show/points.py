@@ -41,7 +41,9 @@ def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> F
         row[0].imshow(picture.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
         row[0].set_title(f"{name}\n{photo.name}" if len(networks) > 1 else photo.name, fontsize=TEXT)
         for n, (axes, heat, distance, (x, y)) in enumerate(zip(row[1:], maps, distances, xy, strict=False), 1):
-            overlay(axes, picture, heat, f"point {n} · {100 * heat.sum():.0f} % on patches\n{distance:.1f} patches away")
+            overlay(
+                axes, picture, heat, f"point {n} · {100 * heat.sum():.0f} % on patches\n{distance:.1f} patches away"
+            )
             for target in (row[0], axes):
                 mark_point(target, x * width, y * height, n)
     return figure
