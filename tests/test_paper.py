@@ -321,7 +321,7 @@ def test_weights_that_someone_else_trained(scale, tiny_shards, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tabel2"], "tabel2: must be one of table2, table3, figure5, locality, all, did you mean 'table2'?"),
+        (["tabel2"], "tabel2: must be one of table2, table3, figure5, locality, variants, all, did you mean 'table2'?"),
         (["table2", "table3"], "table2, table3: one table, or all"),
         (["all", "--scale", "large"], "--scale large: must be small or paper"),
         (["all", "--scale", "paper"], "--scale paper: which photos? --photos SHARDS VAL"),
