@@ -36,6 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("data", "photos per second of each reader, stage by stage", shards=True)
     add("all", "training with the loader, beside training on a cached batch", shards=True, config="configs/demo.yaml")
     _add_step_options(add("step", "the training step, beside the naive implementation"))
+    locality = add("locality", "the price of the locality prior, step by step in turns")
+    locality.add_argument(
+        "--arch", choices=("vit_small", "vit_tiny", "tiny"), default="vit_small", help="default %(default)s"
+    )
+    locality.add_argument("--batch", type=int, default=8, help="images (default %(default)s)")
+    locality.add_argument("--rounds", type=int, default=9, help="pairs of steps (default %(default)s)")
+    locality.add_argument("--sigma", type=float, default=1.0, help="patches (default %(default)s)")
     scale = add("scale", "training on several devices, beside one", shards=True, config="configs/demo.yaml")
     scale.add_argument("processes", type=_devices, metavar="N", help="number of devices, or all")
     scale.add_argument("--batch", type=int, help="images on each device (default: the config's batch divided by N)")
@@ -101,7 +108,19 @@ def _add_knn_options(knn: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError if an option is out of its bounds, or if a path does not exist."""
-    positive = ("steps", "rounds", "processes", "photos", "queries", "width", "k", "minutes", "images")
+    positive = (
+        "steps",
+        "rounds",
+        "processes",
+        "photos",
+        "queries",
+        "width",
+        "k",
+        "minutes",
+        "images",
+        "sigma",
+        "batch",
+    )
     require_positive(args, *(name for name in positive if isinstance(getattr(args, name, None), int | float)))
     if "config" in args:
         load_config(args.config)
