@@ -2,14 +2,14 @@
 
     python -m tools.make_scenes DST [--train 3000] [--val 1000] [--size 48] [--seed 0]
 
-A scene is one salient object and one or two small distractors of other classes on a patchwork background. A class is a
-shape with a texture of its own, in two complementary hues that it shares with one other class and that are swapped at
-random: the colors narrow the class down to two, shape and texture decide. Position, size (by area) and angle have the same
-distribution for all classes, and every background has all hues, because a network learns whatever is constant within a
-picture and unrelated to the class instead of the class. A scene is a pure function of (seed, split, number, size).
+A scene holds four things of like size on a patchwork background: three of the scene's class, one of another. A class is a
+shape with a texture of its own, in two complementary hues of its own that are swapped at random. Place, size, angle, period,
+contrast and lightness differ from thing to thing alike in all classes, and every background has all hues, because a network
+learns whatever is constant within a picture and unrelated to the class instead of the class. A scene is a pure function of
+(seed, split, number, size).
 
     DST/JPEGImages/<id>.jpg  SegmentationClass/<id>.png  ImageSets/Segmentation/{train,val}.txt    Pascal VOC's layout
-    DST/train/<class>/<id>.jpg  val/<class>/<id>.jpg                    the same files, by the salient object's class
+    DST/train/<class>/<id>.jpg  val/<class>/<id>.jpg                    the same files, by the scene's class
     DST/classes.txt                                                     names, background ("ground") first
     DST/scenes.json                                                     the settings, written last: the set is complete
 

@@ -17,7 +17,7 @@ from runtime.errors import UserError
 from tools.scenes.classes import CLASSES
 from tools.scenes.paint import paint
 
-VERSION = 1  # of the pictures' content: another number is another data set
+VERSION = 2  # of the pictures' content: another number is another data set
 CHUNK = 50  # pictures painted at once, whatever the number of processes
 
 

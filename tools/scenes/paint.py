@@ -17,11 +17,11 @@ THINGS = 4  # of a scene: those of its class first, then one of another class
 DIAMETER = (0.36, 0.46)  # range, as a share of the side
 CELLS = 14  # patches of a background
 # what differs between things of one class
-PERIOD = 1.35  # a texture's period is multiplied by 1 / PERIOD to PERIOD
-CONTRAST = (0.5, 1.25)
-LIGHT = 0.25  # range of the mean lightness
+PERIOD = (1.04, 1.5)  # of the texture, times that in classes.py
+CONTRAST = (0.7, 1.15)
+LIGHT = 0.15  # range of the mean lightness
 SHADE = 0.03  # range of the hue; classes are 1/16 apart
-NOISE = 0.08  # standard deviation in each pixel and channel
+NOISE = 0.04  # standard deviation in each pixel and channel
 
 
 def hue(turn: NDArray[np.floating]) -> Floats:
@@ -92,7 +92,7 @@ def paint(seed: int, split: str, number: NDArray[np.int64], size: int) -> tuple[
             inside = np.clip(np.float32(0.5) - shape(u / scale, v / scale) * scale / pixel, 0, 1)[..., None]
 
             u, v = _rotate(dx, dy, 2 * np.pi * direction)  # the texture's direction is independent of the shape's
-            stretch = np.float32(PERIOD) ** (2 * period - 1)
+            stretch = np.float32(1 / PERIOD[1]) * np.float32(PERIOD[1] / PERIOD[0]) ** period
             shift = 8 * phase * (texture is not rings)  # rings stay concentric
             tone = np.clip(np.float32(0.5) + texture(u * stretch + shift, v * stretch + shift * np.float32(0.7)), 0, 1)
             tone = np.where(swap < 0.5, tone, 1 - tone)[..., None]
