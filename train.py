@@ -198,7 +198,8 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
             log_now = save_now or stop_now or bool(due) or done % config.run.log_every == 0
             if log_now:  # the only place where the host waits for the device
                 interval = run_log.read(done, stop.received, loader.damaged(), loader.waited())
-                stop_now, extra = interval.stop, {}
+                stop_now = interval.stop
+                extra: dict[str, float] = {}
                 for evaluation in due:
                     watch.heartbeat(f"in {evaluation.name} after step {step}", first=True)
                     extra |= evaluation(method.backbone)

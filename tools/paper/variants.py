@@ -8,6 +8,8 @@ The table `locality-variants` (tools/paper/tables.py) trains them; docs/results/
 H heads · R reference tokens of an image · N patches · T teacher views · V views · M points of a pair.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +61,8 @@ class ByHead(_Variant):
 
 
 class _LearnedViT(_VariantViT):
+    log_precision: nn.Parameter  # [blocks,H]
+
     def factor(self, block: int) -> Tensor | float:
         return self.log_precision[block].exp().view(1, -1, 1, 1)
 
@@ -116,7 +120,8 @@ class Annealed(_Variant):
 
     def before_step(self, at: StepValues) -> None:
         for network in (self.student, self.teacher):
-            network.backbone.strength = (1 - at.teacher_momentum) / self.first
+            backbone: Any = network.backbone
+            backbone.strength = (1 - at.teacher_momentum) / self.first
 
 
 class _ShareViT(_VariantViT):
