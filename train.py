@@ -73,7 +73,7 @@ def train_step(
                 reduced = context.all_reduce_mean_async([*statistics, finite])
             (out.loss / pieces).backward()
     *statistics, finite = reduced()
-    step_applied, gradient_norm = optimizer.step(at, finite == 1)
+    step_applied, gradient_norm = optimizer.step(at, finite == 1, method.before_update)
     method.after_step(statistics, at, step_applied)
     return metrics | {"gradient_norm": gradient_norm, "step_applied": step_applied}
 

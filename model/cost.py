@@ -69,7 +69,7 @@ def _count(config: Config) -> Cost:
             loss.backward()
     trained = [(n, p.numel()) for n, p in method.student.named_parameters() if p.requires_grad]
     # the gradient of the prototypes is computed in the forward pass: once for a whole batch, not for each image
-    once = sum(4 * n for name, n in trained if "last_layer" in name)
+    once = sum(4 * n for name, n in trained if "last_layer.weight_" in name)
     parameters = sum(p.numel() for p in method.student.parameters())
     backbone = sum(p.numel() for p in method.backbone.parameters())
     return Cost(counter.get_total_flops(), max(0, saved.total() - once), parameters, backbone)
@@ -80,8 +80,8 @@ def _one_image(config: Config) -> Batch:
     sizes = itertools.groupby(view.size for view in config.views)
     views = [torch.empty(len(list(group)), 1, 3, size, size) for size, group in sizes]
     points = torch.empty(1, TEACHERS, len(config.views), max(1, config.reference.points), 2, 2)
-    ids, empty = torch.empty(1, dtype=torch.int64), torch.empty(0)
-    return Batch(0, ids, ids, views, empty, points, empty)
+    ids, windows = torch.empty(1, dtype=torch.int64), torch.empty(1, len(config.views), 4, dtype=torch.int32)
+    return Batch(0, ids, ids, views, windows, points, torch.empty(0))
 
 
 class _SavedTensors:

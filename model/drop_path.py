@@ -1,5 +1,5 @@
-"""The draws of drop path: a function of seed, step and sample id alone, so a step in pieces, or on several processes, drops
-what the whole step would.
+"""Draws inside a step, on the device: a function of seed, step and sample id alone, so a step in pieces, or on several
+processes, draws what the whole step would. For drop path, and for the rows of a queue.
 """
 
 import torch
@@ -27,12 +27,12 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def draw(seed: int, step: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+def draw(seed: int, step: int, ids: Tensor, shape: tuple[int, ...], purpose: str = "drop path") -> Tensor:
     """float32 [n, *shape] in [0, 1) for images of these sample ids [n], made on their device.
 
-    The numbers of `pipeline.random.uniform(seed, "drop path", step, ids, shape=shape)`, rounded down to 24 bits.
+    The numbers of `pipeline.random.uniform(seed, purpose, step, ids, shape=shape)`, rounded down to 24 bits.
     """
-    words = _signed(int(hash64(seed, "drop path", step)) + _GOLDEN)
+    words = _signed(int(hash64(seed, purpose, step)) + _GOLDEN)
     key = _mix(_mix(ids ^ words) ^ _GOLDEN)
     counter = torch.arange(torch.Size(shape).numel(), device=ids.device).view(shape)
     h = _mix((key.view(-1, *[1] * len(shape)) + _GOLDEN) ^ counter)

@@ -1,6 +1,7 @@
-"""Projection heads onto prototypes. DINO (Caron et al. 2021), appendix C; the paper uses the same for reference tokens.
+"""Projection heads onto prototypes: DINO's (Caron et al. 2021, appendix C), which the paper uses for reference tokens too,
+and that of online clustering (SwAV, Caron et al. 2020; Leopart, Ziegler & Asano 2022).
 
-Letters: D width, K prototypes.
+Letters: D width, d bottleneck, K prototypes, n tokens.
 """
 
 import torch
@@ -8,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
+
+from runtime.config import Head
 
 
 class ProjectionHead(nn.Module):
@@ -28,19 +31,9 @@ class ProjectionHead(nn.Module):
         norm_last_layer: bool = True,
     ):
         super().__init__()
-        layers: list[nn.Module] = []
-        for inputs in (width, hidden):
-            layers.append(nn.Linear(inputs, hidden))
-            if norm == "batch":
-                layers.append(BatchNorm(hidden, track_running_stats=False))
-            layers.append(nn.GELU())
-        layers.append(nn.Linear(hidden, bottleneck))
-        self.mlp = nn.Sequential(*layers)
+        self.mlp = new_mlp(width, hidden, bottleneck, norm=norm)
         self.last_layer = Prototypes(bottleneck, prototypes, norm_last_layer)
-        for module in self.mlp:
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        initialize(self.mlp)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.normalize(self.mlp(tokens.flatten(0, -2)), dim=-1).unflatten(0, tokens.shape[:-1])
@@ -48,6 +41,78 @@ class ProjectionHead(nn.Module):
     def logits(self, tokens: Tensor) -> Tensor:
         z = self(tokens)
         return F.linear(z, self.last_layer().to(z.dtype))
+
+
+class ClusterHead(nn.Module):
+    """[..., D] -> MLP -> unit sphere [..., d], and K prototypes on the same sphere.
+
+    The prototypes are a plain matrix whose rows are scaled to unit length after each step. This is no weight norm: the
+    optimizer sees the gradient with its radial part (SwAV's and Leopart's published code, which scale before each step).
+    """
+
+    def __init__(self, width: int, head: Head):
+        super().__init__()
+        self.mlp = new_mlp(
+            width, head.hidden, head.bottleneck, layers=head.layers, activation=head.activation, norm=head.norm
+        )
+        self.last_layer = nn.Linear(head.bottleneck, head.prototypes, bias=False)
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
+        """Draw all weights, from torch's generator."""
+        initialize(self)
+        self.normalize_prototypes()
+
+    @property
+    def prototypes(self) -> Tensor:
+        """[K,d]"""
+        return self.last_layer.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Unit vectors in float32 or more: they enter Sinkhorn and the queue."""
+        z = self.mlp(tokens.flatten(0, -2))
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+        return z.unflatten(0, tokens.shape[:-1])
+
+    def scores(self, z: Tensor) -> Tensor:
+        """Cosines with the prototypes: [..., d] -> [..., K]. On a GPU they are rounded as TF32 rounds; see `cosines`."""
+        with torch.autocast(z.device.type, enabled=False):
+            return F.linear(z, self.prototypes)
+
+    @torch.no_grad()
+    def normalize_prototypes(self, applied: Tensor | None = None) -> None:
+        """Scale each prototype to unit length. applied: 0-dim, 0 if nothing may change."""
+        unit = F.normalize(self.prototypes, dim=1)
+        self.prototypes.copy_(unit if applied is None else torch.where(applied > 0, unit, self.prototypes))
+
+
+@torch.no_grad()
+def cosines(z: Tensor, prototypes: Tensor) -> Tensor:
+    """Unit vectors [..., n, d] and prototypes [..., K, d] -> [..., n, K], not rounded: neither autocast nor TF32 applies to
+    a product in float64. Targets are made of these; bfloat16 would move them by up to 0.004."""
+    return (z.double() @ prototypes.double().transpose(-1, -2)).to(z.dtype)
+
+
+def new_mlp(
+    width: int, hidden: int, bottleneck: int, *, layers: int = 3, activation: str = "gelu", norm: str = "none"
+) -> nn.Sequential:
+    """Linear maps D -> hidden (-> hidden ...) -> d with the activation between them; norm "batch": BatchNorm before it."""
+    parts: list[nn.Module] = []
+    for inputs in [width, *[hidden] * (layers - 2)]:
+        parts.append(nn.Linear(inputs, hidden))
+        if norm == "batch":
+            parts.append(BatchNorm(hidden, track_running_stats=False))
+        parts.append({"gelu": nn.GELU, "relu": nn.ReLU}[activation]())
+    return nn.Sequential(*parts, nn.Linear(hidden, bottleneck))
+
+
+def initialize(module: nn.Module) -> None:
+    """Published initialization of heads: normal(0.02) for matrices, 0 for biases."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 class BatchNorm(nn.BatchNorm1d):

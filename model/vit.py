@@ -30,6 +30,7 @@ class Tokens(NamedTuple):
     cls: Tensor  # [n,D]
     patches: Tensor | None  # [n,N,D]; None if not wanted
     references: Any  # [n,R,D] of one tensor of points, [n_i,R_i,D] each of a list; None without points
+    attention: Tensor | None = None  # [n,H,N] what [CLS] takes from each patch in the last block; None if not wanted
 
 
 class ViT(VisionTransformer):
@@ -77,9 +78,9 @@ class ViT(VisionTransformer):
         """images [n,3,h,w] normalized, h and w multiples of the patch size. points [n,R,2]: (x, y) in each view's [0,1]
         frame, or a list of them for consecutive groups of images, starting at the first image, [n_i,R_i,2] each.
 
-        want: "cls" and perhaps "patches". Without "patches" (training, if no loss uses patch tokens) the last block computes
-        outputs for [CLS] and reference tokens only; the patches are still its keys and values. Reference tokens are
-        returned if points are given.
+        want: "cls", and perhaps "patches" and "attention". Without "patches" (training, if no loss uses patch tokens) the
+        last block computes outputs for [CLS] and reference tokens only; the patches are still its keys and values.
+        Reference tokens are returned if points are given.
         drop [n,depth,2]: numbers in [0, 1) that decide which branches drop path leaves out, in training (drop_path.draw);
         without them they come from torch's generator.
         """
@@ -103,16 +104,16 @@ class ViT(VisionTransformer):
         run_block = self._block
         if self.activation_checkpointing:
             run_block = partial(checkpoint, self._block, use_reentrant=False)
-        with_patches = "patches" in want
-        for i, block in enumerate(self.blocks if with_patches else self.blocks[:-1]):
+        for i, block in enumerate(self.blocks[:-1]):
             x = run_block(block, x, shapes, shapes, branch_scales[i], biases)
-        if not with_patches:
-            query_shapes = [(n, 1), *shapes[1:]]
-            x, shapes = run_block(self.blocks[-1], x, shapes, query_shapes, branch_scales[-1], biases), query_shapes
+        last, with_patches = self.blocks[-1], "patches" in want
+        attention = cls_attention(last, split(x, shapes)[0].view(n, -1, width)) if "attention" in want else None
+        query_shapes = shapes if with_patches else [(n, 1), *shapes[1:]]
+        x, shapes = run_block(last, x, shapes, query_shapes, branch_scales[-1], biases), query_shapes
         x = self.norm(x)
         image, *outputs = (t.view(*shape, width) for t, shape in zip(split(x, shapes), shapes, strict=True))
         of_points = outputs if isinstance(points, list) else outputs[0] if outputs else None
-        return Tokens(image[:, 0], image[:, 1:] if with_patches else None, of_points)
+        return Tokens(image[:, 0], image[:, 1:] if with_patches else None, of_points, attention)
 
     def about(self) -> dict[str, Any]:
         """What the shapes of its tensors do not tell: the metadata of its files."""
@@ -165,6 +166,17 @@ class ViT(VisionTransformer):
         flat = concat([t.transpose(1, 2).reshape(-1, width) for t in outputs])
         x = _add_branch(x, block.attn.proj(flat), scales[0], query_shapes)
         return _add_branch(x, block.mlp(block.norm2(x)), scales[1], query_shapes)
+
+
+def cls_attention(block: Any, x: Tensor) -> Tensor:
+    """What [CLS] takes from each patch in a block whose input is x [n,1+N,D]: [n,H,N]. The rest to 1 is on [CLS] itself."""
+    normed, qkv, width = block.norm1(x), block.attn.qkv, x.shape[-1]
+    q_and_k = (
+        F.linear(tokens, qkv.weight[part], qkv.bias[part]).unflatten(-1, (block.attn.num_heads, -1))
+        for tokens, part in ((normed[:, :1], slice(width)), (normed, slice(width, 2 * width)))
+    )
+    q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in q_and_k)  # [n,1,H,d], [n,1+N,H,d]
+    return ((q * k).sum(-1) * q.shape[-1] ** -0.5).softmax(1)[:, 1:].transpose(1, 2)
 
 
 def split(x: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, ...]:

@@ -166,6 +166,34 @@ def no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
+# ------------------------------------------------------------------------- for losses that need the batch of all processes
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank, and how many processes train together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in each of them. It has no gradient."""
+    x = x.detach()
+    if rank_and_size()[1] > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows [n,*] of all processes, as many in each, in order of rank: [processes*n,*] in each of them. They have no
+    gradient. (`DistributedContext.all_gather` takes different numbers; the host waits for them.)"""
+    world_size = rank_and_size()[1]
+    if world_size == 1:
+        return rows.detach()
+    gathered = rows.new_empty(world_size * len(rows), *rows.shape[1:])
+    dist.all_gather(list(gathered.chunk(world_size)), rows.detach().contiguous())
+    return gathered
+
+
 # --------------------------------------------------------------------------------------------------------- precision
 
 

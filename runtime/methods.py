@@ -13,15 +13,19 @@ from runtime.errors import UserError
 @dataclass(frozen=True)
 class MethodEntry:
     """Where a method's class is (module:Class), and its class attributes that are needed before torch is loaded
-    (tests/test_methods.py holds both equal)."""
+    (model/methods/base.py says what they mean; tests/test_methods.py holds both equal)."""
 
     target: str
-    uses_points: bool
+    uses_points: bool = False
+    accumulates: bool = True
+    evaluated: str = "teacher"
 
 
 METHODS = {
     "densedino": MethodEntry("model.methods.densedino:DenseDINO", uses_points=True),
-    "dino": MethodEntry("model.methods.dino:DINO", uses_points=False),
+    "dino": MethodEntry("model.methods.dino:DINO"),
+    "leopart": MethodEntry("model.methods.leopart:Leopart", accumulates=False, evaluated="student"),
+    "swav": MethodEntry("model.methods.swav:SwAV", accumulates=False, evaluated="student"),
 }
 
 
@@ -38,4 +42,22 @@ def load_class(method: str) -> Any:
 def uses_points(method: str) -> bool:
     """Whether the pipeline draws reference points for a method. Imports the module of a module:Class. Raises UserError as
     `load_class`."""
-    return METHODS[method].uses_points if method in METHODS else bool(load_class(method).uses_points)
+    return bool(_entry(method).uses_points)
+
+
+def accumulates(method: str) -> bool:
+    """Whether a step of the method may be processed in pieces. Imports and raises as `uses_points`."""
+    return bool(_entry(method).accumulates)
+
+
+def evaluated(method: str) -> str:
+    """The role of the network that is evaluated. "teacher" for a class that cannot be imported here: its checkpoint can
+    still be read."""
+    try:
+        return str(_entry(method).evaluated)
+    except UserError:
+        return "teacher"
+
+
+def _entry(method: str) -> Any:
+    return METHODS[method] if method in METHODS else load_class(method)

@@ -3,7 +3,7 @@
 Durations given in epochs become steps here, once; `Schedules` can be printed, plotted and tested.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class Schedules:
     teacher_momentum: NDArray[np.float64]
     teacher_temperature: NDArray[np.float64]
     frozen: NDArray[np.bool_]  # whether the last layers are frozen
+    queue: NDArray[np.bool_]  # whether the queues of clustering are filled and used
 
     def __len__(self) -> int:
         return len(self.lr)
@@ -32,7 +33,7 @@ class Schedules:
         """The values of one step."""
         return StepValues(
             step, float(self.lr[step]), float(self.weight_decay[step]), float(self.teacher_momentum[step]),
-            float(self.teacher_temperature[step]), bool(self.frozen[step]),
+            float(self.teacher_temperature[step]), bool(self.frozen[step]), bool(self.queue[step]),
         )  # fmt: skip
 
 
@@ -46,6 +47,7 @@ class StepValues:
     teacher_momentum: float = 0.996
     teacher_temperature: float = 0.04
     frozen: bool = False
+    queue: bool = True
 
 
 def cosine(start: float, end: float, steps: int) -> NDArray[np.float64]:
@@ -71,13 +73,14 @@ def make_schedules(config: Config, steps_per_epoch: int) -> Schedules:
         teacher_momentum=cosine(o.teacher_momentum, 1.0, steps),
         teacher_temperature=warm[np.minimum(epoch, warm_epochs)],
         frozen=np.arange(steps) < round(o.freeze_last_layer_epochs * steps_per_epoch),
+        queue=np.arange(steps) >= round(config.clustering.queue_start_epochs * steps_per_epoch),
     )
 
 
 def describe_change(before: Schedules, after: Schedules, step: int) -> str:
     """How the schedules of a run that resumes at `step` (one or more) differ from those that it had, for the log; "" if they
     do not. The jump of a value is from the last step done to the next one."""
-    fields = ("lr", "weight_decay", "teacher_momentum", "teacher_temperature", "frozen")
+    fields = ("lr", "weight_decay", "teacher_momentum", "teacher_temperature", "frozen", "queue")
     if len(before) == len(after) and all(
         np.array_equal(getattr(before, n)[step:], getattr(after, n)[step:]) for n in fields
     ):
@@ -119,13 +122,14 @@ def short_run_notes(config: Config, steps_per_epoch: int) -> list[str]:
     return notes
 
 
-def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups of the trained parameters: weight decay for matrices and tokens, none for biases and norms (published)."""
+def decay_groups(model: nn.Module, lr_factor: float = 1.0) -> list[dict[str, Any]]:
+    """Two groups of the trained parameters: weight decay for matrices and tokens, none for biases and norms (published).
+    lr_factor: of their learning rate, over that of the schedule."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = {n for n, p in trained if p.ndim == 1 or n.endswith(".bias")}
     return [
-        {"params": [p for n, p in trained if n not in plain], "decays": True},
-        {"params": [p for n, p in trained if n in plain], "decays": False, "weight_decay": 0.0},
+        {"params": [p for n, p in trained if n not in plain], "lr_factor": lr_factor, "decays": True},
+        {"params": [p for n, p in trained if n in plain], "lr_factor": lr_factor, "decays": False, "weight_decay": 0.0},
     ]
 
 
@@ -148,15 +152,18 @@ class Optimizer:
         self.last_layers = [p for n, p in student.named_parameters() if "last_layer" in n and p.requires_grad]
 
     @torch.no_grad()
-    def step(self, at: StepValues, finite: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self, at: StepValues, finite: torch.Tensor | None = None,
+        before_update: Callable[[StepValues, torch.Tensor], None] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Clip, step with the schedules' values, clear the gradients.
 
         finite: 0-dim, 1 if the losses of all processes are finite, else 0. If they or a gradient are not, no bit of the
-        parameters and moments changes. The host does not wait for the device.
+        parameters and moments changes. The host does not wait for the device. before_update: `Method.before_update`.
         Returns (1 if the step was applied, else 0; norm of all gradients before clipping), both 0-dim on the device.
         """
         for group in self.adamw.param_groups:
-            group["lr"] = at.lr
+            group["lr"] = at.lr * group.get("lr_factor", 1.0)
             if group["decays"]:
                 group["weight_decay"] = at.weight_decay
         norms = torch._foreach_norm(self._clipped())
@@ -167,6 +174,8 @@ class Optimizer:
         if at.frozen:  # no decay and no Adam statistics either, as published
             for p in self.last_layers:
                 p.grad = None
+        if before_update:
+            before_update(at, applied)
         self.adamw.grad_scale = None  # type: ignore[attr-defined]
         self.adamw.found_inf = (1 - applied).float()  # type: ignore[attr-defined]  # the fused kernel's own switch
         self.adamw.step()

@@ -55,7 +55,8 @@ def config_of(case: dict, mode: str | None, views: list[Views], image: int) -> C
 def schedules_of(steps: list[dict]) -> Schedules:
     """The oracle's schedules; the last layers are frozen during epoch 0."""
     column = lambda name: np.array([s[name] for s in steps])  # noqa: E731
-    return Schedules(column("lr"), column("wd"), column("m"), np.full(len(steps), 0.04), column("epoch") == 0)
+    temperature, always = np.full(len(steps), 0.04), np.ones(len(steps), bool)
+    return Schedules(column("lr"), column("wd"), column("m"), temperature, column("epoch") == 0, always)
 
 
 def load_method(config: Config, tensors: dict[str, Tensor]) -> Method:

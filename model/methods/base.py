@@ -33,6 +33,10 @@ class Method(nn.Module):
     student: nn.Module
     # whether the pipeline draws reference points; a batch has M = 0 of them otherwise
     uses_points: ClassVar[bool] = False
+    # whether a step may be processed in pieces (speed.grad_accum_steps); not if the batch as a whole enters the loss
+    accumulates: ClassVar[bool] = True
+    # the role of the network that is evaluated and exported; if there is only a student, it is the student's
+    evaluated: ClassVar[str] = "teacher"
     # whether the gradients of [CLS]'s and the patches' positions are clipped separately
     clip_positions_apart: ClassVar[bool] = False
 
@@ -43,6 +47,9 @@ class Method(nn.Module):
 
     def before_step(self, at: StepValues) -> None:
         """Called before the first forward pass of a step."""
+
+    def before_update(self, at: StepValues, applied: Tensor) -> None:
+        """Called after the backward pass, just before the optimizer changes the student. applied: as in `after_step`."""
 
     def after_step(self, statistics: list[Tensor], at: StepValues, applied: Tensor) -> None:
         """Called after the optimizer: update teacher, centers, queues.
@@ -67,6 +74,7 @@ class Method(nn.Module):
     @property
     def backbone(self) -> ViT:
         """The network that is evaluated and exported."""
-        backbone = self.student.backbone
+        networks = self.networks()
+        backbone = networks.get(self.evaluated, self.student).backbone
         assert isinstance(backbone, ViT)
         return backbone

@@ -46,10 +46,6 @@ class StudentTeacher(Method):
     def networks(self) -> dict[str, nn.Module]:
         return {"student": self.student, "teacher": self.teacher}
 
-    @property
-    def backbone(self) -> ViT:
-        return self.teacher.backbone
-
     def compile_units(self) -> list[nn.Module]:
         return [unit for network in self.networks().values() for unit in network.children()]
 

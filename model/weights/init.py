@@ -19,10 +19,10 @@ from runtime.errors import UserError, suggest
 
 
 def load_backbone(path: str | Path, untrained: bool = False) -> ViT:
-    """The backbone (the teacher's, if there is a teacher) in eval mode of
+    """The backbone (the teacher's, if there is a teacher; of a checkpoint of ours the one that its method evaluates) of
 
     a run folder (its newest checkpoint; untrained: the network that the run started with), a checkpoint of ours, a backbone
-    file, weights of timm, DINO, DenseDINO, Leopart or MoCo-v3, or timm:NAME. Raises UserError if there is none.
+    file, weights of timm, DINO, DenseDINO, Leopart or MoCo-v3, or timm:NAME; in eval mode. Raises UserError if there is none.
     """
     if untrained and (Path(path) / "config.yaml").is_file():
         config = load_config(Path(path) / "config.yaml")
@@ -35,11 +35,15 @@ def load_backbone(path: str | Path, untrained: bool = False) -> ViT:
     return _from_tensors(tensors, about, str(path)).eval()
 
 
-def read_network(path: str | Path, role: str = "teacher") -> tuple[dict[str, Tensor], dict]:
+def read_network(path: str | Path, role: str | None = None) -> tuple[dict[str, Tensor], dict]:
     """(one network's tensors with our names, metadata) of a run, a checkpoint, a file in any checkpoint format, or
-    `timm:NAME`. The other role's if there is only that. Raises UserError if there is none, or it cannot be read safely.
+    `timm:NAME`.
+
+    role: by default the one that the method of a checkpoint of ours evaluates, else the teacher. The other role's network if
+    there is only that. Raises UserError if there is none, or it cannot be read safely.
     """
     contents, about = _read(str(path))
+    role = role or ("student" if about.get("role") == "student" else "teacher")
     tensors, more = select_network(contents, role, str(path))
     return tensors, about | more
 

@@ -14,6 +14,7 @@ from model.weights.names import CENTERS, MOCO, PARTS, ROLES, remap_keys, select_
 from runtime.checkpoint import latest_valid, open_checkpoint, read_header, read_tensors
 from runtime.config import parse_config
 from runtime.errors import UserError, suggest
+from runtime.methods import evaluated
 
 
 def read_file(source: str) -> tuple[dict, dict]:
@@ -65,6 +66,7 @@ def _about_config(text: str, source: str) -> dict:
         "attention": reference.attention,
         "border": reference.border,
         "locality": reference.locality,
+        "role": evaluated(config.method),
     }
 
 

@@ -12,7 +12,8 @@ It yields this process's batches of the global steps start..stop-1, in order. Fo
   damaged. A photo that the decoder refuses is replaced in the same way, with the next `attempt`.
 - `windows`, `view_points` and `color` are those of `pipeline.batch.draw_for(config, shards, plan, step, ids, rows)`.
 - `views` are uint8 [B,Vg,H,W,3], one tensor for each size (`pipeline.batch.size_groups`), on the CPU or on a GPU: the
-  decoded photo, cropped to the signed window, resized antialiased bicubic, flipped if the window is (`worker.crop_resize`).
+  decoded photo, cropped to the signed window, resized antialiased by `data.interpolation`, flipped if the window is
+  (`worker.crop_resize`).
 - `plan.prefetch` is called before the samples are read, so that remote shards are downloaded ahead.
 
 It raises UserError if no valid sample is left, and RunError if the machine and not a photo is to blame. Worker processes

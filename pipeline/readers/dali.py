@@ -39,6 +39,9 @@ ARRAYS = ("step", "ids", "rows", "windows", "view_points", "color")
 MACHINE_ERROR = re.compile(r"cuda|driver|alloc|memory|nvImageCodec failure: '#(5|6|15|20|21)'", re.IGNORECASE)
 
 
+RESIZE = {"bicubic": types.DALIInterpType.INTERP_CUBIC, "bilinear": types.DALIInterpType.INTERP_LINEAR}
+
+
 def check_version() -> None:
     """Raise UserError if the installed DALI is older than MIN_VERSION."""
     installed = nvidia.dali.__version__
@@ -118,7 +121,7 @@ def _views(source: _Source, device: str, config: Config):
                 size=(size, size),
                 roi_start=regions[v, 0],
                 roi_end=regions[v, 1],
-                interp_type=types.DALIInterpType.INTERP_CUBIC,
+                interp_type=RESIZE[config.data.interpolation],
                 antialias=True,
             )
             for v in range(group.start, group.stop)

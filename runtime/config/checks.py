@@ -15,12 +15,14 @@ from runtime.config.schema import BY_VIEW, TEACHERS, Config
 from runtime.errors import suggest_path
 from runtime.methods import METHODS
 
+CLUSTERING = ("leopart", "swav")  # the methods that use the section
+BLUR_RADIUS = 3  # of the attention that makes Leopart's mask, in patches: its border is reflected (model/foreground.py)
 MIN_TEMPERATURE = 1 / 80  # of k-NN: above it no vote, exp(similarity / temperature), overflows float32
 
 
 def check(c: Config) -> list[Problem]:
     """What is wrong with values that are each valid by themselves."""
-    return [*_optim(c), *_model(c), *_views(c), *_reference(c)]
+    return [*_optim(c), *_model(c), *_views(c), *_reference(c), *_clustering(c)]
 
 
 def _optim(c: Config) -> Iterator[Problem]:
@@ -40,6 +42,12 @@ def _optim(c: Config) -> Iterator[Problem]:
             "is learned; speed.activation_checkpointing: true needs less memory too, and so do more devices"
         )
         yield Problem("speed.grad_accum_steps", text, ("head.norm",))
+    if pieces > 1 and c.method in METHODS and not METHODS[c.method].accumulates:
+        text = (
+            f"{pieces} pieces of a step would each be balanced by themselves, but method: {c.method} balances over all images "
+            "of a step; speed.activation_checkpointing: true needs less memory too, and so do more devices"
+        )
+        yield Problem("speed.grad_accum_steps", text, ("method",))
     if c.method == "dino" and c.loss.alpha == 0:
         text = "0 leaves no loss at all. method: dino has the class loss alone, which is alpha: 1"
         yield Problem("loss.alpha", text, ("method",))
@@ -114,6 +122,23 @@ def _reference(c: Config) -> Iterator[Problem]:
         yield Problem("reference.center", text, ("method", "head.shared"))
 
 
+def _clustering(c: Config) -> Iterator[Problem]:
+    if c.method != "leopart" or not c.data.views:
+        return
+    if c.data.min_overlap == 0:
+        text = "must be above 0, or views may share no place (method: leopart compares views where they overlap)"
+        yield Problem("data.min_overlap", text, ("method",))
+    sizes = [g.size for g in c.data.views if g.teacher]
+    if len(set(sizes)) > 1:
+        yield Problem("data.views", f"method: leopart needs teacher views of one size, found {sizes}", ("method",))
+    elif c.clustering.mask != "all" and sizes and sizes[0] // c.model.patch <= BLUR_RADIUS:
+        text = (
+            f"{c.clustering.mask} needs more than {BLUR_RADIUS} patches a side, a teacher view of {sizes[0]} pixels has "
+            f"{sizes[0] // c.model.patch} (mask: all needs none)"
+        )
+        yield Problem("clustering.mask", text, ("method", "model.patch", "data.views"))
+
+
 def check_training(c: Config, processes: int) -> Iterator[Problem]:
     """What is wrong with a config that this many processes are going to train with."""
     if c.data.shards is None:
@@ -126,6 +151,12 @@ def check_training(c: Config, processes: int) -> Iterator[Problem]:
             f" (nearest: {max(1, round(batch / pieces)) * pieces})"
         )
         yield Problem("optim.global_batch_size", text, ("speed.grad_accum_steps",))
+    if c.method in CLUSTERING and c.clustering.queue % processes:
+        text = (
+            f"{c.clustering.queue} is not divisible by {processes} processes (nearest: "
+            f"{max(1, round(c.clustering.queue / processes)) * processes})"
+        )
+        yield Problem("clustering.queue", text)
     if c.eval.temperature < MIN_TEMPERATURE:
         text = f"{c.eval.temperature:g} lets a vote of k-NN overflow float32 (at least {MIN_TEMPERATURE:g})"
         yield Problem("eval.temperature", text)

@@ -16,7 +16,7 @@ from runtime.methods import uses_points
 
 TEACHERS = 2  # T: the method has two teacher views (eq. 2, eq. 3)
 # every key and section of Config is in one of the two; a resume refuses a changed value of the first
-RESULT_SECTIONS = ("method", "seed", "data", "model", "reference", "head", "loss", "optim")
+RESULT_SECTIONS = ("method", "seed", "data", "model", "reference", "head", "loss", "clustering", "optim")
 OTHER_SECTIONS = ("speed", "run", "eval")
 NON_RESULT_KEYS = (
     "data.shards",
@@ -97,6 +97,8 @@ class Data:
     """Color jitter (DINO)."""
     grayscale: Share = 0.2
     """Probability that a view loses its colors (DINO)."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How a window is resized to its view, antialiased (DINO: bicubic; Leopart and SwAV: bilinear)."""
     max_corrupt: Share = 0.001
     """Largest share of an epoch's samples that may be corrupt. The run stops when there are more."""
     max_missing: Share = 0.0
@@ -156,8 +158,12 @@ class Head:
     """Width of the last layer's input, which has unit norm."""
     prototypes: Annotated[int, Field(ge=2)] = 65536
     """Number of prototypes, K: the outputs of the last layer."""
+    layers: Annotated[int, Field(ge=2)] = 3
+    """Number of linear maps before the prototypes (Leopart: 3; SwAV: 2). Only `leopart` and `swav` use it."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Function after each hidden layer (Leopart: GELU; SwAV: ReLU). Only `leopart` and `swav` use it."""
     norm: Literal["none", "batch"] = "none"
-    """Normalization after each hidden layer: none, or batch normalization (an option of DINO)."""
+    """Normalization after each hidden layer: none, or batch normalization (an option of DINO; SwAV has it)."""
     norm_last_layer: bool = True
     """Whether the gain of the last layer's weight norm stays 1, so that prototypes keep unit norm (DINO)."""
     shared: bool = False
@@ -182,6 +188,29 @@ class Loss:
     """Epochs in which the teacher's temperature goes linearly from its first value to its second."""
     center_momentum: Share = 0.9
     """Momentum of the centers of the teacher's logits, per step (DINO)."""
+
+
+@dataclass(config=SETTINGS)
+class Clustering:
+    """Clustering into `head.prototypes` clusters while training: `method: swav` (Caron et al. 2020) and `method: leopart`
+    (Ziegler & Asano 2022)."""
+
+    epsilon: Annotated[float, Field(ge=0.02)] = 0.05
+    """Temperature of the assignments to clusters; a larger one makes them softer (both papers: 0.05)."""
+    iterations: PositiveInt = 3
+    """Number of Sinkhorn iterations that balance the clusters (both papers: 3)."""
+    queue: NonNegativeInt = 0
+    """Number of embeddings of earlier steps, over all devices and for each teacher view, that are balanced together with the
+    batch as soon as there are so many (Leopart: 8,192; SwAV with a small batch: 3,840). 0 means no queue."""
+    queue_start_epochs: NonNegativeFloat = 0
+    """Epochs before the queue is filled and used (Leopart: 0; SwAV: 15)."""
+    mask: Literal["foreground", "background", "all"] = "foreground"
+    """Patches that are in the loss and the queue of `leopart`: those that the teacher's [CLS] attends to, the others, or all
+    (Leopart: foreground)."""
+    feature: Literal["cls", "mean"] = "cls"
+    """What represents a view in `swav`: [CLS], or the mean of the patch tokens."""
+    head_lr_factor: PositiveFloat = 1.0
+    """Learning rate of head and prototypes, as a multiple of the backbone's (Leopart: 10)."""
 
 
 @dataclass(config=SETTINGS)
@@ -305,6 +334,7 @@ class Config:
     reference: Reference = Field(default_factory=Reference)
     head: Head = Field(default_factory=Head)
     loss: Loss = Field(default_factory=Loss)
+    clustering: Clustering = Field(default_factory=Clustering)
     optim: Optim = Field(default_factory=Optim)
     speed: Speed = Field(default_factory=Speed)
     run: Run = Field(default_factory=Run)

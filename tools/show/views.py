@@ -71,7 +71,12 @@ def render_views(config: Config, photo: Tensor, draws: Draws, i: int) -> list[ND
     mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
     views: list[NDArray[np.float32]] = []
     for size, group in size_groups(config):
-        crops = torch.stack([crop_resize(photo, window, size) for window in draws.windows[i, group]])  # [Vg,S,S,3]
+        crops = torch.stack(
+            [
+                crop_resize(photo, window, size, interpolation=config.data.interpolation)
+                for window in draws.windows[i, group]
+            ]
+        )  # [Vg,S,S,3]
         colored = apply_color(crops[None], torch.from_numpy(draws.color[i : i + 1, group]))[:, 0]  # [Vg,3,S,S]
         views += list((colored * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy())
     return views
