@@ -155,6 +155,7 @@ data:
 model: {{arch: custom, patch: 8, width: 24, depth: 2, heads: 2}}
 reference: {{points: 2}}
 head: {{hidden: 32, bottleneck: 16, prototypes: 40}}
+clustering: {{queue: 32}}
 optim: {{global_batch_size: 16, epochs: 4, warmup_epochs: 1}}
 speed: {{compile: false, workers: 0, device: cpu}}
 run: {{folder: {run}, log_every: 2, checkpoint_every: 7}}

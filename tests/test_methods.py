@@ -10,7 +10,7 @@ from model.weights import load_pretrained
 from pipeline.batch import Batch, draw
 from runtime.checkpoint import save_backbone
 from runtime.config import load_config
-from runtime.methods import load_class, uses_points
+from runtime.methods import accumulates, evaluated, load_class, uses_points
 from runtime.schedule import StepValues
 from tests.faults.program import Program, equal, final, log, steps
 
@@ -22,7 +22,7 @@ WORDS = ["model.drop_path=0", "optim.epochs=1", "optim.warmup_epochs=0", "speed.
 def test_registry_equals_the_class(name):
     cls = load_class(name)
     assert issubclass(cls, Method)
-    assert uses_points(name) == cls.uses_points
+    assert (uses_points(name), accumulates(name), evaluated(name)) == (cls.uses_points, cls.accumulates, cls.evaluated)
 
 
 @pytest.mark.parametrize("name", ["densedino", "tests.byol:PointBYOL"])
@@ -102,13 +102,17 @@ def test_resumes_bit_equal(method, tiny_config, tmp_path):
 
 
 def test_accumulation_and_processes_equal_one_process(method, tiny_config, tmp_path):
-    """The same batches in two accumulated parts, and on two processes, give the same weights to 1e-9."""
+    """The same batches in two accumulated parts, and on two processes, give the same weights to 1e-9. A method that needs
+    the batch as a whole refuses parts."""
     runs = {"one": ([], 1), "accumulated": (["speed.grad_accum_steps=2"], 1), "two": ([], 2)}
+    if not accumulates(method.removeprefix("method=")):
+        words, _ = runs.pop("accumulated")
+        assert "speed.grad_accum_steps: " in run_program("train.py", tiny_config, method, *words, expect=2).stderr
     for name, (words, processes) in runs.items():
         words = [method, *WORDS, *words, f"run.folder={tmp_path / name}"]
         run_processes("train.py", tiny_config, *words, processes=processes)
     one = final(tmp_path / "one")
-    for other in ("accumulated", "two"):
+    for other in runs.keys() - {"one"}:
         theirs = final(tmp_path / other)
         assert theirs.keys() == one.keys()
         for name, t in one.items():

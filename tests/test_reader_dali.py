@@ -65,10 +65,11 @@ def fallback_steps(monkeypatch) -> list[int]:
 # ------------------------------------------------------------------------------------------------------- the same batches
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_dali_reads_the_same(config, workers):
+@pytest.mark.parametrize(("workers", "interpolation"), [(0, "bicubic"), (2, "bicubic"), (0, "bilinear")])
+def test_dali_reads_the_same(config, workers, interpolation):
     """Three epochs: ids, windows, points and colors bit for bit, pixels within 0.5 of 255 in the mean. All batches are held
     until the end: DALI overwrites none of them."""
+    config.data.interpolation = interpolation
     ours = batches(config, stop=15)
     config.speed.workers = workers
     theirs = dali_batches(config, stop=15)

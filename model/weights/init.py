@@ -22,7 +22,8 @@ def load_backbone(path: str | Path, untrained: bool = False) -> ViT:
     """The backbone (the teacher's, if there is a teacher; of a checkpoint of ours the one that its method evaluates) of
 
     a run folder (its newest checkpoint; untrained: the network that the run started with), a checkpoint of ours, a backbone
-    file, weights of timm, DINO, DenseDINO, Leopart or MoCo-v3, or timm:NAME; in eval mode. Raises UserError if there is none.
+    file, weights of timm, DINO, DenseDINO, Leopart or MoCo-v3, or timm:NAME. It is in eval mode. Raises UserError if there
+    is none.
     """
     if untrained and (Path(path) / "config.yaml").is_file():
         config = load_config(Path(path) / "config.yaml")

@@ -44,8 +44,8 @@ def _optim(c: Config) -> Iterator[Problem]:
         yield Problem("speed.grad_accum_steps", text, ("head.norm",))
     if pieces > 1 and c.method in METHODS and not METHODS[c.method].accumulates:
         text = (
-            f"{pieces} pieces of a step would each be balanced by themselves, but method: {c.method} balances over all images "
-            "of a step; speed.activation_checkpointing: true needs less memory too, and so do more devices"
+            f"{pieces} pieces of a step would each be balanced by themselves, but method: {c.method} balances all images of "
+            "a step; speed.activation_checkpointing: true needs less memory too, and so do more devices"
         )
         yield Problem("speed.grad_accum_steps", text, ("method",))
     if c.method == "dino" and c.loss.alpha == 0:
@@ -123,6 +123,11 @@ def _reference(c: Config) -> Iterator[Problem]:
 
 
 def _clustering(c: Config) -> Iterator[Problem]:
+    queue, batch = c.clustering.queue, c.optim.global_batch_size
+    if c.method == "swav" and queue % batch:
+        nearest = max(1, round(queue / batch)) * batch
+        text = f"{queue} is not a multiple of optim.global_batch_size: {batch} (nearest: {nearest})"
+        yield Problem("clustering.queue", text, ("method", "optim.global_batch_size"))
     if c.method != "leopart" or not c.data.views:
         return
     if c.data.min_overlap == 0:
