@@ -119,7 +119,7 @@ scenes: ready # the demo's data: painted scenes and their shards
 	@$(PY) -m tools.make_shards make $(SCENES)/val $(SCENES)/shards/val
 
 pretrain: export STARTED_BY := make pretrain
-pretrain: ready $(if $(SHARDS),,$(if $(filter configs/demo.yaml,$(config)),scenes)) ## train, evaluate, draw [CONFIG=… SHARDS=… VAL=… GPUS=n|all RESTARTS=n RUN=… METHOD=dino ARGS='a.b=c …']
+pretrain: ready $(if $(SHARDS),,$(if $(filter configs/demo.yaml configs/%_scenes.yaml,$(config)),scenes)) ## train, evaluate, draw [CONFIG=… SHARDS=… VAL=… GPUS=n|all RESTARTS=n RUN=… METHOD=dino ARGS='a.b=c …']
 	@$(PY) -m tools.pretrain --run="$$RUN" --method="$$METHOD" --shards="$$SHARDS" --val="$$VAL" --gpus="$$GPUS" --restarts="$$RESTARTS" "$$CONFIG" $(ARGS)
 	@$(if $(filter --dry-run --check --help -h,$(ARGS)),,$(PY) -m tools.finish_run "$$RUN" --skip-existing)
 

@@ -36,7 +36,7 @@ def _read(owner: str, maps: Tensor, start: Tensor, end: Tensor, low: Tensor, hig
     """owner: the letter of the maps' first axis, t or v. The bins' rows go from the top of the source, and columns from its
     left."""
     columns, rows = (
-        axis_weights(*(x[..., axis] for x in (start, end, low, high)), patches).to(maps.dtype)
+        axis_weights(start[..., axis], end[..., axis], low[..., axis], high[..., axis], patches).to(maps.dtype)
         for axis, patches in ((0, maps.shape[3]), (1, maps.shape[2]))
     )
     read = torch.einsum(f"btvix,{owner}byxc->btvyic", columns, maps)

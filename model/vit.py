@@ -30,7 +30,15 @@ class Tokens(NamedTuple):
     cls: Tensor  # [n,D]
     patches: Tensor | None  # [n,N,D]; None if not wanted
     references: Any  # [n,R,D] of one tensor of points, [n_i,R_i,D] each of a list; None without points
-    attention: Tensor | None = None  # [n,H,N] what [CLS] takes from each patch in the last block; None if not wanted
+
+
+class TokensAndAttention(NamedTuple):
+    """What it returns if "attention" is wanted: Tokens, and what [CLS] takes from each patch in the last block."""
+
+    cls: Tensor
+    patches: Tensor | None
+    references: Any
+    attention: Tensor  # [n,H,N]
 
 
 class ViT(VisionTransformer):
@@ -74,7 +82,7 @@ class ViT(VisionTransformer):
         points: Tensor | list[Tensor] | None = None,
         want: Collection[str] = ("cls", "patches"),
         drop: Tensor | None = None,
-    ) -> Tokens:
+    ) -> Tokens | TokensAndAttention:
         """images [n,3,h,w] normalized, h and w multiples of the patch size. points [n,R,2]: (x, y) in each view's [0,1]
         frame, or a list of them for consecutive groups of images, starting at the first image, [n_i,R_i,2] each.
 
@@ -107,13 +115,16 @@ class ViT(VisionTransformer):
         for i, block in enumerate(self.blocks[:-1]):
             x = run_block(block, x, shapes, shapes, branch_scales[i], biases)
         last, with_patches = self.blocks[-1], "patches" in want
-        attention = cls_attention(last, split(x, shapes)[0].view(n, -1, width)) if "attention" in want else None
+        attention = (
+            cls_attention(last, split(x, shapes)[0].view(n, -1, width)) if "attention" in want else None
+        )  # [n,H,N]
         query_shapes = shapes if with_patches else [(n, 1), *shapes[1:]]
         x, shapes = run_block(last, x, shapes, query_shapes, branch_scales[-1], biases), query_shapes
         x = self.norm(x)
         image, *outputs = (t.view(*shape, width) for t, shape in zip(split(x, shapes), shapes, strict=True))
         of_points = outputs if isinstance(points, list) else outputs[0] if outputs else None
-        return Tokens(image[:, 0], image[:, 1:] if with_patches else None, of_points, attention)
+        tokens = Tokens(image[:, 0], image[:, 1:] if with_patches else None, of_points)
+        return tokens if attention is None else TokensAndAttention(*tokens, attention)
 
     def about(self) -> dict[str, Any]:
         """What the shapes of its tensors do not tell: the metadata of its files."""

@@ -46,9 +46,8 @@ def config_of(case: dict) -> Config:
         method="leopart", model=Model("custom", case["patch"], case["width"], case["depth"], case["heads"], 0.0)
     )
     config.head = Head(case["hidden"], case["feat"], case["K"])
-    config.data.views = [
-        Views(n, size, teacher=not i) for i, (n, size) in enumerate(zip(case["crops"], case["sizes"], strict=True))
-    ]
+    sizes = zip(case["crops"], case["sizes"], strict=True)
+    config.data.views = [Views(n, size, teacher=not i) for i, (n, size) in enumerate(sizes)]
     factor = case["lr_heads"] / case["lr_backbone"]
     config.clustering = Clustering(0.05, 3, case["queue"], mask=MASKS[case["mask"]], head_lr_factor=factor)  # type: ignore[arg-type]
     return config
@@ -166,7 +165,7 @@ def check_parts(case: Case, method: Any, batch: Batch) -> Tensor:
     if "fg.mask" in case.tensors:
         assert torch.equal(foreground(tokens.attention.flatten(0, 1))[:, None], case.get("fg.mask").bool())
     q = assign(z.flatten(1, 2), teacher.head.prototypes, method.queue, student.head.prototypes, method.settings)
-    mask = method.mask(tokens.attention if case.settings["mask"] != "all" else None, z.shape[:3])
+    mask = method.mask(tokens)
     for t in range(2):
         case.check(f"sinkhorn.q_all.{t}", q[t])
     maps = square(q.unflatten(1, z.shape[1:3]))  # [T,B,g,g,K]

@@ -18,6 +18,7 @@ from model.methods.base import StepOutput
 from model.methods.clustering import ClusterNetwork, assign, mean_entropy, new_queue
 from model.methods.encode import encode
 from model.methods.student_teacher import StudentTeacher
+from model.vit import TokensAndAttention
 from pipeline.batch import Batch
 from runtime.config import TEACHERS, Config
 from runtime.distributed import gather_rows, rank_and_size, sum_over_processes
@@ -47,9 +48,9 @@ class Leopart(StudentTeacher):
     def forward(self, batch: Batch, at: StepValues) -> StepOutput:
         student, teacher = self.student, self.teacher
         with torch.no_grad():
-            (tokens,) = encode(teacher.backbone, batch, TEACHERS, self.wanted)
+            (tokens,) = encode(teacher.backbone, batch, TEACHERS, ("cls", "patches", "attention"))
             z = teacher.head(tokens.patches)  # [T,B,N,d]
-            mask = self.mask(tokens.attention, z.shape[:3])  # [T,B,N]
+            mask = self.mask(tokens)  # [T,B,N]
             queue = self.queue if at.queue else None
             q = assign(z.flatten(1, 2), teacher.head.prototypes, queue, student.head.prototypes, self.settings)
             q = q.unflatten(1, z.shape[1:3])  # [T,B,N,K]
@@ -61,15 +62,12 @@ class Leopart(StudentTeacher):
         loss, *_ = dense_clustering(scores, square(q), square(mask[..., None])[..., 0], batch.windows, self.temperature)
         return StepOutput(loss, {"target_entropy": mean_entropy(q), "mask": mask.to(q.dtype).mean()}, [])
 
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        return ("cls", "patches") if self.settings.mask == "all" else ("cls", "patches", "attention")
-
-    def mask(self, attention: Tensor | None, shape: torch.Size) -> Tensor:
-        """bool [T,B,N]: the patches that the loss is taken on, and that are pushed. attention [T,B,H,N]: the teacher's."""
-        if attention is None:
-            return torch.ones(shape, dtype=torch.bool, device=self.teacher.head.prototypes.device)
-        inside = foreground(attention.flatten(0, 1)).flatten(1).view(shape)
+    def mask(self, tokens: TokensAndAttention) -> Tensor:
+        """bool [T,B,N]: the patches that the loss is taken on, and that are pushed. tokens: the teacher's, [T,B,...]."""
+        attention = tokens.attention  # [T,B,H,N]
+        if self.settings.mask == "all":
+            return torch.ones_like(attention[:, :, 0], dtype=torch.bool)
+        inside = foreground(attention.flatten(0, 1)).flatten(1).unflatten(0, attention.shape[:2])
         return inside if self.settings.mask == "foreground" else ~inside
 
     def before_step(self, at: StepValues) -> None:
@@ -94,11 +92,12 @@ class Leopart(StudentTeacher):
         u = drop_path.draw(self.seed, batch.step, batch.ids, (teachers, patches), "queue")  # [B,T,N]
         u = gather_rows(u + (~mask.transpose(0, 1)))  # [all B,T,N]: outside the mask, 1 is added
         order = u.transpose(0, 1).flatten(1).argsort(dim=1, stable=True)
-        n = min(PUSHED * images * processes, most, order.shape[1])
-        place = order[:, :n] - rank * images * patches  # [T,n] among this process's own
-        own = (place >= 0) & (place < images * patches)
-        place = place.clamp(0, images * patches - 1)[..., None].expand(-1, -1, d)
-        return sum_over_processes(z.flatten(1, 2).gather(1, place) * own[..., None])  # each row comes from one process
+        drawn = order[:, : min(PUSHED * images * processes, most)]  # [T,n]
+        image, patch = drawn // patches, drawn % patches
+        own = image % processes == rank  # see gather_rows
+        place = image // processes * patches + patch
+        rows = z.flatten(1, 2).gather(1, place[..., None].expand(-1, -1, d))
+        return sum_over_processes(rows * own[..., None])  # each row comes from one process
 
 
 def square(x: Tensor) -> Tensor:
