@@ -184,17 +184,15 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows [B,*] of all processes' images, as many in each, in the order of one process: [processes*B,*] in each of
-    them. They have no gradient.
-
-    Image i of process r is image i * processes + r of the step (`pipeline.plan.Plan.samples_of`).
-    """
+    """The rows [n,*] of all processes, as many in each, in the order of the global batch: [n*processes,*] in each of them.
+    The plan deals that to the processes in turn, so row i of process r is row i * processes + r. They have no gradient.
+    (`DistributedContext.all_gather` takes different numbers; the host waits for them.)"""
     world_size = rank_and_size()[1]
     if world_size == 1:
         return rows.detach()
-    parts = [torch.empty_like(rows) for _ in range(world_size)]
-    dist.all_gather(parts, rows.detach().contiguous())
-    return torch.stack(parts, 1).flatten(0, 1)
+    gathered = rows.new_empty(world_size, *rows.shape)
+    dist.all_gather(list(gathered.unbind()), rows.detach().contiguous())
+    return gathered.transpose(0, 1).flatten(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- precision

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import run_program
 from scipy import ndimage
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.alignment import BINS, Overlaps, axis_weights
 from model.cluster_queue import ClusterQueue
@@ -21,6 +22,8 @@ from pipeline.readers.worker import crop_resize
 from runtime.config import load_config
 from runtime.errors import UserError
 from runtime.schedule import Optimizer, StepValues
+from tests.faults.program import final
+from tests.test_step import Crossings
 
 WINDOWS = torch.tensor(
     [[[0, 0, 80, 60], [70, 10, 10, 50], [20, 15, 60, 40]], [[5, 3, 50, 61], [0, 0, 64, 64], [64, 20, 30, 64]]]
@@ -210,6 +213,35 @@ def test_a_step_of_leopart_has_the_published_order(leopart):
     assert leopart(tiny_batch(1), at).loss.isfinite()
 
 
+@pytest.mark.parametrize("name", ["leopart", "swav"])
+def test_on_a_gpu_the_host_waits_for_nothing(name, tiny_config, monkeypatch):
+    """As in tests/test_step.py, on torch's fake GPU: forward pass, EMA, prototypes and queue."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    gpu, crossings = torch.device("cuda", 0), Crossings()
+    method = build(load_config(tiny_config, [f"method={name}"]))
+    with FakeTensorMode():
+        for module in method.modules():
+            for n, p in module.named_parameters(recurse=False):
+                setattr(module, n, torch.nn.Parameter(torch.empty(p.shape, device=gpu), p.requires_grad))
+            for n, b in module.named_buffers(recurse=False):
+                setattr(module, n, torch.empty(b.shape, device=gpu))
+        batch = Batch(
+            0, *(torch.empty(4, dtype=torch.int64, device=gpu) for _ in range(2)),
+            [torch.empty(2, 4, 3, size, size, device=gpu) for size in (32, 16)],
+            torch.empty(4, 4, 4, dtype=torch.int32, device=gpu), *(torch.empty(0, device=gpu) for _ in range(2)),
+        )  # fmt: skip
+        at, applied = StepValues(), torch.empty((), device=gpu)
+        with crossings:
+            method.before_step(at)
+            with torch.autocast("cuda", torch.bfloat16):
+                out = method(batch, at)
+            method.before_update(at, applied)
+            method.after_step([], at, applied)
+        assert {(x.device, x.dtype) for x in (out.loss, *out.metrics.values())} == {(gpu, torch.float32)}
+        assert not crossings.seen
+
+
 @pytest.mark.parametrize("mask", ["background", "all"])
 def test_other_masks(tiny_config, mask):
     torch.manual_seed(0)
@@ -237,8 +269,6 @@ def test_the_queue_starts_after_some_epochs(tiny_config, tmp_path):
     for epochs, filled in ((1, False), (2, True)):
         words = ["method=swav", "clustering.queue_start_epochs=1", f"optim.epochs={epochs}", "optim.warmup_epochs=0"]
         run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / str(epochs)}")
-        from tests.faults.program import final
-
         assert bool(final(tmp_path / str(epochs))["queue.rows"].any()) == filled
 
 
