@@ -1,5 +1,7 @@
 """SwAV and Leopart: the parts of their losses against plain loops, what enters the queue, and the order of a step."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from conftest import run_program
 from scipy import ndimage
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.alignment import BINS, Overlaps, axis_weights
@@ -19,6 +22,7 @@ from model.methods import build
 from model.weights import load_backbone
 from pipeline.batch import Batch
 from pipeline.readers.worker import crop_resize
+from runtime.compile import compile_parts
 from runtime.config import load_config
 from runtime.errors import UserError
 from runtime.schedule import Optimizer, StepValues
@@ -107,8 +111,8 @@ def test_dense_clustering_equals_its_loops():
                 -(q[b, t, v, j, i] * (read[b, t, v, j, i] / temperature).log_softmax(-1)).sum()
                 for b in range(2) for j in range(BINS) for i in range(BINS) if inside[b, t, v, j, i] and t != v
             ]  # fmt: skip
-            mean = sum(terms) / max(1, len(terms))
-            assert float(pair_loss[t, v]) == pytest.approx(float(mean), rel=1e-12)
+            mean = sum(terms, torch.zeros((), dtype=torch.float64)) / max(1, len(terms))
+            assert float(pair_loss[t, v]) == pytest.approx(float(mean.detach()), rel=1e-12)
             assert int(bins[t, v]) == len(terms)
             total = total + mean / (2 * 2)
     assert bins[0, 1:].all()
@@ -240,6 +244,36 @@ def test_on_a_gpu_the_host_waits_for_nothing(name, tiny_config, monkeypatch):
             method.after_step([], at, applied)
         assert {(x.device, x.dtype) for x in (out.loss, *out.metrics.values())} == {(gpu, torch.float32)}
         assert not crossings.seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["leopart", "swav"])
+def test_compiled_steps_equal_uncompiled_ones(name, tiny_config, monkeypatch):
+    """In bfloat16, with drop path and activations that are computed again; nothing is compiled after the first steps."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("runtime.compile.can_compile", lambda device: None)
+    torch._dynamo.reset()
+    words = [f"method={name}", "speed.activation_checkpointing=true"]
+    found, graphs = [], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        method = build(load_config(tiny_config, words))
+        if compiled:
+            compile_parts(method.compile_units(), torch.device("cpu"))
+        optimizer = Optimizer(method.student, 0.0, groups=method.parameter_groups())
+        for i in range(4):
+            at = StepValues(i, lr=1e-3)
+            method.before_step(at)
+            with torch.autocast("cpu", torch.bfloat16):
+                out = method(tiny_batch(i), at)
+            out.loss.backward()
+            applied, _ = optimizer.step(at, None, method.before_update)
+            method.after_step([], at, applied)
+            found.append(float(out.loss.detach()))
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert found[4:] == pytest.approx(found[:4], rel=1e-2)
+    assert graphs[4] > graphs[3]
+    assert graphs[7] == graphs[5]
 
 
 @pytest.mark.parametrize("mask", ["background", "all"])
