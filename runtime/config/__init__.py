@@ -1,6 +1,6 @@
 """The config of a run: yaml (+ base) + a.b=c -> one typed, checked Config.
 
-schema.py     every value: type, bounds, default, meaning
+schema.py     every value: type, bounds, default, meaning; objectives.py: those of what a method learns
 bounds.py     the types that it uses beside pydantic's
 checks.py     rules between values
 messages.py   errors in words, nearest keys
