@@ -6,7 +6,7 @@ Letters: n images, N patches, D width, R reference tokens of an image, H heads.
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
+from model.backbone import Backbone, Tokens
 from model.reference import attend, locality_bias, point_embedding, resize_grid
 from runtime.config import Model, Reference
+from runtime.errors import UserError
 
 # What each image's attention and MLP branch is multiplied by, [n] each: 0, or 1 / (1 - rate). None: nothing is dropped
 Scales = tuple[Tensor | None, Tensor | None]
@@ -24,15 +26,7 @@ Scales = tuple[Tensor | None, Tensor | None]
 ARCHS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12)}  # width, depth, heads
 
 
-class Tokens(NamedTuple):
-    """What a ViT returns, after the final norm."""
-
-    cls: Tensor  # [n,D]
-    patches: Tensor | None  # [n,N,D]; None if not wanted
-    references: Any  # [n,R,D] of one tensor of points, [n_i,R_i,D] each of a list; None without points
-
-
-class ViT(VisionTransformer):
+class ViT(VisionTransformer, Backbone):
     """A pre-norm ViT (DeiT's) whose forward pass also takes reference points.
 
     image_size: side of the images that the position grid is made for; it is resized for others (`resize_grid`).
@@ -53,7 +47,6 @@ class ViT(VisionTransformer):
         )  # fmt: skip
         self.patch, self.width, self.heads, self.image_size = patch, width, heads, image_size
         self.attention, self.border, self.locality = attention, border, locality
-        self.precision: torch.dtype | None = None  # of matrix products in evaluation; None: the fastest of the device
         self.activation_checkpointing = False  # compute each block again in the backward pass
         self._initialize()
 
@@ -115,7 +108,6 @@ class ViT(VisionTransformer):
         return Tokens(image[:, 0], image[:, 1:] if with_patches else None, of_points)
 
     def about(self) -> dict[str, Any]:
-        """What the shapes of its tensors do not tell: the metadata of its files."""
         names = ("heads", "attention", "border", "locality")
         return {name: getattr(self, name) for name in names}
 
@@ -192,6 +184,13 @@ def _add_branch(x: Tensor, branch: Tensor, scale: Tensor | None, shapes: list[tu
         scales.append(scale[first : first + images].repeat_interleave(tokens))
         first += images
     return torch.addcmul(x, branch.to(x.dtype), torch.cat(scales).to(x.dtype)[:, None])
+
+
+def require_vit(network: Backbone, path: object, what: str) -> ViT:
+    """The network, if it is a ViT. Raises UserError, with the reason, for another one. what: needs it."""
+    if not isinstance(network, ViT):
+        raise UserError(f"{path} is a ResNet; {what} needs a ViT: a ResNet has no attention, [CLS] or reference tokens")
+    return network
 
 
 def build_vit(model: Model, reference: Reference, image_size: int, drop_path: float) -> ViT:
