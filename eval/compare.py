@@ -4,9 +4,10 @@
         [--only-untrained] [--measures knn,linear,linear_seg,cluster_seg,retrieval_seg,points] [--limit N] [--seeds 5]
         [--aggregate-seeds] [--out FOLDER] [--skip-existing]
 
-A network is a run folder, a checkpoint, a backbone file, weights of DINO, DenseDINO, Leopart, SwAV, MoCo, DenseCL or timm,
-ViT or ResNet-50, or timm:NAME. All are measured on the same photos and scenes: the named ones, else those of the first run among the networks
-(photos it was not trained on). Each is measured at the size it was trained for; eval/<measure>.py describes the protocol.
+A network is a run folder, a checkpoint, a backbone file, weights of DINO, DenseDINO, Leopart, SwAV, MoCo, DenseCL or timm
+(ViT or ResNet-50), or timm:NAME. All are measured on the same photos and scenes: the named ones, else those of the first run
+among the networks (photos it was not trained on). Each is measured at the size it was trained for; eval/<measure>.py
+describes the protocol.
 
 Writes measures.json (after every measure, so that an interruption loses only one), measures.md and measures.png. Each
 network's column carries the step and the hash of its weights; --skip-existing keeps the measures of these weights only.
