@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from tools.paper.runs import Run, Scale
@@ -93,9 +94,9 @@ def run_all(
             for job in [job for job in waiting if job.run.start in failed]:
                 assert job.run.start is not None
                 failed.append(job.run)
-                failures.append(f"{job.run.name}: not started, because it starts from {job.run.start.name}")
+                failures.append(f"{job.run.name}: not started, because {job.run.start.name} failed")
                 waiting.remove(job)
-            while len(active) < jobs and (job := next((job for job in waiting if _can_start(job, active)), None)):
+            for job in list(islice((job for job in waiting if _can_start(job, active)), jobs - len(active))):
                 started += 1
                 waiting.remove(job)
                 active.append(job)

@@ -32,21 +32,16 @@ def make_table1(base: Config, scale: str, words: Sequence[str]) -> Table:
         Row(name, label, config=f"configs/{name}_{ending}.yaml", baseline="dino", paper=paper)
         for name, (label, paper) in METHODS.items()
     ]
-    rows += [
+    rows += [  # the controls
         Row("dino-longer", "DINO, Leopart's steps too", (*DINO, f"optim.epochs={longer:g}"), baseline="dino"),
         Row(
-            "untrained",
-            "untrained",
-            start="dino",
-            untrained=True,
-            baseline="dino",
+            "untrained", "untrained", start="dino", untrained=True, optional=True, baseline="dino",
             expected={CLS: -1, SEG: -1},
-            optional=True,
         ),
-    ]
+    ]  # fmt: skip
     source = (
-        "Table 1 of the paper: ViT-S/16 on ImageNet. DINO, DenseDINO and Leopart: its own runs (300 epochs; of Leopart 50 "
-        "more; it also cites DINO after 800 epochs, 74.4 and 50.6, and Leopart after 50 more, 52.0 and 68.9). SwAV, MoCo-v2 and "
+        "Table 1 of the paper: ViT-S/16 on ImageNet. DINO, DenseDINO, Leopart: its own runs, 300 epochs, of Leopart 50 "
+        "more. It cites DINO after 800 epochs too, 74.4 and 50.6, and Leopart after 50 more, 52.0 and 68.9. SwAV, MoCo-v2, "
         "DenseCL: cited, their mIoU probably of ResNet-50. Its claims: mIoU of DINO is below that of DenseDINO and of "
         "Leopart, k-NN of Leopart is below that of DINO."
     )
