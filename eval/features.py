@@ -92,9 +92,8 @@ def tokens(network: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
     """
     precision = network.precision or distributed.choose_precision("auto", images.device)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-        cls, patches, _ = network(normalized(images).to(next(network.parameters()).dtype))
-    assert patches is not None
-    return cls.float(), patches.float()
+        out = network(normalized(images).to(next(network.parameters()).dtype))
+    return out.cls.float(), out.patches.float()
 
 
 def raw_pixels(images: Tensor) -> Tensor:

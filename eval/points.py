@@ -104,7 +104,8 @@ def point_features(
     for images, masks in progress_bar(loaded, -(-len(scenes) // batch), progress):
         points, labels = draw_points(masks, count, draws)
         pixels = normalized(images).to(network.pos_embed.dtype)
-        cls, patches, tokens = network(pixels, points)
+        out = network(pixels, points)
+        cls, patches, tokens = out.cls, out.patches, out.references
         under = (points * grid).long().clamp(max=grid - 1)  # [n,R,(x, y)]
         index = (under[..., 1] * grid + under[..., 0])[..., None].expand(-1, -1, patches.shape[-1])
         features = {"reference": tokens, "patch": patches.gather(1, index), "cls": cls[:, None].expand_as(tokens)}
