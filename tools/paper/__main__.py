@@ -214,7 +214,8 @@ def print_plan(selection: "Selection", scale: "Scale", jobs: int, on_gpu: bool) 
         if run.is_trained() and not missing:
             state, what = "finished", "finished"
         elif run.is_trained():
-            state, what = "started", f"{'trained; ' if run.config else ''}to measure: {', '.join(missing)}"
+            state = "started" if run.config or run.figures(scale.scenes) else "missing"
+            what = f"{'trained; ' if run.config else ''}to measure: {', '.join(missing)}"
         else:
             state = "started" if steps else "missing"
             what = f"started, step {steps:,} of {run.steps:,}" if steps else f"missing, {run.steps:,} steps"
