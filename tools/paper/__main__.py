@@ -4,9 +4,9 @@
         [--photos SHARDS VAL] [--voc FOLDER] [--rows NAME,...] [--weights ROW=FILE] [--measures NAME,...] [--jobs N]
         [--gpus N|all] [--runs FOLDER] [--out FOLDER] [a.b=c ...]
 
-table1: methods (DINO, DenseDINO, Leopart, SwAV, MoCo-v2, DenseCL) and two controls. table2: view recipes. table3: loss terms.
-figure5: reference points of a pair. locality: width of the Gaussian prior on what a reference token attends to, and variants:
-other forms of that prior (neither is in the paper). all: all but table1 and variants.
+table1: methods (DINO, DenseDINO, Leopart, SwAV, MoCo-v2, DenseCL) and two controls. table2: view recipes. table3: loss
+terms. figure5: reference points of a pair. locality: width of the Gaussian prior on what a reference token attends to, and
+variants: other forms of that prior (neither is in the paper). all: all but table1 and variants.
 
 --scale small: the demo's network and painted scenes (configs/demo.yaml; other methods: configs/<method>_scenes.yaml), or
 with --photos, but not for table1, that of configs/photos64.yaml on these shards. --scale paper: ViT-Ti/16 as in the paper

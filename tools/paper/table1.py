@@ -6,7 +6,7 @@ The figures are those of the paper (arXiv:2306.04654). Its rows are of several o
 from collections.abc import Sequence
 
 from runtime.config import Config, load_config
-from tools.paper.tables import CLS, DINO, SEG, Row, Table
+from tools.paper.tables import CLS, DINO, PUBLISHED, SEG, Row, Table
 
 CONFIGS = {"small": "scenes", "paper": "vits16"}  # scale: ending of the methods' config files
 METHODS = {  # row: its label and the paper's figures
@@ -22,8 +22,8 @@ def make_table1(base: Config, scale: str, words: Sequence[str]) -> Table:
     leopart = f"configs/leopart_{ending}.yaml"
     longer = base.optim.epochs + load_config(leopart, words).optim.epochs
     rows = [
-        Row("dino", "DINO", DINO, paper={CLS: 70.4, SEG: 56.1}),
-        Row("densedino", "DenseDINO", ("reference.locality=null",), baseline="dino", paper={CLS: 69.7, SEG: 63.3}),
+        Row("dino", "DINO", (*DINO, *PUBLISHED), paper={CLS: 70.4, SEG: 56.1}),
+        Row("densedino", "DenseDINO", PUBLISHED, baseline="dino", paper={CLS: 69.7, SEG: 63.3}),
         Row(
             "leopart", "Leopart, from DINO", config=leopart, start="dino", baseline="dino", paper={CLS: 61.0, SEG: 64.6}
         ),
@@ -33,7 +33,7 @@ def make_table1(base: Config, scale: str, words: Sequence[str]) -> Table:
         for name, (label, paper) in METHODS.items()
     ]
     rows += [  # the controls
-        Row("dino-longer", "DINO, Leopart's steps too", (*DINO, f"optim.epochs={longer:g}"), baseline="dino"),
+        Row("dino-longer", "DINO, Leopart's steps too", (*DINO, *PUBLISHED, f"optim.epochs={longer:g}"), baseline="dino"),
         Row(
             "untrained", "untrained", start="dino", untrained=True, optional=True, baseline="dino",
             expected={CLS: -1, SEG: -1},
