@@ -8,13 +8,14 @@ SCENES   := data/scenes
 
 # ---------------------------------------------------------------------------------------- words of the command line
 
-TARGETS  := help setup scenes shards verify index pretrain tables eval export bench test test-slow faults check lock docs-reference clean
+TARGETS  := help setup scenes shards verify index pretrain table1 tables eval export bench test test-slow faults check lock docs-reference clean
 
 # the variables that a target takes, besides those of the installation
 takes_shards    := SRC DST SHARD_MB ARGS
 takes_verify    := DST ARGS
 takes_index     := DST ARGS
 takes_pretrain  := CONFIG SHARDS VAL GPUS RUN RESTARTS METHOD ARGS
+takes_table1    := SCALE SEEDS ARGS
 takes_tables    := TABLE SCALE SEEDS ARGS
 takes_eval      := RUN CONFIG METHOD ARGS
 takes_export    := RUN CONFIG METHOD DST ARGS
@@ -70,7 +71,7 @@ export GOMP_SPINCOUNT ?= 10000
 
 help: ## this list
 	@echo "DenseDINO: photos -> shards -> pretraining -> what it learned"
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # the kind of torch is that of the environment, if there is one
 cpu_torch := $(wildcard .venv/lib/python3*/site-packages/torch-*+cpu.dist-info)
@@ -123,8 +124,15 @@ pretrain: ready $(if $(SHARDS),,$(if $(filter configs/demo.yaml configs/%_scenes
 	@$(PY) -m tools.pretrain --run="$$RUN" --method="$$METHOD" --shards="$$SHARDS" --val="$$VAL" --gpus="$$GPUS" --restarts="$$RESTARTS" "$$CONFIG" $(ARGS)
 	@$(if $(filter --dry-run --check --help -h,$(ARGS)),,$(PY) -m tools.finish_run "$$RUN" --skip-existing)
 
+# without other photos, both are made on the painted scenes
+of_paper := $(if $(or $(filter paper,$(SCALE)),$(findstring --photos,$(ARGS)),$(findstring data.shards=,$(ARGS))),,scenes)
+
+table1: export STARTED_BY := make table1
+table1: ready $(of_paper) ## the paper's Table 1: all methods, trained and measured [SCALE=small|paper SEEDS=n ARGS='--dry-run …']
+	@$(PY) -m tools.paper table1 $(if $(SCALE),--scale "$$SCALE") $(if $(SEEDS),--seeds "$$SEEDS") $(ARGS)
+
 tables: export STARTED_BY := make tables
-tables: ready $(if $(or $(filter paper,$(SCALE)),$(findstring --photos,$(ARGS)),$(findstring data.shards=,$(ARGS))),,scenes) ## the paper's ablations [TABLE=table2|table3|figure5|locality|variants SCALE=small|paper SEEDS=n ARGS='--dry-run …']
+tables: ready $(of_paper) ## the paper's ablations [TABLE=table2|table3|figure5|locality|variants SCALE=small|paper SEEDS=n ARGS='--dry-run …']
 	@$(PY) -m tools.paper $(if $(TABLE),"$$TABLE",all) $(if $(SCALE),--scale "$$SCALE") $(if $(SEEDS),--seeds "$$SEEDS") $(ARGS)
 
 eval: ready ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained

@@ -184,6 +184,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add_palette(parser)
     parser.add_argument("--measures", help=f"some of {','.join(MEASURES)} (default: all)")
     parser.add_argument("--untrained", action="store_true", help="also each run's network before training")
+    parser.add_argument(
+        "--only-untrained", action="store_true", help="each run's network before training, not the trained one"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="of the clusters (default: 5)")
     parser.add_argument(
         "--aggregate-seeds", action="store_true", help="one column for runs whose names differ only in a number"

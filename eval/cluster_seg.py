@@ -33,7 +33,7 @@ from eval.datasets import VocSegmentation, scene_sizes
 from eval.features import check_size, default_workers, progress_bar, resize_masks, scene_tokens
 from eval.miou import Score, confusion, score_of
 from eval.target import EvalTarget
-from model.vit import ViT
+from model.backbone import Backbone
 from runtime.errors import UserError
 
 COMPONENTS = 50
@@ -126,7 +126,7 @@ def assign(points: Tensor, centers: Tensor, rows: int = 4096) -> tuple[Tensor, T
 
 
 def measure(
-    network: ViT,
+    network: Backbone,
     scenes: VocSegmentation,
     map_size: int,
     clusters: list[int],

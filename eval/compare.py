@@ -1,12 +1,13 @@
 """Every measure of every network, side by side: one command, one table.
 
     python -m eval compare NETWORK [NETWORK ...] [--data VOC_FOLDER] [--train SHARDS] [--val SHARDS] [--untrained]
-        [--measures knn,linear,linear_seg,cluster_seg,retrieval_seg] [--limit N] [--seeds 5] [--aggregate-seeds]
-        [--out FOLDER] [--skip-existing]
+        [--only-untrained] [--measures knn,linear,linear_seg,cluster_seg,retrieval_seg,points] [--limit N] [--seeds 5]
+        [--aggregate-seeds] [--out FOLDER] [--skip-existing]
 
-A network is a run folder, a checkpoint, a backbone file, weights of DINO, DenseDINO, Leopart, MoCo-v3 or timm, or
-timm:NAME. All are measured on the same photos and scenes: the named ones, else those of the first run among the networks
-(photos it was not trained on). Each is measured at the size it was trained for; eval/<measure>.py describes the protocol.
+A network is a run folder, a checkpoint, a backbone file, weights of DINO, DenseDINO, Leopart, SwAV, MoCo, DenseCL or timm
+(ViT or ResNet-50), or timm:NAME. All are measured on the same photos and scenes: the named ones, else those of the first run
+among the networks (photos it was not trained on). Each is measured at the size it was trained for; eval/<measure>.py
+describes the protocol.
 
 Writes measures.json (after every measure, so that an interruption loses only one), measures.md and measures.png. Each
 network's column carries the step and the hash of its weights; --skip-existing keeps the measures of these weights only.
@@ -42,7 +43,7 @@ from runtime.errors import UserError
 from runtime.files import refusal, write_atomic
 
 if TYPE_CHECKING:
-    from model.vit import ViT
+    from model.backbone import Backbone
 
 ON_PHOTOS = {"knn", "linear"}  # the other measures are taken on scenes
 NO_PHOTOS = "no photos (--train SHARDS --val SHARDS, or a run among the networks)"
@@ -59,6 +60,7 @@ def run(
     data: str | None = None,
     palette: str | None = None,
     untrained: bool = False,
+    only_untrained: bool = False,
     limit: int | None = None,
     seeds: int = 5,
     aggregate_seeds: bool = False,
@@ -84,7 +86,8 @@ def run(
     folder = out or source.run or Path("evaluation")
     check_writable(folder)
 
-    networks, columns = load_networks(list(paths), targets, weights, untrained)
+    stages = (True,) if only_untrained else (False, True) if untrained else (False,)
+    networks, columns = load_networks(list(paths), targets, weights, stages)
     settings = asdict(source.settings)  # its `limit` belongs to k-NN while training and is overwritten
     settings |= dict(bank=train, val=val, data=spec.data, palette=palette, limit=limit, seeds=seeds)
     settings |= {"source": str(source.path)}
@@ -99,7 +102,7 @@ def run(
             results["means"] = mean_over_seeds(columns)
         write(folder, results)
 
-    wanted = [measure for measure in measures if measure not in skipped]
+    wanted = [m for m in measures if m not in skipped and any(m not in c.get("skipped", {}) for c in columns.values())]
     measure_networks(networks, columns, spec, wanted, write_results)
     if wanted:
         write_results()  # those that were kept too
@@ -139,21 +142,26 @@ def check_writable(folder: Path) -> None:
 
 
 def load_networks(
-    paths: list[str], targets: list[EvalTarget], weights: list[Weights], untrained: bool
-) -> tuple[dict[str, "ViT"], dict[str, dict[str, Any]]]:
+    paths: list[str], targets: list[EvalTarget], weights: list[Weights], stages: Sequence[bool]
+) -> tuple[dict[str, "Backbone"], dict[str, dict[str, Any]]]:
     """({name: network on the CPU}, {name: its column of measures.json}): every file is read before anything is measured, and
-    names of timm's come first, because a network connection may be missing."""
+    names of timm's come first, because a network connection may be missing. stages: of each run, the network before training
+    (True), after it (False), or both."""
     from eval.datasets import scene_sizes
     from eval.features import check_size
+    from eval.measures import NEEDS_VIT
+    from model.vit import ViT
     from model.weights.timm_hub import check_timm
 
     for path in paths:
         if path.startswith(TIMM):
             check_timm(path.removeprefix(TIMM))
-    networks: dict[str, ViT] = {}
+    networks: dict[str, Backbone] = {}
     columns: dict[str, dict[str, Any]] = {}
     for label, target, stamp in zip(short_names(paths), targets, weights, strict=True):
-        for at_start in (False, True) if untrained and target.run else (False,):
+        if False not in stages:
+            target.check_untrained(True)
+        for at_start in stages if target.run else (False,):
             name = f"{label}, untrained" if at_start else label
             network = target.network(at_start).cpu()
             twin = next((n for n in networks if same_weights(networks[n], network)), None) if at_start else None
@@ -164,12 +172,14 @@ def load_networks(
             size, _ = scene_sizes(network.image_size)
             check_size(network, size)
             columns[name] = {"path": str(target.path), "untrained": at_start, "image_size": network.image_size}
+            if not isinstance(network, ViT):
+                columns[name]["skipped"] = dict(NEEDS_VIT)
             columns[name]["weights"] = {"step": 0, "sha256": hash_of(network)} if at_start else stamp
     return networks, columns
 
 
 def measure_networks(
-    networks: dict[str, "ViT"],
+    networks: dict[str, "Backbone"],
     columns: dict[str, dict[str, Any]],
     spec: EvalSpec,
     measures: Sequence[str],
@@ -178,7 +188,12 @@ def measure_networks(
     """Add each measure that is missing to each column, and write the results after each. Prints where it is."""
     from eval.measures import MEASURES
 
-    missing = [(n, m) for n in networks for m in measures if f"{m}_seconds" not in columns[n]]
+    missing = [
+        (n, m)
+        for n in networks
+        for m in measures
+        if f"{m}_seconds" not in columns[n] and m not in columns[n].get("skipped", {})
+    ]
     for name, network in networks.items():
         column = columns[name]
         network.to(best_device())
@@ -217,7 +232,7 @@ def reuse_measures(folder: Path, columns: dict[str, dict[str, Any]], settings: d
         return
 
 
-def same_weights(one: "ViT", other: "ViT") -> bool:
+def same_weights(one: "Backbone", other: "Backbone") -> bool:
     """Whether two networks have the same weights."""
     import torch
 
@@ -225,7 +240,7 @@ def same_weights(one: "ViT", other: "ViT") -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def hash_of(network: "ViT") -> str:
+def hash_of(network: "Backbone") -> str:
     """sha256 over a network's tensors in the order of their names: of one that is in no file."""
     import torch
 

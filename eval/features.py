@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from eval.datasets import LabeledPhotos, VocSegmentation
-from model.vit import ViT
+from model.backbone import Backbone
 from pipeline.augment.recipe import MEAN, STD
 from runtime import distributed
 from runtime.errors import UserError
@@ -26,7 +26,7 @@ LINE_SECONDS = 10  # between two lines of progress where there is no bar
 PIXELS = 32  # side of the images whose raw pixels are compared
 
 
-def check_size(network: ViT, size: int) -> None:
+def check_size(network: Backbone, size: int) -> None:
     """Raises UserError if images of `size` pixels a side cannot be divided into whole patches."""
     if size < network.patch or size % network.patch:
         near = max(1, round(size / network.patch)) * network.patch
@@ -85,16 +85,15 @@ def normalized(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def tokens(network: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
+def tokens(network: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images uint8 [n,3,S,S] -> ([CLS] [n,D], patch tokens [n,h*w,D]) after the final norm, float32.
 
     Computed in the run's precision (`network.precision`); without a run as for `speed.precision: auto`.
     """
     precision = network.precision or distributed.choose_precision("auto", images.device)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-        cls, patches, _ = network(normalized(images).to(network.pos_embed.dtype))
-    assert patches is not None
-    return cls.float(), patches.float()
+        out = network(normalized(images).to(next(network.parameters()).dtype))
+    return out.cls.float(), out.patches.float()
 
 
 def raw_pixels(images: Tensor) -> Tensor:
@@ -110,13 +109,13 @@ def raw_pixels(images: Tensor) -> Tensor:
     return pixels - pixels.mean(dim=1, keepdim=True)
 
 
-def feature_width(kind: str, network: ViT | None, size: int) -> int:
+def feature_width(kind: str, network: Backbone | None, size: int) -> int:
     """D of a photo's features: the network's width, or the number of values of its raw pixels."""
     return 3 * min(size, PIXELS) ** 2 if kind == "pixels" or network is None else network.width
 
 
 def photo_batches(
-    network: ViT | None,
+    network: Backbone | None,
     photos: LabeledPhotos,
     kinds: Sequence[str] = ("cls",),
     *,
@@ -146,7 +145,7 @@ def photo_batches(
 
 
 def photo_features(
-    network: ViT | None, photos: LabeledPhotos, kinds: Sequence[str] = ("cls",), **options: Any
+    network: Backbone | None, photos: LabeledPhotos, kinds: Sequence[str] = ("cls",), **options: Any
 ) -> tuple[dict[str, Tensor], Tensor]:
     """All of `photo_batches` at once, on the CPU: ({kind: float32 [n,D]}, labels int64 [n]); n*D*4 bytes per kind."""
     features: dict[str, Tensor] = {}
@@ -181,7 +180,7 @@ def resize_masks(masks: Tensor, size: int) -> Tensor:
 
 
 def scene_batches(
-    network: ViT,
+    network: Backbone,
     scenes: VocSegmentation,
     *,
     batch: int = 64,
@@ -202,7 +201,7 @@ def scene_batches(
 
 
 def scene_tokens(
-    network: ViT, scenes: VocSegmentation, *, batch: int = 64, workers: int = 0, progress: str | None = None
+    network: Backbone, scenes: VocSegmentation, *, batch: int = 64, workers: int = 0, progress: str | None = None
 ) -> SceneTokens:
     """All scenes at once, on the CPU: n*D*h*w*4 bytes (Pascal VOC's trainaug at 448 px through ViT-S/16: 12.7 GB)."""
     all_tokens, all_masks, filled = torch.empty(0), torch.empty(0), 0

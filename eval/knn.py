@@ -28,7 +28,7 @@ from torch import Tensor
 from eval.datasets import LabeledPhotos
 from eval.features import check_size, default_workers, feature_width, photo_batches, photo_features
 from eval.target import EvalTarget, PhotoSets, check_temperature
-from model.vit import ViT
+from model.backbone import Backbone
 from runtime import distributed
 from runtime.config import Speed
 from runtime.distributed import DistributedContext
@@ -152,7 +152,7 @@ def top_accuracy(scores: Tensor, targets: Tensor, k: int) -> tuple[float, float]
 
 
 def photo_knn(
-    network: ViT | None,
+    network: Backbone | None,
     train: LabeledPhotos,
     val: LabeledPhotos,
     kinds: tuple[str, ...] = ("cls",),

@@ -32,7 +32,7 @@ from eval.datasets import SMALL, LabeledPhotos
 from eval.features import check_size, default_workers, photo_batches, photo_features, progress_bar
 from eval.knn import top_accuracy
 from eval.target import EvalTarget, PhotoSets
-from model.vit import ViT
+from model.backbone import Backbone
 from runtime.errors import UserError
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0)
@@ -94,7 +94,7 @@ class LinearProbes(nn.Module):
 
 @torch.random.fork_rng(devices=())  # everything is drawn from the protocol's seed, and the global generator is restored
 def fit(
-    network: ViT,
+    network: Backbone,
     train: LabeledPhotos,
     val: LabeledPhotos,
     protocol: Protocol,

@@ -51,7 +51,7 @@ from eval.features import (
 )
 from eval.miou import Score, confusion, score_of, score_rows
 from eval.target import PROTOCOLS, EvalTarget, require_choice
-from model.vit import ViT
+from model.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class EpochScore(Score):
 
 @torch.random.fork_rng(devices=())  # everything is drawn from the protocol's seed, and the global generator is restored
 def fit(
-    network: ViT,
+    network: Backbone,
     train: VocSegmentation,
     val: VocSegmentation,
     protocol: Protocol,

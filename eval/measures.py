@@ -9,18 +9,21 @@ from eval.datasets import VocSegmentation, scene_sizes, voc_splits
 from eval.features import default_workers
 from eval.knn import photo_knn
 from eval.target import EvalSpec
+from model.backbone import Backbone
 from model.vit import ViT
 
 FEW = 128  # one in this many train scenes: if all are labeled, nearest raw pixels may already do well (docs/results.md)
 
 Measures = dict[str, Any]
 
+NEEDS_VIT = {"points": "a ResNet has no reference tokens"}  # measure: why it cannot be taken of another network
+
 
 def _workers(spec: EvalSpec, items: int) -> int:
     return default_workers(items) if spec.workers is None else spec.workers
 
 
-def measure_knn(network: ViT, spec: EvalSpec) -> Measures:
+def measure_knn(network: Backbone, spec: EvalSpec) -> Measures:
     photos = spec.source.photos(network.image_size, spec.train, spec.val, spec.limit)
     assert photos is not None  # compare takes only measures that the data allows
     train, val = photos
@@ -30,7 +33,7 @@ def measure_knn(network: ViT, spec: EvalSpec) -> Measures:
     return {"knn_top1": top["cls"][0], "knn_top1_patches": top["patches"][0]}
 
 
-def measure_linear(network: ViT, spec: EvalSpec) -> Measures:
+def measure_linear(network: Backbone, spec: EvalSpec) -> Measures:
     photos = spec.source.photos(network.image_size, spec.train, spec.val, spec.limit)
     assert photos is not None
     protocol = linear.Protocol.for_views(network.image_size)
@@ -39,7 +42,7 @@ def measure_linear(network: ViT, spec: EvalSpec) -> Measures:
     return {"linear_top1": best.top1, "linear_features": best.features, "linear_rate": best.rate}
 
 
-def measure_linear_seg(network: ViT, spec: EvalSpec) -> Measures:
+def measure_linear_seg(network: Backbone, spec: EvalSpec) -> Measures:
     assert spec.data is not None
     settings = spec.source.settings
     protocol = linear_seg.Protocol.for_views(network.image_size)
@@ -52,7 +55,7 @@ def measure_linear_seg(network: ViT, spec: EvalSpec) -> Measures:
     return measures | {"linear_seg_miou_present": last.miou_present, "linear_seg_iou": last.iou}
 
 
-def measure_cluster_seg(network: ViT, spec: EvalSpec) -> Measures:
+def measure_cluster_seg(network: Backbone, spec: EvalSpec) -> Measures:
     assert spec.data is not None
     size, map_size = scene_sizes(network.image_size)
     scenes = VocSegmentation(spec.data, "val", size, palette=spec.palette)
@@ -62,7 +65,7 @@ def measure_cluster_seg(network: ViT, spec: EvalSpec) -> Measures:
     return measures | {"spread": {"cluster_seg_miou_500": many.spread, "cluster_seg_miou": few.spread}}
 
 
-def measure_retrieval_seg(network: ViT, spec: EvalSpec) -> Measures:
+def measure_retrieval_seg(network: Backbone, spec: EvalSpec) -> Measures:
     assert spec.data is not None
     train, val = voc_splits(spec.data, scene_sizes(network.image_size)[0], palette=spec.palette)
     score = retrieval_seg.measure(network, train, val, workers=_workers(spec, len(train)), progress=True)
@@ -73,8 +76,9 @@ def measure_retrieval_seg(network: ViT, spec: EvalSpec) -> Measures:
     return measures | {"retrieval_seg_iou": score.iou}
 
 
-def measure_points(network: ViT, spec: EvalSpec) -> Measures:
+def measure_points(network: Backbone, spec: EvalSpec) -> Measures:
     assert spec.data is not None
+    assert isinstance(network, ViT)
     train, val = voc_splits(spec.data, scene_sizes(network.image_size)[0], palette=spec.palette)
     score = points.measure(network, train, val, workers=_workers(spec, len(train)), progress=True)
     measures = {f"points_{kind}_{on}": score.knn[on][kind] for on in score.knn for kind in points.KINDS}
@@ -83,7 +87,7 @@ def measure_points(network: ViT, spec: EvalSpec) -> Measures:
     return measures | {f"points_{name}": getattr(score, name) for name in names}
 
 
-MEASURES: dict[str, Callable[[ViT, EvalSpec], Measures]] = {
+MEASURES: dict[str, Callable[[Backbone, EvalSpec], Measures]] = {
     "knn": measure_knn,
     "linear": measure_linear,
     "linear_seg": measure_linear_seg,

@@ -34,7 +34,7 @@ from eval.datasets import IGNORE, VocSegmentation, scene_sizes, voc_splits
 from eval.features import batches, check_size, default_workers, normalized, progress_bar
 from eval.knn import knn_scores
 from eval.target import EvalTarget
-from model.vit import ViT
+from model.vit import ViT, require_vit
 from runtime.errors import UserError
 
 KINDS = ("reference", "patch", "cls")
@@ -104,7 +104,8 @@ def point_features(
     for images, masks in progress_bar(loaded, -(-len(scenes) // batch), progress):
         points, labels = draw_points(masks, count, draws)
         pixels = normalized(images).to(network.pos_embed.dtype)
-        cls, patches, tokens = network(pixels, points)
+        out = network(pixels, points)
+        cls, patches, tokens = out.cls, out.patches, out.references
         under = (points * grid).long().clamp(max=grid - 1)  # [n,R,(x, y)]
         index = (under[..., 1] * grid + under[..., 0])[..., None].expand(-1, -1, patches.shape[-1])
         features = {"reference": tokens, "patch": patches.gather(1, index), "cls": cls[:, None].expand_as(tokens)}
@@ -192,7 +193,7 @@ def run(
 ) -> int:  # fmt: skip
     """The program: measure, print, record. data: folder of scenes; the other options: `python -m eval points`."""
     start = time.perf_counter()
-    network = target.network(untrained)
+    network = require_vit(target.network(untrained), target.path, "the point probe")
     size, _ = scene_sizes(network.image_size, size)
     check_size(network, size)
     train, val = voc_splits(data, size, train_split, val_split, classes, palette=palette)

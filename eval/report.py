@@ -27,7 +27,7 @@ from runtime.errors import UserError
 from runtime.files import write_atomic
 
 if TYPE_CHECKING:
-    from model.vit import ViT
+    from model.backbone import Backbone
 
 MAX_PIXEL_PHOTOS = 100_000  # in the train set, to compare raw pixels: 12 kB each
 
@@ -156,7 +156,9 @@ def measure(
     return {**trained, **scores, "skipped": skipped, "settings": settings}
 
 
-def _measure_rank(networks: dict[str, "ViT"], target: EvalTarget, scores: Scores, settings: dict[str, Any]) -> None:
+def _measure_rank(
+    networks: dict[str, "Backbone"], target: EvalTarget, scores: Scores, settings: dict[str, Any]
+) -> None:
     """Add the effective rank of [CLS] to the scores, and what it is of to the settings."""
     from eval.unlabeled import rank_of_photos
 
@@ -170,7 +172,7 @@ def _measure_rank(networks: dict[str, "ViT"], target: EvalTarget, scores: Scores
 
 
 def _measure_knn(
-    networks: dict[str, "ViT"], target: EvalTarget, sets: PhotoSets, workers: int | None, scores: Scores
+    networks: dict[str, "Backbone"], target: EvalTarget, sets: PhotoSets, workers: int | None, scores: Scores
 ) -> dict[str, Any]:
     """Add k-NN to the scores; returns its settings."""
     from eval.features import default_workers
@@ -195,7 +197,7 @@ def _measure_knn(
 
 
 def _measure_segmentation(
-    networks: dict[str, "ViT"],
+    networks: dict[str, "Backbone"],
     target: EvalTarget,
     voc: str,
     palette: str | None,

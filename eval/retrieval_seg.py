@@ -31,7 +31,7 @@ from eval.features import check_size, default_workers, progress_bar, scene_batch
 from eval.knn import NearestNeighbors
 from eval.miou import Score, confusion, score_of, score_rows
 from eval.target import MEMORY_SIZE, EvalTarget
-from model.vit import ViT
+from model.backbone import Backbone
 from runtime.errors import UserError
 
 
@@ -50,7 +50,7 @@ def class_distributions(masks: Tensor, patch: int, classes: int) -> Tensor:
 
 
 def build_memory(
-    network: ViT,
+    network: Backbone,
     scenes: VocSegmentation,
     size: int = MEMORY_SIZE,
     *,
@@ -95,7 +95,7 @@ def retrieve(queries: Tensor, keys: Tensor, values: Tensor, k: int = 30, tempera
 
 
 def measure(
-    network: ViT,
+    network: Backbone,
     train: VocSegmentation,
     val: VocSegmentation,
     *,

@@ -139,11 +139,10 @@ def measure_rows(results: Results) -> list[Row]:
     for key, label in MEASURE_ROWS.items():
         values = [column.get(key) for column in columns]
         known = [value for value in values if value is not None]
-        measured = f"{measure_of(key)}_seconds"  # in each column whose measure was taken: it may lack some figures
-        everywhere = all(measured in column for column in results["networks"].values())
+        everywhere = all(_is_done(column, measure_of(key)) for column in results["networks"].values())
         if not known and (measure_of(key) not in expected or everywhere):
             continue
-        missing = ["–" if measured in column else NOT_YET for column in columns]
+        missing = ["–" if _is_done(column, measure_of(key)) else NOT_YET for column in columns]
         cells = [none if value is None else f"{value:.2f}" for value, none in zip(values, missing, strict=True)]
         for i, column in enumerate(columns):
             if key in column.get("spread", {}):
@@ -153,11 +152,20 @@ def measure_rows(results: Results) -> list[Row]:
     return rows
 
 
+def _is_done(column: Results, measure: str) -> bool:
+    """Whether the measure was taken, though it may lack some figures, or cannot be taken of this network."""
+    return f"{measure}_seconds" in column or measure in column.get("skipped", {})
+
+
 def measure_notes(results: Results) -> list[str]:
     """What measures.json says besides its table: which measures cannot be taken, and why."""
     reasons: dict[str, list[str]] = {}
     for measure, why in results.get("skipped", {}).items():
         reasons.setdefault(why, []).append(measure)
+    for name, column in results.get("networks", {}).items():
+        for measure, why in column.get("skipped", {}).items():
+            if measure in results.get("measures", ()) and measure not in results.get("skipped", {}):
+                reasons.setdefault(f"{name}: {why}", []).append(measure)
     return [f"{', '.join(measures)} cannot be measured: {why}" for why, measures in reasons.items()]
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from eval.datasets import LabeledPhotos
-    from model.vit import ViT
+    from model.backbone import Backbone
 
 TIMM = "timm:"  # before a model's name; the same as in model.weights, which loads torch
 KINDS = ("cls", "patches", "pixels")  # features of a photo: [CLS], mean of the patch tokens, raw pixels
@@ -97,14 +97,17 @@ class EvalTarget:
             raise UserError(f"{self.run}/config.yaml: {key}: {value}: {problem}; if it was moved, correct {key} there")
         return value
 
-    def network(self, untrained: bool = False) -> "ViT":
-        """The teacher's backbone, frozen, on the best device; `untrained`: the run's network at step 0."""
+    def network(self, untrained: bool = False) -> "Backbone":
+        """The teacher's backbone, frozen, on the best device; `untrained`: the run's network at step 0. Prints what of a
+        file's tensors is not used."""
         from model.weights import load_backbone
         from runtime import distributed
 
         self.check_untrained(untrained)
         device = best_device()
         network = load_backbone(self.run if untrained and self.run else self.path, untrained=untrained)
+        if network.note:
+            print(network.note)
         if self.config:
             network.precision = distributed.choose_precision(self.config.speed.precision, device)
         return network.to(device).eval().requires_grad_(False)

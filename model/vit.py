@@ -6,7 +6,7 @@ Letters: n images, N patches, D width, R reference tokens of an image, H heads.
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
+from model.backbone import Backbone, Tokens
 from model.reference import attend, locality_bias, point_embedding, resize_grid
 from runtime.config import Model, Reference
+from runtime.errors import UserError
 
 # What each image's attention and MLP branch is multiplied by, [n] each: 0, or 1 / (1 - rate). None: nothing is dropped
 Scales = tuple[Tensor | None, Tensor | None]
@@ -24,24 +26,7 @@ Scales = tuple[Tensor | None, Tensor | None]
 ARCHS = {"vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12)}  # width, depth, heads
 
 
-class Tokens(NamedTuple):
-    """What a ViT returns, after the final norm."""
-
-    cls: Tensor  # [n,D]
-    patches: Tensor | None  # [n,N,D]; None if not wanted
-    references: Any  # [n,R,D] of one tensor of points, [n_i,R_i,D] each of a list; None without points
-
-
-class TokensAndAttention(NamedTuple):
-    """What it returns if "attention" is wanted: Tokens, and what [CLS] takes from each patch in the last block."""
-
-    cls: Tensor
-    patches: Tensor | None
-    references: Any
-    attention: Tensor  # [n,H,N]
-
-
-class ViT(VisionTransformer):
+class ViT(VisionTransformer, Backbone):
     """A pre-norm ViT (DeiT's) whose forward pass also takes reference points.
 
     image_size: side of the images that the position grid is made for; it is resized for others (`resize_grid`).
@@ -62,7 +47,6 @@ class ViT(VisionTransformer):
         )  # fmt: skip
         self.patch, self.width, self.heads, self.image_size = patch, width, heads, image_size
         self.attention, self.border, self.locality = attention, border, locality
-        self.precision: torch.dtype | None = None  # of matrix products in evaluation; None: the fastest of the device
         self.activation_checkpointing = False  # compute each block again in the backward pass
         self._initialize()
 
@@ -82,7 +66,7 @@ class ViT(VisionTransformer):
         points: Tensor | list[Tensor] | None = None,
         want: Collection[str] = ("cls", "patches"),
         drop: Tensor | None = None,
-    ) -> Tokens | TokensAndAttention:
+    ) -> Tokens:
         """images [n,3,h,w] normalized, h and w multiples of the patch size. points [n,R,2]: (x, y) in each view's [0,1]
         frame, or a list of them for consecutive groups of images, starting at the first image, [n_i,R_i,2] each.
 
@@ -123,11 +107,9 @@ class ViT(VisionTransformer):
         x = self.norm(x)
         image, *outputs = (t.view(*shape, width) for t, shape in zip(split(x, shapes), shapes, strict=True))
         of_points = outputs if isinstance(points, list) else outputs[0] if outputs else None
-        tokens = Tokens(image[:, 0], image[:, 1:] if with_patches else None, of_points)
-        return tokens if attention is None else TokensAndAttention(*tokens, attention)
+        return Tokens(image[:, 0], image[:, 1:] if with_patches else None, of_points, attention)
 
     def about(self) -> dict[str, Any]:
-        """What the shapes of its tensors do not tell: the metadata of its files."""
         names = ("heads", "attention", "border", "locality")
         return {name: getattr(self, name) for name in names}
 
@@ -215,6 +197,13 @@ def _add_branch(x: Tensor, branch: Tensor, scale: Tensor | None, shapes: list[tu
         scales.append(scale[first : first + images].repeat_interleave(tokens))
         first += images
     return torch.addcmul(x, branch.to(x.dtype), torch.cat(scales).to(x.dtype)[:, None])
+
+
+def require_vit(network: Backbone, path: object, what: str) -> ViT:
+    """The network, if it is a ViT. Raises UserError, with the reason, for another one. what: needs it."""
+    if not isinstance(network, ViT):
+        raise UserError(f"{path} is a ResNet; {what} needs a ViT: a ResNet has no attention, [CLS] or reference tokens")
+    return network
 
 
 def build_vit(model: Model, reference: Reference, image_size: int, drop_path: float) -> ViT:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-# of `make pretrain` and `make tables`, in the order of their documentation; make exports those that were given
+# of `make pretrain`, `make table1` and `make tables`, in the order of their documentation; make exports the given ones
 VARIABLES = ("CONFIG", "SHARDS", "VAL", "GPUS", "RESTARTS", "RUN", "METHOD", "TABLE", "SCALE", "SEEDS")
 ALLOW = "--allow-change"
 

@@ -10,6 +10,7 @@ from eval import __main__ as command_line
 from eval import cluster_seg, linear, measures
 from eval.compare import short_names
 from eval.tables import MEASURE_ROWS, mean_over_seeds, measure_markdown, measure_rows
+from model.resnet import ResNet
 from model.vit import ViT
 from model.weights import load_backbone
 from runtime.checkpoint import save_backbone
@@ -168,6 +169,34 @@ def test_equal_untrained_networks_are_measured_once(run, capsys):
     networks = json.loads((run / "measures.json").read_text())["networks"]
     assert list(networks) == ["demo", "demo, untrained", "dino"]
     assert "dino, untrained: the same network as demo, untrained" in capsys.readouterr().out
+
+
+def test_a_resnet_beside_a_vit(run, capsys):
+    """The dense protocols on its last map; k-NN on its mean; no probe of reference tokens, which it does not have."""
+    torch.manual_seed(0)
+    resnet = ResNet((1, 1, 1, 1), (4, 8, 16, 32), 64)
+    save_backbone(run.parent / "resnet.safetensors", resnet, resnet.about())
+    options = [str(run), str(run.parent / "resnet.safetensors"), "--measures", "knn,linear_seg,retrieval_seg,points"]
+    assert main(options) == 0
+    results = json.loads((run / "measures.json").read_text())
+    vit, column = results["networks"].values()
+    assert column["knn_top1"] == column["knn_top1_patches"] > 0  # both are the mean of its map
+    assert all(0 < column[key] <= 100 for key in ("linear_seg_miou", "retrieval_seg_miou"))
+    assert column["skipped"] == {"points": "a ResNet has no reference tokens"}
+    assert "points_patch_large" in vit
+    page = (run / "measures.md").read_text()
+    assert f"| {MEASURE_ROWS['points_patch_large']} | {vit['points_patch_large']:.2f} | – |" in page
+    assert "points cannot be measured: resnet: a ResNet has no reference tokens" in capsys.readouterr().out
+    assert main([options[1], "--measures", "points", "--data", results["settings"]["data"]]) == 0
+    assert "nothing was measured" in capsys.readouterr().out
+
+
+def test_untrained_networks_alone(run, monkeypatch):
+    monkeypatch.setitem(measures.MEASURES, "knn", lambda *_: {"knn_top1": 9.0})
+    assert main([str(run), "--measures", "knn", "--only-untrained"]) == 0
+    assert list(json.loads((run / "measures.json").read_text())["networks"]) == ["demo, untrained"]
+    with pytest.raises(UserError, match="--untrained needs a run folder"):
+        main([str(run.parent / "run.safetensors"), "--measures", "knn", "--only-untrained"])
 
 
 def test_names_are_short_if_they_stay_unique():

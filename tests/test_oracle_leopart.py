@@ -165,7 +165,7 @@ def check_parts(case: Case, method: Any, batch: Batch) -> Tensor:
     if "fg.mask" in case.tensors:
         assert torch.equal(foreground(tokens.attention.flatten(0, 1))[:, None], case.get("fg.mask").bool())
     q = assign(z.flatten(1, 2), teacher.head.prototypes, method.queue, student.head.prototypes, method.settings)
-    mask = method.mask(tokens)
+    mask = method.mask(tokens.attention)
     for t in range(2):
         case.check(f"sinkhorn.q_all.{t}", q[t])
     maps = square(q.unflatten(1, z.shape[1:3]))  # [T,B,g,g,K]

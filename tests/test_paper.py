@@ -13,8 +13,8 @@ from runtime import command
 from runtime.command import again
 from runtime.config import load_config
 from runtime.errors import UserError
-from tools.paper import jobs, pages, runs
-from tools.paper.__main__ import main, read_rows
+from tools.paper import hours, jobs, pages, runs
+from tools.paper.__main__ import main, read_rows, read_weights
 from tools.paper.tables import CLS, SEG, Row, Table, low_size, make_tables
 
 TINY = [
@@ -128,20 +128,31 @@ def test_a_row_brings_its_baseline(tables, scale):
         read_rows("densedino-sigm-1", [row.name for row in tables["locality"].rows])
 
 
+def test_weights_name_a_row_and_a_file():
+    assert read_weights(["swav=a=b.pth", "dino=runs/x"], ["dino", "swav"]) == {"swav": "a=b.pth", "dino": "runs/x"}
+    for words, message in {
+        ("swav",): "--weights swav: write it as ROW=FILE",
+        ("swaw=a.pth",): "the row must be among dino, swav, did you mean 'swav'",
+        ("swav=a.pth", "swav=b.pth"): "--weights swav=b.pth: swav has a.pth already",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read_weights(words, ["dino", "swav"])
+
+
 def test_a_known_speed_until_runs_have_trained(tables, scale):
     chosen = runs.select(tables, ["table2"], scale, [0])
     runs.check(chosen.runs, scale)
     first, others = chosen.runs[0], chosen.runs[1:]
-    seconds, source = runs.estimate(chosen.runs, scale, on_gpu=False)
+    seconds, source = hours.estimate(chosen.runs, scale, on_gpu=False)
     assert seconds is not None
     assert "110 images/s of configs/photos64.yaml" in source
     assert seconds[others[-1].folder] > seconds[first.folder]  # more views, points
-    assert runs.estimate(chosen.runs, scale, on_gpu=True).seconds is None
+    assert hours.estimate(chosen.runs, scale, on_gpu=True).seconds is None
     first.folder.mkdir(parents=True)
     (first.folder / "metrics.jsonl").write_text(json.dumps({"step": 4, "images_per_second": 16 / 100}) + "\n")
-    seconds, source = runs.estimate(chosen.runs, scale, on_gpu=False)
+    seconds, source = hours.estimate(chosen.runs, scale, on_gpu=False)
     assert seconds
-    assert seconds[first.folder] == pytest.approx(100 * first.steps + runs.KNOWN_MEASURES["knn"])
+    assert seconds[first.folder] == pytest.approx(100 * first.steps + hours.KNOWN_MEASURES["knn"])
     assert source == f"by the steps of 1 run of {scale.folder}"
 
 
@@ -152,7 +163,7 @@ def test_work_is_that_of_the_counted_arithmetic():
     for words in (["method=dino"], ["reference.points=16"]):
         config = load_config("configs/demo.yaml", words)
         counted = count_cost(config).flops / count_cost(base).flops
-        assert runs.work(config) / runs.work(base) == pytest.approx(counted, rel=0.15)
+        assert hours.work(config) / hours.work(base) == pytest.approx(counted, rel=0.15)
 
 
 def test_a_folder_of_another_run_is_refused(tables, scale):
@@ -321,10 +332,14 @@ def test_weights_that_someone_else_trained(scale, tiny_shards, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tabel2"], "tabel2: must be one of table2, table3, figure5, locality, variants, all, did you mean 'table2'?"),
+        (
+            ["tabel2"],
+            "tabel2: must be one of table1, table2, table3, figure5, locality, variants, all, did you mean 'table2'?",
+        ),
         (["table2", "table3"], "table2, table3: one table, or all"),
         (["all", "--scale", "large"], "--scale large: must be small or paper"),
         (["all", "--scale", "paper"], "--scale paper: which photos? --photos SHARDS VAL"),
+        (["table1", "--photos", "a", "b"], "table1: at the small scale it is made on the painted scenes only"),
         (["all", "--seeds", "0"], "--seeds 0: must be more than 0"),
         (["all", "--measures", "kn"], "--measures kn: must be one of"),
         (["all", "seed=3"], "seed=3: seeds are given as --seeds N"),

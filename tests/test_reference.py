@@ -77,7 +77,7 @@ def test_last_block_without_patches(mode: str, drop_path: float):
     results = []
     for want in (("cls", "patches"), ("cls",)):
         torch.manual_seed(1)
-        cls, patches, (a, b) = network(images, points, want)
+        cls, patches, (a, b), _ = network(images, points, want)
         assert (patches is None) == ("patches" not in want)
         loss = cls.square().mean() + a[..., :5].square().mean() + b.sin().mean()
         results.append((cls, a, b, *torch.autograd.grad(loss, list(network.parameters()))))
@@ -119,8 +119,8 @@ def vit(mode: str, **options) -> ViT:
 def test_cls_and_patches_do_not_depend_on_reference_tokens(mode: str):
     network, images = vit(mode), torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        cls, patches, no_references = network(images)
-        cls_with, patches_with, references = network(images, torch.rand(3, 5, 2))
+        cls, patches, no_references, _ = network(images)
+        cls_with, patches_with, references, _ = network(images, torch.rand(3, 5, 2))
         one = network(images, torch.rand(3, 1, 2).clone()).references
     assert no_references is None
     assert one.shape == (3, 1, 32)
@@ -191,6 +191,6 @@ def test_a_plain_timm_vit_loads_the_weights():
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         features = plain.forward_features(images)
-        cls, patches, _ = network(images)
+        cls, patches = network(images)[:2]
     assert (features[:, 0] - cls).abs().max() < 1e-5
     assert (features[:, 1:] - patches).abs().max() < 1e-5

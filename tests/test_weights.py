@@ -158,7 +158,9 @@ def test_learned_reference_token_is_refused(vit, tmp_path):
     assert torch.equal(features(load_backbone(path)), features(vit))  # a zero vector adds nothing
     checkpoint["teacher"]["backbone.ref_learn_token"][0, 0, 5] = 0.02
     torch.save(checkpoint, path)
-    with pytest.raises(UserError, match=r"dense\.pth: 'backbone\.ref_learn_token' is the learned content of ref"):
+    with pytest.raises(
+        UserError, match=r"dense\.pth \(DenseDINO\): 'backbone\.ref_learn_token' is the learned content"
+    ):
         load_backbone(path)
     torch.save(checkpoint["teacher"] | {"ref_learn_token": torch.ones(1, 1, 64)}, path)
     with pytest.raises(UserError, match="ref_learn_token"):

@@ -12,7 +12,7 @@ from pipeline.batch import Batch
 
 
 def encode(backbone: ViT, batch: Batch, views: int, want: Collection[str], drop_seed: int | None = None) -> list[Any]:
-    """Tokens of the first `views` views: for each size one Tokens (or TokensAndAttention), of tensors [Vg,B,...].
+    """Tokens of the first `views` views: for each size Tokens, of tensors [Vg,B,...].
 
     drop_seed: the run's seed if drop path leaves branches out.
     """

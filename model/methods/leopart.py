@@ -18,7 +18,6 @@ from model.methods.base import StepOutput
 from model.methods.clustering import ClusterNetwork, assign, mean_entropy, new_queue
 from model.methods.encode import encode
 from model.methods.student_teacher import StudentTeacher
-from model.vit import TokensAndAttention
 from pipeline.batch import Batch
 from runtime.config import TEACHERS, Config
 from runtime.distributed import gather_rows, rank_and_size, sum_over_processes
@@ -50,7 +49,7 @@ class Leopart(StudentTeacher):
         with torch.no_grad():
             (tokens,) = encode(teacher.backbone, batch, TEACHERS, ("cls", "patches", "attention"))
             z = teacher.head(tokens.patches)  # [T,B,N,d]
-            mask = self.mask(tokens)  # [T,B,N]
+            mask = self.mask(tokens.attention)  # [T,B,N]
             queue = self.queue if at.queue else None
             q = assign(z.flatten(1, 2), teacher.head.prototypes, queue, student.head.prototypes, self.settings)
             q = q.unflatten(1, z.shape[1:3])  # [T,B,N,K]
@@ -62,9 +61,9 @@ class Leopart(StudentTeacher):
         loss, *_ = dense_clustering(scores, square(q), square(mask[..., None])[..., 0], batch.windows, self.temperature)
         return StepOutput(loss, {"target_entropy": mean_entropy(q), "mask": mask.to(q.dtype).mean()}, [])
 
-    def mask(self, tokens: TokensAndAttention) -> Tensor:
-        """bool [T,B,N]: the patches that the loss is taken on, and that are pushed. tokens: the teacher's, [T,B,...]."""
-        attention = tokens.attention  # [T,B,H,N]
+    def mask(self, attention: Tensor) -> Tensor:
+        """bool [T,B,N]: the patches that the loss is taken on, and that are pushed. attention [T,B,H,N]: of the teacher's
+        [CLS]."""
         if self.settings.mask == "all":
             return torch.ones_like(attention[:, :, 0], dtype=torch.bool)
         inside = foreground(attention.flatten(0, 1)).flatten(1).unflatten(0, attention.shape[:2])

@@ -1,4 +1,4 @@
-"""Weights from anywhere: our runs and checkpoints, and files of timm, DINO, DenseDINO, Leopart and MoCo-v3.
+"""Weights from anywhere: our runs and checkpoints, and files of timm, DINO, DenseDINO, Leopart, SwAV, MoCo and DenseCL.
 
 read.py      a file or run folder -> what it contains. Safe: nothing is unpickled but tensors and plain options
 names.py     the parameter names of every checkpoint format <-> ours; loading is strict

@@ -1,6 +1,7 @@
 """Networks from weights: the backbone of anything that contains one, and a method that starts from pretrained weights."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -8,9 +9,11 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from model.backbone import Backbone
 from model.methods import Method, build
+from model.resnet import IMAGE_SIZE, STRIDE, ResNet
 from model.vit import ViT
-from model.weights.names import CENTERS, PARTS, count_blocks, load_strictly, select_part
+from model.weights.names import CENTERS, PARTS, count_blocks, is_resnet, load_strictly, select_part
 from model.weights.read import is_plain, read_file, select_network
 from model.weights.timm_hub import TIMM, read_timm
 from pipeline.random import hash64
@@ -18,12 +21,12 @@ from runtime.config import Reference, load_config
 from runtime.errors import UserError, suggest
 
 
-def load_backbone(path: str | Path, untrained: bool = False) -> ViT:
+def load_backbone(path: str | Path, untrained: bool = False) -> Backbone:
     """The backbone (the teacher's, if there is a teacher; of a checkpoint of ours the one that its method evaluates) of
 
     a run folder (its newest checkpoint; untrained: the network that the run started with), a checkpoint of ours, a backbone
-    file, weights of timm, DINO, DenseDINO, Leopart or MoCo-v3, or timm:NAME. It is in eval mode. Raises UserError if there
-    is none.
+    file, weights of timm, DINO, DenseDINO, Leopart, SwAV, MoCo or DenseCL, or timm:NAME. A ViT; a ResNet if these are the
+    weights of one. It is in eval mode. Raises UserError if there is none.
     """
     if untrained and (Path(path) / "config.yaml").is_file():
         config = load_config(Path(path) / "config.yaml")
@@ -33,7 +36,15 @@ def load_backbone(path: str | Path, untrained: bool = False) -> ViT:
             load_pretrained(method, config.model.init)
         return method.backbone.eval()
     tensors, about = read_network(path)
-    return _from_tensors(tensors, about, str(path)).eval()
+    family = about.get("family")
+    source = f"{path} ({family})" if family else str(path)
+    make = _resnet_from_tensors if is_resnet(tensors) else _vit_from_tensors
+    network = make(select_part(tensors, "backbone"), about, source)
+    if unused := about.get("unused"):
+        parts = Counter(name.partition(".")[0] for name in unused)
+        listed = (f"{part} ({n} tensors)" if n > 1 else part for part, n in parts.items())
+        network.note = f"{source}: a {type(network).__name__}; not used of this file: {', '.join(listed)}"
+    return network.eval()
 
 
 def read_network(path: str | Path, role: str | None = None) -> tuple[dict[str, Tensor], dict]:
@@ -54,9 +65,29 @@ def _read(source: str) -> tuple[dict, dict]:
     return read_timm(source.removeprefix(TIMM)) if source.startswith(TIMM) else read_file(source)
 
 
-def _from_tensors(tensors: dict[str, Tensor], about: dict, source: str) -> ViT:
+def _resnet_from_tensors(backbone: dict[str, Tensor], about: dict, source: str) -> Backbone:
+    """A ResNet of as many blocks as its tensors have, and of their channels."""
+    layers, channels = [], []
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        layers.append(len({name.split(".")[1] for name in backbone if name.startswith(f"{stage}.")}))
+        expanding = backbone.get(f"{stage}.0.conv3.weight")  # [4 times the channels,channels,1,1]
+        if expanding is None or expanding.ndim != 4 or not expanding.numel():
+            raise UserError(
+                f"{source}: '{stage}.0.conv3.weight' is missing, or no filter: only ResNets of bottlenecks can be loaded, "
+                "ResNet-50 and deeper"
+            )
+        channels.append(expanding.shape[1])
+    size = about.get("image_size", IMAGE_SIZE)
+    if not isinstance(size, int) or size < STRIDE or size % STRIDE:
+        raise UserError(f"{source}: image_size: expected a multiple of {STRIDE}, found {size!r}")
+    with torch.device("meta"):  # nothing is allocated before all shapes have been checked
+        resnet = ResNet(tuple(layers), tuple(channels), size)
+    load_strictly(resnet, backbone, source)
+    return resnet
+
+
+def _vit_from_tensors(backbone: dict[str, Tensor], about: dict, source: str) -> Backbone:
     """A ViT of the dimensions that its tensors have. Heads have 64 dimensions (DeiT's) unless `about` gives their number."""
-    backbone = select_part(tensors, "backbone")
     for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4}.items():
         if name not in backbone:
             raise UserError(f"{source}: '{name}' is missing")
@@ -82,7 +113,7 @@ def _from_tensors(tensors: dict[str, Tensor], about: dict, source: str) -> ViT:
     with torch.device("meta"):  # nothing is allocated before all shapes have been checked
         vit = ViT(
             width=width,
-            depth=count_blocks(tensors),
+            depth=count_blocks(backbone, ""),
             heads=heads,
             patch=patch,
             image_size=side * patch,
@@ -154,7 +185,9 @@ def _check_gains(method: Method, source: str) -> None:
 
 
 def check_compatible(network: Any, tensors: Mapping[str, Tensor], about: dict, source: str) -> None:
-    """Raises UserError if the tensors are those of a network of other dimensions."""
+    """Raises UserError if the tensors are those of another kind of network, or of other dimensions."""
+    if is_resnet(tensors):
+        raise UserError(f"{source} is a ResNet; this run trains a ViT, which cannot start from it")
     own = {"model.heads": network.backbone.heads, **_dimensions(network.state_dict())}
     saved = {"model.heads": about.get("heads", own["model.heads"]), **_dimensions(tensors)}
     wrong = [f"{key}: {n} saved, {own[key]} current" for key, n in saved.items() if n != own.get(key, n)]
@@ -178,7 +211,7 @@ def _dimensions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
         for key, (name, axis) in axes.items()
         if name in tensors and tensors[name].ndim > axis >= -tensors[name].ndim
     }
-    if depth := count_blocks(tensors):
+    if depth := count_blocks(tensors, "backbone."):
         found["model.depth"] = depth
     if "backbone.pos_embed" in tensors and tensors["backbone.pos_embed"].ndim == 3:
         found["patches of the largest view"] = tensors["backbone.pos_embed"].shape[1] - 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.weights.names import CENTERS, MOCO, PARTS, ROLES, remap_keys, select_part
+from model.weights.names import CENTERS, PARTS, ROLES, find_encoder, is_unused, remap_keys, select_part
 from runtime.checkpoint import latest_valid, open_checkpoint, read_header, read_tensors
 from runtime.config import parse_config
 from runtime.errors import UserError, suggest
@@ -50,7 +50,7 @@ def read_file(source: str) -> tuple[dict, dict]:
         return read_tensors(path), about
     contents = _read_torch(path)
     if not isinstance(contents, dict):
-        raise UserError(f"{path}: contains no state dict of a ViT")
+        raise UserError(f"{path}: contains no state dict of a ViT or a ResNet")
     return contents, {}
 
 
@@ -112,7 +112,7 @@ def select_network(contents: dict, role: str, source: str) -> tuple[dict[str, Te
     if isinstance(tensors.get(role), dict):
         tensors = tensors[role]
     if not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{source}: contains no state dict of a {role} or of a ViT")
+        raise UserError(f"{source}: contains no state dict of a {role}, of a ViT or of a ResNet")
     odd = [n for n, t in tensors.items() if not isinstance(n, str) or not is_plain(t)]
     if odd:
         raise UserError(f"{source}: '{odd[0]}' is not a dense tensor of a CPU")
@@ -120,11 +120,16 @@ def select_network(contents: dict, role: str, source: str) -> tuple[dict[str, Te
     size = Path(source).stat().st_size if Path(source).is_file() else claimed
     if claimed > size:  # a pickle may claim any shape for a storage of four bytes
         raise UserError(f"{source}: its tensors would take {claimed:,} bytes, the file has {size:,}")
-    encoder = {n.removeprefix("module."): t for n, t in tensors.items()}
-    encoder = {n.removeprefix(MOCO): t for n, t in encoder.items() if n.startswith(MOCO)}
-    if encoder:
-        return remap_keys(encoder, source), {"heads": 12}  # as published, for every width
-    return remap_keys(select_part(tensors, role) or tensors, source), {}
+    named = {n.removeprefix("module."): t for n, t in (select_part(tensors, role) or tensors).items()}
+    family, prefix = find_encoder(named)
+    family = family or str(contents.get("author") or "")  # DenseCL's extracted backbones have their author beside them
+    encoder = {n.removeprefix(prefix): t for n, t in named.items() if n.startswith(prefix)}
+    # DenseCL's training checkpoints name the query backbone twice
+    others = [n for n in named if not n.startswith(prefix) and n.removeprefix("backbone.") not in encoder]
+    about: dict = {"family": family, "unused": others + [n for n in encoder if is_unused(n)]}
+    if family == "MoCo-v3":
+        about["heads"] = 12  # of its ViTs, as published, for every width
+    return remap_keys(encoder, f"{source} ({family})" if family else source), about
 
 
 def is_plain(t: Tensor) -> bool:

@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 
 from model.vit import ARCHS, ViT
-from model.weights.names import BACKBONE_KEYS
+from model.weights.names import VIT_KEYS
 from runtime.errors import UserError, suggest
 
 TIMM = "timm:"
@@ -93,7 +93,7 @@ def incompatibility(theirs: torch.nn.Module) -> str | None:
         return f"it is a {type(theirs).__name__}"
     model: Any = theirs
     names = {name for name, _ in model.named_parameters()}
-    allowed = re.compile(BACKBONE_KEYS.pattern.replace("|cls_pos_embed|patch_pos_embed", ""))
+    allowed = re.compile(VIT_KEYS.pattern.replace("|cls_pos_embed|patch_pos_embed", ""))
     if extra := sorted(name for name in names if not allowed.fullmatch(name)):
         return f"it has '{extra[0]}'"
     needed = {"cls_token", "pos_embed", "patch_embed.proj.bias", "norm.weight", "blocks.0.attn.qkv.bias"}

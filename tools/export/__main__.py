@@ -3,7 +3,7 @@
     python -m tools.export NETWORK DST [--onnx]
 
 NETWORK is a run folder, a checkpoint, a backbone file, weights of DINO, DenseDINO, Leopart, MoCo-v3 or timm, or
-timm:NAME.
+timm:NAME. A ResNet is refused: timm loads the files of others by itself.
 
     DST/model.safetensors   the backbone under timm's names
     DST/config.json         architecture, its arguments, input size and normalization, in timm's hub format
@@ -38,10 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     if not args.network.startswith("timm:") and not path.exists():
         raise UserError(f"{path}: no such run, checkpoint or backbone file{suggest_path(path)}")
 
+    from model.vit import require_vit
     from model.weights import load_backbone, timm_call
     from tools.export.timm_folder import export
 
-    vit = load_backbone(args.network)
+    vit = require_vit(load_backbone(args.network), args.network, "an export")
     differences = export(vit, args.dst, args.onnx)
     print(f"{args.dst}: {', '.join(sorted(p.name for p in args.dst.iterdir()))}")
     print(f"images of {vit.image_size} px have the same features here and in {' and '.join(differences)}")

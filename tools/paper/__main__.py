@@ -1,14 +1,17 @@
-"""The paper's ablations: train what is missing, measure it, and show the paper's figures beside ours.
+"""The paper's tables: train what is missing, measure it, and show the paper's figures beside ours.
 
-    python -m tools.paper table2|table3|figure5|locality|variants|all [--scale small|paper] [--seeds N] [--dry-run]
-        [--photos SHARDS VAL] [--voc FOLDER] [--rows NAME,...] [--measures NAME,...] [--jobs N] [--gpus N|all]
-        [--runs FOLDER] [--out FOLDER] [a.b=c ...]
+    python -m tools.paper table1|table2|table3|figure5|locality|variants|all [--scale small|paper] [--seeds N] [--dry-run]
+        [--photos SHARDS VAL] [--voc FOLDER] [--rows NAME,...] [--weights ROW=FILE] [--measures NAME,...] [--jobs N]
+        [--gpus N|all] [--runs FOLDER] [--out FOLDER] [a.b=c ...]
 
-table2: view recipes. table3: loss terms. figure5: reference points of a pair. locality: width of the Gaussian prior on
-what a reference token attends to, and variants: other forms of that prior (neither is in the paper). all: all but variants.
+table1: methods (DINO, DenseDINO, Leopart, SwAV, MoCo-v2, DenseCL) and two controls. table2: view recipes. table3: loss
+terms. figure5: reference points of a pair. locality: width of the Gaussian prior on what a reference token attends to, and
+variants: other forms of that prior (neither is in the paper). all: all but table1 and variants.
 
---scale small: the demo's network and painted scenes (configs/demo.yaml), or with --photos that of configs/photos64.yaml on
-these shards. --scale paper: ViT-Ti/16 as in the paper (configs/densedino_vitti16.yaml), on all GPUs of the machine.
+--scale small: the demo's network and painted scenes (configs/demo.yaml; other methods: configs/<method>_scenes.yaml), or
+with --photos, but not for table1, that of configs/photos64.yaml on these shards. --scale paper: ViT-Ti/16 as in the paper
+(configs/densedino_vitti16.yaml), for table1 ViT-S/16 (configs/<method>_vits16.yaml), on all GPUs of the machine.
+--weights ROW=FILE: weights of others stand in this row, of a ViT or a ResNet-50.
 Words a.b=c change every row. docs/howto/paper-tables.md has examples and hours.
 
 Everything is kept in runs/paper/<scale>/<row>-<seed>; the same command resumes where it was stopped. Of each table the
@@ -20,6 +23,7 @@ import json
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +35,8 @@ if TYPE_CHECKING:
     from tools.paper.runs import Scale, Selection
 
 ALL = ("table2", "table3", "figure5", "locality")  # what `all` means
-TABLES = (*ALL, "variants")
+TABLES = ("table1", *ALL, "variants")
+TABLE1 = "configs/densedino_vits16.yaml"  # at the paper scale
 CONFIGS = {"small": "configs/demo.yaml", "photos": "configs/photos64.yaml", "paper": "configs/densedino_vitti16.yaml"}
 PHOTOS64 = ["eval.seg_lr=0.1"]  # as the demo's: the published rate is for features of a large network
 SEEDS = {"small": 3, "photos": 3, "paper": 1}
@@ -42,7 +47,10 @@ RUNS = Path("runs/paper")
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser("tools.paper", "tools.paper.__main__")
     parser.add_argument(
-        "words", nargs="+", metavar="TABLE", help=f"{', '.join(TABLES)}; all: all but variants; a.b=c: for every row"
+        "words",
+        nargs="+",
+        metavar="TABLE",
+        help=f"{', '.join(TABLES)}; all: all but table1 and variants; a.b=c: for every row",
     )
     parser.add_argument("--scale", default="small", help="small or paper (default: small)")
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: 3; paper scale: 1)")
@@ -50,7 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--photos", nargs=2, metavar=("SHARDS", "VAL"), help="photos to train on, and to classify")
     parser.add_argument("--voc", metavar="FOLDER", help="scenes to segment, in Pascal VOC's layout")
     parser.add_argument(
-        "--rows", help="train these rows and their baselines only; the tables show those that are there too"
+        "--rows", help="train these rows, their baselines and starts only; the tables show those that are there too"
+    )
+    parser.add_argument(
+        "--weights", action="append", default=[], metavar="ROW=FILE", help="weights of others in this row; repeatable"
     )
     parser.add_argument("--measures", help="some of eval compare's (default: those of each table)")
     parser.add_argument(
@@ -72,16 +83,23 @@ def main(argv: list[str] | None = None) -> int:
 
     from tools.paper import runs
     from tools.paper.pages import check_writable
+    from tools.paper.table1 import make_table1
     from tools.paper.tables import make_tables
     from tools.pretrain import count_devices, count_processes, has_cpu_torch
 
     devices = 0 if has_cpu_torch() else count_devices()
     gpus = args.gpus or ("all" if args.scale == "paper" and devices > 1 else "")
     processes = count_processes(gpus)
-    scale = read_scale(args, processes)
+    scale = read_scale(args, table, processes)
     tables = make_tables(scale.base)
+    if table == "table1":
+        tables["table1"] = make_table1(scale.base, scale.name, scale.words)
     chosen = ALL if table == "all" else (table,)
-    rows = read_rows(args.rows, [row.name for name in chosen for row in tables[name].rows])
+    known = [row.name for name in chosen for row in tables[name].rows]
+    rows, weights = read_rows(args.rows, known), read_weights(args.weights, known)
+    for name in chosen:
+        own = [row.with_weights(weights[row.name]) if row.name in weights else row for row in tables[name].rows]
+        tables[name] = replace(tables[name], rows=tuple(own))
     seeds = range(args.seeds or SEEDS[scale.name])
     selection = runs.select(tables, chosen, scale, seeds, rows, measures)
     out = args.out or args.runs
@@ -127,7 +145,22 @@ def read_rows(text: str | None, known: Sequence[str]) -> list[str]:
     return found
 
 
-def read_scale(args: argparse.Namespace, processes: int) -> "Scale":
+def read_weights(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """{row: file} of --weights ROW=FILE. Raises UserError for another form, and for a row that no chosen table has."""
+    found: dict[str, str] = {}
+    for word in words:
+        row, _, file = word.partition("=")
+        if not file:
+            raise UserError(f"--weights {word}: write it as ROW=FILE, as in swav=swav_800ep_pretrain.pth.tar")
+        if row not in known:
+            raise UserError(f"--weights {word}: the row must be among {', '.join(known)}{suggest(row, known)}")
+        if row in found:
+            raise UserError(f"--weights {word}: {row} has {found[row]} already")
+        found[row] = file
+    return found
+
+
+def read_scale(args: argparse.Namespace, table: str, processes: int) -> "Scale":
     """The base config and what it is trained and measured on. Raises UserError if something is missing."""
     from runtime.config import is_path, load_config, missing
     from tools.paper.runs import Scale
@@ -138,6 +171,11 @@ def read_scale(args: argparse.Namespace, processes: int) -> "Scale":
         key = word.partition("=")[0]
         if key in ("seed", "run.folder"):
             raise UserError(f"{word}: seeds are given as --seeds N" if key == "seed" else f"{word}: see --runs FOLDER")
+    if name == "photos" and table == "table1":
+        raise UserError(
+            "table1: at the small scale it is made on the painted scenes only; without --photos, or with --scale paper"
+        )
+    config = TABLE1 if (name, table) == ("paper", "table1") else CONFIGS[name]
     words = PHOTOS64[:] if name == "photos" else []
     if args.photos:
         places = zip(("data.shards", "data.val"), args.photos, strict=True)
@@ -151,9 +189,9 @@ def read_scale(args: argparse.Namespace, processes: int) -> "Scale":
             raise UserError(f"--voc {args.voc}: {problem}")
         words.append(f"eval.voc={json.dumps(args.voc, ensure_ascii=False)}")
     words += values
-    base = load_config(CONFIGS[name], words, processes=processes)
+    base = load_config(config, words, processes=processes)
     scenes = os.path.abspath(base.eval.voc) if base.eval.voc else None
-    return Scale(name, CONFIGS[name], words, scenes, args.runs / name, base)
+    return Scale(name, config, words, scenes, args.runs / name, base)
 
 
 # ---------------------------------------------------------------------------------------------------------- plan and run
@@ -161,7 +199,7 @@ def read_scale(args: argparse.Namespace, processes: int) -> "Scale":
 
 def print_plan(selection: "Selection", scale: "Scale", jobs: int, on_gpu: bool) -> None:
     """What there is, what is missing, and how long it will take."""
-    from tools.paper.runs import estimate
+    from tools.paper.hours import estimate
 
     seconds, source = estimate(selection.runs, scale, on_gpu)
     tables: dict[Path, list[str]] = {run.folder: [] for run in selection.runs}
@@ -176,10 +214,12 @@ def print_plan(selection: "Selection", scale: "Scale", jobs: int, on_gpu: bool) 
         if run.is_trained() and not missing:
             state, what = "finished", "finished"
         elif run.is_trained():
-            state, what = "started", f"trained; to measure: {', '.join(missing)}"
+            state = "started" if run.config or run.figures(scale.scenes) else "missing"
+            what = f"{'trained; ' if run.config else ''}to measure: {', '.join(missing)}"
         else:
             state = "started" if steps else "missing"
             what = f"started, step {steps:,} of {run.steps:,}" if steps else f"missing, {run.steps:,} steps"
+            what += f" from {run.start.name}" if run.start else ""
         states[state] += 1
         left = f"{seconds[run.folder] / 60:6.1f} min" if seconds and state != "finished" else " " * 10
         print(f"  {run.name:{width}}  {left}  {what}  ({', '.join(dict.fromkeys(tables[run.folder]))})")

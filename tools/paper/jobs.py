@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from tools.paper.runs import Run, Scale
@@ -18,6 +19,7 @@ from tools.paper.runs import Run, Scale
 LOG = "tables.log"  # of a run: what its programs print
 TICK = 0.2  # seconds between two looks at the programs
 PROGRESS = 60  # seconds between two lines of progress
+TRAINING = "training"  # what the first program of a run does
 PATIENCE = 60  # seconds that a program has to end after it was asked to; a training saves within run.grace, 25
 
 
@@ -29,12 +31,14 @@ class Job:
         self.programs: deque[tuple[str, list[str]]] = deque()
         if not run.is_trained():
             words = ["--run", str(run.folder), "--gpus", gpus, run.config_file, *run.words]
-            self.programs.append(("training", ["-m", "tools.pretrain", *words]))
+            self.programs.append((TRAINING, ["-m", "tools.pretrain", *words]))
         if run.missing(scale.scenes):
             words = [run.network, "--measures", ",".join(run.measures), "--seeds", str(cluster_seeds)]
             words += ["--skip-existing", "--out", str(run.folder)]
             words += ["--data", scale.scenes] if scale.scenes else []
-            if run.config is None:  # weights know no photos
+            if run.row.untrained:
+                words.append("--only-untrained")
+            elif run.config is None:  # weights know no photos
                 words += ["--train", str(scale.base.data.shards)]
                 words += ["--val", scale.base.data.val] if scale.base.data.val else []
             self.programs.append(("measuring", ["-m", "eval", "compare", *words]))
@@ -68,7 +72,8 @@ class Job:
 def run_all(
     runs: Sequence[Run], scale: Scale, *, jobs: int, gpus: str, cluster_seeds: int, finished: Callable[[], None]
 ) -> list[str]:
-    """Train and measure what is missing; returns a message for each run that failed.
+    """Train and measure what is missing; returns a message for each run that failed. A run that starts from another waits
+    until that one is trained.
 
     jobs: runs beside each other. gpus: processes of each training, as GPUS of make. cluster_seeds: as `eval compare
     --seeds`. finished: called after each run that is complete. When it is interrupted, every program is asked to stop and
@@ -82,11 +87,18 @@ def run_all(
     total, started = len(waiting), 0
     active: list[Job] = []
     failures: list[str] = []
+    failed: list[Run] = []  # whose weights there are not
     shown = time.monotonic()
     try:
         while waiting or active:
-            while waiting and len(active) < jobs:
-                job, started = waiting.popleft(), started + 1
+            for job in [job for job in waiting if job.run.start in failed]:
+                assert job.run.start is not None
+                failed.append(job.run)
+                failures.append(f"{job.run.name}: not started, because {job.run.start.name} failed")
+                waiting.remove(job)
+            for job in list(islice((job for job in waiting if _can_start(job, active)), jobs - len(active))):
+                started += 1
+                waiting.remove(job)
                 active.append(job)
                 job.start_next()
                 print(f"[{started} of {total}] {job.run.name}: {job.doing}; its output: {job.log}", flush=True)
@@ -94,6 +106,8 @@ def run_all(
             for job in [job for job in active if job.process and job.process.poll() is not None]:
                 assert job.process is not None
                 if job.process.returncode:
+                    if job.doing == TRAINING:
+                        failed.append(job.run)
                     failures.append(f"{job.run.name}: {job.explain()}")
                     print(failures[-1], flush=True)
                 elif job.programs:
@@ -111,6 +125,14 @@ def run_all(
     return failures
 
 
+def _can_start(job: Job, active: Sequence[Job]) -> bool:
+    """Whether the run that it starts from, if any, is trained."""
+    start = job.run.start
+    return start is None or (
+        start.is_trained() and not any(other.run is start and other.doing == TRAINING for other in active)
+    )
+
+
 def describe(run: Run, scale: Scale) -> str:
     """The figures of a finished run, in a line."""
     column, seconds = run.figures(scale.scenes), run.train_seconds()
@@ -121,7 +143,7 @@ def describe(run: Run, scale: Scale) -> str:
 
 
 def _progress(job: Job) -> str:
-    of = f", step {job.run.logged_steps():,} of {job.run.steps:,}" if job.doing == "training" else ""
+    of = f", step {job.run.logged_steps():,} of {job.run.steps:,}" if job.doing == TRAINING else ""
     return f"{job.run.name}: {job.doing}{of}"
 
 

@@ -38,7 +38,13 @@ def collect(table: Table, selection: Selection, scale: Scale) -> Results:
     rows = []
     for row in table.rows:
         entry: Results = {"name": row.name, "label": row.label, "config": row.config or scale.config}
-        entry |= {"words": list(row.words), "weights": row.weights, "x": row.x, "paper": dict(row.paper)}
+        entry |= {
+            "words": list(row.words),
+            "weights": row.weights,
+            "start": row.start,
+            "x": row.x,
+            "paper": dict(row.paper),
+        }
         entry["runs"] = [_describe(run, values[row.name][run.seed]) for run in runs[row.name]]
         entry["figures"] = {key: _spread(x) for key in FIGURES if (x := _of(values[row.name], key))}
         if row.baseline in runs:

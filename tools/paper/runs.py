@@ -1,15 +1,15 @@
-"""The runs of the tables: what each is, what of it is there already, how long the rest will take.
+"""The runs of the tables: what each is, and what of it is there already.
 
-A run is a row's config with a seed, in a folder of its own; rows whose configs are the same share it. Imports no torch.
+A run is a row's config with a seed, in a folder of its own; rows whose configs are the same share it. A run may start from
+the weights of another run of the same seed, which is trained before it. Imports no torch.
 """
 
 import copy
-import math
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from eval import preflight
 from eval.compare import ON_PHOTOS
@@ -27,10 +27,7 @@ from runtime.config.messages import COMMAND_LINE
 from runtime.errors import UserError, suggest_path
 from tools.paper.tables import Row, Table
 
-# what is known before any run of a folder has trained: images/s of configs/photos64.yaml on one thread of a shared machine,
-# and seconds of each measure on the demo's scenes on one thread (docs/howto/paper-tables.md)
-KNOWN_CONFIG, KNOWN_SPEED = "configs/photos64.yaml", 110
-KNOWN_MEASURES = {"knn": 6, "linear_seg": 12, "points": 8, "retrieval_seg": 35, "cluster_seg": 55}
+BACKBONE = "backbone.safetensors"  # of a run folder: what a finished run has learned
 OF_MEASURES = ("k", "temperature", "seg_epochs", "seg_lr", "ignore_classes")  # keys of `eval` that change figures
 
 
@@ -55,15 +52,22 @@ class Run:
     folder: Path
     config_file: str = ""
     words: list[str] = field(default_factory=list)
-    config: Config | None = None  # None: weights that are not trained here
+    config: Config | None = None  # None: nothing is trained, only measured
     seed: int | None = None
+    start: "Run | None" = None  # from whose weights it is trained, or whose network before training it is
     measures: list[str] = field(default_factory=list)  # of all its tables, those that the data allows
     steps: int = 0
 
     @property
     def network(self) -> str:
         """What is measured: the run's folder, or the row's weights."""
-        return self.row.weights or str(self.folder)
+        of = self.start if self.row.untrained and self.start else self
+        return of.row.weights or str(of.folder)
+
+    @property
+    def weights(self) -> str:
+        """What a run that starts from this one loads: the backbone that is evaluated."""
+        return self.row.weights or str(self.folder / BACKBONE)
 
     def trained_steps(self) -> int:
         weights = known_weights(self.folder) if self.config else None
@@ -72,7 +76,7 @@ class Run:
     def is_trained(self) -> bool:
         if self.config is None:
             return True
-        return self.trained_steps() >= self.steps and (self.folder / "backbone.safetensors").is_file()
+        return self.trained_steps() >= self.steps and (self.folder / BACKBONE).is_file()
 
     def figures(self, scenes: str | None) -> dict[str, Any]:
         """The column of the run's measures.json that belongs to its weights and these scenes; {} if there is none."""
@@ -80,16 +84,19 @@ class Run:
         weights = known_weights(self.network)
         try:
             if results["settings"]["data"] == scenes and weights:
-                columns = results["networks"].values()
-                return next(c for c in columns if c["weights"] == weights and not c["untrained"])
+                columns = [c for c in results["networks"].values() if c["untrained"] == self.row.untrained]
+                if self.row.untrained:  # the hash of its weights is in no file
+                    return next(c for c in columns if c["path"] == str(Path(self.network)))
+                return next(c for c in columns if c["weights"] == weights)
         except (KeyError, TypeError, AttributeError, StopIteration):
             pass
         return {}
 
     def missing(self, scenes: str | None) -> list[str]:
-        """The measures that have not been taken of its weights."""
+        """The measures that have not been taken of its weights, though they can be."""
         column = self.figures(scenes)
-        return [measure for measure in self.measures if f"{measure}_seconds" not in column]
+        impossible = column.get("skipped", {})
+        return [m for m in self.measures if f"{m}_seconds" not in column and m not in impossible]
 
     def logged_steps(self) -> int:
         rows = read_metrics(self.folder) if self.config else []
@@ -123,8 +130,8 @@ def select(
     tables: dict[str, Table], chosen: Sequence[str], scale: Scale, seeds: Sequence[int], rows: Sequence[str] = (),
     measures: Sequence[str] = (),
 ) -> Selection:  # fmt: skip
-    """The runs of the chosen tables. rows: names of those to train, and their baselines; none: all. Other rows are
-    shown if they have been measured before. measures: those to take; none: those of each table.
+    """The runs of the chosen tables. rows: names of those to train, with their baselines and starts; none: all. Other rows
+    are shown if they have been measured before. measures: those to take; none: those of each table.
 
     Raises UserError for a row whose config is wrong, unless the row may be left out.
     """
@@ -132,21 +139,24 @@ def select(
     found = Selection([], [], {}, {name: [] for name in chosen})
     by_folder: dict[Path, Run] = {}
     for table in tables.values():
-        wanted = {*rows, *(row.baseline for row in table.rows if row.name in rows)} if rows else None
+        wanted = _with_others(table, rows) if rows else None
         kept = []
+        runs_of: dict[str | None, list[Run]] = {None: []}  # of the rows so far
         for row in table.rows:
             here = table.name in chosen
             needed = here and (wanted is None or row.name in wanted)
             try:
-                config = None if row.weights else _config_of(row, scale)
+                config = _config_of(row, table, scale)
             except UserError as error:
                 if needed and not row.optional:
                     raise
                 if needed:
                     found.left_out[table.name].append(f"{row.label}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}")
                 continue
-            name = names.setdefault(dump_config(config) if config else f"weights {row.weights}", row.name)
-            runs = [by_folder.get(run.folder, run) for run in _runs_of(row, name, config, scale, seeds)] if here else []
+            what = f"weights {row.weights}" if row.weights else f"{row.start} untrained"
+            name = names.setdefault(dump_config(config) if config else what, row.name)
+            made = _runs_of(row, name, config, scale, seeds, runs_of.get(row.start, [])) if here else []
+            runs = runs_of[row.name] = [by_folder.get(run.folder, run) for run in made]
             if needed:
                 by_folder |= {run.folder: run for run in runs}
                 for run in runs:
@@ -161,23 +171,45 @@ def select(
     return found
 
 
-def _config_of(row: Row, scale: Scale) -> Config:
-    config = load_config(row.config or scale.config, [*scale.words, *row.words])
+def _with_others(table: Table, names: Sequence[str]) -> set[str | None]:
+    """The named rows of a table, with the rows that they are compared with or start from."""
+    found: set[str | None] = set(names)
+    for row in reversed(table.rows):  # a start is above its row
+        if row.name in found:
+            found |= {row.baseline, row.start}
+    return found
+
+
+def _config_of(row: Row, table: Table, scale: Scale) -> Config | None:
+    """The config of a row; None if nothing is trained. Raises UserError if it is wrong."""
+    if row.untrained and row.start and table.row(row.start).weights:
+        raise UserError(f"{row.start} is weights of others, whose network before training is not known")
+    if row.weights or row.untrained:
+        return None
+    start = [f"model.init={row.start}"] if row.start else []  # its name: the seed's own file is not known yet
+    config = load_config(row.config or scale.config, [*scale.words, *row.words, *start])
     config.run.folder = None  # the name of the file, which is no part of a run
     return config
 
 
-def _runs_of(row: Row, name: str, config: Config | None, scale: Scale, seeds: Sequence[int]) -> list[Run]:
+def _runs_of(
+    row: Row, name: str, config: Config | None, scale: Scale, seeds: Sequence[int], starts: Sequence[Run]
+) -> list[Run]:
+    """A run for each seed; one in all for weights. starts: those of the row's `start`, one for each seed, or one for all."""
+    if row.untrained:
+        return [Run(f"{name}-{s.seed}", row, scale.folder / f"{name}-{s.seed}", seed=s.seed, start=s) for s in starts]
     if config is None:
         return [Run(name, row, scale.folder / name)]
     runs = []
-    for seed in seeds:
-        own = copy.deepcopy(config)
+    for i, seed in enumerate(seeds):
+        own, start = copy.deepcopy(config), starts[i % len(starts)] if starts else None
         own.seed = seed
         words = [*scale.words, *row.words, f"seed={seed}"]
-        runs.append(
-            Run(f"{name}-{seed}", row, scale.folder / f"{name}-{seed}", row.config or scale.config, words, own, seed)
-        )
+        if start:
+            own.model.init = start.weights
+            words.append(f"model.init={json.dumps(start.weights, ensure_ascii=False)}")
+        file = row.config or scale.config
+        runs.append(Run(f"{name}-{seed}", row, scale.folder / f"{name}-{seed}", file, words, own, seed, start=start))
     return runs
 
 
@@ -191,6 +223,8 @@ def check(runs: Sequence[Run], scale: Scale) -> list[str]:
     """
     opened: dict[str, tuple[Shards, dict[str, Any]]] = {}
     for run in runs:
+        if run.row.untrained:
+            continue
         if run.config is None:
             if not run.network.startswith(TIMM) and not Path(run.network).exists():
                 raise UserError(f"{run.network}: no such file or run{suggest_path(run.network)}")
@@ -207,7 +241,8 @@ def check(runs: Sequence[Run], scale: Scale) -> list[str]:
         if first:
             preflight.check_photos(config, shards, plan)
         preflight.check_writable(run.folder)
-        preflight.check_weights(config.model.init, bool(run.trained_steps()))
+        if run.start is None or run.start.config is None:  # else the weights are made before they are needed
+            preflight.check_weights(config.model.init, bool(run.trained_steps()))
         _check_same(run, data)
     if scale.scenes is not None:
         check_scenes(scale.scenes, palette_option=False)
@@ -236,55 +271,3 @@ def _check_same(run: Run, data: dict[str, Any]) -> None:
             f"{run.folder} holds another run ({'; '.join(changes)}); to keep it, train these elsewhere: "
             f"`{again('--runs', 'another/folder')}`"
         )
-
-
-# -------------------------------------------------------------------------------------------------------------- how long
-
-
-class Estimate(NamedTuple):
-    """Seconds of what is missing of each run, by its folder; None: nothing is known yet."""
-
-    seconds: dict[Path, float] | None
-    source: str
-
-
-def estimate(runs: Sequence[Run], scale: Scale, on_gpu: bool) -> Estimate:
-    """How long the runs will take, one at a time: by the runs of this folder that have trained, else by a known speed."""
-    logged = [(run.config, run.logged_steps(), run.train_seconds()) for run in runs if run.config]
-    done = [(config, steps, seconds) for config, steps, seconds in logged if seconds]
-    if done:
-        rate = sum(seconds for *_, seconds in done) / sum(steps * work(config) for config, steps, _ in done)
-        source = f"by the steps of {len(done)} run{'s' if len(done) > 1 else ''} of {scale.folder}"
-    elif on_gpu or scale.base.model.arch != "custom":
-        return Estimate(
-            None, "hours are not known: no GPU has been measured; start, and --dry-run tells them from the first steps"
-        )
-    else:
-        reference = load_config(KNOWN_CONFIG)
-        rate = reference.optim.global_batch_size / KNOWN_SPEED / work(reference)
-        source = f"by {KNOWN_SPEED} images/s of {KNOWN_CONFIG} on one thread (docs/results.md)"
-    columns = [run.figures(scale.scenes) for run in runs]
-    seconds = {}
-    for run in runs:
-        left = max(0, run.steps - run.trained_steps()) * work(run.config) * rate if run.config else 0.0
-        for key in (f"{measure}_seconds" for measure in run.missing(scale.scenes)):
-            known = [column[key] for column in columns if key in column]
-            left += fmean(known) if known else KNOWN_MEASURES.get(key.removesuffix("_seconds"), 60)
-        seconds[run.folder] = left
-    return Estimate(seconds, source)
-
-
-def work(config: Config) -> float:
-    """Arithmetic of a step, in units that compare configs of one network: tokens of the student, thrice for its backward
-    pass, and of the teacher. A reference token counts twice, because it passes a head too (model.cost of the demo: DenseDINO
-    over DINO 1.21, M = 32 over 4 2.23; here 1.22 and 2.24)."""
-    views, model = config.views, config.model
-    tokens = 0.0
-    for view in views:
-        patches = 1 + (view.size // model.patch) ** 2
-        student = 1 if view.teacher else 2  # pairs that a view is in (docs/fidelity.md)
-        tokens += 3 * (patches + 2 * student * config.points)
-        if view.teacher:
-            tokens += patches + 2 * (len(views) - 1) * config.points
-    block = math.prod((model.width or 1, model.width or 1, model.depth or 1))
-    return tokens * block * config.optim.global_batch_size

@@ -1,13 +1,14 @@
 """What the tables hold: rows as configs with a few words changed, what the paper reports, which signs are expected.
 
-A row is a network: a config file and words over it (a.b=c), or weights that someone else has trained. Rows of several
+A row is a network: a config file and words over it (a.b=c), or weights that someone else has trained. A row may start from
+the weights of another, seed by seed. Rows of several
 tables whose configs are the same are one run. The view recipes are made from the config's own view size and patch: at a
 small scale they keep the proportions of Table 2. Page and equation numbers are those of the paper (arXiv:2306.04654).
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from runtime.config import Config, Views
 
@@ -41,6 +42,8 @@ class Row:
     words: tuple[str, ...] = ()  # over the config
     config: str | None = None  # another file than the scale's
     weights: str | None = None  # a network to measure that is not trained here: a file, a run folder or timm:NAME
+    start: str | None = None  # name of an earlier row of the same table, from whose weights it is trained
+    untrained: bool = False  # the network of `start` before its training: it is only measured
     baseline: str | None = None  # name of the row of the same table that it is compared with
     paper: Figures = field(default_factory=dict)
     expected: Mapping[str, int] = field(default_factory=dict)  # sign of the difference, where the paper has no figures
@@ -53,6 +56,11 @@ class Row:
             difference = self.paper[key] - baseline.paper[key]
             return (difference > 0) - (difference < 0)
         return self.expected.get(key, 0)
+
+    def with_weights(self, file: str) -> "Row":
+        """The row with weights of others in its place."""
+        label = f"{self.label}: {file.rpartition('/')[2]}"
+        return replace(self, label=label, weights=file, words=(), config=None, start=None, untrained=False)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ H heads · R reference tokens · N = h*w patches · d width of a head.
 """
 
 import argparse
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
@@ -19,7 +20,7 @@ from torch import Tensor
 from eval.attention import attention_weights
 from model.vit import ViT
 from runtime.errors import UserError
-from tools.show.figures import COLORS, TEXT, Networks, figure_grid, figure_title, grayscale
+from tools.show.figures import COLORS, TEXT, Networks, figure_grid, figure_title, grayscale, require_vits
 from tools.show.photos import Photo, input_size, normalized, resize_to_patches
 
 LEGEND = "the yellower a patch, the more attention it gets; each map by its own largest"
@@ -47,7 +48,7 @@ def overlay(axes: Axes, picture: Tensor, heat: Tensor, title: str) -> None:
     axes.set_title(title, fontsize=TEXT)
 
 
-def block_name(networks: Networks, block: int | None) -> str:
+def block_name(networks: Sequence[tuple[str, ViT]], block: int | None) -> str:
     """The block's name in a title. Raises UserError if a network has no such block."""
     for title, network in networks:
         if block is not None and not 1 <= block <= len(network.blocks):
@@ -57,9 +58,10 @@ def block_name(networks: Networks, block: int | None) -> str:
 
 def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> Figure:
     """A row for each image and network: the image, one map for each head, and the mean of the heads."""
-    heads = max(network.heads for _, network in networks)
-    rows = [(photo, name, network) for photo in photos for name, network in networks]
-    title = figure_title(networks, f"Attention of [CLS] in {block_name(networks, args.block)}") + f"\n{LEGEND}"
+    vits = require_vits(networks, "a picture of attention")
+    heads = max(network.heads for _, network in vits)
+    rows = [(photo, name, network) for photo in photos for name, network in vits]
+    title = figure_title(vits, f"Attention of [CLS] in {block_name(vits, args.block)}") + f"\n{LEGEND}"
     figure, grid = figure_grid(len(rows), heads + 2, title, photos)
     for (photo, name, network), row in zip(rows, grid, strict=True):
         picture = resize_to_patches(photo.picture, input_size(network, args), network.patch)

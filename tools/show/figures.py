@@ -5,7 +5,7 @@ DenseDINO paper puts DenseDINO below DINO. Which photos: tools/show/photos.py. C
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor
 from eval.features import check_size
 from eval.provenance import Weights, png_text
 from eval.target import EvalTarget
-from model.vit import ViT
+from model.backbone import Backbone
+from model.vit import ViT, require_vit
 from runtime.errors import UserError
 from runtime.files import atomic_path
 from tools.show.photos import Photo, find_photos, input_size
@@ -29,7 +30,7 @@ DARK = (COLORS[0], COLORS[4])  # numbers on these are white
 CELL = 1.9  # inches of an image's side
 TEXT = 8  # points: about 29 letters above an image, and still legible if a page shows the figure at half its size
 MAX_PATCHES = 128  # along the shorter side: attention among more takes gigabytes, and the cells become invisible
-Networks = list[tuple[str, ViT]]  # each with its title
+Networks = Sequence[tuple[str, Backbone]]  # each with its title
 
 
 def run_tool(
@@ -54,6 +55,11 @@ def run_tool(
             raise UserError(f"--size {args.size}: at most {MAX_PATCHES} patches, {MAX_PATCHES * network.patch} pixels")
     save(draw(networks, photos, args), out, weights)
     print(f"{args.tool} written to {out}")
+
+
+def require_vits(networks: Networks, what: str) -> list[tuple[str, ViT]]:
+    """The networks, if all are ViTs. Raises UserError for another one. what: the picture that needs it."""
+    return [(title, require_vit(network, title, what)) for title, network in networks]
 
 
 def figure_grid(rows: int, columns: int, title: str, photos: list[Photo], cell: float = CELL) -> tuple[Figure, NDArray]:

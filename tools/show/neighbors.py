@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eval.datasets import center_crop
 from eval.features import tokens
-from model.vit import ViT
+from model.backbone import Backbone
 from runtime.errors import UserError
 from tools.show.figures import TEXT, Networks, figure_grid, figure_title
 from tools.show.photos import Photo, input_size
@@ -30,7 +30,7 @@ BATCH = 64
 THUMBNAIL = 160  # pixels of a side: photos are kept this small, because there may be many
 
 
-def features_of(networks: list[tuple[ViT, int]], photos: Iterable[Photo]) -> tuple[list[Photo], list[Tensor]]:
+def features_of(networks: list[tuple[Backbone, int]], photos: Iterable[Photo]) -> tuple[list[Photo], list[Tensor]]:
     """(the photos' centers, small; for each network and its size their normalized [CLS] [n,D]). Reads photos one by one."""
     shown: list[Photo] = []
     crops: list[list[Tensor]] = [[] for _ in networks]
@@ -39,7 +39,7 @@ def features_of(networks: list[tuple[ViT, int]], photos: Iterable[Photo]) -> tup
     def flush() -> None:
         for (network, _), waiting, found in zip(networks, crops, features, strict=True):
             if waiting:
-                cls, _ = tokens(network, torch.stack(waiting).to(network.pos_embed.device))
+                cls, _ = tokens(network, torch.stack(waiting).to(next(network.parameters()).device))
                 found.append(F.normalize(cls, dim=1).cpu())
                 waiting.clear()
 

@@ -22,7 +22,7 @@ from eval.features import tokens
 from eval.masks import IGNORE, Palette, find_palette, read_mask
 from eval.target import EvalTarget, open_shards, subsample
 from eval.voc import IMAGE_SUFFIXES, scene_files
-from model.vit import ViT
+from model.backbone import Backbone
 from pipeline.augment.recipe import MEAN, STD
 from pipeline.decode import DecodeError, decode
 from runtime.errors import UserError
@@ -106,7 +106,7 @@ def _photos_of_run(target: EvalTarget, count: int, scattered: bool) -> Iterator[
 # ------------------------------------------------------------------------------------------------ photos to a network
 
 
-def input_size(network: ViT, args: argparse.Namespace) -> int:
+def input_size(network: Backbone, args: argparse.Namespace) -> int:
     """The shorter side of a photo as the network gets it, pixels."""
     return args.size or args.scale * network.image_size
 
@@ -118,16 +118,16 @@ def resize_to_patches(photo: Tensor, size: int, patch: int) -> Tensor:
     return transform.resize(photo, sides, InterpolationMode.BICUBIC, antialias=True)
 
 
-def normalized(picture: Tensor, network: ViT) -> Tensor:
+def normalized(picture: Tensor, network: Backbone) -> Tensor:
     """uint8 [3,H,W] -> a normalized batch [1,3,H,W] on the network's device."""
-    device = network.pos_embed.device
+    device = next(network.parameters()).device
     mean, std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (MEAN, STD))
     return ((picture.to(device).float() / 255 - mean) / std)[None]
 
 
-def patch_tokens(network: ViT, picture: Tensor) -> Tensor:
+def patch_tokens(network: Backbone, picture: Tensor) -> Tensor:
     """uint8 [3,h*p,w*p] -> patch tokens after the final norm on their grid [h,w,D], on the CPU."""
-    _, patches = tokens(network, picture[None].to(network.pos_embed.device))
+    _, patches = tokens(network, picture[None].to(next(network.parameters()).device))
     return patches[0].cpu().unflatten(0, (picture.shape[1] // network.patch, -1))
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from eval.attention import distance_from_points
 from tools.show.attention import LEGEND, attention, block_name, overlay
-from tools.show.figures import TEXT, Networks, figure_grid, figure_title, mark_point
+from tools.show.figures import TEXT, Networks, figure_grid, figure_title, mark_point, require_vits
 from tools.show.photos import Photo, input_size, parse_points, query_points, resize_to_patches
 
 POINTS = 4
@@ -25,10 +25,11 @@ POINTS = 4
 
 def draw(networks: Networks, photos: list[Photo], args: argparse.Namespace) -> Figure:
     """A row for each image and network: the image with its points, and one map for each point."""
+    vits = require_vits(networks, "a picture of reference tokens")
     given = parse_points(args.points)
     points = [query_points(photo, POINTS) if given is None else given for photo in photos]
-    rows = [(photo, xy, name, network) for photo, xy in zip(photos, points, strict=True) for name, network in networks]
-    block = block_name(networks, args.block)
+    rows = [(photo, xy, name, network) for photo, xy in zip(photos, points, strict=True) for name, network in vits]
+    block = block_name(vits, args.block)
     title = figure_title(networks, f"Attention of reference tokens in {block}, mean over heads") + f"\n{LEGEND}"
     figure, grid = figure_grid(len(rows), 1 + max(len(xy) for xy in points), title, photos)
     for (photo, xy, name, network), row in zip(rows, grid, strict=True):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from eval.datasets import IGNORE, VocSegmentation, voc_splits
 from eval.features import progress_bar, scene_batches
-from model.vit import ViT
+from model.backbone import Backbone
 from runtime.errors import UserError
 from tools.show.figures import COLORS, TEXT, Networks, figure_grid, figure_title
 from tools.show.photos import Photo, class_centers, input_size
@@ -49,7 +49,7 @@ def patch_shares(masks: Tensor, classes: int, h: int, w: int) -> Tensor:
     return F.adaptive_avg_pool2d(F.one_hot(labels, classes + 1)[..., :classes].permute(0, 3, 1, 2).float(), (h, w))
 
 
-def fit_linear_map(network: ViT, scenes: VocSegmentation) -> nn.Linear:
+def fit_linear_map(network: Backbone, scenes: VocSegmentation) -> nn.Linear:
     """The map [D] -> logits [C] with the least cross-entropy to the class shares of the scenes' patches."""
     tokens_of, shares_of = [], []
     total = -(-len(scenes) // BATCH)
