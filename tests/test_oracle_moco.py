@@ -1,17 +1,12 @@
-"""MoCo-v2, DenseCL and MoCo-v3 equal to their published code, step by step: the tensors of ../shared/oracle-baselines.
+"""Equal to the published code of MoCo-v2, DenseCL and MoCo-v3, step by step: more cases of the frame of
+tests/test_oracle_baselines.py.
 
-One test for each case of baselines_index.json whose name begins with moco_, densecl_ or mocov3_, in float32 and float64;
-more can be added there. $ORACLE_BASELINES names another folder. Features of the backbones are given: a case is what follows
-from them: heads, losses, gradients, optimizer, average and queues.
+Features of the backbones are given. A case is what follows from them: heads, matches, losses, gradients, optimizer, average
+and queues.
 """
-
-import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from model.losses.info_nce import unit
@@ -21,12 +16,8 @@ from model.vit import Tokens
 from model.weights import load_strictly
 from runtime.config import Config, Contrast, Head, Model, Views
 from runtime.schedule import StepValues
+from tests.test_oracle_baselines import Case, cases
 
-FOLDER = Path(os.environ.get("ORACLE_BASELINES", Path(__file__).parents[2] / "shared" / "oracle-baselines"))
-INDEX = FOLDER / "baselines_index.json"
-FILES = json.loads(INDEX.read_text())["files"] if INDEX.is_file() else {}
-METHODS = {"moco": "mocov2", "densecl": "densecl", "mocov3": "mocov3"}
-CASES = [n for n in FILES if n.partition("_")[0] in METHODS and not n.endswith("_f64")]
 PARTS = {  # published names: ours
     "encoder_q.fc": "student.projector", "encoder_k.fc": "key.projector",
     "encoder_q.1.mlp": "student.projector", "encoder_k.1.mlp": "key.projector",
@@ -34,158 +25,156 @@ PARTS = {  # published names: ours
     "base_encoder.head": "student.projector", "momentum_encoder.head": "key.projector", "predictor": "student.predictor",
     "fc": "student.projector", "1.mlp": "student.projector", "1.mlp2": "student.dense_projector",
 }  # fmt: skip
-# of the README, in float32; where the published float32 is further from its float64, twice that
-TOLERANCES = {"loss": 1e-6, "projection": 4e-7, "logits": 2.5e-6, "grad": 5e-7, "after": 4e-7}
 
 
-class Case:
-    """The tensors of a case in one precision, and the configuration that made them."""
-
-    def __init__(self, name: str, dtype: torch.dtype):
-        about = FILES[name]
-        self.method, self.config, self.dtype = METHODS[name.partition("_")[0]], about["config"], dtype
-        tensors = load_file(FOLDER / f"{name}.safetensors")
-        self.keys = FILES[name]["keys"]
-        if dtype == torch.float64:
-            tensors |= load_file(FOLDER / f"{name}_f64.safetensors")
-        self.tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-
-    def names(self, prefix: str) -> dict[str, str]:
-        """Our name of each published parameter below a prefix: its key in the file."""
-        ours = {}
-        for key in self.tensors:
-            name = key.removeprefix(prefix)
-            part = name.rsplit(".", 2)[0]
-            if key.startswith(prefix) and part in PARTS and "running" not in name:
-                ours[PARTS[part] + name.removeprefix(part)] = key
-        return ours
-
-    def tensor(self, key: str) -> Tensor:
-        """1x1 convolutions [out,in,1,1] as matrices."""
-        t = self.tensors[key]
-        return t.flatten(1) if t.shape[2:] == (1, 1) else t
-
-    def check(self, key: str, ours: Tensor, kind: str) -> None:
-        theirs, tolerance = self.tensor(key), 1e-12
-        assert ours.shape == theirs.shape, key
-        if self.dtype == torch.float32:
-            tolerance = max(TOLERANCES[kind], 2 * self.keys[key].get("max_abs_f32_minus_f64", 0))
-        assert (ours - theirs).abs().max() <= tolerance, key
+def read_case(name: str, precision: str) -> Case:
+    """1x1 convolutions [out,in,1,1] are matrices here."""
+    case = Case(name, precision)
+    case.tensors = {n: t.flatten(1) if t.shape[2:] == (1, 1) else t for n, t in case.tensors.items()}
+    return case
 
 
-def build_case(case: Case) -> Method:
+def parameters(case: Case, prefix: str) -> dict[str, str]:
+    """Our name of each published parameter below a prefix: its key in the file."""
+    ours = {}
+    for name in case.under(prefix):
+        part = name.rsplit(".", 2)[0]
+        if part in PARTS and "running" not in name:
+            ours[PARTS[part] + name.removeprefix(part)] = prefix + name
+    return ours
+
+
+def build_case(case: Case, method: str, settings: dict) -> Method:
     """Our method with the published heads and queues; its backbone is not used."""
-    c, first = case.config, {n: case.tensor(key) for n, key in case.names("init.").items()}
-    width, hidden = c["E"], len(first["student.projector.0.weight"])
-    config = Config(method=case.method, model=Model("custom", 8, width, 1, 1, 0.0), head=Head(hidden, c["d"]))
-    feature = "mean" if case.method == "densecl" else "cls"
-    config.contrast = Contrast(c.get("K", 1), c["T"], feature, c.get("lam", 0.5))
+    first = {n: case.tensors[key] for n, key in parameters(case, "init.").items()}
+    head = Head(len(first["student.projector.0.weight"]), settings["d"])
+    config = Config(method=method, model=Model("custom", 8, settings["E"], 1, 1, 0.0), head=head)
+    feature = "mean" if method == "densecl" else "cls"
+    config.contrast = Contrast(settings.get("K", 1), settings["T"], feature, settings.get("lam", 0.5))
     config.data.views = [Views(2, 8, teacher=True)]
-    method = build(config).to(case.dtype)
-    for part in sorted({name.rsplit(".", 2)[0] for name in first}):
-        load_strictly(
-            method.get_submodule(part),
-            {n.removeprefix(f"{part}."): t for n, t in first.items() if n.startswith(f"{part}.")},
-        )
-    for queue, name in zip(queues(method), ("queue", "queue2"), strict=False):
+    built = build(config).to(case.dtype)
+    for part in {name.rsplit(".", 2)[0] for name in first}:
+        own = {n.removeprefix(f"{part}."): t for n, t in first.items() if n.startswith(f"{part}.")}
+        load_strictly(built.get_submodule(part), own, part)
+    built.moved.fill_(1)  # the networks start different, as after a step
+    return built
+
+
+def follow(
+    case: Case, method: Method, settings: dict, optimizer: torch.optim.Optimizer, check, both: bool = False
+) -> None:
+    """The published steps, in the published order. check(the step's prefix, the query network's tokens, the key network's)
+    compares what is between features and losses. both: both networks see both views."""
+    at = StepValues(teacher_momentum=settings["m"])
+    for t in range(settings["steps"]):
+        s, features = f"s{t}.", case.tensors[f"in.s{t}.features"].clone()
+        trained = (features if both else features[0]).requires_grad_()
+        query = tokens_of(trained.flatten(0, 1) if both else trained)
+        key = query if both else tokens_of(features[1])
+        method.before_step(at)
+        with torch.no_grad():
+            check(s, query, key)
+        out = method.compare(query, key)
+        case.check(f"{s}loss", out.loss)
+        if "dense_loss" in out.metrics:
+            case.check(f"{s}weighted_loss_single", (1 - settings["lam"]) * out.metrics["image_loss"])
+            case.check(f"{s}weighted_loss_dense", settings["lam"] * out.metrics["dense_loss"])
+        out.loss.backward()
+        case.check(f"{s}grad.features", trained.grad)
+        gradients = {f"student.{n}": p.grad for n, p in method.student.named_parameters() if p.grad is not None}
+        published = parameters(case, f"{s}grad.")
+        assert gradients.keys() == published.keys()
+        for name, key_in_file in published.items():
+            case.check(key_in_file, gradients[name])
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step([], at, torch.tensor(1.0))
+        state, published = method.state_dict(), parameters(case, f"{s}after.")
+        assert published.keys() == {name for name in state if "projector" in name or "predictor" in name}
+        for name, key_in_file in published.items():
+            case.check(key_in_file, state[name])
+        for queue, name in with_queues(method):
+            case.check(f"{s}after.{name}", queue.rows.T)
+            assert queue.pointer == case.tensors[f"{s}after.{name}_ptr"][0]
+
+
+def with_queues(method: Method) -> list[tuple]:
+    """(queue, its published name)."""
+    return list(zip(getattr(method, "queues", tuple)(), ("queue", "queue2"), strict=False))
+
+
+def load_queues(case: Case, method: Method) -> None:
+    for queue, name in with_queues(method):
         queue.rows.copy_(case.tensors[f"init.{name}"].T)
         queue.pointer.copy_(case.tensors[f"init.{name}_ptr"][0])
-    method.moved.fill_(1)  # the networks start different, as after a step
-    return method
-
-
-def queues(method: Method) -> tuple:
-    return method.queues() if hasattr(method, "queues") else ()
-
-
-def optimizer_of(case: Case, method: Method) -> torch.optim.Optimizer:
-    """The published one, with its weight decay on everything."""
-    parameters, lr = method.student.parameters(), case.config["lr"]
-    if case.method == "mocov3":
-        return torch.optim.AdamW(parameters, lr, weight_decay=case.config.get("wd", 0.1))
-    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=case.config.get("wd", 1e-4))
 
 
 def tokens_of(features: Tensor) -> Tokens:
-    """Features as our backbone gives them: [...,E] of images, or a map [B,E,g,g]."""
-    if features.ndim == 4:
-        patches = features.flatten(2).transpose(1, 2)
-        return Tokens(patches[:, 0], patches, None)
-    return Tokens(features, None, None)
+    """Features [n,E], or a map [B,E,g,g] of patches, as our backbone gives them."""
+    patches = features.flatten(2).transpose(1, 2) if features.ndim == 4 else None
+    return Tokens(features if patches is None else patches[:, 0], patches, None)
 
 
-@torch.no_grad()
-def check_forward(case: Case, t: int, method: Method, query: Tokens, key: Tokens) -> None:
-    """What is between features and losses: projections, logits, matches."""
-    student, networks_key, s = method.student, method.key, f"s{t}."
-    if case.method == "mocov2":
-        q, k = student.projector(query.cls), networks_key.projector(key.cls)
-        case.check(s + "query_projection", q, "projection")
-        case.check(s + "key_projection", k, "projection")
-        case.check(s + "logits", logits(unit(q), unit(k), method.queue.rows) / case.config["T"], "logits")
-    elif case.method == "densecl":
-        match = most_similar(query.patches, key.patches)
-        assert torch.equal(match, case.tensors[s + "match"])
-        dense = {}
-        for name, network, tokens in (("query", student, query), ("key", networks_key, key)):
-            single, dense[name] = network.projector(method.feature(tokens)), network.dense_projector(tokens.patches)
-            case.check(f"{s}{name}.single", single, "projection")
-            case.check(f"{s}{name}.dense", dense[name].transpose(1, 2), "projection")
-            case.check(f"{s}{name}.dense_mean", dense[name].mean(1), "projection")
-        positives = unit(dense["key"]).gather(1, match.unsqueeze(-1).expand_as(dense["key"]))
-        ours = logits(unit(dense["query"]).flatten(0, 1), positives.flatten(0, 1), method.dense_queue.rows)
-        case.check(s + "logits_dense", ours, "projection")
-    else:
-        by_view = zip(query.cls.chunk(2), key.cls.chunk(2), strict=True)
-        outs = [(student.projector(q), networks_key.projector(k)) for q, k in by_view]
-        base, keys = (torch.stack(x) for x in zip(*outs, strict=True))
-        case.check(s + "base_encoder_out", base, "projection")
-        case.check(s + "momentum_encoder_out", keys, "projection")
-        case.check(s + "predictor_out", torch.stack([student.predictor(x) for x in base]), "projection")
+def published_sgd(method: Method, settings: dict) -> torch.optim.Optimizer:
+    decay = settings.get("wd", 1e-4)  # of everything
+    return torch.optim.SGD(method.student.parameters(), settings["lr"], momentum=0.9, weight_decay=decay)
 
 
-def logits(q: Tensor, k: Tensor, negatives: Tensor) -> Tensor:
-    """Cosines [n,1+K], the positive first."""
+def cosines(q: Tensor, k: Tensor, negatives: Tensor) -> Tensor:
+    """[n,1+K], the positive first."""
     return torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1)
 
 
-@pytest.mark.skipif(not CASES, reason=f"no published reference: {INDEX} does not exist (set ORACLE_BASELINES=folder)")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("name", CASES or ["none"])
-def test_published_steps(name: str, dtype: torch.dtype):
-    case = Case(name, dtype)
-    method, at = build_case(case), StepValues(teacher_momentum=case.config["m"])
-    optimizer = optimizer_of(case, method)
-    for t in range(case.config["steps"]):
-        s, features = f"s{t}.", case.tensors[f"in.s{t}.features"].clone()
-        method.before_step(at)
-        if case.method == "mocov3":  # both networks see both views
-            trained = features.requires_grad_()
-            query = keys = tokens_of(trained.flatten(0, 1))
-        else:
-            trained = features[0].requires_grad_()
-            query, keys = tokens_of(trained), tokens_of(features[1])
-        check_forward(case, t, method, query, keys)
-        out = method.compare(query, keys)
-        case.check(s + "loss", out.loss.detach(), "loss")
-        if case.method == "densecl":
-            weight = case.config["lam"]
-            case.check(s + "weighted_loss_single", (1 - weight) * out.metrics["image_loss"], "loss")
-            case.check(s + "weighted_loss_dense", weight * out.metrics["dense_loss"], "loss")
-        out.loss.backward()
-        case.check(s + "grad.features", trained.grad, "grad")
-        gradients = {f"student.{n}": p.grad for n, p in method.student.named_parameters() if p.grad is not None}
-        published = case.names(s + "grad.")
-        assert gradients.keys() == published.keys()
-        for parameter, key in published.items():
-            case.check(key, gradients[parameter], "grad")
-        optimizer.step()
-        optimizer.zero_grad()
-        method.after_step([], at, torch.ones(()))
-        state, published = method.state_dict(), case.names(s + "after.")
-        assert published.keys() == {n for n in state if "projector" in n or "predictor" in n}
-        for parameter, key in published.items():
-            case.check(key, state[parameter], "after")
-        for queue, queue_name in zip(queues(method), ("queue", "queue2"), strict=False):
-            case.check(f"{s}after.{queue_name}", queue.rows.T, "after")
-            assert queue.pointer == case.tensors[f"{s}after.{queue_name}_ptr"][0]
+@pytest.mark.parametrize(("name", "settings", "precision"), cases("moco_"))
+def test_mocov2(name: str, settings: dict, precision: str):
+    case = read_case(name, precision)
+    method = build_case(case, "mocov2", settings)
+    load_queues(case, method)
+
+    def check(s: str, query: Tokens, key: Tokens) -> None:
+        q, k = method.student.projector(query.cls), method.key.projector(key.cls)
+        case.check(f"{s}query_projection", q)
+        case.check(f"{s}key_projection", k)
+        case.check(f"{s}logits", cosines(unit(q), unit(k), method.queue.rows) / settings["T"])
+
+    follow(case, method, settings, published_sgd(method, settings), check)
+
+
+@pytest.mark.parametrize(("name", "settings", "precision"), cases("densecl_"))
+def test_densecl(name: str, settings: dict, precision: str):
+    case = read_case(name, precision)
+    method = build_case(case, "densecl", settings)
+    load_queues(case, method)
+
+    def check(s: str, query: Tokens, key: Tokens) -> None:
+        image, dense = {}, {}
+        for role, network, tokens in (("query", method.student, query), ("key", method.key, key)):
+            image[role], dense[role] = (
+                network.projector(method.feature(tokens)),
+                network.dense_projector(tokens.patches),
+            )
+            case.check(f"{s}{role}.single", image[role])
+            case.check(f"{s}{role}.dense", dense[role].transpose(1, 2))
+            case.check(f"{s}{role}.dense_mean", dense[role].mean(1))
+        match = most_similar(query.patches, key.patches)
+        assert torch.equal(match, case.tensors[f"{s}match"])
+        positives = unit(dense["key"]).gather(1, match.unsqueeze(-1).expand_as(dense["key"])).flatten(0, 1)
+        case.check(f"{s}logits_single", cosines(unit(image["query"]), unit(image["key"]), method.queue.rows))
+        case.check(f"{s}logits_dense", cosines(unit(dense["query"]).flatten(0, 1), positives, method.dense_queue.rows))
+
+    follow(case, method, settings, published_sgd(method, settings), check)
+
+
+@pytest.mark.parametrize(("name", "settings", "precision"), cases("mocov3"))
+def test_mocov3(name: str, settings: dict, precision: str):
+    case = read_case(name, precision)
+    method = build_case(case, "mocov3", settings)
+    adamw = torch.optim.AdamW(method.student.parameters(), settings["lr"], weight_decay=settings.get("wd", 0.1))
+
+    def check(s: str, query: Tokens, key: Tokens) -> None:
+        base = torch.stack([method.student.projector(x) for x in query.cls.chunk(2)])
+        case.check(f"{s}base_encoder_out", base)
+        case.check(f"{s}momentum_encoder_out", torch.stack([method.key.projector(x) for x in key.cls.chunk(2)]))
+        case.check(f"{s}predictor_out", torch.stack([method.student.predictor(x) for x in base]))
+
+    follow(case, method, settings, adamw, check, both=True)
