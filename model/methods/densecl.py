@@ -65,7 +65,7 @@ class DenseCL(MoCoV2):
 
 @torch.no_grad()
 def most_similar(query: Tensor, key: Tensor) -> Tensor:
-    """For each patch of the query the patch of the key with the largest cosine of the backbones' features ("Dense correspondence across views"):
-    query, key [B,N,E] -> int64 [B,N]. Near ties are common, and bfloat16 would decide 1 % of the patches otherwise: neither
-    autocast nor TF32 applies to a product in float64."""
+    """For each patch of the query the patch of the key whose feature of the backbone has the largest cosine with its own
+    (eq. 4): query, key [B,N,E] -> int64 [B,N]. Near ties are common, and bfloat16 would decide 1 % of the patches otherwise:
+    neither autocast nor TF32 applies to a product in float64."""
     return (unit(query).double() @ unit(key).double().transpose(1, 2)).argmax(2)
