@@ -19,7 +19,7 @@ takes_table1    := SCALE SEEDS ARGS
 takes_tables    := TABLE SCALE SEEDS ARGS
 takes_eval      := RUN CONFIG METHOD ARGS
 takes_export    := RUN CONFIG METHOD DST ARGS
-takes_bench     := WHAT GPUS CONFIG SHARDS SRC OUT ARGS
+takes_bench     := WHAT METHODS GPUS CONFIG SHARDS SRC OUT ARGS
 takes_test      := ARGS
 takes_test-slow := ARGS
 takes_faults    := ARGS
@@ -146,8 +146,8 @@ export: ready ## RUN=runs/… DST=folder [ARGS=--onnx]: the backbone for timm, a
 # WHAT=step with several GPUS measures the scaling of training
 measured = $(if $(and $(GPUS),$(filter step,$(WHAT))),scale,$(WHAT))
 
-bench: ready $(if $(SHARDS)$(SRC),,$(if $(filter data all scale leak shards,$(measured)),scenes)) ## WHAT=data|all|step|leak|plan|knn|checkpoint|gpu_code|shards|locality [GPUS=n with step, SHARDS=…, SRC=… with shards, OUT=rows.jsonl]: images per second
-	@$(PY) -m tools.bench $(call quote,$(measured)) $(if $(GPUS),"$$GPUS") $(if $(SHARDS),--shards "$$SHARDS") \
+bench: ready $(if $(SHARDS)$(SRC),,$(if $(filter data all scale leak shards,$(measured)),scenes)) ## WHAT=data|all|step|leak|plan|knn|checkpoint|gpu_code|shards|locality [METHODS=all or GPUS=n with step, SHARDS=…, SRC=… with shards, OUT=rows.jsonl]: images per second
+	@$(PY) -m tools.bench $(call quote,$(measured)) $(if $(GPUS),"$$GPUS") $(if $(METHODS),--methods "$$METHODS") $(if $(SHARDS),--shards "$$SHARDS") \
 	  $(if $(SRC),--src "$$SRC") $(if $(filter CONFIG,$(given)),--config "$$CONFIG") $(if $(OUT),--out "$$OUT") $(ARGS)
 
 test: ready ## the tests, on any machine (some minutes)

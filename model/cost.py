@@ -50,12 +50,12 @@ def _with_depth(config: Config, depth: int) -> Config:
 
 
 def _count(config: Config) -> Cost:
-    """Run a step of one image on torch's fake tensors (real shapes, no data, no memory) and count."""
+    """Run a step on torch's fake tensors (real shapes, no data, no memory) and count."""
     with torch.device("meta"):
         method = build(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")
-        batch = _one_image(config)
+        batch = _two_images(config)
         counter, saved = FlopCounterMode(display=False), _SavedTensors(method, batch)
         for suffix in "", "_backward":  # torch 2.11 counts a GPU's fused attention, but not a CPU's
             gpu_op, cpu_op = (
@@ -72,15 +72,15 @@ def _count(config: Config) -> Cost:
     once = sum(4 * n for name, n in trained if "last_layer.weight_" in name)
     parameters = sum(p.numel() for p in method.student.parameters())
     backbone = sum(p.numel() for p in method.backbone.parameters())
-    return Cost(counter.get_total_flops(), max(0, saved.total() - once), parameters, backbone)
+    return Cost(counter.get_total_flops() // 2, max(0, saved.total() - once) // 2, parameters, backbone)
 
 
-def _one_image(config: Config) -> Batch:
-    """A batch of one image, in the loader's form."""
+def _two_images(config: Config) -> Batch:
+    """A batch of two images, in the loader's form. Batch normalization of one view needs two."""
     sizes = itertools.groupby(view.size for view in config.views)
-    views = [torch.empty(len(list(group)), 1, 3, size, size) for size, group in sizes]
-    points = torch.empty(1, TEACHERS, len(config.views), max(1, config.reference.points), 2, 2)
-    ids, windows = torch.empty(1, dtype=torch.int64), torch.empty(1, len(config.views), 4, dtype=torch.int32)
+    views = [torch.empty(len(list(group)), 2, 3, size, size) for size, group in sizes]
+    points = torch.empty(2, TEACHERS, len(config.views), max(1, config.reference.points), 2, 2)
+    ids, windows = torch.empty(2, dtype=torch.int64), torch.empty(2, len(config.views), 4, dtype=torch.int32)
     return Batch(0, ids, ids, views, windows, points, torch.empty(0))
 
 

@@ -125,9 +125,10 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
-        wide = x.to(self.weight.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean, variance = _over_processes(wide.mean(0), wide.var(0, correction=0))
-        return ((wide - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+        normed = (wide - mean) * (variance + self.eps).rsqrt()
+        return (normed * self.weight + self.bias if self.affine else normed).to(x.dtype)
 
 
 @torch.compiler.disable

@@ -22,9 +22,12 @@ class MethodEntry:
 
 
 METHODS = {
+    "densecl": MethodEntry("model.methods.densecl:DenseCL", evaluated="student"),
     "densedino": MethodEntry("model.methods.densedino:DenseDINO", uses_points=True),
     "dino": MethodEntry("model.methods.dino:DINO"),
     "leopart": MethodEntry("model.methods.leopart:Leopart", accumulates=False, evaluated="student"),
+    "mocov2": MethodEntry("model.methods.mocov2:MoCoV2", evaluated="student"),
+    "mocov3": MethodEntry("model.methods.mocov3:MoCoV3", accumulates=False, evaluated="student"),
     "swav": MethodEntry("model.methods.swav:SwAV", accumulates=False, evaluated="student"),
 }
 

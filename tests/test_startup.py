@@ -59,6 +59,7 @@ COMMANDS = {  # command line: exit code
     "tools.bench step --help": 0,
     "tools.bench nothing": 2,
     "tools.bench step --form nothing": 2,
+    "tools.bench step --methods dino,nothing": 2,
     "tools.bench step --rounds 0": 2,
     "tools.bench data --shards no/such/shards": 2,
     "tools.bench all --config no/such.yaml": 2,

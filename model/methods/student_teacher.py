@@ -54,19 +54,9 @@ class StudentTeacher(Method):
         last = self.views if views == "all" else TEACHERS
         return [(t, v) for t in range(TEACHERS) for v in range(last) if v != t]
 
-    @torch.no_grad()
     def update_teacher(self, momentum: float, applied: Tensor | None = None) -> None:
         """theta_t <- momentum theta_t + (1 - momentum) theta_s. applied: 0-dim, 0 if nothing may change."""
-        names = dict(self.student.named_parameters())
-        teacher: list[Tensor] = list(self.teacher.parameters())
-        student: list[Tensor] = [names[name] for name, _ in self.teacher.named_parameters()]
-        # student and teacher are finite: a weight of 0 leaves every value unchanged
-        if applied is None or applied.device.type == "cpu":
-            torch._foreach_lerp_(teacher, student, (1 - momentum) * (1.0 if applied is None else float(applied)))
-        else:  # lerp accepts a weight on the device only tensor by tensor; these are a few launches for all tensors
-            changes = torch._foreach_sub(student, teacher)
-            torch._foreach_mul_(changes, (1 - momentum) * applied)
-            torch._foreach_add_(teacher, changes)
+        update_average(self.teacher, self.student, momentum, applied)
 
     def encode_views(
         self, network: Network, batch: Batch, role: int, pairs: Iterable[Pair] = ()
@@ -104,6 +94,22 @@ class StudentTeacher(Method):
                 r = r.unflatten(1, (-1, self.points)).unflatten(0, (len(group), -1))  # [G,B,S,M,D]
                 tokens |= {pair: r[g, :, s] for g, of_view in enumerate(group) for s, pair in enumerate(of_view)}
         return torch.cat(cls), tokens
+
+
+@torch.no_grad()
+def update_average(average: Network, network: Network, momentum: float, applied: Tensor | None = None) -> None:
+    """The parameters of a moving average: a <- momentum a + (1 - momentum) p, each with the network's of the same name.
+    applied: 0-dim, 0 if nothing may change."""
+    of_network = dict(network.named_parameters())
+    averages: list[Tensor] = list(average.parameters())
+    parameters: list[Tensor] = [of_network[name] for name, _ in average.named_parameters()]
+    # both networks are finite: a weight of 0 leaves every value unchanged
+    if applied is None or applied.device.type == "cpu":
+        torch._foreach_lerp_(averages, parameters, (1 - momentum) * (1.0 if applied is None else float(applied)))
+    else:  # lerp accepts a weight on the device only tensor by tensor; these are a few launches for all tensors
+        changes = torch._foreach_sub(parameters, averages)
+        torch._foreach_mul_(changes, (1 - momentum) * applied)
+        torch._foreach_add_(averages, changes)
 
 
 def group_by_count(pairs: Iterable[Pair], views: range, role: int) -> list[list[list[Pair]]]:

@@ -21,6 +21,7 @@ from runtime.config.schema import (
     TEACHERS,
     Clustering,
     Config,
+    Contrast,
     Data,
     Eval,
     Head,
@@ -37,7 +38,7 @@ from runtime.methods import METHODS
 
 __all__ = [
     "BLUR_RADIUS", "METHODS", "MIN_TEMPERATURE", "NON_RESULT_KEYS", "OTHER_SECTIONS", "RESULT_SECTIONS", "TEACHERS",
-    "Clustering", "Config", "ConfigErrors", "Data", "Eval", "Head", "Jitter", "Loss", "Model", "Optim", "Reference", "Run",
-    "Speed", "Views", "diff", "dump_config", "dump_run_config", "flatten", "is_path", "load_config", "merge", "missing",
-    "parse_config", "run_of", "suggest_key", "unknown_option",
+    "Clustering", "Config", "ConfigErrors", "Contrast", "Data", "Eval", "Head", "Jitter", "Loss", "Model", "Optim",
+    "Reference", "Run", "Speed", "Views", "diff", "dump_config", "dump_run_config", "flatten", "is_path", "load_config",
+    "merge", "missing", "parse_config", "run_of", "suggest_key", "unknown_option",
 ]  # fmt: skip

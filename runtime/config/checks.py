@@ -17,12 +17,14 @@ from runtime.methods import METHODS
 
 CLUSTERING = ("leopart", "swav")  # the methods that use the section
 BLUR_RADIUS = 3  # of the attention that makes Leopart's mask, in patches: its border is reflected (model/foreground.py)
+TWO_VIEWS = ("densecl", "mocov2", "mocov3")  # the methods that compare one view with another
+QUEUES = ("densecl", "mocov2")  # those with a queue
 MIN_TEMPERATURE = 1 / 80  # of k-NN: above it no vote, exp(similarity / temperature), overflows float32
 
 
 def check(c: Config) -> list[Problem]:
     """What is wrong with values that are each valid by themselves."""
-    return [*_optim(c), *_model(c), *_views(c), *_reference(c), *_clustering(c)]
+    return [*_optim(c), *_model(c), *_views(c), *_reference(c), *_clustering(c), *_contrast(c)]
 
 
 def _optim(c: Config) -> Iterator[Problem]:
@@ -44,8 +46,8 @@ def _optim(c: Config) -> Iterator[Problem]:
         yield Problem("speed.grad_accum_steps", text, ("head.norm",))
     if pieces > 1 and c.method in METHODS and not METHODS[c.method].accumulates:
         text = (
-            f"{pieces} pieces of a step would each be balanced by themselves, but method: {c.method} balances all images of "
-            "a step; speed.activation_checkpointing: true needs less memory too, and so do more devices"
+            f"{pieces} pieces of a step would have a loss each, but method: {c.method} has one of all images of a step; "
+            "speed.activation_checkpointing: true needs less memory too, and so do more devices"
         )
         yield Problem("speed.grad_accum_steps", text, ("method",))
     if c.method == "dino" and c.loss.alpha == 0:
@@ -142,6 +144,22 @@ def _clustering(c: Config) -> Iterator[Problem]:
             f"{sizes[0] // c.model.patch} (mask: all needs none)"
         )
         yield Problem("clustering.mask", text, ("method", "model.patch", "data.views"))
+
+
+def _contrast(c: Config) -> Iterator[Problem]:
+    groups, batch, queue = c.data.views, c.optim.global_batch_size, c.contrast.queue
+    views = sum(g.count for g in groups)
+    if c.method in TWO_VIEWS and groups and (views != 2 or len({g.size for g in groups}) > 1):
+        sizes = " and ".join(dict.fromkeys(str(g.size) for g in groups))
+        text = (
+            f"method: {c.method} compares two views of one size, found {views} of {sizes} pixels "
+            "(one group with teacher: true, count: 2)"
+        )
+        yield Problem("data.views", text, ("method",))
+    if c.method in QUEUES and queue % batch:
+        nearest = max(1, round(queue / batch)) * batch
+        text = f"{queue} is not a multiple of optim.global_batch_size: {batch} (nearest: {nearest})"
+        yield Problem("contrast.queue", text, ("method", "optim.global_batch_size"))
 
 
 def check_training(c: Config, processes: int) -> Iterator[Problem]:

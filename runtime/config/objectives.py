@@ -93,3 +93,19 @@ class Clustering:
     """What represents a view in `swav`: [CLS], or the mean of the patch tokens."""
     head_lr_factor: PositiveFloat = 1.0
     """Learning rate of head and prototypes, as a multiple of the backbone's (Leopart: 10)."""
+
+
+@dataclass(config=SETTINGS)
+class Contrast:
+    """Contrastive losses. `method: mocov2` (He et al. 2020; Chen et al. 2020), `densecl` (Wang et al. 2021) and `mocov3`
+    (Chen, Xie & He 2021) use them. The key network is a moving average with `optim.teacher_momentum`."""
+
+    queue: PositiveInt = 65536
+    """Number of keys in each queue, a multiple of `optim.global_batch_size` (MoCo: 65,536). It should be well below the
+    number of images, or an image meets its own older key as a negative. `mocov3` has no queue."""
+    temperature: PositiveFloat = 0.2
+    """Softmax temperature (MoCo-v2, DenseCL and MoCo-v3's ViTs: 0.2)."""
+    feature: Literal["cls", "mean"] = "cls"
+    """What an image's head gets: [CLS] (MoCo-v3), or the mean of the patch tokens (DenseCL: the mean of its map)."""
+    dense_weight: Share = 0.5
+    """Weight λ of the loss of patches; that of images has weight 1 - λ (DenseCL: 0.5). Only `densecl` uses it."""

@@ -24,12 +24,12 @@ from runtime.config.bounds import (
     Texts,
     as_list,
 )
-from runtime.config.objectives import Clustering, Head, Loss, Reference
+from runtime.config.objectives import Clustering, Contrast, Head, Loss, Reference
 from runtime.methods import uses_points
 
 TEACHERS = 2  # T: the method has two teacher views (eq. 2, eq. 3)
 # every key and section of Config is in one of the two; a resume refuses a changed value of the first
-RESULT_SECTIONS = ("method", "seed", "data", "model", "reference", "head", "loss", "clustering", "optim")
+RESULT_SECTIONS = ("method", "seed", "data", "model", "reference", "head", "loss", "clustering", "contrast", "optim")
 OTHER_SECTIONS = ("speed", "run", "eval")
 NON_RESULT_KEYS = (
     "data.shards",
@@ -260,6 +260,7 @@ class Config:
     head: Head = Field(default_factory=Head)
     loss: Loss = Field(default_factory=Loss)
     clustering: Clustering = Field(default_factory=Clustering)
+    contrast: Contrast = Field(default_factory=Contrast)
     optim: Optim = Field(default_factory=Optim)
     speed: Speed = Field(default_factory=Speed)
     run: Run = Field(default_factory=Run)

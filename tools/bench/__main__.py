@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add("data", "photos per second of each reader, stage by stage", shards=True)
     add("all", "training with the loader, beside training on a cached batch", shards=True, config="configs/demo.yaml")
-    _add_step_options(add("step", "the training step, beside the naive implementation"))
+    _add_step_options(add("step", "the training step of each method, beside the naive implementation"))
     locality = add("locality", "the price of the locality prior, step by step in turns")
     locality.add_argument(
         "--arch", choices=("vit_small", "vit_tiny", "tiny"), default="vit_small", help="default %(default)s"
@@ -69,11 +69,14 @@ def _devices(word: str) -> int | str:
 
 
 def _add_step_options(step: argparse.ArgumentParser) -> None:
-    from tools.bench.step import ARCHS, DTYPES, FORMS, METHODS
+    from tools.bench.step import ARCHS, DTYPES, FORMS, PAPER
 
     step.add_argument("--head", action="store_true", help="peak memory of heads and losses alone (with --batch 128)")
     step.add_argument("--check", action="store_true", help="losses of five steps of both, of arch tiny by default")
-    for name, choices in (("arch", (*ARCHS, "tiny")), ("method", METHODS), ("form", FORMS), ("dtype", DTYPES)):
+    step.add_argument(
+        "--methods", default=",".join(PAPER), metavar="M,...|all", help="of runtime/methods.py (default: %(default)s)"
+    )
+    for name, choices in (("arch", (*ARCHS, "tiny")), ("form", FORMS), ("dtype", DTYPES)):
         step.add_argument(f"--{name}", choices=choices, help="only this one")
     step.add_argument("--batch", type=int, nargs="+", default=[8], help="images; of several, a row has the fastest")
     step.add_argument("--steps", type=int, default=2, help="timed steps of each process (default %(default)s)")

@@ -1,12 +1,12 @@
-"""The training step, ours beside the naive implementation (tools/bench/naive.py).
+"""The training step of each method, and beside it the naive implementation of DINO and DenseDINO (tools/bench/naive.py).
 
-    python -m tools.bench step [--arch A] [--method M] [--form naive|ours] [--dtype D] [--batch N ...] [--steps 2] [...]
+    python -m tools.bench step [--methods M,...|all] [--arch A] [--form naive|ours] [--dtype D] [--batch N ...] [...]
     python -m tools.bench step --head [--batch 128]      peak memory of heads and losses alone
     python -m tools.bench step --check [--arch A]        five losses of both implementations
 
-Every combination runs in processes of its own (peak memory is a high-water mark), which take turns; a row is the median
-over all timed steps. Both implementations get the same images, points and weights; the data are ready before the clock
-starts. `make bench WHAT=step [OUT=rows.jsonl]`.
+A method is measured as configs/METHOD_vits16.yaml has it. Every combination runs in processes of its own (peak memory is a
+high-water mark), which take turns; a row is the median over all timed steps. Both implementations get the same images,
+points and weights; the data are ready before the clock starts. `make bench WHAT=step [METHODS=all OUT=rows.jsonl]`.
 """
 
 import argparse
@@ -17,11 +17,12 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-from runtime.errors import UserError
+from runtime.errors import UserError, suggest
+from runtime.methods import METHODS
 from runtime.metrics import append_jsonl
 from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
 
-ARCHS, METHODS = ("vit_small", "vit_tiny"), ("densedino", "dino")
+ARCHS, PAPER = ("vit_small", "vit_tiny"), ("densedino", "dino")  # PAPER: the methods that have a naive implementation
 FORMS, DTYPES = ("naive", "ours"), ("float32", "bfloat16")
 
 
@@ -30,6 +31,15 @@ class Combination(NamedTuple):
     method: str
     form: str
     dtype: str
+
+
+def read_methods(names: str) -> tuple[str, ...]:
+    """The methods of --methods. Raises UserError for one that the registry does not have."""
+    methods = tuple(METHODS) if names == "all" else tuple(dict.fromkeys(names.split(",")))
+    for name in methods:
+        if name not in METHODS:
+            raise UserError(f"--methods {names}: no method '{name}'{suggest(name, METHODS)}")
+    return methods
 
 
 def measure(name: str, **arguments: Any) -> Any:
@@ -43,7 +53,9 @@ def measure(name: str, **arguments: Any) -> Any:
 
 def run_check(args: argparse.Namespace) -> None:
     """Print the losses of five steps of both implementations."""
-    for losses in measure("check", arch=args.arch or "tiny", method=args.method or METHODS[0], batch=args.batch[0]):
+    if args.methods[0] not in PAPER:
+        raise UserError(f"--check: {args.methods[0]} has no naive implementation, only {' and '.join(PAPER)} have one")
+    for losses in measure("check", arch=args.arch or "tiny", method=args.methods[0], batch=args.batch[0]):
         print(json.dumps(losses))
 
 
@@ -72,17 +84,19 @@ Results = dict[
 
 
 def choose_combinations(args: argparse.Namespace) -> list[Combination]:
-    """The combinations that the options allow; without bfloat16 where the hardware lacks it, unless it is named."""
+    """The combinations that the options allow; without bfloat16 where the hardware lacks it, unless it is named, and without
+    naive implementations that do not exist."""
     import torch
 
     from runtime.distributed import has_bfloat16
 
     archs = (args.arch,) if args.arch else ARCHS
-    allowed = (args.method, args.form, args.dtype)
+    allowed = (args.form, args.dtype)
     combinations = [
         Combination(*c)
-        for c in itertools.product(archs, METHODS, FORMS, DTYPES)
-        if all(option in (None, value) for option, value in zip(allowed, c[1:], strict=True))
+        for c in itertools.product(archs, args.methods, FORMS, DTYPES)
+        if all(option in (None, value) for option, value in zip(allowed, c[2:], strict=True))
+        if c[1] in PAPER or c[2] == "ours"
     ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.dtype is None and not has_bfloat16(device):
@@ -153,7 +167,9 @@ def make_rows(
         rows[c] = row | {k: v for k, v in processes[-1].items() if k in ("compile", "device", "host_waits")}
     for c, row in rows.items():
         naive = rows.get(c._replace(form="naive"))
-        row["ratio_to_naive"] = round(row["img_per_s"] / naive["img_per_s"], 3) if naive else None
+        dino = rows.get(c._replace(method="dino"))
+        for name, other in (("ratio_to_naive", naive), ("ratio_to_dino", dino)):
+            row[name] = round(row["img_per_s"] / other["img_per_s"], 3) if other else None
     return list(rows.values())
 
 
@@ -167,14 +183,26 @@ def run_steps(args: argparse.Namespace) -> None:
     side = 256 if args.arch == "tiny" else None
     matmul = {dtype: measure("matmul", dtype=dtype, side=side) for dtype in sorted({c.dtype for c in combinations})}
     rows = make_rows(args, combinations, measure_all(args, combinations), matmul)
-    names = ["arch", "method", "form", "dtype", "batch", "img_per_s", "ratio_to_naive", "peak_memory_mb", "tflops"]
+    names = [
+        "arch",
+        "method",
+        "form",
+        "dtype",
+        "batch",
+        "img_per_s",
+        "ratio_to_naive",
+        "ratio_to_dino",
+        "peak_memory_mb",
+        "tflops",
+    ]
     names += [n for n in ("of_matmul_percent", "of_stated_percent", "host_waits") if any(n in row for row in rows)]
-    about = "2 + 2 views of 32" if args.arch == "tiny" else "4 views of 224, K 65,536"
+    about = "tiny networks, views of 32" if args.arch == "tiny" else "views and heads of configs/METHOD_vits16.yaml"
     table = make_table(f"one step, {about}, {rows[0]['device'] if rows else ''}", names, left=4)
     for row in rows:
-        table.add_row(*(str(row.get(name, "")) for name in names))
+        table.add_row(*("" if row.get(name) is None else str(row[name]) for name in names))
     report_rows(table, rows, args.out)
 
 
 def run(args: argparse.Namespace) -> None:
+    args.methods = read_methods(args.methods)
     (run_check if args.check else run_head if args.head else run_steps)(args)

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from model.methods import build
-from pipeline.batch import Batch, draw
+from pipeline.batch import Batch, draw, size_groups
 from runtime import distributed
 from runtime.compile import can_compile, compile_parts
-from runtime.config import Config, Head, Model, Views, load_config
+from runtime.config import Config, Model, load_config
 from runtime.errors import run_cli
 from runtime.schedule import Optimizer, Schedules, make_schedules
 from tools.bench.naive import NaiveStep
@@ -31,13 +31,16 @@ from train import train_step
 
 
 def make_config(arch: str, method: str, compile: bool = False) -> Config:
-    """The paper's views and points, K 65,536; arch "tiny": a network whose step takes milliseconds."""
+    """A method's own config, configs/METHOD_vits16.yaml; arch "tiny": its views at 32 pixels, and a network whose step takes
+    milliseconds."""
+    words = [] if arch == "tiny" else [f"model.arch={arch}"]
+    config = load_config(f"configs/{method}_vits16.yaml", words)
+    config.model.init = None  # what the weights are costs nothing
     if arch == "tiny":
-        config = Config(method=method, model=Model("custom", 8, 24, 2, 2, 0.0), head=Head(32, 16, 64))
-        config.data.views = [Views(2, 32, teacher=True), Views(2, 32)]
-        config.loss.alpha = 1.0 if method == "dino" else config.loss.alpha
-    else:
-        config = load_config("configs/densedino_vits16.yaml", [f"model.arch={arch}", f"method={method}"])
+        config.model = Model("custom", 8, 24, 2, 2, 0.0)
+        config.head.hidden, config.head.bottleneck, config.head.prototypes = 32, 16, 64
+        for views in config.data.views:
+            views.size = 32
     config.speed.compile = compile
     return config
 
@@ -46,15 +49,15 @@ def prepare(config: Config, batch: int, device: torch.device, dtype: torch.dtype
     """(model, schedules after warm-up and the last layer's freeze, a batch as the loader gives it)."""
     torch.manual_seed(0)
     model = build(config).to(device)
-    teacher: Any = model.teacher
-    with torch.no_grad():
-        for p in teacher.parameters():
-            p.add_(0.01 * torch.randn_like(p) * p.std() if p.numel() > 1 else 0)
+    with torch.no_grad():  # networks that differ, as after some steps
+        for network in model.networks().values():
+            for p in network.parameters() if network is not model.student else ():
+                p.add_(0.01 * torch.randn_like(p) * p.std() if p.numel() > 1 else 0)
     config.optim.freeze_last_layer_epochs = config.optim.warmup_epochs = 0
     config.optim.global_batch_size, config.optim.epochs = batch, 1
     draws = draw(config, 0, np.arange(batch), np.full(batch, 400), np.full(batch, 500))
-    size = config.image_size
-    views = [torch.randn(len(config.views), batch, 3, size, size, device=device, dtype=dtype)]
+    groups = [(size, views.stop - views.start) for size, views in size_groups(config)]
+    views = [torch.randn(count, batch, 3, size, size, device=device, dtype=dtype) for size, count in groups]
     ids = torch.arange(batch)
     made = Batch(0, ids, ids, views, **draws.tensors()).map(lambda t: t.to(device))
     return model, make_schedules(config, 1000), made
@@ -92,7 +95,10 @@ def step(
             distributed.reuse_memory()
         else:
             torch.set_float32_matmul_precision("high")  # as distributed.start does
-        optimizer = Optimizer(model.student, config.optim.clip_grad, split_positions=model.clip_positions_apart)
+        optimizer = Optimizer(
+            model.student, config.optim.clip_grad, groups=model.parameter_groups(),
+            split_positions=model.clip_positions_apart,
+        )  # fmt: skip
         context = distributed.DistributedContext(0, 1, device, precision)
         if compiled:
             compile_parts(model.compile_units(), device)
