@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from model import drop_path
+from model.backbone import Tokens
 from model.heads import new_mlp
 from model.key_queue import KeyQueue
 from model.losses.info_nce import InfoNCE, unit
 from model.methods.base import Method, StepOutput
 from model.methods.student_teacher import Network, update_average
-from model.vit import Tokens, build_vit
+from model.vit import build_vit
 from pipeline.batch import Batch
 from runtime.config import Config, Head
 from runtime.schedule import StepValues
