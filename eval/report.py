@@ -1,4 +1,5 @@
-"""The main results of a run: the trained teacher, the same network before training, and raw pixels without a network.
+"""The main results of a run: the trained teacher, the same network before training, raw pixels without a network, and
+chance: the answer that needs no picture.
 
     python -m eval report RUN [--data FOLDER] [--palette FILE] [--ignore-class NAME] [--limit N] [--workers N]
         [--skip-existing]
@@ -17,9 +18,10 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 
-from eval.masks import check_scenes
+from eval.masks import IGNORE, check_scenes, count_pixels
 from eval.provenance import weights_of
 from eval.tables import read_object, result_notes, result_table
 from eval.target import EvalTarget, NothingToTestOn, PhotoSets, open_shards
@@ -27,11 +29,12 @@ from runtime.errors import UserError
 from runtime.files import write_atomic
 
 if TYPE_CHECKING:
+    from eval.datasets import VocSegmentation
     from model.backbone import Backbone
 
 MAX_PIXEL_PHOTOS = 100_000  # in the train set, to compare raw pixels: 12 kB each
 
-Scores = dict[str, dict[str, float | None]]  # {"trained" | "untrained" | "pixels": {measure: percent}}
+Scores = dict[str, dict[str, float | None]]  # {"trained" | "untrained" | "pixels" | "chance": {measure: percent}}
 
 
 def run(
@@ -140,7 +143,7 @@ def measure(
     except UserError as error:  # the weights that it started from (model.init) are gone
         print(f"the untrained network is skipped: {error}")
     scores: Scores = {n: dict.fromkeys(("knn_top1", "knn_top1_patches", "miou")) for n in ("trained", "untrained")}
-    scores["pixels"] = {"knn_top1": None}
+    scores |= {"pixels": {"knn_top1": None}, "chance": {}}
     settings: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     _measure_rank(networks, target, scores, settings)
@@ -190,6 +193,7 @@ def _measure_knn(
         scores[name] |= {"knn_top1": top["cls"][0], "knn_top1_patches": top["patches"][0]}
         if "pixels" in top:
             scores["pixels"]["knn_top1"] = top["pixels"][0]
+    scores["chance"] |= dict.fromkeys(("knn_top1", "knn_top1_patches"), most_frequent_class(sets))
     data = dict(bank=str(train.shards.folder), val=str(val.shards.folder), photos=len(train), queries=len(val))
     if target.settings.ignore_classes:
         data["ignored_classes"] = target.settings.ignore_classes
@@ -219,5 +223,23 @@ def _measure_segmentation(
         history = fit(network, train, val, protocol, workers=workers, progress=True)
         scores[name] |= {"miou": history[-1].miou, "miou_present": history[-1].miou_present}
         scores[name] |= {"miou_best": max(epoch.miou for epoch in history)}
+    scores["chance"]["miou"] = most_frequent_label(train, val)
     data = dict(data=str(voc), train_split=train.split, scenes=len(train), val_scenes=len(val))
     return data | dict(classes=train.classes) | asdict(protocol)
+
+
+def most_frequent_class(sets: PhotoSets) -> float | None:
+    """Top-1 in percent of the train set's most frequent class, given to every photo; None if no photo has a class."""
+    (known, known_ids), (asked, asked_ids) = (sets.train, sets.train_ids), (sets.val, sets.val_ids)
+    labels, asked_labels = known.index["label"][known_ids], asked.index["label"][asked_ids]  # -1: without a class
+    if not (labels >= 0).any() or not (asked_labels >= 0).any():
+        return None
+    name = known.classes[np.bincount(labels[labels >= 0]).argmax()]
+    return 100 * float(np.mean([asked.classes[label] == name for label in asked_labels if label >= 0]))
+
+
+def most_frequent_label(train: "VocSegmentation", val: "VocSegmentation") -> float:
+    """mIoU in percent of the train scenes' most frequent label, given to every pixel: one class has an IoU, the others 0."""
+    label = count_pixels(train.masks, train.palette)[:, :IGNORE].sum(0).argmax()
+    pixels = count_pixels(val.masks, val.palette)[:, :IGNORE].sum(0)
+    return 100 * float(pixels[label] / pixels.sum() / val.classes)

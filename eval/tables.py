@@ -21,6 +21,7 @@ RESULT_ROWS = {  # of results.json
     "knn_top1_patches": "k-NN top-1, mean of the patch tokens",
     "miou": "mIoU, linear classifier on patch tokens",
 }
+RESULT_COLUMNS = ("trained", "untrained", "raw pixels", "chance")
 MEASURE_ROWS = {  # of measures.json
     "knn_top1": "k-NN top-1, [CLS]",
     "knn_top1_patches": "k-NN top-1, mean of the patch tokens",
@@ -56,14 +57,15 @@ def read_object(path: Path) -> Results:
 
 
 def result_rows(results: Results) -> list[tuple[str, list[str]]]:
-    """(label, cells of the trained network, the untrained network, raw pixels) of results.json. What could not be measured
-    has no row.
+    """(label, cells of RESULT_COLUMNS) of results.json. What could not be measured has no row. Chance is the most frequent
+    class of the train set, given to every photo or pixel.
 
     Raises KeyError, TypeError or AttributeError if the results are of another version.
     """
     rows = []
     for key, label in RESULT_ROWS.items():
-        values = (results[key], results["untrained"][key], results["pixels"].get(key))
+        others = (results[name].get(key) for name in ("untrained", "pixels", "chance"))
+        values = (results[key], *others)
         if any(value is not None for value in values):
             rows.append((label, ["–" if value is None else f"{value:.2f}" for value in values]))
     return rows
@@ -92,7 +94,7 @@ def result_table(results: Results, title: str) -> Table | None:
         return None
     table = Table(title=escape(title), title_justify="left")
     table.add_column("%")
-    for heading in ("trained", "untrained", "raw pixels"):
+    for heading in RESULT_COLUMNS:
         table.add_column(heading, justify="right")
     for label, cells in rows:
         table.add_row(escape(label), *cells)

@@ -290,7 +290,7 @@ def epochs_won_by_class_1(folder: Path, share: float, protocol: Protocol) -> lis
     mask[: round(40 * share)] = 1
     Image.fromarray(mask).save(folder / "SegmentationClass" / "scene.png")
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(folder / "JPEGImages" / "scene.jpg")
-    blind = ViT(width=8, depth=0, heads=2, patch=8, image_size=40).eval().requires_grad_(False)
+    blind = ViT(width=8, depth=1, heads=2, patch=8, image_size=40).eval().requires_grad_(False)
     nn.init.zeros_(blind.norm.weight)
     scenes = VocSegmentation(folder, "train", 40)
     history = fit(blind, scenes, scenes, protocol)
@@ -410,10 +410,16 @@ def test_the_report_compares_trained_untrained_and_pixels(run, voc, tmp_path, ca
     assert 0 < results["untrained"]["miou"] != results["miou"]
     assert 0 < results["untrained"]["knn_top1"] <= 100
     assert results["pixels"]["knn_top1"] > 50
+    masks = [np.asarray(Image.open(file)) for file in sorted((voc / "SegmentationClass").glob("val*.png"))]
+    shares = np.bincount(np.concatenate([mask[mask != 255] for mask in masks]).ravel(), minlength=3)
+    assert results["chance"]["miou"] == pytest.approx(
+        100 * shares[0] / shares.sum() / results["settings"]["segmentation"]["classes"]
+    )
+    assert 100 / 4 < results["chance"]["knn_top1"] < 100 / 2  # three colors, about as many of each
     assert results["settings"]["knn"]["k"] == 5
     assert results["settings"]["segmentation"]["epochs"] == 3
     screen = capsys.readouterr().out
-    assert all(word in screen for word in ("trained", "untrained", "raw pixels", f"{results['miou']:.2f}"))
+    assert all(word in screen for word in ("trained", "untrained", "raw pixels", "chance", f"{results['miou']:.2f}"))
 
     assert command_line.main(["report", str(run), "--skip-existing"]) == 0  # printed again, not measured again
     assert f"{results['miou']:.2f}" in capsys.readouterr().out

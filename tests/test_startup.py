@@ -135,7 +135,13 @@ def run(tmp_path_factory):
     missing: dict = {"knn_top1": None, "knn_top1_patches": None, "miou": None}
     save_backbone(folder / "checkpoints" / "checkpoint-00000007.safetensors", torch.nn.Linear(1, 1), {"steps": 7})
     weights = weights_of(folder)
-    results = missing | {"untrained": missing, "pixels": {"knn_top1": None}, "settings": {}, "weights": weights}
+    results = missing | {
+        "untrained": missing,
+        "pixels": {"knn_top1": None},
+        "chance": {},
+        "settings": {},
+        "weights": weights,
+    }
     results["asked"] = settings_of(EvalTarget(str(folder)), None, None, None)
     (folder / "results.json").write_text(json.dumps(results))
     text = PngInfo()
