@@ -96,14 +96,15 @@ class ViT(VisionTransformer, Backbone):
         run_block = self._block
         if self.activation_checkpointing:
             run_block = partial(checkpoint, self._block, use_reentrant=False)
-        for i, block in enumerate(self.blocks[:-1]):
-            x = run_block(block, x, shapes, shapes, branch_scales[i], biases)
-        last, with_patches = self.blocks[-1], "patches" in want
-        attention = (
-            cls_attention(last, split(x, shapes)[0].view(n, -1, width)) if "attention" in want else None
-        )  # [n,H,N]
-        query_shapes = shapes if with_patches else [(n, 1), *shapes[1:]]
-        x, shapes = run_block(last, x, shapes, query_shapes, branch_scales[-1], biases), query_shapes
+        with_patches, attention = "patches" in want, None
+        for i, block in enumerate(self.blocks):
+            query_shapes = shapes
+            if i == len(self.blocks) - 1:
+                if "attention" in want:
+                    attention = cls_attention(block, split(x, shapes)[0].view(n, -1, width))  # [n,H,N]
+                if not with_patches:
+                    query_shapes = [(n, 1), *shapes[1:]]
+            x, shapes = run_block(block, x, shapes, query_shapes, branch_scales[i], biases), query_shapes
         x = self.norm(x)
         image, *outputs = (t.view(*shape, width) for t, shape in zip(split(x, shapes), shapes, strict=True))
         of_points = outputs if isinstance(points, list) else outputs[0] if outputs else None
