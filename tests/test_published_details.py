@@ -96,8 +96,8 @@ def test_drop_path_keeps_the_mean():
     network.norm = nn.Identity()  # which would hide what is added to all of a token
     images, points = torch.randn(64, 3, 16, 16), torch.rand(64, 3, 2)
     with torch.no_grad():
-        kept = torch.cat([t.view(64, -1, 8) for t in network.eval()(images, points)], 1)  # [64, 1+4+3, 8]
-        dropped = torch.cat([t.view(64, -1, 8) for t in network.train()(images, points)], 1)
+        kept = torch.cat([t.view(64, -1, 8) for t in network.eval()(images, points)[:3]], 1)  # [64, 1+4+3, 8]
+        dropped = torch.cat([t.view(64, -1, 8) for t in network.train()(images, points)[:3]], 1)
     added = (dropped - kept + 11).flatten(1)
     assert (added - added[:, :1]).abs().max() < 1e-4
     values, counts = added[:, 0].round().unique(return_counts=True)
