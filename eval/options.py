@@ -3,8 +3,12 @@
 import argparse
 from typing import Any
 
+from eval.feature_folder import ARRAYS, DTYPES, FITS, read_state
 from eval.masks import check_scenes
-from eval.target import EvalTarget, PhotoSets
+from eval.parquet import require_pyarrow
+from eval.photo_source import PhotoSource, open_photo_source
+from eval.point_list import PointList, read_points
+from eval.target import EvalTarget, PhotoSets, require_choice
 from runtime.errors import UserError, require_positive
 
 NETWORK = "a run folder, a checkpoint, a backbone file or timm:NAME"
@@ -80,6 +84,25 @@ def open_scenes(network: str, args: Options) -> tuple[EvalTarget, str]:
     splits = (args["split"],) if "split" in args else (args["train_split"], args["val_split"])
     check_scenes(data, splits, args["palette"], args["classes"])
     return target, data
+
+
+def open_features(network: str, args: Options) -> tuple[EvalTarget, PhotoSource, PointList | None]:
+    """(target, photos, points), taking the source and --points out of the options; the folder to write is looked at.
+    Raises UserError."""
+    args["features"] = [require_choice("--features", name, ARRAYS[:-1]) for name in args["features"].split(",")]
+    require_choice("--fit", args["fit"], FITS)
+    require_choice("--dtype", args["dtype"], DTYPES)
+    if not -1 <= args["threshold"] <= 1:
+        raise UserError(f"--threshold {args['threshold']:g}: a cosine, from -1 to 1")
+    if args["neighbors"] and not {"cls", "mean"} & {*args["features"]}:
+        raise UserError("--neighbors compares [CLS] or mean patch tokens: add cls to --features")
+    if args["parquet"]:
+        require_pyarrow()
+    target = open_target(network, args)
+    read_state(args["out"])
+    source = open_photo_source(args.pop("source"), target.config)
+    points = args.pop("points")
+    return target, source, read_points(points, source.names) if points else None
 
 
 def read_rates(text: str) -> tuple[float, ...]:
