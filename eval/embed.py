@@ -41,6 +41,7 @@ from model.backbone import Backbone
 from model.vit import require_vit
 from pipeline.decode import DecodeError
 from pipeline.shards import plural
+from runtime.errors import UserError
 
 FEW = 500  # photos that are read sooner than a process for them is started
 NAMED = 5  # damaged photos, in the summary
@@ -226,8 +227,11 @@ def run(
 ) -> int:  # fmt: skip
     """The program; the options: `python -m eval embed`. listed: points whose reference tokens are wanted."""
     network = target.network(untrained)
-    if listed:
-        require_vit(network, target.path, "--points")
+    if listed and require_vit(network, target.path, "--points").attention == "none":
+        raise UserError(
+            f"{target.path}: --points: with its reference.attention, none, every token attends to reference tokens, so [CLS] "
+            "and patches would change with the points"
+        )
     size = size or network.image_size
     check_size(network, size)
     weights = {"step": 0, "sha256": f"untrained {target.run}"} if untrained else weights_of(target.path)

@@ -76,9 +76,12 @@ class FeatureFolder:
             if time.monotonic() > until:
                 raise UserError(f"{folder}: another program writes features there; name another folder, or wait for it")
             time.sleep(0.1)
-        state = read_state(folder)
-        if state:
-            _refuse_other(folder, state["settings"], self.settings)
+        try:
+            if state := read_state(folder):
+                _refuse_other(folder, state["settings"], self.settings)
+        except UserError:
+            self.close()
+            raise
         self.begun = state is not None
         self.done: int = state["done"] if state else 0
         self.damaged: list[dict[str, Any]] = state["damaged"] if state else []

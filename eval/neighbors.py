@@ -4,8 +4,8 @@
     outliers.csv     photos whose mean cosine to their k nearest is lowest
     neighbors.png    the first of both
 
-The search is exact (eval/knn.NearestNeighbors). A photo is compared with its k nearest: of more than k copies of one photo not
-every pair is listed, but each copy is in one. Features are [CLS]; without them, the mean of the patch tokens.
+The search is exact (eval/knn.NearestNeighbors). A photo is compared with its k nearest: of more than k copies
+not every pair is listed, but each copy is in one. Features are [CLS]; without them, the mean of the patch tokens.
 
 n photos · D width · k neighbors.
 """
