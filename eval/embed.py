@@ -229,8 +229,8 @@ def run(
     network = target.network(untrained)
     if listed and require_vit(network, target.path, "--points").attention == "none":
         raise UserError(
-            f"{target.path}: --points: with its reference.attention, none, every token attends to reference tokens, so [CLS] "
-            "and patches would change with the points"
+            f"{target.path}: --points: with its reference.attention, none, every token attends to reference tokens, so "
+            "[CLS] and patches would change with the points"
         )
     size = size or network.image_size
     check_size(network, size)

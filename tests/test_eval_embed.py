@@ -7,7 +7,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ from model.weights import load_backbone
 from pipeline.shards import Shards
 from runtime.checkpoint import save_backbone
 from runtime.errors import UserError
-from tests.fork_server import Forked
 
 SIZE = 32
 
@@ -100,36 +98,43 @@ def test_a_folder_a_list_and_shards_have_the_same_features(network, photos, tiny
             assert np.abs(rows["list"][f"{photos.name}/{path}"] - near).max() < 1e-2
 
 
+KILLED = """
+import os, signal
+from eval import feature_folder
+from eval.__main__ import main
+
+def advance(folder, photos, known=feature_folder.FeatureFolder.advance):
+    if folder.done >= 8:  # the next rows are written, and not yet counted
+        os.kill(os.getpid(), signal.SIGKILL)
+    known(folder, photos)
+
+feature_folder.SAVE_SHARE = 1e9  # a save after each batch
+feature_folder.FeatureFolder.advance = advance
+main()
+"""
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_and_continued_leaves_the_same_bytes(network, tmp_path, workers):
-    """kill -9 after some saves, then the same command; nothing that was done is made again."""
-    source = tmp_path / "photos"
-    source.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(60):
-        Image.fromarray(rng.integers(0, 256, (300, 400, 3), np.uint8)).save(source / f"{i:02d}.jpg")
-    (source / "07.jpg").write_bytes(b"\xff\xd8\xff damaged")
-    (tmp_path / "points.csv").write_text(
-        "photo,x,y\n" + "".join(f"{i % 60:02d}.jpg,.5,.{i % 10}\n" for i in range(150))
-    )
-    words = ["embed", str(network), str(source), "--batch", "2", "--points", str(tmp_path / "points.csv")]
-    words += ["--workers", str(workers), "--features", "cls,patches"]
-    command = ["-m", "eval", *words, str(tmp_path / "killed")]
-    process = Forked(command)
-    state = tmp_path / "killed" / "features.json"
-    until = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < until:
-        if state.exists() and json.loads(state.read_text())["done"] >= 6:
-            process.send_signal(signal.SIGKILL)
-        time.sleep(0.002)
-    output = process.communicate()
-    assert process.returncode == -signal.SIGKILL, output
-    done = json.loads(state.read_text())["done"]
-    assert 6 <= done < 60
-    assert f"continued, {done} of 60 photos are done" in run_program(*command).stdout
-    main([*words, str(tmp_path / "whole")])
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert json.loads(state.read_text())["done"] == 60
+def test_killed_and_continued_leaves_the_same_bytes(network, folder, tmp_path, workers):
+    """kill -9 between two saves, then the same command; what was done is not made again."""
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / names[3]).write_bytes(b"\xff\xd8\xff damaged")
+    points = "".join(f"{names[i % 12]},.5,.{i % 10}\n" for i in range(30))
+    (tmp_path / "points.csv").write_text(f"photo,x,y\n{points}")
+    (tmp_path / "program.py").write_text(KILLED)
+    words = ["embed", network, folder, "--batch", "2", "--points", tmp_path / "points.csv"]
+    words += ["--workers", workers, "--features", "cls,patches"]
+    out = tmp_path / "killed"
+    run_program(tmp_path / "program.py", *words, out, expect=-signal.SIGKILL)
+    state = out / "features.json"
+    assert json.loads(state.read_text())["done"] == 8
+    before = read(out, "cls")[:8].copy()
+    assert np.abs(before[:3]).min() > 0
+    assert "continued, 8 of 12 photos are done" in run_program("-m", "eval", *words, out).stdout
+    main([str(word) for word in (*words, tmp_path / "whole")])
+    assert np.array_equal(before, read(tmp_path / "whole", "cls")[:8], equal_nan=True)
+    assert files(out) == files(tmp_path / "whole")
+    assert json.loads(state.read_text())["done"] == 12
 
 
 def test_a_finished_folder_is_kept(network, folder, tmp_path, capsys):
