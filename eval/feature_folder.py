@@ -11,16 +11,17 @@ Nothing in a file depends on when it was written: a run that was killed leaves t
 
 import errno
 import json
+import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import UserError
+from runtime.errors import RunError, UserError
 from runtime.files import refusal, sync, try_lock, write_atomic
 
 FORMAT = 1
@@ -29,6 +30,7 @@ ARRAYS = ("cls", "mean", "patches", "points")
 DTYPES = ("float32", "float16")
 FITS = ("crop", "square")  # of a photo to the network's square: its center, or the whole of it, distorted
 SAVE_SHARE = 0.02  # of the time may be spent in saves
+CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # a disk that reserves no space
 LOCK_SECONDS = 10.0  # data workers of a killed program hold its lock until they see that it is gone
 
 
@@ -96,9 +98,7 @@ class FeatureFolder:
             write_atomic(self.folder / NAMES, "".join(f"{name}\n" for name in names))
             if points_csv:
                 write_atomic(self.folder / POINTS, points_csv)
-            for name, path in paths.items():
-                np.lib.format.open_memmap(path, "w+", dtype, shapes[name])
-            self._reserve(paths.values())
+            self._make(paths, shapes, dtype)
             self._write_state()
             self.begun = True
         for name, path in paths.items():
@@ -110,22 +110,23 @@ class FeatureFolder:
                 raise UserError(f"{path}: not the array that was begun; remove {self.folder} to begin again")
             self.arrays[name] = array
 
-    def _reserve(self, paths: Iterable[Path]) -> None:
-        """Take the arrays' space on the disk: a full one would end the program in the middle, without a word."""
-        paths = list(paths)
+    def _make(self, paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+        """Make the arrays and take their space on the disk: a full one would end the program in the middle, without a
+        word."""
         try:
-            for path in paths:
+            for name, path in paths.items():
+                np.lib.format.open_memmap(path, "w+", dtype, shapes[name])
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                return  # a disk that cannot reserve
-            need = sum(path.stat().st_size for path in paths) / 1e9
-            for path in paths:
-                path.unlink()
+            if error.errno in CANNOT_RESERVE:
+                return
+            for path in paths.values():
+                path.unlink(missing_ok=True)
+            need = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(dtype).itemsize / 1e9
             raise UserError(
-                f"{self.folder}: {need:.1f} GB of features do not fit there ({error.strerror}); --dtype float16 halves "
-                "them, and patches are the most of them"
+                f"{self.folder}: {need:.3g} GB of features cannot be written there ({error.strerror}); --dtype float16 "
+                "halves them, and patches are the most of them"
             ) from None
 
     def advance(self, photos: int) -> None:
@@ -135,11 +136,15 @@ class FeatureFolder:
             self.save()
 
     def save(self) -> None:
+        """Raises RunError if the disk fails."""
         start = time.monotonic()
-        for name, array in self.arrays.items():
-            array.flush()  # type: ignore[attr-defined]  # a memmap
-            sync(self.folder / f"{name}.npy")
-        self._write_state()
+        try:
+            for name, array in self.arrays.items():
+                array.flush()  # type: ignore[attr-defined]  # a memmap
+                sync(self.folder / f"{name}.npy")
+            self._write_state()
+        except OSError as error:
+            raise RunError(f"{self.folder}: {error.strerror}; the same command continues from the last save") from None
         self._saved = time.monotonic()
         self._cost = self._saved - start
 

@@ -1,6 +1,7 @@
 """Options that several evaluations share, and how they are read. Imports no torch."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from eval.feature_folder import ARRAYS, DTYPES, FITS, read_state
@@ -100,7 +101,9 @@ def open_features(network: str, args: Options) -> tuple[EvalTarget, PhotoSource,
         require_pyarrow()
     target = open_target(network, args)
     read_state(args["out"])
-    source = open_photo_source(args.pop("source"), target.config)
+    source = open_photo_source(args["source"], target.config)
+    if args["out"].resolve().is_relative_to(Path(args.pop("source")).resolve()):
+        raise UserError(f"{args['out']}: lies in the photos' folder, whose pictures are all photos; name one beside it")
     points = args.pop("points")
     return target, source, read_points(points, source.names) if points else None
 

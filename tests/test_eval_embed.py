@@ -4,6 +4,8 @@ import csv
 import hashlib
 import importlib.util
 import json
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -169,7 +171,9 @@ def test_other_features_in_the_folder_are_refused(network, folder, tmp_path):
         main(words)
     assert files(out) == before
     with pytest.raises(UserError, match="not empty, and not a folder of features"):
-        main(["embed", str(network), str(folder), str(folder)])
+        main(["embed", str(network), str(folder), str(tmp_path)])
+    with pytest.raises(UserError, match="lies in the photos' folder"):
+        main(["embed", str(network), str(folder), str(folder / "features")])
 
 
 def test_a_folder_has_one_writer(tmp_path, monkeypatch):
@@ -179,6 +183,39 @@ def test_a_folder_has_one_writer(tmp_path, monkeypatch):
         FeatureFolder(tmp_path / "features", {}, {})
     first.close()
     FeatureFolder(tmp_path / "features", {}, {}).close()
+
+
+def test_a_disk_that_is_too_small_is_said_at_once(tmp_path):
+    """Nothing but names is left, and the same folder can be begun with less."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder = FeatureFolder(tmp_path / "features", {}, {})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        with pytest.raises(UserError, match=r"0.004 GB of features cannot be written there .*--dtype float16"):
+            folder.open(["a"], {"cls": (10, 10), "patches": (1000, 1000)}, "float32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        folder.close()
+    assert [path.name for path in (tmp_path / "features").iterdir()] == ["names.txt"]
+    folder = FeatureFolder(tmp_path / "features", {}, {})
+    folder.open(["a"], {"cls": (10, 10)}, "float32")
+    folder.close()
+    assert read(tmp_path / "features", "cls").shape == (10, 10)
+
+
+def test_progress_has_rate_and_time_left(network, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embed, "LINE_SECONDS", 0)
+    main(["embed", str(network), str(folder), str(tmp_path / "features"), "--batch", "4"])
+    assert re.search(r"4 of 12 photos, [\d.,]+ photos/s, \d+ s left\n  8 of 12", capsys.readouterr().err)
+
+
+def test_samples_of_other_tars_have_the_names_of_their_members(tiny_shards, tmp_path):
+    """Without sources.txt, which `make index` does not write."""
+    shutil.copytree(tiny_shards, tmp_path / "shards")
+    (tmp_path / "shards" / "sources.txt").unlink()
+    names = open_photo_source(str(tmp_path / "shards")).names
+    assert len(set(names)) == 96
+    assert re.fullmatch(r"shard-000000\.tar/\d+\.jpg", names[0])
 
 
 def test_damaged_photos_are_named_and_not_numbers(network, folder, tmp_path, capsys):
