@@ -25,7 +25,7 @@ class Backbone(nn.Module):
     """
 
     width: int  # D
-    patch: int  # side of the square that a patch token stands for, pixels
+    patch: int  # side of the square of a patch token, pixels
     image_size: int  # side of the images that it was trained for, pixels
     precision: torch.dtype | None = None  # of matrix products in evaluation; None: the fastest of the device
     note: str = ""  # on its weights: whose they are, and what of their file is not used

@@ -1,7 +1,7 @@
 """timm's ResNet as a backbone, for weights of others: it is evaluated, never trained.
 
-Its tokens are the positions of the last feature map, before pooling (stride 32). It has no [CLS]: the mean of the map stands
-for it, the feature that the published evaluations of ResNets take (He et al. 2016, global average pooling).
+Its tokens are the positions of the last feature map, before pooling (stride 32). It has no [CLS]: the mean of the map is
+used instead, the feature that the published evaluations of ResNets take (He et al. 2016, global average pooling).
 
 Letters: n images, h, w positions of the map, D width.
 """

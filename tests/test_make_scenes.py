@@ -91,8 +91,8 @@ def test_splits_share_no_picture(scenes):
 def test_raw_pixels_do_badly(scenes):
     """k-NN, k 20, by the cosine of whole pictures, every pixel standardized over the train set.
 
-    This does not bound every comparison of pixels: the correlation of center crops (eval/features.py) recognizes the pairs
-    of hues and is about twice as good, so a network is compared with that (eval/report.py).
+    This does not bound every comparison of pixels: the correlation of center crops (eval/features.py) sees more, so a
+    network is compared with that (eval/report.py).
     """
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -7,11 +7,11 @@ Letters: B images, N patches, E width of the backbone, d width of queries and ke
 import torch
 from torch import Tensor, nn
 
+from model.backbone import Tokens
 from model.key_queue import KeyQueue
 from model.losses.info_nce import unit
 from model.methods.base import StepOutput
 from model.methods.mocov2 import MoCoNetwork, MoCoV2, two_layers
-from model.vit import Tokens
 from runtime.config import Config
 
 

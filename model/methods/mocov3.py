@@ -66,7 +66,6 @@ class MoCoV3(MomentumContrast):
     def ctr(self, q: Tensor, k: Tensor) -> Tensor:
         """2 tau times the loss of the queries among the keys of all processes."""
         (rank, processes), tau = rank_and_size(), self.settings.temperature
-        places = rank + processes * torch.arange(
-            len(k), device=k.device
-        )  # of this process's keys among all (gather_rows)
+        # of this process's keys among those of all (gather_rows)
+        places = rank + processes * torch.arange(len(k), device=k.device)
         return 2 * tau * contrast_in_batch(q, gather_rows(k), places, tau)

@@ -28,9 +28,8 @@ class SwAV(Method):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.views, self.settings, self.temperature = (
-            len(config.views), config.clustering, config.loss.student_temperature,
-        )  # fmt: skip
+        self.views, self.settings = len(config.views), config.clustering
+        self.temperature = config.loss.student_temperature
         self.drop_seed = config.seed if config.model.drop_path else None
         self.student = ClusterNetwork(config, config.model.drop_path)
         self.student.backbone.activation_checkpointing = config.speed.activation_checkpointing

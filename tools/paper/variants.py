@@ -1,9 +1,8 @@
-"""Variants of the locality prior that were tried and did not become part of the trainer: methods for trials.
+"""Variants of the locality prior, which are no part of the trainer: methods for trials.
 
     python train.py configs/demo.yaml method=tools.paper.variants:ByHead
 
-The table `locality-variants` (tools/paper/tables.py) trains them; docs/results/locality.md has the figures. All start from
-`reference.locality`, the width σ in patches.
+The table `variants` (tools/paper/tables.py) trains them. All start from `reference.locality`, the width σ in patches.
 
 H heads · R reference tokens of an image · N patches · T teacher views · V views · M points of a pair.
 """
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from model.methods.densedino import DenseDINO
 from model.methods.student_teacher import STUDENT, TEACHER
 from model.vit import ViT
-from runtime.config import Config
+from runtime.config import TEACHERS, Config
 from runtime.schedule import StepValues
 
 
@@ -146,7 +145,7 @@ class ShareOfImage(_Variant):
         x0, y0, x1, y1 = batch.windows.unbind(-1)  # [B,V]
         side = ((x1 - x0).abs() * (y1 - y0).abs()).to(torch.float32).sqrt()  # pixels
         zoom = side / side.mean()
-        views = 2 if role == TEACHER else self.views
+        views = TEACHERS if role == TEACHER else self.views
         network.backbone.zoom = zoom[:, :views].T.flatten()  # one size of views: all are one pass of the backbone
         out = super().encode_views(network, batch, role, pairs)
         network.backbone.zoom = None
