@@ -256,14 +256,17 @@ def _dimensions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return found
 
 
-def with_architecture(config: Config) -> Config:
+def with_architecture(config: Config, before: Config | None = None) -> Config:
     """The config with the architecture of the weights that it starts from, if it gives none (model.arch: null).
 
-    Raises UserError if they are not a ViT's.
+    before: the config of the run's checkpoint, which has it already. Raises UserError if the weights are not a ViT's.
     """
     model = config.model
     if model.arch is not None or model.init is None:
         return config
+    if before:
+        old = before.model
+        return replace(config, model=replace(model, arch=old.arch, width=old.width, depth=old.depth, heads=old.heads))
     tensors, about = read_network(model.init)
     source = about.get("label", model.init)
     if is_resnet(tensors):

@@ -16,6 +16,7 @@ from runtime.config.messages import COMMAND_LINE, ConfigErrors, dotted, explain,
 from runtime.config.schema import NON_RESULT_KEYS, PLACES, RESULT_SECTIONS, Config
 from runtime.errors import UserError, suggest
 
+ARCHITECTURE = ("model.arch", "model.width", "model.depth", "model.heads")  # what follows from weights, if not given
 
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, processes: int | None = None, allowed: Sequence[str] = (),
@@ -96,6 +97,9 @@ def diff(saved: Config, current: Config) -> dict[str, str]:
     """What changes results and differs between two configs: {key: message}."""
     changed = {}
     a, b = (flatten(_with_absolute_places(config)) for config in (saved, current))
+    if current.model.arch is None:  # the run had it from the weights that it started from
+        a = {key: value for key, value in a.items() if key not in ARCHITECTURE}
+        b = {key: value for key, value in b.items() if key not in ARCHITECTURE}
     for key in a | b:
         if key.split(".")[0] in RESULT_SECTIONS and key not in NON_RESULT_KEYS and a.get(key) != b.get(key):
             changed[key] = f"{key}: saved {a.get(key, 'nothing')}, current {b.get(key, 'nothing')}"

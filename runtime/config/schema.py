@@ -121,9 +121,9 @@ class Data:
 class Model:
     """The vision transformer."""
 
-    arch: Literal["vit_tiny", "vit_small", "vit_base", "custom"] = "vit_small"
+    arch: Literal["vit_tiny", "vit_small", "vit_base", "custom"] | None = None
     """Size of the network. `custom` takes `model.width`, `model.depth` and `model.heads` (section 4.1: ViT-Small for the
-    main results, ViT-Tiny for the ablations)."""
+    main results, ViT-Tiny for the ablations). Without it, it is that of the weights in `model.init`, or vit_small."""
     patch: PositiveInt = 16
     """Height and width of a patch, in pixels (section 4.1: 16)."""
     width: PositiveInt | None = None
@@ -136,6 +136,10 @@ class Model:
     """Largest drop path rate of the student, reached in the last block (DINO)."""
     init: Text | None = None
     """Weights to start from: a file, a run folder or timm:NAME. Without it the network starts from random weights."""
+
+    def __post_init__(self) -> None:
+        if self.arch is None and self.init is None:
+            self.arch = "vit_small"
 
 
 @dataclass(config=SETTINGS)
