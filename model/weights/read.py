@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.weights.families import recognize
-from model.weights.names import CENTERS, PARTS, ROLES, bare, is_unused, remap_keys
+from model.weights.names import CENTERS, PARTS, ROLES, bare, is_unused, remap_keys, timm_name
 from runtime.checkpoint import latest_valid, open_checkpoint, read_header, read_tensors
 from runtime.config import parse_config
 from runtime.errors import UserError, suggest
@@ -132,7 +132,7 @@ def select_network(contents: dict, role: str, source: str) -> tuple[dict[str, Te
     inside = {bare(n).removeprefix(family.encoder): t for n, t in encoder.items()} if family.encoder else encoder
     # DenseCL's training checkpoints name the query backbone twice
     others += [bare(n) for n in tensors if n not in encoder and bare(n) not in inside]
-    about: dict = {"label": label, "unused": others + [bare(n) for n in inside if is_unused(n)]}
+    about: dict = {"label": label, "unused": others + [timm_name(n) for n in inside if is_unused(n)]}
     if family.heads:
         about["heads"] = family.heads
     return remap_keys(inside, label), about
