@@ -117,6 +117,7 @@ WRONG = [
     ("model: {arch: custom, width: -24, depth: 2, heads: 2}", [], r"width: expected a whole number above 0, found -24"),
     ("model: {arch: custom, width: 24}", [], r"model\.width, .*: model\.arch: custom needs all three"),
     ("model: {width: 24}", [], r"model\.arch: vit_small has its own"),
+    ("model: {width: 24, init: a.pth}", [], r"model\.arch: null has those of model\.init\. Only model\.arch: custom"),
     ("model: {arch: custom, width: 25, depth: 1, heads: 2}", [], r"25 is not divisible by model\.heads: 2"),
     ("head: {prototypes: 1}", [], r"head\.prototypes: expected a whole number, 2 or more, found 1"),
     ("optim: {global_batch_size: 10}\nspeed: {grad_accum_steps: 3}", [], r"10 is not divisible by speed"),

@@ -1,5 +1,5 @@
-"""Files of every family, written under its published names and shapes from a small random ViT of timm: the same features; and
-what is refused, by whose weights they are."""
+"""Files of every family, written under its published names and shapes from a small random ViT of timm: the same features;
+and what is refused, by whose weights they are."""
 
 import json
 from functools import partial
@@ -230,8 +230,8 @@ def test_dinov2(tmp_path, family):
 
 OWN = a_vit().state_dict()
 REFUSED = {  # why: (the contents, the message)
-    "DINOv3": ({"rope_embed.periods": ONE, "storage_tokens": ONE}, "this is DINOv3; its positions are rotary: there is no grid"),
-    "DINOv3 of Hugging Face": ({"layer.0.attention.q_proj.weight": ONE}, "this is DINOv3 of Hugging Face; its positions are"),
+    "DINOv3": ({"rope_embed.periods": ONE, "storage_tokens": ONE}, "this is DINOv3; its positions are rotary: there is no"),
+    "DINOv3 of Hugging Face": ({"layer.0.attention.q_proj.weight": ONE}, "this is DINOv3 of Hugging Face; its positions"),
     "EVA": (OWN | {"blocks.0.attn.rope.freqs_cos": ONE}, "this is EVA; its positions are rotary"),
     "BEiT": (OWN | {"blocks.0.attn.relative_position_bias_table": ONE}, "this is BEiT; its positions are relative"),
     "Swin": ({"layers.0.blocks.0.norm1.weight": ONE}, "this is a Swin Transformer; only ViTs and ResNets"),

@@ -61,7 +61,8 @@ def _model(c: Config) -> Iterator[Problem]:
     given = [d is not None for d in (width, c.model.depth, heads)]
     if c.model.arch != "custom":
         if any(given):
-            text = f"model.arch: {c.model.arch or 'null, that of model.init,'} has its own. Only model.arch: custom takes them"
+            own = f"{c.model.arch} has its own" if c.model.arch else "null has those of model.init"
+            text = f"model.arch: {own}. Only model.arch: custom takes them"
             yield Problem(keys, text, ("model.arch",))
         return
     if not all(given):

@@ -18,6 +18,7 @@ from runtime.errors import UserError, suggest
 
 ARCHITECTURE = ("model.arch", "model.width", "model.depth", "model.heads")  # what follows from weights, if not given
 
+
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, processes: int | None = None, allowed: Sequence[str] = (),
     errors: Iterable[str] = (),
