@@ -209,11 +209,15 @@ def require_vit(network: Backbone, path: object, what: str) -> ViT:
 
 def build_vit(model: Model, reference: Reference, image_size: int, drop_path: float) -> ViT:
     """The ViT of a config's `model` and `reference` sections."""
-    if model.arch == "custom":
-        width, depth, heads = model.width or 0, model.depth or 0, model.heads or 0  # not None: the config was checked
-    else:
-        width, depth, heads = ARCHS[model.arch]
+    width, depth, heads = dimensions(model)
     return ViT(
         width=width, depth=depth, heads=heads, patch=model.patch, image_size=image_size, drop_path=drop_path,
         attention=reference.attention, border=reference.border, locality=reference.locality,
     )  # fmt: skip
+
+
+def dimensions(model: Model) -> tuple[int, int, int]:
+    """(width, depth, heads) of a config's ViT. Its architecture is known (`weights.with_architecture`)."""
+    assert model.arch is not None
+    custom = model.width or 0, model.depth or 0, model.heads or 0  # not None: the config was checked
+    return custom if model.arch == "custom" else ARCHS[model.arch]

@@ -272,9 +272,9 @@ def with_architecture(config: Config, before: Config | None = None) -> Config:
     if is_resnet(tensors):
         raise UserError(f"{source} is a ResNet; this run trains a ViT, which cannot start from it")
     width, depth, heads = _dimensions_of_vit(select_part(tensors, "backbone"), about, source)
-    for arch, dimensions in ARCHS.items():
-        if dimensions == (width, depth, heads):
-            return replace(config, model=replace(model, arch=arch))
+    arch: Any = next((arch for arch, known in ARCHS.items() if known == (width, depth, heads)), None)
+    if arch:
+        return replace(config, model=replace(model, arch=arch))
     return replace(config, model=replace(model, arch="custom", width=width, depth=depth, heads=heads))
 
 

@@ -69,13 +69,12 @@ def _about_folder(folder: Path) -> dict:
 
 def _about_config(text: str, source: str) -> dict:
     """What a checkpoint's config says about its backbone."""
-    from model.vit import ARCHS  # imports timm
+    from model.vit import dimensions  # imports timm
 
     config = parse_config(text, source)
-    heads = config.model.heads or ARCHS[config.model.arch][2]
     reference = config.reference
     return {
-        "heads": heads,
+        "heads": dimensions(config.model)[2],
         "attention": reference.attention,
         "border": reference.border,
         "locality": reference.locality,
