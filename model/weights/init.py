@@ -9,11 +9,12 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from model.architecture import count_blocks, vit_options
 from model.backbone import Backbone
 from model.methods import Method, build
 from model.resnet import IMAGE_SIZE, STRIDE, ResNet
 from model.vit import ViT
-from model.weights.names import CENTERS, PARTS, count_blocks, is_resnet, load_strictly, select_part
+from model.weights.names import CENTERS, PARTS, is_resnet, load_strictly, select_part
 from model.weights.read import is_plain, read_file, select_network
 from model.weights.timm_hub import TIMM, read_timm
 from pipeline.random import hash64
@@ -87,21 +88,8 @@ def _resnet_from_tensors(backbone: dict[str, Tensor], about: dict, source: str) 
 
 
 def _vit_from_tensors(backbone: dict[str, Tensor], about: dict, source: str) -> Backbone:
-    """A ViT of the dimensions that its tensors have. Heads have 64 dimensions (DeiT's) unless `about` gives their number."""
-    for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4}.items():
-        if name not in backbone:
-            raise UserError(f"{source}: '{name}' is missing")
-        if backbone[name].ndim != axes or not backbone[name].numel():
-            raise UserError(f"{source}: '{name}' has shape {tuple(backbone[name].shape)}, expected {axes} axes")
-    width, patch = backbone["pos_embed"].shape[-1], backbone["patch_embed.proj.weight"].shape[-1]
-    positions = backbone["pos_embed"].shape[1]
-    side = math.isqrt(max(1, positions - 1))
-    if 1 + side * side != positions:
-        raise UserError(f"{source}: {positions} positions, expected 1 for [CLS] and a square number for the patches")
-    heads = about.get("heads", max(1, width // 64))
-    if not isinstance(heads, int) or not 1 <= heads <= width or width % heads:
-        raise UserError(f"{source}: a width of {width} is not divisible by {heads!r} heads")
-    options: dict[str, Any] = {}
+    """A ViT of the options that its tensors have, and `about` for what they do not tell."""
+    options = vit_options(backbone, about, source)
     for name, default in {"attention": "patches+self", "border": "zeros"}.items():
         known = get_args(get_type_hints(Reference)[name])
         options[name] = about.get(name, default)
@@ -111,14 +99,7 @@ def _vit_from_tensors(backbone: dict[str, Tensor], about: dict, source: str) -> 
     if locality is not None and not (isinstance(locality, int | float) and 0 < locality < math.inf):
         raise UserError(f"{source}: locality: expected a number above 0 or null, found {locality!r}")
     with torch.device("meta"):  # nothing is allocated before all shapes have been checked
-        vit = ViT(
-            width=width,
-            depth=count_blocks(backbone, ""),
-            heads=heads,
-            patch=patch,
-            image_size=side * patch,
-            **options,
-        )
+        vit = ViT(**options)
     load_strictly(vit, backbone, source)
     return vit
 

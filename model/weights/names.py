@@ -24,7 +24,8 @@ from runtime.errors import UserError
 
 VIT_KEYS = re.compile(
     r"cls_token|pos_embed|cls_pos_embed|patch_pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
-    r"|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+    r"|blocks\.\d+\.(norm1|norm2|attn\.(qkv|proj|q_norm|k_norm|norm)|mlp\.(fc1|fc2|norm))\.(weight|bias)"
+    r"|reg_token|norm_pre\.(weight|bias)|blocks\.\d+\.ls[12]\.gamma"
 )
 NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"  # of a BatchNorm
 RESNET_KEYS = re.compile(
@@ -141,9 +142,3 @@ def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source
 def select_part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """The tensors of one part (backbone, a head, a role), without its prefix."""
     return {n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")}
-
-
-def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """The number of different blocks of a ViT; an index in a name is not trusted, it may be any number."""
-    blocks = f"{prefix}blocks."
-    return len({n.removeprefix(blocks).partition(".")[0] for n in tensors if n.startswith(blocks)})

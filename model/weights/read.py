@@ -56,13 +56,12 @@ def read_file(source: str) -> tuple[dict, dict]:
 
 def _about_config(text: str, source: str) -> dict:
     """What a checkpoint's config says about its backbone."""
-    from model.vit import ARCHS  # imports timm
+    from model.architecture import architecture  # imports timm
 
     config = parse_config(text, source)
-    heads = config.model.heads or ARCHS[config.model.arch][2]
     reference = config.reference
     return {
-        "heads": heads,
+        **architecture(config.model).not_in_tensors(),
         "attention": reference.attention,
         "border": reference.border,
         "locality": reference.locality,

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, P
 from pydantic.dataclasses import dataclass
 
 from runtime.config.bounds import (
+    ARCHITECTURE,
     METHOD,
     RATIO,
     SETTINGS,
@@ -23,6 +24,7 @@ from runtime.config.bounds import (
     Text,
     Texts,
     as_list,
+    patch_of,
 )
 from runtime.config.objectives import Clustering, Contrast, Head, Loss, Reference
 from runtime.methods import uses_points
@@ -121,17 +123,20 @@ class Data:
 class Model:
     """The vision transformer."""
 
-    arch: Literal["vit_tiny", "vit_small", "vit_base", "custom"] = "vit_small"
+    arch: Annotated[str, ARCHITECTURE] = "vit_small"
     """Size of the network. `custom` takes `model.width`, `model.depth` and `model.heads` (section 4.1: ViT-Small for the
-    main results, ViT-Tiny for the ablations)."""
-    patch: PositiveInt = 16
-    """Height and width of a patch, in pixels (section 4.1: 16)."""
+    main results, ViT-Tiny for the ablations). A name of timm is a VisionTransformer with [CLS] and learned positions, such
+    as vit_large_patch16_224 or vit_small_patch14_reg4_dinov2. Its positions are made for the largest view."""
+    patch: PositiveInt = Field(default_factory=lambda values: patch_of(values["arch"]))
+    """Height and width of a patch, in pixels (section 4.1: 16). Where it is not given, it is that of timm's name in
+    `model.arch`, or 16."""
     width: PositiveInt | None = None
-    """Width of a token, D. Only for `model.arch: custom`; it must be divisible by `model.heads`."""
+    """Width of a token, D. `model.arch: custom` needs it, a name of timm may have another than its own. It must be
+    divisible by `model.heads`."""
     depth: PositiveInt | None = None
-    """Number of transformer blocks. Only for `model.arch: custom`."""
+    """Number of transformer blocks, as `model.width`."""
     heads: PositiveInt | None = None
-    """Number of attention heads. Only for `model.arch: custom`."""
+    """Number of attention heads, as `model.width`."""
     drop_path: ShareBelowOne = 0.1
     """Largest drop path rate of the student, reached in the last block (DINO)."""
     init: Text | None = None
