@@ -140,7 +140,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     context.to_device(method)
     optimizer = schedule.Optimizer(
         method.student, config.optim.clip_grad, groups=method.parameter_groups(),
-        split_positions=method.clip_positions_apart,
+        split_positions=method.clip_positions_apart, layer_decay=config.optim.layer_decay,
     )  # fmt: skip
     if resume:
         checkpoint.restore(method, optimizer.adamw, resume.tensors())

@@ -14,8 +14,9 @@ from PIL import Image
 
 from eval.datasets import center_crop
 from eval.features import normalized
+from model.architecture import ARCHS
 from model.reference import resize_grid
-from model.vit import ARCHS, ViT
+from model.vit import ViT
 from model.weights import load_backbone, timm_model
 from runtime.checkpoint import save_backbone
 from runtime.errors import UserError

@@ -190,7 +190,9 @@ def test_another_grid_patch_and_number_of_channels(tmp_path, channels):
     assert how.get(channels, "") in evaluated.note
     assert evaluated.patch_embed.proj.weight.shape == (64, 3, 12, 12)
     torch.save(theirs.state_dict() | {"pos_embed": torch.ones(1, 15, 64)}, tmp_path / "odd.pth")
-    with pytest.raises(UserError, match=r"15 positions, expected 1 and a square number for the patches"):
+    with pytest.raises(
+        UserError, match=r"15 positions, expected 1 for .CLS. .or none. and a square number for the patches"
+    ):
         load_pretrained(ours, str(tmp_path / "odd.pth"))
 
 
@@ -204,6 +206,16 @@ def test_the_architecture_follows_from_the_weights(tmp_path):
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "tiny.pth")
     assert with_architecture(parse_config(f"model: {{init: {tmp_path}/tiny.pth}}", "config")).model.arch == "vit_tiny"
     assert parse_config("model: {patch: 8}", "config").model.arch == "vit_small"
+    registers = VisionTransformer(
+        img_size=28, patch_size=14, embed_dim=64, depth=2, num_heads=1, num_classes=0, init_values=1.0, reg_tokens=4,
+        no_embed_class=True,
+    )  # fmt: skip
+    torch.save(registers.state_dict(), tmp_path / "registers.pth")
+    config = parse_config(f"model: {{patch: 14, init: {tmp_path}/registers.pth}}", "config")
+    model = with_architecture(config).model
+    assert (model.arch, model.width, model.depth, model.heads) == ("vit_small_patch14_reg4_dinov2", 64, 2, 1)
+    with pytest.raises(UserError, match=r"no model\.arch with patches of 16 pixels .* patches of 14: model\.patch=14"):
+        with_architecture(parse_config(f"model: {{init: {tmp_path}/registers.pth}}", "config"))
     given = parse_config(f"model: {{arch: vit_base, init: {source}}}", "config")
     assert with_architecture(given) is given
     torch.save({"conv1.weight": torch.ones(4, 3, 7, 7)}, tmp_path / "resnet.pth")
@@ -224,7 +236,7 @@ def test_another_network_is_refused_with_the_differences(tmp_path):
     other.model.width, other.model.depth, other.model.patch = 32, 3, 16
     assert refused(other, source) == (
         f"{source} (DenseDINO) does not fit this model (model.width: 64 saved, 32 current; "
-        "head.prototypes: 5 saved, 6 current; model.depth: 2 saved, 3 current); "
+        "model.depth: 2 saved, 3 current; head.prototypes: 5 saved, 6 current); "
         "model.arch=null takes the architecture of the weights"
     )
     save_backbone(tmp_path / "b.safetensors", theirs.teacher.backbone, {"heads": 2, "attention": "all_query"})

@@ -131,8 +131,9 @@ def test_timm_name_gives_timms_features_whatever_its_normalization(monkeypatch):
     ("name", "message"),
     [
         ("vit_tiny_patch16_225", "no such model, did you mean 'vit_tiny_patch16_"),
-        ("vit_small_patch14_reg4_dinov2", "not a plain pre-norm ViT with .CLS.: it has 'blocks.0.ls1.gamma'"),
-        ("vit_base_patch16_clip_224", "it has 'norm_pre"),
+        ("vit_base_patch16_siglip_224", "not a ViT with .CLS. and learned positions: it has no .CLS."),
+        ("vit_small_patch16_dinov3", "its positions are rotary"),
+        ("vit_base_patch16_clip_224", "its patch filter has no bias"),
         ("resnet50", "it is a ResNet"),
         ("vit_small_patch16_18x2_224", "timm has no pretrained weights for it"),
     ],

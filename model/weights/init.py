@@ -3,31 +3,27 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
+from model.architecture import ARCHS, Architecture, architecture, vit_options
 from model.backbone import Backbone
 from model.methods import Method, build
 from model.resnet import IMAGE_SIZE, STRIDE, ResNet
-from model.vit import ARCHS, ViT
+from model.vit import ViT
 from model.weights.fit import FILTERS, fit, fit_channels
-from model.weights.names import CENTERS, PARTS, count_blocks, is_resnet, load_strictly, options_of, select_part
+from model.weights.names import CENTERS, PARTS, is_resnet, load_strictly, select_part
 from model.weights.read import is_plain, read_file, select_network
 from model.weights.timm_hub import TIMM, read_timm
 from pipeline.random import hash64
-from runtime.config import Config, Reference, load_config
+from runtime.config import ARCHS_OF_TIMM, Config, Reference, load_config, patch_of
 from runtime.errors import UserError, suggest
 
 CHANNELS = 3  # of the photos that evaluations read
-HEADS = {
-    1280: 16,
-    1408: 16,
-    1664: 16,
-}  # of the widths whose heads are not of 64 dimensions: ViT-H, -g and -G (timm, MAE)
 
 
 def load_backbone(path: str | Path, untrained: bool = False) -> Backbone:
@@ -107,13 +103,10 @@ def _resnet_from_tensors(backbone: dict[str, Tensor], about: dict, source: str) 
 
 
 def _vit_from_tensors(backbone: dict[str, Tensor], about: dict, source: str) -> Backbone:
-    """A ViT of the dimensions that its tensors have."""
-    width, depth, heads = _dimensions_of_vit(backbone, about, source)
-    patch, positions = backbone["patch_embed.proj.weight"].shape[-1], backbone["pos_embed"].shape[1]
-    side = math.isqrt(max(1, positions - 1))
-    if 1 + side * side != positions:
-        raise UserError(f"{source}: {positions} positions, expected 1 for [CLS] and a square number for the patches")
-    options: dict[str, Any] = {}
+    """A ViT of the options that its tensors have, and `about` for what they do not tell."""
+    if not backbone:
+        raise UserError(f"{source}: contains no backbone")
+    options = vit_options(backbone, about, source)
     for name, default in {"attention": "patches+self", "border": "zeros"}.items():
         known = get_args(get_type_hints(Reference)[name])
         options[name] = about.get(name, default)
@@ -123,28 +116,9 @@ def _vit_from_tensors(backbone: dict[str, Tensor], about: dict, source: str) -> 
     if locality is not None and not (isinstance(locality, int | float) and 0 < locality < math.inf):
         raise UserError(f"{source}: locality: expected a number above 0 or null, found {locality!r}")
     with torch.device("meta"):  # nothing is allocated before all shapes have been checked
-        vit = ViT(width=width, depth=depth, heads=heads, patch=patch, image_size=side * patch, **options)
+        vit = ViT(**options)
     load_strictly(vit, backbone, source)
     return vit
-
-
-def _dimensions_of_vit(backbone: dict[str, Tensor], about: dict, source: str) -> tuple[int, int, int]:
-    """(width, depth, heads) of a plain ViT's tensors. The heads are those that `about` names, else of 64 dimensions each
-    (DeiT's), except in the largest ViTs. Raises UserError if they are not a plain ViT's."""
-    if not backbone:
-        raise UserError(f"{source}: contains no backbone")
-    for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4}.items():
-        if name not in backbone:
-            raise UserError(f"{source}: '{name}' is missing")
-        if backbone[name].ndim != axes or not backbone[name].numel():
-            raise UserError(f"{source}: '{name}' has shape {tuple(backbone[name].shape)}, expected {axes} axes")
-    if options := options_of(backbone):
-        raise UserError(f"{source}: a ViT with {' and '.join(options)} cannot be loaded")
-    width = backbone["pos_embed"].shape[-1]
-    heads = about.get("heads", HEADS.get(width, max(1, width // 64)))
-    if not isinstance(heads, int) or not 1 <= heads <= width or width % heads:
-        raise UserError(f"{source}: a width of {width} is not divisible by {heads!r} heads")
-    return width, count_blocks(backbone, ""), heads
 
 
 def about_backbone(vit: ViT, steps: int, method: str) -> dict:
@@ -172,7 +146,7 @@ def load_pretrained(method: Method, source: str) -> str:
         unused |= dict.fromkeys(more["unused"])
         check_compatible(network, tensors, about | more, label)
         grid = network.backbone.image_size // network.backbone.patch
-        tensors, changed = fit(tensors, network.state_dict(), grid, label)
+        tensors, changed = fit(tensors, network.state_dict(), grid)
         in_file = {part: part for part in PARTS if part == "backbone" or select_part(tensors, part)}
         if "cls_head" in in_file:
             in_file.setdefault("reference_head", "cls_head")
@@ -217,49 +191,66 @@ def _check_gains(method: Method, source: str) -> None:
 def check_compatible(network: Any, tensors: Mapping[str, Tensor], about: dict, source: str) -> None:
     """Raises UserError if the tensors are those of another kind of network, or of other dimensions. Another position grid,
     patch size or number of channels is no reason: `fit` resamples it."""
-    if is_resnet(tensors):
-        raise UserError(f"{source} is a ResNet; this run trains a ViT, which cannot start from it")
-    if not select_part(tensors, "backbone"):
-        raise UserError(f"{source}: contains no backbone")
-    own = {"model.heads": network.backbone.heads, **_dimensions(network.state_dict())}
-    saved = {"model.heads": about.get("heads", own["model.heads"]), **_dimensions(tensors)}
-    wrong = [f"{key}: {n} saved, {own[key]} current" for key, n in saved.items() if n != own.get(key, n)]
-    options = {
-        which: options_of(select_part(t, "backbone"))
-        for which, t in (("saved", tensors), ("current", network.state_dict()))
-    }
-    if options["saved"] != options["current"]:
-        wrong.append("; ".join(f"{' and '.join(names) or 'a plain ViT'} {which}" for which, names in options.items()))
+    wrong = []
+    for name, (saved, current) in _differences(network.backbone.architecture, tensors, about, source).items():
+        key = f"model.{name}" if name in ("width", "depth", "heads") else name
+        wrong.append(f"{key}: {saved} saved, {current} current")
+    advice = "; model.arch=null takes the architecture of the weights" if wrong else ""
+    own, saved = _head_dimensions(network.state_dict()), _head_dimensions(tensors)
+    wrong += [f"{key}: {n} saved, {own[key]} current" for key, n in saved.items() if n != own.get(key, n)]
     if (about.get("attention") == "all_query") != (network.backbone.attention == "all_query") and "attention" in about:
         wrong.append(f"reference.attention: {about['attention']} saved, {network.backbone.attention} current")
     if wrong:
-        other = any(text.startswith("model.") for text in wrong)
-        advice = "; model.arch=null takes the architecture of the weights" if other else ""
         raise UserError(f"{source} does not fit this model ({'; '.join(wrong)}){advice}")
 
 
-def _dimensions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The config values that follow from the shapes of a network's tensors."""
+def _differences(
+    own: Architecture, tensors: Mapping[str, Tensor], about: dict, source: str
+) -> dict[str, tuple[object, object]]:
+    """In what a file's ViT differs from one of ours, but for what `fit` resamples: {option: (saved, current)}. What the file
+    does not tell (heads, activation) is taken to be equal, if the width is."""
+    found = _architecture_of(tensors, about, source)
+    if found.width == own.width:
+        found = _architecture_of(tensors, own.not_in_tensors() | about, source)
+    options = {
+        which: asdict(replace(a, hidden=a.hidden or 4 * a.width)) for which, a in (("saved", found), ("own", own))
+    }
+    different = {
+        name: (value, options["own"][name]) for name, value in options["saved"].items() if value != options["own"][name]
+    }
+    proportional = found.width != own.width  # then so is the MLP
+    for name in ("patch", "channels", "name", *(("hidden",) if proportional else ())):
+        different.pop(name, None)
+    return different
+
+
+def _architecture_of(tensors: Mapping[str, Tensor], about: dict, source: str) -> Architecture:
+    """The architecture of a file's ViT. Raises UserError if it has none."""
+    if is_resnet(tensors):
+        raise UserError(f"{source} is a ResNet; this run trains a ViT, which cannot start from it")
+    backbone = select_part(tensors, "backbone")
+    if not backbone:
+        raise UserError(f"{source}: contains no backbone")
+    options = vit_options(backbone, about, source)
+    return Architecture(**{name: value for name, value in options.items() if name != "image_size"})
+
+
+def _head_dimensions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The config values that follow from the shapes of a network's heads."""
     axes = {
-        "model.width": ("backbone.pos_embed", -1),
         "head.hidden": ("cls_head.mlp.0.weight", 0),
         "head.bottleneck": ("cls_head.last_layer.weight_v", 1),
         "head.prototypes": ("cls_head.last_layer.weight_v", 0),
     }
-    found = {
-        key: tensors[name].shape[axis]
-        for key, (name, axis) in axes.items()
-        if name in tensors and tensors[name].ndim > axis >= -tensors[name].ndim
-    }
-    if depth := count_blocks(tensors, "backbone."):
-        found["model.depth"] = depth
-    return found
+    shapes = {key: (tensors[name].shape, axis) for key, (name, axis) in axes.items() if name in tensors}
+    return {key: shape[axis] for key, (shape, axis) in shapes.items() if len(shape) > axis}
 
 
 def with_architecture(config: Config, before: Config | None = None) -> Config:
     """The config with the architecture of the weights that it starts from, if it gives none (model.arch: null).
 
-    before: the config of the run's checkpoint, which has it already. Raises UserError if the weights are not a ViT's.
+    before: the config of the run's checkpoint, which has it already. Raises UserError if the weights are not a ViT's, or if
+    no value of `model.arch` means theirs.
     """
     model = config.model
     if model.arch is not None or model.init is None:
@@ -269,13 +260,18 @@ def with_architecture(config: Config, before: Config | None = None) -> Config:
         return replace(config, model=replace(model, arch=old.arch, width=old.width, depth=old.depth, heads=old.heads))
     tensors, about = read_network(model.init)
     source = about.get("label", model.init)
-    if is_resnet(tensors):
-        raise UserError(f"{source} is a ResNet; this run trains a ViT, which cannot start from it")
-    width, depth, heads = _dimensions_of_vit(select_part(tensors, "backbone"), about, source)
-    arch: Any = next((arch for arch, known in ARCHS.items() if known == (width, depth, heads)), None)
-    if arch:
-        return replace(config, model=replace(model, arch=arch))
-    return replace(config, model=replace(model, arch="custom", width=width, depth=depth, heads=heads))
+    found = _architecture_of(tensors, about, source)
+    dimensions = {"width": found.width, "depth": found.depth, "heads": found.heads}
+    of_this_patch = [name for name in (found.name, *ARCHS_OF_TIMM) if patch_of(name) == model.patch and name]
+    for arch in (*ARCHS, "custom", *of_this_patch):
+        for given in ({}, dimensions) if arch in of_this_patch else (dimensions,) if arch == "custom" else ({},):
+            named = replace(model, arch=arch, **given)
+            if not _differences(architecture(named), tensors, about, source):
+                return replace(config, model=named)
+    raise UserError(
+        f"{source}: no model.arch with patches of {model.patch} pixels is a ViT as this one; it has patches of "
+        f"{found.patch}: model.patch={found.patch}"
+    )
 
 
 def weights_seed(seed: int) -> int:

@@ -31,14 +31,9 @@ from runtime.errors import UserError
 
 VIT_KEYS = re.compile(
     r"cls_token|pos_embed|cls_pos_embed|patch_pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
-    r"|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+    r"|blocks\.\d+\.(norm1|norm2|attn\.(qkv|proj|q_norm|k_norm|norm)|mlp\.(fc1|fc2|norm))\.(weight|bias)"
+    r"|reg_token|norm_pre\.(weight|bias)|blocks\.\d+\.ls[12]\.gamma"
 )
-OPTIONS = {  # what a ViT may have besides: how messages call it, by timm's names
-    "registers": re.compile(r"reg_token"),
-    "LayerScale": re.compile(r"blocks\.\d+\.ls[12]\.gamma"),
-    "a norm before its blocks": re.compile(r"norm_pre\.(weight|bias)"),
-    "norms of queries and keys": re.compile(r"blocks\.\d+\.attn\.[qk]_norm\.(weight|bias)"),
-}
 PARTLY = re.compile(r"register_tokens|blocks\.\d+\.attn\.(query|key|value)\.(weight|bias)")  # what `_assemble` takes
 NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"  # of a BatchNorm
 RESNET_KEYS = re.compile(
@@ -118,22 +113,13 @@ def is_unused(name: str) -> bool:
     return not _is_of_head(name) and UNUSED_KEYS.fullmatch(name) is not None
 
 
-def options_of(backbone: Mapping[str, Tensor]) -> list[str]:
-    """What a ViT, by timm's names, has besides the parts of a plain one."""
-    found = [option for option, pattern in OPTIONS.items() if any(pattern.fullmatch(name) for name in backbone)]
-    inner, outer = (backbone.get(f"blocks.0.mlp.{part}.weight") for part in ("fc1", "fc2"))
-    if inner is not None and outer is not None and inner.ndim == outer.ndim == 2 and len(inner) == 2 * outer.shape[1]:
-        found.append("SwiGLU")
-    return found
-
-
 def remap_keys(tensors: Mapping[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:
     """One network's tensors in any checkpoint format -> with our names.
 
     Raises UserError for a name that no format has, and for a DenseDINO whose reference tokens have a learned content.
     """
     resnet = is_resnet(tensors)
-    known = (RESNET_KEYS,) if resnet else (VIT_KEYS, PARTLY, *OPTIONS.values())
+    known = (RESNET_KEYS,) if resnet else (VIT_KEYS, PARTLY)
     ours: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for name, tensor in tensors.items():
@@ -215,9 +201,3 @@ def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source
 def select_part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """The tensors of one part (backbone, a head, a role), without its prefix."""
     return {n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")}
-
-
-def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """The number of different blocks of a ViT; an index in a name is not trusted, it may be any number."""
-    blocks = f"{prefix}blocks."
-    return len({n.removeprefix(blocks).partition(".")[0] for n in tensors if n.startswith(blocks)})

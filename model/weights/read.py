@@ -69,12 +69,12 @@ def _about_folder(folder: Path) -> dict:
 
 def _about_config(text: str, source: str) -> dict:
     """What a checkpoint's config says about its backbone."""
-    from model.vit import dimensions  # imports timm
+    from model.architecture import architecture  # imports timm
 
     config = parse_config(text, source)
     reference = config.reference
     return {
-        "heads": dimensions(config.model)[2],
+        **architecture(config.model).not_in_tensors(),
         "attention": reference.attention,
         "border": reference.border,
         "locality": reference.locality,

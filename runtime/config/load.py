@@ -244,7 +244,9 @@ def _validate(tree: dict[str, Any], sources: Sources, errors: ConfigErrors) -> C
         try:
             return adapter().validate_json(json.dumps(tree), strict=True)
         except ValidationError as error:
-            wrong = [(detail["loc"], *explain(detail)) for detail in error.errors(include_url=False)]
+            details = error.errors(include_url=False)
+            # a default that depends on a wrong value is no error of its own
+            wrong = [(d["loc"], *explain(d)) for d in details if d["type"] != "default_factory_not_called"]
         for loc, key, text, meant in sorted(wrong, key=lambda item: order.get(item[1], -1)):
             if not loc:
                 raise UserError(f"{errors.config}: {text}")
