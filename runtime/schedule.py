@@ -147,7 +147,8 @@ def with_layer_decay(groups: list[dict[str, Any]], student: nn.Module, decay: fl
     blocks = {name: int(found[1]) for name, _ in student.named_parameters() if (found := BLOCK.match(name))}
     top = 2 + max(blocks.values(), default=-1)
     layers = {
-        p: blocks[name] + 1 if name in blocks else 0 if EMBEDDING.match(name) else top for name, p in student.named_parameters()
+        p: blocks[name] + 1 if name in blocks else 0 if EMBEDDING.match(name) else top
+        for name, p in student.named_parameters()
     }
     split = []
     for group in groups:
@@ -162,8 +163,8 @@ class Optimizer:
     """AdamW with the rest of the published step: schedules, clipping per tensor, a last layer that is frozen at first.
 
     student: its parameters are trained. clip: the largest norm of a gradient tensor, 0: no clipping. groups:
-    `Method.parameter_groups`. layer_decay: see `with_layer_decay`. split_positions: the position embedding is clipped as two tensors, [CLS]'s and the patches'
-    (`Method.clip_positions_apart`).
+    `Method.parameter_groups`. split_positions: the position embedding is clipped as two tensors, [CLS]'s and the patches'
+    (`Method.clip_positions_apart`). layer_decay: see `with_layer_decay`.
     """
 
     def __init__(
