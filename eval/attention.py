@@ -32,7 +32,7 @@ def attention_weights(
     prefix = network.architecture.prefix  # [CLS] and registers
     image = prefix + h * w
     # the rows are all images' own tokens, then all their reference tokens
-    of_images, of_references = captured[0].float().split([n * image, n * references])
+    of_images, of_references = captured[0].to(network.pos_embed.dtype).split([n * image, n * references])
     tokens = torch.cat([of_images.view(n, image, -1), of_references.view(n, references, of_images.shape[1])], 1)
     q, k, _ = tokens.unflatten(-1, (3, network.heads, -1)).permute(2, 0, 3, 1, 4)  # [n,H,P+N+R,d] each
     q, k = chosen.attn.q_norm(q), chosen.attn.k_norm(k)

@@ -5,13 +5,15 @@ Letters: N patches, D width, R registers.
 
 import functools
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import timm
 import torch
 from timm.layers import Attention, LayerNorm, Mlp, PatchEmbed, SwiGLUPacked
+from timm.models import is_model_in_modules
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -73,8 +75,9 @@ class Architecture:
         return {"mlp_layer": SwiGLUPacked if self.swiglu else Mlp} | norm
 
     def not_in_tensors(self) -> dict[str, Any]:
-        """What the shapes of its tensors do not tell: `heads`, and the other values that are not the default."""
-        default = {f.name: f.default for f in fields(self)}
+        """What the shapes of its tensors do not tell: `heads`, and what is not the default. With registers, a small grid may
+        be read in two ways, so `class_position` is among them."""
+        default = {f.name: f.default for f in fields(self)} | ({"class_position": None} if self.registers else {})
         return {n: value for n in NOT_IN_TENSORS if (value := getattr(self, n)) != default[n]}
 
 
@@ -103,12 +106,13 @@ def of_timm(name: str) -> tuple[Architecture, int]:
     if not timm.is_model(name):
         known = [n for n in timm.list_models() if ARCH.fullmatch(n)]
         raise UserError(f"model.arch: timm has no model '{name}'{suggest(name, known)}")
+    # drawing weights takes seconds, even where there are none
+    skip: dict[str, Any] = {"weight_init": "skip"} if is_model_in_modules(name, ("vision_transformer", "deit")) else {}
     with torch.device("meta"):
-        theirs: Any = timm.create_model(name, num_classes=0)
-        if isinstance(theirs, VisionTransformer) and theirs.cls_token is not None:
-            theirs = timm.create_model(
-                name, num_classes=0, global_pool="token"
-            )  # then its last norm is that of all tokens
+        theirs: Any = timm.create_model(name, num_classes=0, **skip)
+        if type(theirs) is VisionTransformer and theirs.cls_token is not None and theirs.global_pool != "token":
+            skip["global_pool"] = "token"  # then its last norm is that of all tokens
+            theirs = timm.create_model(name, num_classes=0, **skip)
     if reason := refusal(theirs):
         raise UserError(f"model.arch: {name} cannot be trained here: {reason}")
     return described(theirs, name), theirs.patch_embed.img_size[0]
@@ -130,17 +134,20 @@ def refusal(theirs: nn.Module) -> str | None:
         return f"its patches come from a {type(model.patch_embed).__name__}"
     if grid[0] != grid[1]:
         return "its position grid is not square"
-    if type(block) is not Block or type(block.attn) is not Attention:
+    if type(block) is not Block or type(block.attn) is not Attention:  # the others are as the first
         return f"its blocks are {type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
     if not isinstance(model.norm, nn.LayerNorm):
         return "its tokens have no last LayerNorm"
     if type(block.mlp.act).__name__ not in ACTIVATIONS:
         return f"its activation is {block.mlp.act}"
-    ours = described(model)
+    ours = replace(described(model), depth=1)
     with torch.device("meta"):
         image_size = model.patch_embed.img_size[0]
-        again = VisionTransformer(img_size=image_size, num_classes=0, **ours.for_timm(), **ours.modules())
-    a, b = ({n: t.shape for n, t in m.state_dict().items() if not n.startswith("head.")} for m in (model, again))
+        again = VisionTransformer(
+            img_size=image_size, num_classes=0, weight_init="skip", **ours.for_timm(), **ours.modules()
+        )
+    later = re.compile(r"head\.|blocks\.[1-9]")
+    a, b = ({n: t.shape for n, t in m.state_dict().items() if not later.match(n)} for m in (model, again))
     different = sorted(n for n in a | b if a.get(n) != b.get(n))
     return f"'{different[0]}' is not that of a ViT" if different else None
 

@@ -50,6 +50,7 @@ class ViT(VisionTransformer, Backbone):
         )  # fmt: skip
         self.architecture = a
         self.patch, self.width, self.heads, self.image_size = a.patch, a.width, a.heads, image_size
+        self.front_positions = a.prefix * a.class_position  # how many of pos_embed are not the patches'
         self.attention, self.border, self.locality = attention, border, locality
         self.activation_checkpointing = False  # compute each block again in the backward pass
         self._initialize()
@@ -84,7 +85,7 @@ class ViT(VisionTransformer, Backbone):
         without them they come from torch's generator.
         """
         grid_side = self.image_size // self.patch
-        prefix, own = self.architecture.prefix, self.pos_embed.shape[1] - grid_side**2  # own: P, or 0 without positions
+        prefix, own = self.architecture.prefix, self.front_positions
         grid = self.pos_embed[0, own:].unflatten(0, (grid_side, grid_side))  # [g,g,D]
         pixels, filters, width = F.pixel_unshuffle(images, self.patch), self.patch_embed.proj, self.width
         n, _, h, w = pixels.shape  # [n,C*p*p,h/p,w/p]

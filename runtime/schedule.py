@@ -163,8 +163,8 @@ class Optimizer:
     """AdamW with the rest of the published step: schedules, clipping per tensor, a last layer that is frozen at first.
 
     student: its parameters are trained. clip: the largest norm of a gradient tensor, 0: no clipping. groups:
-    `Method.parameter_groups`. split_positions: the position embedding is clipped as two tensors, [CLS]'s and the patches'
-    (`Method.clip_positions_apart`). layer_decay: see `with_layer_decay`.
+    `Method.parameter_groups`. split_positions: the position embedding is clipped as two tensors, [CLS]'s with the registers'
+    and the patches' (`Method.clip_positions_apart`), where it has both. layer_decay: see `with_layer_decay`.
     """
 
     def __init__(
@@ -172,7 +172,8 @@ class Optimizer:
         split_positions: bool = False, layer_decay: float = 1.0,
     ):  # fmt: skip
         self.clip = clip
-        self.positions = [p for n, p in student.named_parameters() if n.endswith("pos_embed") and split_positions]
+        vits: list[Any] = [m for m in student.modules() if split_positions and getattr(m, "front_positions", 0)]
+        self.positions = [(vit.pos_embed, vit.front_positions) for vit in vits]
         groups = with_layer_decay(groups or decay_groups(student), student, layer_decay)
         self.adamw = torch.optim.AdamW(groups, fused=True)
         self.trained = [p for p in student.parameters() if p.requires_grad]
@@ -211,8 +212,8 @@ class Optimizer:
 
     def _clipped(self) -> list[torch.Tensor]:
         """The gradient tensors that are clipped, each by its own norm."""
-        unsplit = [p.grad for p in self.trained if p.grad is not None and all(p is not q for q in self.positions)]
-        parts = [part for p in self.positions if p.grad is not None for part in (p.grad[:, :1], p.grad[:, 1:])]
+        unsplit = [p.grad for p in self.trained if p.grad is not None and all(p is not q for q, _ in self.positions)]
+        parts = [part for p, n in self.positions if p.grad is not None for part in (p.grad[:, :n], p.grad[:, n:])]
         return unsplit + parts
 
 

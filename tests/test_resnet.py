@@ -166,8 +166,8 @@ def test_errors_name_the_family_and_what_is_wrong(tmp_path):
         UserError, match=r"'layer1\.0\.conv2\.weight' has shape \(4, 2, 3, 3\), expected \(4, 4, 3, 3\)"
     ):
         load_backbone(path)
-    torch.save(contents_of("MoCo", dict(small_vit().state_dict()) | {"blocks.0.attn.rel_pos": torch.ones(1)}), path)
-    with pytest.raises(UserError, match=r"\(MoCo\): 'blocks\.0\.attn\.rel_pos' is not a parameter of a ViT"):
+    torch.save(contents_of("MoCo", dict(small_vit().state_dict()) | {"blocks.0.gate.weight": torch.ones(1)}), path)
+    with pytest.raises(UserError, match=r"\(MoCo\): 'blocks\.0\.gate\.weight' is not a parameter of a ViT"):
         load_backbone(path)
 
 
