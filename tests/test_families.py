@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from timm.layers import SwiGLUPacked
+from timm.layers import SwiGLUPacked, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from model.backbone import Backbone
-from model.weights import load_backbone
+from model.methods import build
+from model.weights import load_backbone, load_pretrained, with_architecture
+from runtime.config import parse_config
 from runtime.errors import UserError
 
 ONE = torch.ones(1)
@@ -223,6 +225,32 @@ def test_dinov2(tmp_path, family):
         tokens, expected = ours(images), dinov2_tokens(theirs, registers, images)
     torch.testing.assert_close(tokens.cls, expected[:, 0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(tokens.patches, expected[:, -16:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_continues_dinov2_with_registers(tmp_path):
+    """The architecture is that of the file, the position grid that of the views; student and teacher start as the file."""
+    theirs, path = a_vit(init_values=1.0, patch_size=14, img_size=70), tmp_path / "dinov2.pth"
+    registers = torch.randn(1, 4, 64)
+    torch.save(theirs.state_dict() | MASK | {"register_tokens": registers}, path)
+    small = "head: {hidden: 4, bottleneck: 4, prototypes: 5}\ndata: {views: [{count: 2, size: 56, teacher: true}]}"
+    config = with_architecture(parse_config(f"model: {{patch: 14, init: {path}}}\n{small}", "config"))
+    assert config.model.arch == "vit_small_patch14_reg4_dinov2"
+    method: Any = build(config)
+    assert load_pretrained(method, str(path)) == (
+        f"initialized from {path} (DINOv2 with registers): backbone; new: cls_head, reference_head, centers; its 5 x 5 "
+        "positions resampled to 4 x 4 (bicubic); not used: mask_token"
+    )
+    positions = resample_abs_pos_embed(theirs.pos_embed.detach(), [4, 4])
+    for network in (method.student, method.teacher):
+        own = network.backbone
+        torch.testing.assert_close(own.pos_embed, positions[:, 1:], check_dtype=True)
+        assert torch.equal(own.reg_token, registers)
+        assert torch.equal(own.blocks[1].ls2.gamma, theirs.blocks[1].ls2.gamma)
+    plain = parse_config(f"model: {{arch: custom, patch: 14, width: 64, depth: 2, heads: 1}}\n{small}", "config")
+    with pytest.raises(
+        UserError, match=r"\(DINOv2 with registers\) does not fit this model \(.*registers: 4 saved, 0 current"
+    ):
+        load_pretrained(build(plain), str(path))
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
