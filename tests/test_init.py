@@ -214,7 +214,7 @@ def test_the_architecture_follows_from_the_weights(tmp_path):
     config = parse_config(f"model: {{patch: 14, init: {tmp_path}/registers.pth}}", "config")
     model = with_architecture(config).model
     assert (model.arch, model.width, model.depth, model.heads) == ("vit_small_patch14_reg4_dinov2", 64, 2, 1)
-    with pytest.raises(UserError, match=r"no model\.arch with patches of 16 pixels .* patches of 14: model\.patch=14"):
+    with pytest.raises(UserError, match=r"no known model\.arch with patches of 16 pixels .* set model\.patch=14"):
         with_architecture(parse_config(f"model: {{init: {tmp_path}/registers.pth}}", "config"))
     given = parse_config(f"model: {{arch: vit_base, init: {source}}}", "config")
     assert with_architecture(given) is given

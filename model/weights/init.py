@@ -261,16 +261,17 @@ def with_architecture(config: Config, before: Config | None = None) -> Config:
     tensors, about = read_network(model.init)
     source = about.get("label", model.init)
     found = _architecture_of(tensors, about, source)
-    dimensions = {"width": found.width, "depth": found.depth, "heads": found.heads}
-    of_this_patch = [name for name in (found.name, *ARCHS_OF_TIMM) if patch_of(name) == model.patch and name]
-    for arch in (*ARCHS, "custom", *of_this_patch):
-        for given in ({}, dimensions) if arch in of_this_patch else (dimensions,) if arch == "custom" else ({},):
-            named = replace(model, arch=arch, **given)
-            if not _differences(architecture(named), tensors, about, source):
-                return replace(config, model=named)
+    shape: dict[str, Any] = {"width": found.width, "depth": found.depth, "heads": found.heads}
+    candidates = [*(replace(model, arch=arch) for arch in ARCHS), replace(model, arch="custom", **shape)]
+    for arch in (found.name, *ARCHS_OF_TIMM):
+        if arch and patch_of(arch) == model.patch:
+            candidates += [replace(model, arch=arch), replace(model, arch=arch, **shape)]
+    for named in candidates:
+        if not _differences(architecture(named), tensors, about, source):
+            return replace(config, model=named)
+    advice = f"set model.patch={found.patch}" if found.patch != model.patch else "give timm's name of it as model.arch"
     raise UserError(
-        f"{source}: no model.arch with patches of {model.patch} pixels is a ViT as this one; it has patches of "
-        f"{found.patch}: model.patch={found.patch}"
+        f"{source}: no known model.arch with patches of {model.patch} pixels is a ViT as this one; {advice}"
     )
 
 
