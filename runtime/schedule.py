@@ -172,7 +172,7 @@ class Optimizer:
         split_positions: bool = False, layer_decay: float = 1.0,
     ):  # fmt: skip
         self.clip = clip
-        vits: list[Any] = [m for m in student.modules() if split_positions and getattr(m, "front_positions", 0)]
+        vits: list[Any] = [m for m in student.modules() if split_positions and getattr(m, "front_positions", None)]
         self.positions = [(vit.pos_embed, vit.front_positions) for vit in vits]
         groups = with_layer_decay(groups or decay_groups(student), student, layer_decay)
         self.adamw = torch.optim.AdamW(groups, fused=True)
