@@ -16,7 +16,7 @@ from model.resnet import IMAGE_SIZE, STRIDE, ResNet
 from model.vit import ViT
 from model.weights.names import CENTERS, PARTS, is_resnet, load_strictly, select_part
 from model.weights.read import is_plain, read_file, select_network
-from model.weights.timm_hub import TIMM, read_timm
+from model.weights.timm_hub import TIMM, read_timm, rotary_of_timm
 from pipeline.random import hash64
 from runtime.config import Reference, load_config
 from runtime.errors import UserError, suggest
@@ -36,6 +36,8 @@ def load_backbone(path: str | Path, untrained: bool = False) -> Backbone:
         if config.model.init:
             load_pretrained(method, config.model.init)
         return method.backbone.eval()
+    if str(path).startswith(TIMM) and (rotary := rotary_of_timm(str(path).removeprefix(TIMM))):
+        return rotary.eval()
     tensors, about = read_network(path)
     family = about.get("family")
     source = f"{path} ({family})" if family else str(path)
