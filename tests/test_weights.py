@@ -1,6 +1,7 @@
 """Weights in every checkpoint format: the same features whatever the names, and an error that names what is wrong."""
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -116,7 +117,7 @@ def test_timm_name_gives_timms_features_whatever_its_normalization(monkeypatch):
         if pretrained:
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
-            made.append(model.eval())
+            made.append(copy.deepcopy(model).eval())
         return model
 
     made: list = []
