@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 from torch.utils.checkpoint import checkpoint
 
-from model.architecture import Architecture, architecture
+from model.architecture import ROTARY, Architecture, architecture
 from model.backbone import Backbone, Tokens
 from model.reference import attend, locality_bias, point_embedding, resize_grid
+from model.rotary import Rotary
 from runtime.config import Model, Reference
 from runtime.errors import UserError
 
@@ -224,6 +225,8 @@ def _add_branch(x: Tensor, branch: Tensor, scale: Tensor | None, shapes: list[tu
 
 def require_vit(network: Backbone, path: object, what: str) -> ViT:
     """The network, if it is a ViT. Raises UserError, with the reason, for another one. what: needs it."""
+    if isinstance(network, Rotary):
+        raise UserError(f"{path}: {what} needs a ViT that takes points: {ROTARY}")
     if not isinstance(network, ViT):
         raise UserError(f"{path} is a ResNet; {what} needs a ViT: a ResNet has no attention, [CLS] or reference tokens")
     return network

@@ -18,7 +18,7 @@ from model.vit import ViT
 from model.weights.fit import FILTERS, fit, fit_channels
 from model.weights.names import CENTERS, PARTS, is_resnet, load_strictly, select_part
 from model.weights.read import is_plain, read_file, select_network
-from model.weights.timm_hub import TIMM, read_timm
+from model.weights.timm_hub import TIMM, read_timm, rotary_of_timm
 from pipeline.random import hash64
 from runtime.config import ARCHS_OF_TIMM, Config, Reference, load_config, patch_of
 from runtime.errors import UserError, suggest
@@ -40,6 +40,8 @@ def load_backbone(path: str | Path, untrained: bool = False) -> Backbone:
         if config.model.init:
             load_pretrained(method, config.model.init)
         return method.backbone.eval()
+    if str(path).startswith(TIMM) and (rotary := rotary_of_timm(str(path).removeprefix(TIMM))):
+        return rotary.eval()
     tensors, about = read_network(path)
     source, notes = about.get("label", str(path)), []
     if is_resnet(tensors):

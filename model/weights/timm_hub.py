@@ -10,7 +10,8 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from model.architecture import ARCHS, Architecture, described, of_timm, refusal
+from model.architecture import ARCHS, ROTARY, Architecture, described, of_timm, refusal
+from model.rotary import Rotary
 from model.vit import ViT
 from runtime.errors import UserError, suggest
 
@@ -20,39 +21,54 @@ HUB_TIMEOUT = 5  # seconds
 
 
 def read_timm(name: str) -> tuple[dict, dict]:
-    """(backbone tensors with our names, metadata) of timm's pretrained ViT, from timm's cache, the network or a folder
-    (local-dir:PATH). The patch filter is changed so that it takes images normalized as ours are.
+    """(backbone tensors with our names, metadata) of timm's pretrained ViT.
 
-    Raises UserError if timm knows no such model, if it is not one of our ViTs, if its patch filter cannot take other colors,
-    or if its weights cannot be fetched.
+    Raises UserError as `check_timm` and `_pretrained`, and for a ViT with rotary positions.
     """
     check_timm(name)
+    theirs = _pretrained(name)
+    if reason := refusal(theirs):
+        raise UserError(f"timm:{name} can be evaluated, but not trained: {reason}")
+    named = "" if name.startswith(_LOCAL) else name.partition(".")[0]
+    return {f"backbone.{n}": t for n, t in theirs.state_dict().items()}, described(theirs, named).not_in_tensors()
+
+
+def rotary_of_timm(name: str) -> Rotary | None:
+    """timm's pretrained ViT if its positions are rotary, else None. Raises UserError as `check_timm`."""
+    check_timm(name)
+    return Rotary(_pretrained(name, dynamic_img_size=True)) if refusal(_empty(name)) == ROTARY else None
+
+
+def _pretrained(name: str, **options: Any) -> Any:
+    """timm's pretrained model, from timm's cache, the network or a folder (local-dir:PATH). Its patch filter is changed so
+    that it takes images normalized as ours are.
+
+    Raises UserError if the weights cannot be fetched.
+    """
     try:
-        theirs: Any = timm.create_model(name, pretrained=True, num_classes=0)
+        theirs: Any = timm.create_model(name, pretrained=True, num_classes=0, **options)
     except Exception as error:  # the hub's client raises many types without a network
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"timm:{name}: its weights are not cached and cannot be downloaded ({reason}); "
             "download the file elsewhere and give its path instead"
         ) from None
-    tensors = {f"backbone.{n}": t for n, t in theirs.state_dict().items()}
     # their colors (p - mean) / std are an affine map of ours, channel by channel; the patch filter absorbs it
-    theirs_cfg = theirs.pretrained_cfg
+    theirs_cfg, filters = theirs.pretrained_cfg, theirs.patch_embed.proj
     mean, std = (torch.tensor(theirs_cfg[key], dtype=torch.float64) for key in ("mean", "std"))
     ours_mean, ours_std = (torch.tensor(c, dtype=torch.float64) for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    weight, bias = (tensors.get(f"backbone.patch_embed.proj.{part}") for part in ("weight", "bias"))
-    assert weight is not None
-    tensors["backbone.patch_embed.proj.weight"] = (weight.double() * (ours_std / std).view(1, 3, 1, 1)).float()
-    if bias is not None:  # without one, the means are equal (check_timm)
-        shift = (weight.double() * ((ours_mean - mean) / std).view(1, 3, 1, 1)).sum((1, 2, 3))
-        tensors["backbone.patch_embed.proj.bias"] = (bias.double() + shift).float()
-    named = "" if name.startswith(_LOCAL) else name.partition(".")[0]
-    return tensors, described(theirs, named).not_in_tensors()
+    weight = filters.weight.data.double()
+    filters.weight.data = (weight * (ours_std / std).view(1, 3, 1, 1)).float()
+    if filters.bias is not None:  # without one, the means are equal (check_timm)
+        shift = (weight * ((ours_mean - mean) / std).view(1, 3, 1, 1)).sum((1, 2, 3))
+        filters.bias.data = (filters.bias.data.double() + shift).float()
+    return theirs
 
 
 def check_timm(name: str) -> None:
-    """Raises UserError, in seconds, if timm knows no such pretrained model, if it is not one of our ViTs, or
-    if its weights are not in the hub's cache and the hub does not answer (its client would try again for a minute)."""
+    """Raises UserError, in seconds, if timm knows no such pretrained model, if it is neither one of our ViTs nor one with
+    rotary positions, or if its weights are not in the hub's cache and the hub does not answer (its client would try again
+    for a minute)."""
     known = timm.list_models("vit_*", pretrained=True)
     local = name.startswith(_LOCAL)
     if local and not (Path(name.removeprefix(_LOCAL)) / "config.json").is_file():
@@ -61,12 +77,8 @@ def check_timm(name: str) -> None:
         raise UserError(f"timm:{name}: timm has no such model{suggest(name, known)}")
     if not local and not timm.models.is_model_pretrained(name):
         raise UserError(f"timm:{name}: timm has no pretrained weights for it{suggest(name, known)}")
-    try:
-        with torch.device("meta"):
-            empty: Any = timm.create_model(name, num_classes=0)
-    except Exception as error:  # a folder's config.json may contain anything
-        raise UserError(f"timm:{name}: timm cannot build it ({' '.join(str(error).split())[:200]})") from None
-    if reason := refusal(empty):
+    empty = _empty(name)
+    if (reason := refusal(empty)) and reason != ROTARY:
         raise UserError(f"timm:{name}: not a ViT with [CLS] and learned positions: {reason}")
     mean = tuple(empty.pretrained_cfg["mean"])
     if empty.patch_embed.proj.bias is None and mean != IMAGENET_DEFAULT_MEAN:
@@ -86,6 +98,15 @@ def check_timm(name: str) -> None:
             f"{huggingface_hub.constants.ENDPOINT} does not answer ({reason}); run the same command with a "
             "network connection, or download the file elsewhere and give its path instead"
         ) from None
+
+
+def _empty(name: str) -> Any:
+    """timm's model without weights."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, num_classes=0)
+    except Exception as error:  # a folder's config.json may contain anything
+        raise UserError(f"timm:{name}: timm cannot build it ({' '.join(str(error).split())[:200]})") from None
 
 
 def _is_cached(hub: str) -> bool:
