@@ -8,7 +8,7 @@ SCENES   := data/scenes
 
 # ---------------------------------------------------------------------------------------- words of the command line
 
-TARGETS  := help setup scenes shards verify index pretrain table1 tables eval export bench test test-slow faults check lock docs-reference clean
+TARGETS  := help setup scenes shards verify index pretrain table1 tables eval features export bench test test-slow faults check lock docs-reference clean
 
 # the variables that a target takes, besides those of the installation
 takes_shards    := SRC DST SHARD_MB ARGS
@@ -18,6 +18,7 @@ takes_pretrain  := CONFIG SHARDS VAL GPUS RUN RESTARTS METHOD ARGS
 takes_table1    := SCALE SEEDS ARGS
 takes_tables    := TABLE SCALE SEEDS ARGS
 takes_eval      := RUN CONFIG METHOD ARGS
+takes_features  := RUN CONFIG METHOD SRC OUT ARGS
 takes_export    := RUN CONFIG METHOD DST ARGS
 takes_bench     := WHAT METHODS GPUS CONFIG SHARDS SRC OUT ARGS
 takes_test      := ARGS
@@ -138,6 +139,10 @@ tables: ready $(of_paper) ## the paper's ablations [TABLE=table2|table3|figure5|
 eval: ready ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained
 	@$(PY) -m eval report "$$RUN" $(ARGS)
 	@$(PY) -m eval html "$$RUN"
+
+features: ready ## RUN=runs/… SRC=photos|shards OUT=folder [ARGS='--points FILE --neighbors …']: features of photos, as files
+	$(call need,SRC,a folder of photos or a list of them or shards)$(call need,OUT,the folder to write)
+	@$(PY) -m eval embed "$$RUN" "$$SRC" "$$OUT" $(ARGS)
 
 export: ready ## RUN=runs/… DST=folder [ARGS=--onnx]: the backbone for timm, and ONNX
 	$(call need,DST,the folder to write)

@@ -1,6 +1,6 @@
 """All evaluations of a frozen network, as one command line.
 
-    python -m eval knn|linear|linear_seg|cluster_seg|retrieval_seg|points|compare|report|html NETWORK ... [--help]
+    python -m eval knn|linear|linear_seg|cluster_seg|retrieval_seg|points|compare|report|html|embed NETWORK ... [--help]
     torchrun --nproc-per-node=8 -m eval knn NETWORK ...
 
 Imports no torch until the arguments, the paths and the data are checked: help and errors come at once.
@@ -22,6 +22,7 @@ from eval.options import (
     add_scenes,
     add_splits,
     check_positive,
+    open_features,
     open_photos,
     open_scenes,
     read_clusters,
@@ -231,6 +232,33 @@ def run_html(network: str, args: Options) -> int:
     return html.run(Path(network))
 
 
+def add_embed(parser: argparse.ArgumentParser) -> None:
+    add_network(parser)
+    parser.add_argument("source", metavar="SRC", help="a folder of photos, a file with a path a line, or shards")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write, or to continue")
+    kinds = "some of cls,mean,patches: [CLS], the mean patch token, all patch tokens (default: cls,mean)"
+    parser.add_argument("--features", default="cls,mean", help=kinds)
+    points = "also reference tokens at points: CSV photo,x,y or JSON {photo: [[x, y], ...]}, shares of a photo's sides"
+    parser.add_argument("--points", type=Path, metavar="FILE", help=points)
+    parser.add_argument("--size", type=int, help="side of a photo in pixels (default: that of the training views)")
+    parser.add_argument("--fit", default="crop", help="crop: the center; square: the whole, distorted (default: crop)")
+    parser.add_argument("--dtype", default="float32", help="float32 or float16 (default: float32)")
+    parser.add_argument("--batch", type=int, default=64, help="photos at a time (default: 64)")
+    parser.add_argument("--workers", type=int, help="data workers (default: by the number of photos)")
+    parser.add_argument("--parquet", action="store_true", help="also features.parquet; needs pyarrow")
+    parser.add_argument("--neighbors", action="store_true", help="also near-duplicates, outliers and a sheet of them")
+    parser.add_argument("--k", type=int, default=10, help="neighbors of a photo (default: 10)")
+    parser.add_argument("--threshold", type=float, default=0.95, help="cosine of near-duplicates (default: .95)")
+
+
+def run_embed(network: str, args: Options) -> int:
+    check_positive(args, "size", "batch", "k")
+    target, source, points = open_features(network, args)
+    from eval import embed
+
+    return embed.run(target, source, args.pop("out"), points, **args)
+
+
 class Command(NamedTuple):
     summary: str
     details: str
@@ -299,6 +327,14 @@ COMMANDS = {
         "Results, curves, pictures, configuration, versions.",
         add_html,
         run_html,
+    ),
+    "embed": Command(
+        "features of photos, as files",
+        "A photo is resized to 256/224 of the size (its shorter side, bicubic), its center is cut: as in k-NN. --fit\n"
+        "square resizes the whole photo to a square (bilinear), as scenes are measured. The same command continues what\n"
+        "was stopped. Damaged photos have NaN rows and are listed; so have points that the crop does not hold.",
+        add_embed,
+        run_embed,
     ),
 }
 

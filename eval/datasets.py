@@ -44,6 +44,23 @@ def center_crop(image: Tensor, size: int) -> Tensor:
     return transform.center_crop(image, [size, size])
 
 
+def points_in_crop(points: NDArray[np.float64], height: int, width: int, size: int) -> NDArray[np.float64]:
+    """Points [R,2], (x, y) as shares of a photo's width and height, in the [0,1] frame of its `center_crop`; outside of it
+    if the crop does not hold them."""
+    side = shorter_side(size)
+    resized = np.array(
+        [side if n <= min(height, width) else int(side * n / min(height, width)) for n in (width, height)]
+    )
+    corner = np.array([round((n - size) / 2) for n in resized.tolist()])  # as torchvision rounds
+    return (points * resized - corner) / size
+
+
+def whole_square(image: Tensor, size: int) -> Tensor:
+    """The whole photo as a square, its aspect ratio lost, bilinear, antialiased: uint8 [3,H,W] -> [3,size,size]; as scenes
+    are measured (below)."""
+    return transform.resize(image, [size, size], InterpolationMode.BILINEAR, antialias=True)
+
+
 def random_crop(image: Tensor, size: int) -> Tensor:
     """A random resized crop with a random horizontal flip: uint8 [3,H,W] -> [3,size,size], bicubic.
 
@@ -164,12 +181,11 @@ class VocSegmentation(Dataset[tuple[Tensor, Tensor]]):
         height, width = image.shape[1:]
         if mask.size != (width, height):
             raise UserError(f"{self.masks[i]}: {mask.size} pixels, but the image has {(width, height)}")
-        square = [self.size, self.size]
         if self.augment:
             top, left, height, width = RandomResizedCrop.get_params(image, scale=[0.8, 1.0], ratio=[3 / 4, 4 / 3])
             image = transform.crop(image, top, left, height, width)
             mask = mask.crop((left, top, left + width, top + height))
-        image = transform.resize(image, square, InterpolationMode.BILINEAR, antialias=True)
+        image = whole_square(image, self.size)
         numbers = torch.from_numpy(np.array(mask.resize((self.size, self.size), Image.Resampling.NEAREST)))
         if self.augment and torch.rand(()) < 0.5:
             image, numbers = image.flip(-1), numbers.flip(-1)

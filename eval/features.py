@@ -84,16 +84,28 @@ def normalized(images: Tensor) -> Tensor:
     return (images / 255 - mean) / std
 
 
+def precision_of(network: Backbone) -> torch.dtype:
+    """What `tokens` computes in: the run's precision (`network.precision`); without a run as for `speed.precision: auto`."""
+    return network.precision or distributed.choose_precision("auto", next(network.parameters()).device)
+
+
 @torch.inference_mode()
 def tokens(network: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images uint8 [n,3,S,S] -> ([CLS] [n,D], patch tokens [n,h*w,D]) after the final norm, float32.
+    """Images uint8 [n,3,S,S] -> ([CLS] [n,D], patch tokens [n,h*w,D]) after the final norm, float32."""
+    cls, patches, _ = tokens_at(network, images, [])
+    return cls, patches
 
-    Computed in the run's precision (`network.precision`); without a run as for `speed.precision: auto`.
-    """
-    precision = network.precision or distributed.choose_precision("auto", images.device)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-        out = network(normalized(images).to(next(network.parameters()).dtype))
-    return out.cls.float(), out.patches.float()
+
+@torch.inference_mode()
+def tokens_at(network: Backbone, images: Tensor, points: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`tokens`, and the reference tokens [n_i,R_i,D] at points [n_i,R_i,2] of consecutive groups of images, as `ViT` takes
+    them. Without points the network may be any."""
+    weight = next(network.parameters())
+    bfloat16 = precision_of(network) == torch.bfloat16
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+        pixels = normalized(images).to(weight.dtype)
+        out = network(pixels, points) if points else network(pixels)
+    return out.cls.float(), out.patches.float(), [references.float() for references in out.references or []]
 
 
 def raw_pixels(images: Tensor) -> Tensor:

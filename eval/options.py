@@ -1,10 +1,15 @@
 """Options that several evaluations share, and how they are read. Imports no torch."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from eval.feature_folder import ARRAYS, DTYPES, FITS, read_state
 from eval.masks import check_scenes
-from eval.target import EvalTarget, PhotoSets
+from eval.parquet import require_pyarrow
+from eval.photo_source import PhotoSource, open_photo_source
+from eval.point_list import PointList, read_points
+from eval.target import EvalTarget, PhotoSets, require_choice
 from runtime.errors import UserError, require_positive
 
 NETWORK = "a run folder, a checkpoint, a backbone file or timm:NAME"
@@ -80,6 +85,27 @@ def open_scenes(network: str, args: Options) -> tuple[EvalTarget, str]:
     splits = (args["split"],) if "split" in args else (args["train_split"], args["val_split"])
     check_scenes(data, splits, args["palette"], args["classes"])
     return target, data
+
+
+def open_features(network: str, args: Options) -> tuple[EvalTarget, PhotoSource, PointList | None]:
+    """(target, photos, points), taking the source and --points out of the options; the folder to write is looked at.
+    Raises UserError."""
+    args["features"] = [require_choice("--features", name, ARRAYS[:-1]) for name in args["features"].split(",")]
+    require_choice("--fit", args["fit"], FITS)
+    require_choice("--dtype", args["dtype"], DTYPES)
+    if not -1 <= args["threshold"] <= 1:
+        raise UserError(f"--threshold {args['threshold']:g}: a cosine, from -1 to 1")
+    if args["neighbors"] and not {"cls", "mean"} & {*args["features"]}:
+        raise UserError("--neighbors compares [CLS] or mean patch tokens: add cls to --features")
+    if args["parquet"]:
+        require_pyarrow()
+    target = open_target(network, args)
+    read_state(args["out"])
+    source = open_photo_source(args["source"], target.config)
+    if args["out"].resolve().is_relative_to(Path(args.pop("source")).resolve()):
+        raise UserError(f"{args['out']}: lies in the photos' folder, whose pictures are all photos; name one beside it")
+    points = args.pop("points")
+    return target, source, read_points(points, source.names) if points else None
 
 
 def read_rates(text: str) -> tuple[float, ...]:

@@ -239,6 +239,18 @@ class Shards:
                 return f"{self.shards[shard]['name']}/{name}"
         return ""
 
+    def sources(self) -> list[str]:
+        """`source` of every sample, without the folder in the first line of sources.txt, which is read once. Of remote
+        shards `shard/byte`: no shard is downloaded for it."""
+        if self._remote:
+            shards, offsets = self.index["shard"].tolist(), self.index["offset"].tolist()
+            return [f"{self.shards[shard]['name']}/{at}" for shard, at in zip(shards, offsets, strict=True)]
+        with contextlib.suppress(OSError, ValueError):
+            lines = (Path(self.folder) / SOURCES).read_text("utf-8").rstrip("\n").split("\n")[1:]
+            if len(lines) == len(self):
+                return [line.partition("\t")[2] for line in lines]
+        return [self.source(sample) for sample in range(len(self))]
+
     def _file(self, shard: int) -> BinaryIO:
         file = self._files.get(shard)
         if file is None:

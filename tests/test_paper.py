@@ -68,7 +68,7 @@ def test_the_rows_are_those_of_the_paper():
     points = [load_config("configs/densedino_vitti16.yaml", row.words).points for row in tables["figure5"].rows]
     assert points == [1, 2, 4, 8, 16, 32]
     sigmas = [load_config("configs/demo.yaml", row.words).reference.locality for row in tables["locality"].rows]
-    assert sigmas == [None, None, 2, 1, 0.7, 0.5]
+    assert sigmas == [None, None, 2, 1, 0.7, 0.5, 0.35]
 
 
 def test_the_last_row_of_table_2_is_the_config_of_the_ablations():

@@ -122,6 +122,15 @@ COMMANDS = {  # command line: exit code
     "eval report {run} --data no/such/folder": 2,
     "eval report {run} --skip-existing": 0,
     "eval html no/such/run": 2,
+    "eval embed --help": 0,
+    "eval embed no/such/run configs no/such/folder": 2,
+    "eval embed {run} no/such/photos no/such/folder": 2,
+    "eval embed {run} configs no/such/folder": 2,
+    "eval embed {run} docs/pictures configs": 2,
+    "eval embed {run} docs/pictures no/such/folder --features patch": 2,
+    "eval embed {run} docs/pictures no/such/folder --dtype float64": 2,
+    "eval embed {run} docs/pictures no/such/folder --points no/such/points.csv": 2,
+    "eval embed {run} docs/pictures no/such/folder --features patches --neighbors": 2,
     "eval html {run}": 0,
 }
 

@@ -15,6 +15,8 @@ import re
 import warnings
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from pipeline import decode
@@ -89,9 +91,7 @@ def prepare(data: bytes, resize_short: int | None = None, quality: int = 95) -> 
         plain = decode.mend_end(data)
         kind += " mended" * (plain is not data)
         return Prepared(_check_readable(plain, image), image.height, image.width, kind, plain is data)
-    if upright and image.format != "TIFF":  # which Pillow turns upright when it decodes it
-        image = image.transpose(upright)
-    image = decode.to_8_bits(_over_white(image))
+    image = _as_seen(image, upright)
     if resize_short is not None and resized:
         scale = resize_short / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
@@ -100,6 +100,18 @@ def prepare(data: bytes, resize_short: int | None = None, quality: int = 95) -> 
     image.save(out, "JPEG", quality=quality, subsampling=0)
     data = _check_readable(out.getvalue(), image)
     return Prepared(data, image.height, image.width, kind + " resized" * resized, False)
+
+
+def seen_pixels(data: bytes) -> NDArray[np.uint8]:
+    """A photo's pixels as `prepare` would write them, without what a JPEG loses: upright, over white, uint8 [H,W,3], RGB.
+    Raises DecodeError if the photo is bad."""
+    try:
+        image, _, upright = open_source(data)
+        return np.array(_as_seen(image, upright).convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # hostile bytes can make a decoder raise anything
+        raise decode.DecodeError(decode_error(error)) from None
 
 
 def inspect_existing(data: bytes) -> tuple[Image.Image, str]:
@@ -154,6 +166,13 @@ def _orientation(data: bytes, image: Image.Image) -> int:
         return Image.Image.getexif(image).get(ORIENTATION, 1)
     except Exception:
         return 1
+
+
+def _as_seen(image: Image.Image, upright: Image.Transpose | None) -> Image.Image:
+    """The photo turned upright, over white, with 8 bits a value."""
+    if upright and image.format != "TIFF":  # which Pillow turns upright when it decodes it
+        image = image.transpose(upright)
+    return decode.to_8_bits(_over_white(image))
 
 
 def _over_white(image: Image.Image) -> Image.Image:

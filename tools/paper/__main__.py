@@ -205,7 +205,8 @@ def print_plan(selection: "Selection", scale: "Scale", jobs: int, on_gpu: bool) 
     tables: dict[Path, list[str]] = {run.folder: [] for run in selection.runs}
     for (table, _), runs_of_row in selection.of_row.items():
         for run in runs_of_row:
-            tables[run.folder].append(table)
+            if run.folder in tables:  # rows measured before are shown, though not asked for
+                tables[run.folder].append(table)
     states = {"finished": 0, "started": 0, "missing": 0}
     width = max(len(run.name) for run in selection.runs)
     print(f"runs in {scale.folder}:")

@@ -30,7 +30,7 @@ GLOBAL, LOCAL = (0.4, 1.0), (0.05, 0.4)  # areas of windows, as shares of the im
 DINO = ("method=dino", "data.min_overlap=0")  # plain DINO's windows know nothing of each other
 PUBLISHED = ("reference.locality=null",)  # no prior, whatever the base config has
 POINTS = (1, 2, 4, 8, 16, 32)  # M
-WIDTHS = (2, 1, 0.7, 0.5)  # σ of reference.locality, in patches
+WIDTHS = (2, 1, 0.7, 0.5, 0.35)  # σ of reference.locality, in patches
 
 
 @dataclass(frozen=True)
@@ -254,9 +254,9 @@ def _locality(base: Config) -> Table:
 
 
 VARIANTS = {
-    "by-head": ("σ from ½ to 2 by head", ("method=tools.paper.variants:ByHead",)),
+    "by-head": ("σ from half to twice by head", ("method=tools.paper.variants:ByHead",)),
     "learned": ("σ learned by block and head", ("method=tools.paper.variants:Learned",)),
-    "annealed": ("from σ = 1 to none over training", ("method=tools.paper.variants:Annealed",)),
+    "annealed": ("from σ to none over training", ("method=tools.paper.variants:Annealed",)),
     "first-block": ("in the first block only", ("method=tools.paper.variants:FirstBlock",)),
     "last-block": ("in the last block only", ("method=tools.paper.variants:LastBlock",)),
     "share": ("distance in the photo, not in the view", ("method=tools.paper.variants:ShareOfImage",)),
@@ -271,12 +271,13 @@ VARIANTS = {
 
 
 def _variants(base: Config) -> Table:
-    baseline = "densedino-sigma-1"
-    rows = [Row(baseline, "σ = 1", ("reference.locality=1",))]
+    local = ("reference.locality=0.5",)
+    baseline = "densedino-sigma-0.5"
+    rows = [Row(baseline, "σ = 0.5", local)]
     for name, (label, words) in VARIANTS.items():
-        rows.append(Row(f"local-{name}", label, ("reference.locality=1", *words), baseline=baseline, optional=True))
+        rows.append(Row(f"local-{name}", label, (*local, *words), baseline=baseline, optional=True))
     source = (
         "Not in the paper: variants of the prior and of what it works with (tools/paper/variants.py), each compared with "
-        "σ = 1 in every head and block."
+        "σ = 0.5 in every head and block."
     )
     return Table("variants", "Variants of the locality prior", source, tuple(rows))
