@@ -93,6 +93,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     plan = Plan(shards, batch=config.optim.global_batch_size, seed=config.seed, holdout=holdout)
     folder, data = Path(config.run.folder or "run"), checkpoint.fingerprint(shards.manifest)
     resume, messages = checkpoint.find_resume(folder, config, data, allowed)
+    before = parse_config(resume.config, str(resume.path)) if resume else None
     is_main = os.environ.get("RANK", "0") == "0"
     messages += preflight.check(config, shards, plan, folder, resuming=bool(resume)) if is_main else []
     if check:
@@ -101,15 +102,16 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
 
     import torch
 
+    from model import weights
     from model.cost import count_cost
     from runtime import distributed, metrics, schedule, summary
 
     preflight.check_scene_size(config)
+    config = weights.with_architecture(config, before)
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)
     steps, start = len(schedules), resume.step if resume else 0
     messages += schedule.short_run_notes(config, plan.steps_per_epoch)
-    if resume:
-        before = parse_config(resume.config, str(resume.path))
+    if resume and before:
         per_epoch = (plan.samples if resume.data == data else resume.data["samples"]) // before.optim.global_batch_size
         messages.append(schedule.describe_change(schedule.make_schedules(before, per_epoch), schedules, start))
     if dry_run:
@@ -118,7 +120,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
 
     # ----------------------------------------------------------------------------------------------------- build
     from eval.online import OnlineKnn, OnlinePoints, OnlineRank
-    from model import methods, weights
+    from model import methods
     from pipeline.loader import Loader, choose_reader
     from pipeline.random import hash64
     from runtime.compile import compile_parts
@@ -138,13 +140,13 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     context.to_device(method)
     optimizer = schedule.Optimizer(
         method.student, config.optim.clip_grad, groups=method.parameter_groups(),
-        split_positions=method.clip_positions_apart,
+        split_positions=method.clip_positions_apart, layer_decay=config.optim.layer_decay,
     )  # fmt: skip
     if resume:
         checkpoint.restore(method, optimizer.adamw, resume.tensors())
     if not context.all_equal(start):
         raise UserError(f"{folder}: processes find different checkpoints; all machines must share this folder")
-    if resume and start >= steps and (folder / "backbone.safetensors").is_file():
+    if resume and before and start >= steps and (folder / "backbone.safetensors").is_file():
         if context.is_main:
             for message in checkpoint.update_evaluation(folder, resume, config):
                 print(message)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.architecture import architecture
 from model.methods import METHODS, Method, build
-from model.vit import ARCHS
 from pipeline.batch import Batch
 from runtime.config import TEACHERS, Config
 from runtime.schedule import StepValues
@@ -32,8 +32,8 @@ def count_cost(config: Config) -> Cost:
     Counted for networks of two and of three blocks: a block more costs the same each time, so a deep network takes no longer
     to count. Methods outside this repository need not be so regular: they are counted at their own depth.
     """
-    depth = config.model.depth if config.model.arch == "custom" else ARCHS[config.model.arch][1]
-    if config.method not in METHODS or depth is None or depth <= 3:
+    depth = architecture(config.model).depth
+    if config.method not in METHODS or depth <= 3:
         return _count(config)
     two, three = (vars(_count(_with_depth(config, n))) for n in (2, 3))
     return Cost(**{name: two[name] + (depth - 2) * (three[name] - two[name]) for name in two})
@@ -41,11 +41,7 @@ def count_cost(config: Config) -> Cost:
 
 def _with_depth(config: Config, depth: int) -> Config:
     config = copy.deepcopy(config)
-    model = config.model
-    if model.arch != "custom":
-        model.width, _, model.heads = ARCHS[model.arch]
-        model.arch = "custom"
-    model.depth = depth
+    config.model.depth = depth
     return config
 
 

@@ -1,7 +1,8 @@
 """Reference tokens: a point becomes a token, and which tokens attend to which. Paper section 3.2.
 
-Letters: n images (views), N patches, D width, R reference tokens of an image, H heads, d = D/H.
-Token order: [CLS], patches, reference tokens.
+Letters: n images (views), N patches, D width, R reference tokens of an image, H heads, d = D/H, P tokens in front of the
+patches: [CLS] and the registers, if the ViT has some.
+Token order: [CLS], registers, patches, reference tokens.
 """
 
 from typing import NamedTuple
@@ -87,18 +88,20 @@ class Group(NamedTuple):
     """Consecutive images with equally many reference tokens."""
 
     tokens: QKV  # of the reference tokens
-    k: Tensor  # [n_i,H,1+N,d] of the images' [CLS] and patches
+    k: Tensor  # [n_i,H,P+N,d] of the images' own tokens
     v: Tensor
     bias: Tensor | None  # [n_i,1,R_i,N], or H for 1
 
 
-def attend(image: QKV, references: list[QKV], mode: str, biases: list[Tensor] | None = None) -> list[Tensor]:
-    """Attention of n images' [CLS] and patches (q, k, v [n,H,1+N,d]) and of their reference tokens.
+def attend(
+    image: QKV, references: list[QKV], mode: str, biases: list[Tensor] | None = None, prefix: int = 1
+) -> list[Tensor]:
+    """Attention of n images' own tokens (q, k, v [n,H,P+N,d]; prefix: P) and of their reference tokens.
 
     references: q, k, v [n_i,H,R_i,d] for consecutive groups of images, starting at the first image. Images after the last
     group have no reference tokens. biases [n_i,1,R_i,N] or [n_i,H,R_i,N]: of each group, added to the logits of its
     reference tokens over the patches (`locality_bias`); only in the modes whose name begins with "patches".
-    Returns the outputs: of the image tokens [n,H,1+N,d], whole or split into consecutive images, then of each group's
+    Returns the outputs: of the image tokens [n,H,P+N,d], whole or split into consecutive images, then of each group's
     reference tokens [n_i,H,R_i,d]. The image's q may be that of [CLS] alone, [n,H,1,d] (last block, if no patch tokens are
     wanted).
 
@@ -108,6 +111,10 @@ def attend(image: QKV, references: list[QKV], mode: str, biases: list[Tensor] | 
     none           every token attends to every token
     all_query      patches attend to patches; [CLS] and each reference token attend to the patches and to themselves
 
+    Registers (Darcet et al. 2024) are no part of these methods: [CLS], registers and patches attend to each other as in
+    timm, and a reference token attends to registers in mode none only. In all_query registers count as patches for the
+    image's own tokens: only [CLS] is left out of the keys of others.
+
     Tokens that no query may attend to are left out of the keys: no mask is built. Equal to the masked form
     (tests/test_reference.py).
     """
@@ -116,20 +123,25 @@ def attend(image: QKV, references: list[QKV], mode: str, biases: list[Tensor] | 
     groups = [Group(*group) for group in zip(references, *_split_groups(k, v, references), each_bias, strict=True)]
     if mode == "none":
         return full_attention(q, groups) if groups else [attention(q, k, v)]
-    patch_k, patch_v = k[:, :, 1:], v[:, :, 1:]
     if mode == "all_query":
         cls = attention(q[:, :, :1], k, v)
-        out = torch.cat([cls, attention(q[:, :, 1:], patch_k, patch_v)], 2) if q.shape[2] > 1 else cls
+        out = torch.cat([cls, attention(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:])], 2) if q.shape[2] > 1 else cls
     elif mode == "patches+self" and groups and _use_unfused(q):
-        return fused_reference_attention(q, k, v, groups)
+        return fused_reference_attention(q, k, v, groups, prefix)
     else:
         out = attention(q, k, v)
     if mode == "patches+cls":  # no bias for [CLS]
         padded = [None if g.bias is None else F.pad(g.bias, (1, 0)) for g in groups]
-        return [out, *(attention(g.tokens[0], g.k, g.v, bias) for g, bias in zip(groups, padded, strict=True))]
+        keys = [(_without_registers(g.k, prefix), _without_registers(g.v, prefix)) for g in groups]
+        return [out, *(attention(g.tokens[0], *kv, b) for g, kv, b in zip(groups, keys, padded, strict=True))]
     if mode == "patches":
-        return [out, *(attention(g.tokens[0], g.k[:, :, 1:], g.v[:, :, 1:], g.bias) for g in groups)]
-    return [out, *(_patches_and_self(g.tokens[0][:, :, :0], g)[1] for g in groups)]
+        return [out, *(attention(g.tokens[0], g.k[:, :, prefix:], g.v[:, :, prefix:], g.bias) for g in groups)]
+    return [out, *(_patches_and_self(g.tokens[0][:, :, :0], g, prefix)[1] for g in groups)]
+
+
+def _without_registers(t: Tensor, prefix: int) -> Tensor:
+    """[n,H,P+N,d] -> [n,H,1+N,d]."""
+    return t if prefix == 1 else torch.cat([t[:, :, :1], t[:, :, prefix:]], 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -180,13 +192,13 @@ def full_attention(q: Tensor, groups: list[Group]) -> list[Tensor]:
     return images + references
 
 
-def fused_reference_attention(q: Tensor, k: Tensor, v: Tensor, groups: list[Group]) -> list[Tensor]:
+def fused_reference_attention(q: Tensor, k: Tensor, v: Tensor, groups: list[Group], prefix: int) -> list[Tensor]:
     """Mode patches+self of `attend` where attention is unfused: the queries of an image's own tokens and of its reference
     tokens are rows of one product, instead of two extra small products (docs/lab/2026-11.md, "The references' attention").
     """
     images, references, first = [], [], 0
     for group in groups:
-        out, out_ref = _patches_and_self(q[first : first + len(group.k)], group)
+        out, out_ref = _patches_and_self(q[first : first + len(group.k)], group, prefix)
         first += len(group.k)
         images.append(out)
         references.append(out_ref)
@@ -195,19 +207,19 @@ def fused_reference_attention(q: Tensor, k: Tensor, v: Tensor, groups: list[Grou
     return images + references
 
 
-def _patches_and_self(q_image: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+def _patches_and_self(q_image: Tensor, group: Group, prefix: int) -> tuple[Tensor, Tensor]:
     """Unfused attention of a group's reference tokens to the patches and to themselves.
 
-    Reference tokens may not attend to [CLS]: its column is replaced by the token's own key and value. q_image [n,H,a,d], a
-    may be 0: queries that attend to all of k in the same product.
+    Reference tokens may not attend to [CLS] and registers: one column, of the token's own key and value, replaces theirs.
+    q_image [n,H,a,d], a may be 0: queries that attend to all of k in the same product.
     Returns the outputs of q_image [n,H,a,d] and of the reference tokens [n,H,R,d].
     """
     (q, k_self, v_self), k, v, bias = group
     counts = [q_image.shape[2], q.shape[2]]
     scores_image, scores = _scores(torch.cat([q_image, q], 2), k).split(counts, 2)
     score_self = (q * k_self).sum(-1, keepdim=True) * q.shape[-1] ** -0.5  # [n,H,R,1]
-    scores = scores[..., 1:] if bias is None else scores[..., 1:] + bias
+    scores = scores[..., prefix:] if bias is None else scores[..., prefix:] + bias
     probabilities = torch.cat([score_self, scores], -1).softmax(-1)
-    weights = torch.cat([scores_image.softmax(-1), F.pad(probabilities[..., 1:], (1, 0))], 2)
+    weights = torch.cat([scores_image.softmax(-1), F.pad(probabilities[..., 1:], (prefix, 0))], 2)
     out, out_patches = apply_weights(weights, v).split(counts, 2)
     return out, out_patches + probabilities[..., :1] * v_self

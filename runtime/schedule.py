@@ -3,6 +3,7 @@
 Durations given in epochs become steps here, once; `Schedules` can be printed, plotted and tested.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from runtime.config import Config
+
+BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
+EMBEDDING = re.compile(r"backbone\.(patch_embed|pos_embed|cls_token|reg_token|norm_pre)")
 
 
 @dataclass
@@ -133,21 +137,45 @@ def decay_groups(model: nn.Module, lr_factor: float = 1.0) -> list[dict[str, Any
     ]
 
 
+def with_layer_decay(groups: list[dict[str, Any]], student: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """The groups, each split by layer: a parameter's rate has the factor decay^(depth + 1 - layer) (BEiT, Bao et al. 2022).
+
+    The embedding of patches, its tokens and positions are layer 0, block i is layer i + 1, all else is layer depth + 1.
+    """
+    if decay == 1:
+        return groups
+    blocks = {name: int(found[1]) for name, _ in student.named_parameters() if (found := BLOCK.match(name))}
+    top = 2 + max(blocks.values(), default=-1)
+    layers = {
+        p: blocks[name] + 1 if name in blocks else 0 if EMBEDDING.match(name) else top
+        for name, p in student.named_parameters()
+    }
+    split = []
+    for group in groups:
+        for layer in sorted({layers[p] for p in group["params"]}):
+            own = [p for p in group["params"] if layers[p] == layer]
+            factor = group.get("lr_factor", 1.0) * decay ** (top - layer)
+            split.append(group | {"params": own, "lr_factor": factor})
+    return split
+
+
 class Optimizer:
     """AdamW with the rest of the published step: schedules, clipping per tensor, a last layer that is frozen at first.
 
     student: its parameters are trained. clip: the largest norm of a gradient tensor, 0: no clipping. groups:
-    `Method.parameter_groups`. split_positions: the position embedding is clipped as two tensors, [CLS]'s and the patches'
-    (`Method.clip_positions_apart`).
+    `Method.parameter_groups`. split_positions: the position embedding is clipped as two tensors, [CLS]'s with the registers'
+    and the patches' (`Method.clip_positions_apart`), where it has both. layer_decay: see `with_layer_decay`.
     """
 
     def __init__(
         self, student: nn.Module, clip: float, *, groups: list[dict[str, Any]] | None = None,
-        split_positions: bool = False,
+        split_positions: bool = False, layer_decay: float = 1.0,
     ):  # fmt: skip
         self.clip = clip
-        self.positions = [p for n, p in student.named_parameters() if n.endswith("pos_embed") and split_positions]
-        self.adamw = torch.optim.AdamW(groups or decay_groups(student), fused=True)
+        vits: list[Any] = [m for m in student.modules() if split_positions and getattr(m, "front_positions", None)]
+        self.positions = [(vit.pos_embed, vit.front_positions) for vit in vits]
+        groups = with_layer_decay(groups or decay_groups(student), student, layer_decay)
+        self.adamw = torch.optim.AdamW(groups, fused=True)
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.last_layers = [p for n, p in student.named_parameters() if "last_layer" in n and p.requires_grad]
 
@@ -184,8 +212,8 @@ class Optimizer:
 
     def _clipped(self) -> list[torch.Tensor]:
         """The gradient tensors that are clipped, each by its own norm."""
-        unsplit = [p.grad for p in self.trained if p.grad is not None and all(p is not q for q in self.positions)]
-        parts = [part for p in self.positions if p.grad is not None for part in (p.grad[:, :1], p.grad[:, 1:])]
+        unsplit = [p.grad for p in self.trained if p.grad is not None and all(p is not q for q, _ in self.positions)]
+        parts = [part for p, n in self.positions if p.grad is not None for part in (p.grad[:, :n], p.grad[:, n:])]
         return unsplit + parts
 
 

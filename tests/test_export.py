@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from PIL import Image
 
 from eval.datasets import center_crop
 from eval.features import normalized
+from model.architecture import ARCHS
 from model.reference import resize_grid
-from model.vit import ARCHS, ViT
+from model.vit import ViT
 from model.weights import load_backbone, timm_model
 from runtime.checkpoint import save_backbone
 from runtime.errors import UserError
@@ -53,7 +55,10 @@ def same_elsewhere(vit: ViT, tmp_path: Path, *loads: str) -> bool:
     near = dict(atol=1e-4, rtol=1e-4)
     for n in range(len(loads)):
         theirs, tokens = torch.load(tmp_path / f"{n}.pt")
-        if not (torch.allclose(theirs, cls, **near) and torch.allclose(tokens[:, 1:], patches, **near)):
+        if not (
+            torch.allclose(theirs, cls, **near)
+            and torch.allclose(tokens[:, vit.architecture.prefix :], patches, **near)
+        ):
             return False
     return True
 
@@ -110,6 +115,33 @@ def test_timms_transform_crops_photos_as_evaluation_does(size):
     photo = Image.fromarray(coarse).resize((390, 270), Image.Resampling.BICUBIC)
     ours = normalized(center_crop(torch.from_numpy(np.array(photo)).permute(2, 0, 1), size)[None])[0]
     assert (theirs(photo) - ours).abs().max() < 2.01 / 255 / 0.224  # two levels of gray
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_small_patch14_reg4_dinov2", {"registers": 4, "class_position": False, "layer_scale": True, "patch": 14}),
+        ("vit_giant_patch14_dinov2", {"swiglu": True, "activation": "silu", "layer_scale": True, "hidden": 256}),
+        ("vit_base_patch16_clip_224", {"pre_norm": True, "eps": 1e-5, "activation": "quick_gelu"}),
+        ("", {"qkv_bias": False, "hidden": 100, "registers": 1, "activation": "gelu_tanh"}),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_file_of_any_architecture(name, options, named, tmp_path):
+    """It loads here with all that its shapes do not tell, and in timm under a name that it came from, or a near one."""
+    torch.manual_seed(0)
+    shape = {"width": 48, "depth": 2, "heads": 3, "patch": 8, "name": name if named else ""} | options
+    vit = ViT(image_size=4 * shape["patch"], **shape).eval()
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    export(vit, tmp_path / "out", onnx=False)  # it compares all features with those of timm
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"].startswith(
+        name if named else "vit"
+    )
+    again = load_backbone(tmp_path / "out" / "model.safetensors")
+    assert again.architecture == replace(vit.architecture, hidden=vit.architecture.hidden or 4 * 48)
+    images = torch.randn(1, 3, vit.image_size, vit.image_size)
+    assert torch.equal(again(images).patches, vit(images).patches)
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "vit_base"])

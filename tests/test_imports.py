@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "model", "runtime", "eval", "tools")
 LEVELS = {
     "runtime": 0, "pipeline": 0, "model": 0, "eval.datasets": 0, "eval.miou": 0, "eval.voc": 0, "eval.masks": 0,
-    "pipeline.prepare": 1, "pipeline.readers": 1, "model.vit": 1,
+    "pipeline.prepare": 1, "pipeline.readers": 1, "model.architecture": 0, "model.vit": 1,
     "pipeline.loader": 2, "model.methods": 2, "model.cost": 2, "model.weights": 2, "eval.features": 2, "eval.target": 2,
     "eval.provenance": 2,
     "eval": 3, "train": 4, "tools": 5,

@@ -11,7 +11,7 @@ from pipeline.batch import Batch, draw, size_groups
 from runtime.checkpoint import save_backbone
 from runtime.config import Config, load_config
 from runtime.methods import accumulates, evaluated, load_class, uses_points
-from runtime.schedule import StepValues
+from runtime.schedule import Optimizer, StepValues
 from tests.faults.program import Program, equal, final, log, steps
 
 EVERY = [*METHODS, "tests.byol:BYOL"]  # the last is outside the registry, as a user's class is
@@ -48,6 +48,26 @@ def test_a_method_gets_the_points_that_it_uses(name, tiny_config):
     assert metrics["loss"].isfinite()
     assert method.student.backbone.pos_embed.grad.any()
     assert draw(load_config(tiny_config, ["method=dino"]), 0, *np.full((3, 1), 40)).view_points.shape[3] == 0
+
+
+def test_a_vit_with_registers_is_trained(tiny_config):
+    """Every tensor has a gradient; without positions of [CLS], there are no two parts to clip."""
+    words = ["model.arch=vit_small_patch14_reg4_dinov2", "model.width=48", "model.depth=2", "model.heads=3"]
+    views = (
+        "data.views=[{count: 2, size: 56, scale: [0.4, 1.0], teacher: true}, {count: 2, size: 28, scale: [0.1, 0.4]}]"
+    )
+    config = load_config(tiny_config, ["method=densedino", "reference.locality=1", views, "model.patch=14", *words])
+    batch, method = batch_of(config), build(config)
+    assert method.student.backbone.architecture.registers == 4
+    assert method.backbone.pos_embed.shape == (1, 16, 48)  # 56 / 14 patches a side, none of [CLS] and registers
+    metrics, _ = losses_of(method, batch)
+    metrics["loss"].backward()
+    without = [
+        n for n, p in method.student.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert not without
+    clipped = Optimizer(method.student, 3.0, split_positions=method.clip_positions_apart)._clipped()
+    assert len(clipped) == sum(p.grad is not None for p in method.student.parameters())  # its positions are one tensor
 
 
 @pytest.fixture(params=EVERY)

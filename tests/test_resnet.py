@@ -152,7 +152,7 @@ def test_errors_name_the_family_and_what_is_wrong(tmp_path):
     path = tmp_path / "weights.pth"
     own = dict(small_resnet().state_dict())
     wrong = {
-        "layer1.0.se.fc1.weight": r"\(SwAV\): 'layer1\.0\.se\.fc1\.weight' is not a parameter of a ResNet of bottlenecks",
+        "layer1.0.se.fc1.weight": r"\(SwAV\): 'module\.layer1\.0\.se\.fc1\.weight' is not a parameter of a ResNet",
         "layer3.0.conv3.weight": r"\(SwAV\): 'layer3\.0\.conv3\.weight' is missing, .* ResNet-50 and deeper",
         "layer2.1.bn2.bias": r"\(SwAV\): 'layer2\.1\.bn2\.bias' is missing",
     }
@@ -166,8 +166,8 @@ def test_errors_name_the_family_and_what_is_wrong(tmp_path):
         UserError, match=r"'layer1\.0\.conv2\.weight' has shape \(4, 2, 3, 3\), expected \(4, 4, 3, 3\)"
     ):
         load_backbone(path)
-    torch.save(contents_of("MoCo", dict(small_vit().state_dict()) | {"blocks.0.ls1.gamma": torch.ones(1)}), path)
-    with pytest.raises(UserError, match=r"\(MoCo\): 'blocks\.0\.ls1\.gamma' is not a parameter of a ViT"):
+    torch.save(contents_of("MoCo", dict(small_vit().state_dict()) | {"blocks.0.gate.weight": torch.ones(1)}), path)
+    with pytest.raises(UserError, match=r"\(MoCo\): 'blocks\.0\.gate\.weight' is not a parameter of a ViT"):
         load_backbone(path)
 
 
@@ -189,5 +189,5 @@ def test_what_needs_a_vit_refuses_a_resnet(tmp_path):
 def test_a_run_cannot_start_from_a_resnet(tmp_path):
     torch.save(contents_of("SwAV", dict(small_resnet().state_dict())), tmp_path / "swav.pth")
     method = methods.build(load_config("configs/demo.yaml"))
-    with pytest.raises(UserError, match=r"swav\.pth is a ResNet; this run trains a ViT, which cannot start from it"):
+    with pytest.raises(UserError, match=r"swav\.pth \(SwAV\) is a ResNet; this run trains a ViT, which cannot"):
         load_pretrained(method, str(tmp_path / "swav.pth"))

@@ -12,7 +12,7 @@ from conftest import run_program
 from model.methods import Method, build
 from runtime.checkpoint import latest_valid
 from runtime.config import Config, Head, Model, Views
-from runtime.schedule import Optimizer, StepValues, make_schedules
+from runtime.schedule import Optimizer, StepValues, decay_groups, make_schedules, with_layer_decay
 
 BETA1 = 0.9  # of Adam: after the first step the first moment is (1 - BETA1) times the clipped gradient
 
@@ -110,3 +110,30 @@ def test_train_clips_the_positions_of_densedino_apart(tiny_config, tmp_path):
     (moment,) = [t for name, t in found.tensors().items() if name.endswith("pos_embed.exp_avg")]
     clipped = moment[0] / (1 - BETA1)
     assert [clipped[0].norm().item(), clipped[1:].norm().item()] == pytest.approx([clip, clip], rel=1e-2)
+
+
+def test_layer_decay():
+    """BEiT: decay^(depth + 1 - layer): of depth 1 the embedding has 0.25, the block 0.5, all above it 1. Times the group's
+    own factor. Groups keep their weight decay, and no parameter is lost."""
+    student = build(config_of()).student
+    groups = decay_groups(student, lr_factor=10)
+    factors = {}
+    for group in with_layer_decay(groups, student, 0.5):
+        for p in group["params"]:
+            factors[p] = group["lr_factor"]
+            assert group["decays"] == (p in {q for g in groups if g["decays"] for q in g["params"]})
+    expected = {"patch_embed": 2.5, "pos_embed": 2.5, "cls_token": 2.5, "blocks": 5, "norm": 10}
+    for name, p in student.named_parameters():
+        network, part = name.split(".")[:2]
+        if p.requires_grad:
+            assert factors.pop(p) == (expected[part] if network == "backbone" else 10)
+    assert not factors
+    assert with_layer_decay(groups, student, 1) is groups
+    optimizer = Optimizer(student, 0.0, layer_decay=0.5)
+    for p in student.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    before = student.backbone.cls_token.detach().clone(), student.backbone.norm.bias.detach().clone()
+    optimizer.step(StepValues(lr=0.1))
+    # AdamW's first step is lr times the sign of the gradient
+    torch.testing.assert_close(student.backbone.cls_token, before[0] - 0.025)
+    torch.testing.assert_close(student.backbone.norm.bias, before[1] - 0.1)

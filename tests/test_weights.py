@@ -1,14 +1,19 @@
 """Weights in every checkpoint format: the same features whatever the names, and an error that names what is wrong."""
 
 import argparse
+import copy
+import json
 import os
 import pickle
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms.functional import normalize
 
-from model.vit import ViT
+from model.vit import ViT, require_vit
 from model.weights import load_backbone, read_network, remap_keys
 from runtime.checkpoint import save_backbone
 from runtime.errors import UserError
@@ -112,7 +117,7 @@ def test_timm_name_gives_timms_features_whatever_its_normalization(monkeypatch):
         if pretrained:
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
-            made.append(model.eval())
+            made.append(copy.deepcopy(model).eval())
         return model
 
     made: list = []
@@ -131,8 +136,8 @@ def test_timm_name_gives_timms_features_whatever_its_normalization(monkeypatch):
     ("name", "message"),
     [
         ("vit_tiny_patch16_225", "no such model, did you mean 'vit_tiny_patch16_"),
-        ("vit_small_patch14_reg4_dinov2", "not a plain pre-norm ViT with .CLS.: it has 'blocks.0.ls1.gamma'"),
-        ("vit_base_patch16_clip_224", "it has 'norm_pre"),
+        ("vit_base_patch16_siglip_224", "not a ViT with .CLS. and learned positions: it has no .CLS."),
+        ("vit_base_patch16_clip_224", "its patch filter has no bias"),
         ("resnet50", "it is a ResNet"),
         ("vit_small_patch16_18x2_224", "timm has no pretrained weights for it"),
     ],
@@ -221,3 +226,26 @@ def test_unpickling_executes_nothing(tmp_path):
     with pytest.raises(UserError, match=r"broken\.safetensors"):
         load_backbone(tmp_path / "broken.safetensors")
     assert not canary.exists()
+
+
+def test_a_vit_with_rotary_positions_is_evaluated(tmp_path):
+    """DINOv3's architecture: timm's own features, at any size, for images in our colors. It cannot be trained."""
+    torch.manual_seed(0)
+    arguments = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
+    theirs = timm.create_model("vit_small_patch16_dinov3", num_classes=0, dynamic_img_size=True, **arguments).eval()
+    about = {"architecture": "vit_small_patch16_dinov3", "num_classes": 0, "model_args": arguments}
+    colors = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]}
+    (tmp_path / "config.json").write_text(json.dumps(about | {"pretrained_cfg": colors}))
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    ours = load_backbone(f"timm:local-dir:{tmp_path}")
+    assert (ours.width, ours.patch, ours.image_size) == (48, 16, 32)
+    photo = torch.rand(2, 3, 48, 64)
+    with torch.no_grad():
+        tokens = theirs.forward_features(normalize(photo, **colors))
+        out = ours(normalize(photo, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    assert (out.cls - tokens[:, 0]).abs().max() < 1e-5
+    assert (out.patches - tokens[:, theirs.num_prefix_tokens :]).abs().max() < 1e-5
+    with pytest.raises(UserError, match="can be evaluated, but not trained: its positions are rotary"):
+        read_network(f"timm:local-dir:{tmp_path}")
+    with pytest.raises(UserError, match="the point probe needs a ViT that takes points: its positions are rotary"):
+        require_vit(ours, tmp_path, "the point probe")

@@ -2,30 +2,35 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
+from model.architecture import ARCHS, Architecture, architecture, vit_options
 from model.backbone import Backbone
 from model.methods import Method, build
 from model.resnet import IMAGE_SIZE, STRIDE, ResNet
 from model.vit import ViT
-from model.weights.names import CENTERS, PARTS, count_blocks, is_resnet, load_strictly, select_part
+from model.weights.fit import FILTERS, fit, fit_channels
+from model.weights.names import CENTERS, PARTS, is_resnet, load_strictly, select_part
 from model.weights.read import is_plain, read_file, select_network
-from model.weights.timm_hub import TIMM, read_timm
+from model.weights.timm_hub import TIMM, read_timm, rotary_of_timm
 from pipeline.random import hash64
-from runtime.config import Reference, load_config
+from runtime.config import ARCHS_OF_TIMM, Config, Reference, load_config, patch_of
 from runtime.errors import UserError, suggest
+
+CHANNELS = 3  # of the photos that evaluations read
 
 
 def load_backbone(path: str | Path, untrained: bool = False) -> Backbone:
     """The backbone (the teacher's, if there is a teacher; of a checkpoint of ours the one that its method evaluates) of
 
     a run folder (its newest checkpoint; untrained: the network that the run started with), a checkpoint of ours, a backbone
-    file, weights of timm, DINO, DenseDINO, Leopart, SwAV, MoCo or DenseCL, or timm:NAME. A ViT; a ResNet if these are the
+    file, weights in any format of names.py, or timm:NAME. A ViT; a ResNet if these are the
     weights of one. It is in eval mode. Raises UserError if there is none.
     """
     if untrained and (Path(path) / "config.yaml").is_file():
@@ -35,16 +40,29 @@ def load_backbone(path: str | Path, untrained: bool = False) -> Backbone:
         if config.model.init:
             load_pretrained(method, config.model.init)
         return method.backbone.eval()
+    if str(path).startswith(TIMM) and (rotary := rotary_of_timm(str(path).removeprefix(TIMM))):
+        return rotary.eval()
     tensors, about = read_network(path)
-    family = about.get("family")
-    source = f"{path} ({family})" if family else str(path)
-    make = _resnet_from_tensors if is_resnet(tensors) else _vit_from_tensors
-    network = make(select_part(tensors, "backbone"), about, source)
-    if unused := about.get("unused"):
-        parts = Counter(name.partition(".")[0] for name in unused)
-        listed = (f"{part} ({n} tensors)" if n > 1 else part for part, n in parts.items())
-        network.note = f"{source}: a {type(network).__name__}; not used of this file: {', '.join(listed)}"
+    source, notes = about.get("label", str(path)), []
+    if is_resnet(tensors):
+        network = _resnet_from_tensors(select_part(tensors, "backbone"), about, source)
+    else:
+        filters = tensors.get(FILTERS)
+        if filters is not None and filters.ndim == 4 and filters.shape[1] not in (0, CHANNELS):
+            tensors[FILTERS], note = fit_channels(filters, CHANNELS)
+            notes.append(note)
+        network = _vit_from_tensors(select_part(tensors, "backbone"), about, source)
+    if about.get("unused"):
+        notes.append(f"not used of this file: {_listed(about['unused'])}")
+    if notes:
+        network.note = f"{source}: a {type(network).__name__}; {'; '.join(notes)}"
     return network.eval()
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The parts of a network that tensors are of, each with how many."""
+    parts = Counter(name.partition(".")[0] for name in names)
+    return ", ".join(f"{part} ({n} tensors)" if n > 1 else part for part, n in parts.items())
 
 
 def read_network(path: str | Path, role: str | None = None) -> tuple[dict[str, Tensor], dict]:
@@ -87,21 +105,10 @@ def _resnet_from_tensors(backbone: dict[str, Tensor], about: dict, source: str) 
 
 
 def _vit_from_tensors(backbone: dict[str, Tensor], about: dict, source: str) -> Backbone:
-    """A ViT of the dimensions that its tensors have. Heads have 64 dimensions (DeiT's) unless `about` gives their number."""
-    for name, axes in {"pos_embed": 3, "patch_embed.proj.weight": 4}.items():
-        if name not in backbone:
-            raise UserError(f"{source}: '{name}' is missing")
-        if backbone[name].ndim != axes or not backbone[name].numel():
-            raise UserError(f"{source}: '{name}' has shape {tuple(backbone[name].shape)}, expected {axes} axes")
-    width, patch = backbone["pos_embed"].shape[-1], backbone["patch_embed.proj.weight"].shape[-1]
-    positions = backbone["pos_embed"].shape[1]
-    side = math.isqrt(max(1, positions - 1))
-    if 1 + side * side != positions:
-        raise UserError(f"{source}: {positions} positions, expected 1 for [CLS] and a square number for the patches")
-    heads = about.get("heads", max(1, width // 64))
-    if not isinstance(heads, int) or not 1 <= heads <= width or width % heads:
-        raise UserError(f"{source}: a width of {width} is not divisible by {heads!r} heads")
-    options: dict[str, Any] = {}
+    """A ViT of the options that its tensors have, and `about` for what they do not tell."""
+    if not backbone:
+        raise UserError(f"{source}: contains no backbone")
+    options = vit_options(backbone, about, source)
     for name, default in {"attention": "patches+self", "border": "zeros"}.items():
         known = get_args(get_type_hints(Reference)[name])
         options[name] = about.get(name, default)
@@ -111,14 +118,7 @@ def _vit_from_tensors(backbone: dict[str, Tensor], about: dict, source: str) -> 
     if locality is not None and not (isinstance(locality, int | float) and 0 < locality < math.inf):
         raise UserError(f"{source}: locality: expected a number above 0 or null, found {locality!r}")
     with torch.device("meta"):  # nothing is allocated before all shapes have been checked
-        vit = ViT(
-            width=width,
-            depth=count_blocks(backbone, ""),
-            heads=heads,
-            patch=patch,
-            image_size=side * patch,
-            **options,
-        )
+        vit = ViT(**options)
     load_strictly(vit, backbone, source)
     return vit
 
@@ -140,32 +140,38 @@ def load_pretrained(method: Method, source: str) -> str:
     contents, about = _read(source)
     loaded: dict[str, str] = {}  # our part: the file's part
     new: list[str] = []
+    label, changed, unused = source, "", dict[str, None]()
     for role, module in method.networks().items():
         network: Any = module
         tensors, more = select_network(contents, role, source)
-        check_compatible(network, tensors, about | more, source)
+        label = more["label"]
+        unused |= dict.fromkeys(more["unused"])
+        check_compatible(network, tensors, about | more, label)
+        grid = network.backbone.image_size // network.backbone.patch
+        tensors, changed = fit(tensors, network.state_dict(), grid)
         in_file = {part: part for part in PARTS if part == "backbone" or select_part(tensors, part)}
         if "cls_head" in in_file:
             in_file.setdefault("reference_head", "cls_head")
         loaded = {part: origin for part, origin in in_file.items() if getattr(network, part, None) is not None}
         for part, origin in loaded.items():
-            load_strictly(getattr(network, part), select_part(tensors, origin), f"{source}, {origin}")
+            load_strictly(getattr(network, part), select_part(tensors, origin), f"{label}, {origin}")
         new += [name for name, _ in network.named_children() if name not in loaded and name not in new]
-    _check_gains(method, source)
+    _check_gains(method, label)
 
     centers = _centers(contents)
     with_center = [part for part, origin in loaded.items() if origin in centers and hasattr(method, CENTERS[part][0])]
     for part in with_center:
         own, center = getattr(method, CENTERS[part][0]), centers[loaded[part]]
         if not isinstance(center, Tensor) or not is_plain(center) or center.numel() != own.numel():
-            raise UserError(f"{source}: its center of {loaded[part]} is not a tensor of {own.numel()} elements")
+            raise UserError(f"{label}: its center of {loaded[part]} is not a tensor of {own.numel()} elements")
         own.copy_(center.flatten())
     parts = [part if part == origin else f"{part} (a copy of its {origin})" for part, origin in loaded.items()]
     if with_center:
         parts.append("centers")
     elif any(hasattr(method, own) for own, _ in CENTERS.values()):
         new.append("centers")
-    return f"initialized from {source}: {', '.join(parts)}" + (f"; new: {', '.join(new)}" if new else "")
+    more = {"new: ": ", ".join(new), "": changed, "not used: ": _listed(unused)}
+    return "; ".join([f"initialized from {label}: {', '.join(parts)}", *(f"{a}{b}" for a, b in more.items() if b)])
 
 
 def _centers(contents: dict) -> dict[str, Any]:
@@ -185,37 +191,90 @@ def _check_gains(method: Method, source: str) -> None:
 
 
 def check_compatible(network: Any, tensors: Mapping[str, Tensor], about: dict, source: str) -> None:
-    """Raises UserError if the tensors are those of another kind of network, or of other dimensions."""
-    if is_resnet(tensors):
-        raise UserError(f"{source} is a ResNet; this run trains a ViT, which cannot start from it")
-    own = {"model.heads": network.backbone.heads, **_dimensions(network.state_dict())}
-    saved = {"model.heads": about.get("heads", own["model.heads"]), **_dimensions(tensors)}
-    wrong = [f"{key}: {n} saved, {own[key]} current" for key, n in saved.items() if n != own.get(key, n)]
+    """Raises UserError if the tensors are those of another kind of network, or of other dimensions. Another position grid,
+    patch size or number of channels is no reason: `fit` resamples it."""
+    wrong = []
+    for name, (saved, current) in _differences(network.backbone.architecture, tensors, about, source).items():
+        key = f"model.{name}" if name in ("width", "depth", "heads") else name
+        wrong.append(f"{key}: {saved} saved, {current} current")
+    advice = "; model.arch=null takes the architecture of the weights" if wrong else ""
+    own, saved = _head_dimensions(network.state_dict()), _head_dimensions(tensors)
+    wrong += [f"{key}: {n} saved, {own[key]} current" for key, n in saved.items() if n != own.get(key, n)]
     if (about.get("attention") == "all_query") != (network.backbone.attention == "all_query") and "attention" in about:
         wrong.append(f"reference.attention: {about['attention']} saved, {network.backbone.attention} current")
     if wrong:
-        raise UserError(f"{source} does not fit this model ({'; '.join(wrong)})")
+        raise UserError(f"{source} does not fit this model ({'; '.join(wrong)}){advice}")
 
 
-def _dimensions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The config values that follow from the shapes of a network's tensors."""
+def _differences(
+    own: Architecture, tensors: Mapping[str, Tensor], about: dict, source: str
+) -> dict[str, tuple[object, object]]:
+    """In what a file's ViT differs from one of ours, but for what `fit` resamples: {option: (saved, current)}. What the file
+    does not tell (heads, activation) is taken to be equal, if the width is."""
+    found = _architecture_of(tensors, about, source)
+    if found.width == own.width:
+        found = _architecture_of(tensors, own.not_in_tensors() | about, source)
+    options = {
+        which: asdict(replace(a, hidden=a.hidden or 4 * a.width)) for which, a in (("saved", found), ("own", own))
+    }
+    different = {
+        name: (value, options["own"][name]) for name, value in options["saved"].items() if value != options["own"][name]
+    }
+    proportional = found.width != own.width  # then so is the MLP
+    for name in ("patch", "channels", "name", *(("hidden",) if proportional else ())):
+        different.pop(name, None)
+    return different
+
+
+def _architecture_of(tensors: Mapping[str, Tensor], about: dict, source: str) -> Architecture:
+    """The architecture of a file's ViT. Raises UserError if it has none."""
+    if is_resnet(tensors):
+        raise UserError(f"{source} is a ResNet; this run trains a ViT, which cannot start from it")
+    backbone = select_part(tensors, "backbone")
+    if not backbone:
+        raise UserError(f"{source}: contains no backbone")
+    options = vit_options(backbone, about, source)
+    return Architecture(**{name: value for name, value in options.items() if name != "image_size"})
+
+
+def _head_dimensions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The config values that follow from the shapes of a network's heads."""
     axes = {
-        "model.width": ("backbone.pos_embed", -1),
-        "model.patch": ("backbone.patch_embed.proj.weight", -1),
         "head.hidden": ("cls_head.mlp.0.weight", 0),
         "head.bottleneck": ("cls_head.last_layer.weight_v", 1),
         "head.prototypes": ("cls_head.last_layer.weight_v", 0),
     }
-    found = {
-        key: tensors[name].shape[axis]
-        for key, (name, axis) in axes.items()
-        if name in tensors and tensors[name].ndim > axis >= -tensors[name].ndim
-    }
-    if depth := count_blocks(tensors, "backbone."):
-        found["model.depth"] = depth
-    if "backbone.pos_embed" in tensors and tensors["backbone.pos_embed"].ndim == 3:
-        found["patches of the largest view"] = tensors["backbone.pos_embed"].shape[1] - 1
-    return found
+    shapes = {key: (tensors[name].shape, axis) for key, (name, axis) in axes.items() if name in tensors}
+    return {key: shape[axis] for key, (shape, axis) in shapes.items() if len(shape) > axis}
+
+
+def with_architecture(config: Config, before: Config | None = None) -> Config:
+    """The config with the architecture of the weights that it starts from, if it gives none (model.arch: null).
+
+    before: the config of the run's checkpoint, which has it already. Raises UserError if the weights are not a ViT's, or if
+    no value of `model.arch` means theirs.
+    """
+    model = config.model
+    if model.arch is not None or model.init is None:
+        return config
+    if before:
+        old = before.model
+        return replace(config, model=replace(model, arch=old.arch, width=old.width, depth=old.depth, heads=old.heads))
+    tensors, about = read_network(model.init)
+    source = about.get("label", model.init)
+    found = _architecture_of(tensors, about, source)
+    shape: dict[str, Any] = {"width": found.width, "depth": found.depth, "heads": found.heads}
+    candidates = [*(replace(model, arch=arch) for arch in ARCHS), replace(model, arch="custom", **shape)]
+    for arch in (found.name, *ARCHS_OF_TIMM):
+        if arch and patch_of(arch) == model.patch:
+            candidates += [replace(model, arch=arch), replace(model, arch=arch, **shape)]
+    for named in candidates:
+        if not _differences(architecture(named), tensors, about, source):
+            return replace(config, model=named)
+    advice = f"set model.patch={found.patch}" if found.patch != model.patch else "give timm's name of it as model.arch"
+    raise UserError(
+        f"{source}: no known model.arch with patches of {model.patch} pixels is a ViT as this one; {advice}"
+    )
 
 
 def weights_seed(seed: int) -> int:

@@ -10,22 +10,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.weights.names import CENTERS, PARTS, ROLES, find_encoder, is_unused, remap_keys, select_part
+from model.weights.families import recognize
+from model.weights.names import CENTERS, PARTS, ROLES, bare, is_unused, remap_keys, timm_name
 from runtime.checkpoint import latest_valid, open_checkpoint, read_header, read_tensors
 from runtime.config import parse_config
 from runtime.errors import UserError, suggest
 from runtime.methods import evaluated
 
+SAVED = "model.safetensors"  # how transformers calls the weights in the folder of a model
+
 
 def read_file(source: str) -> tuple[dict, dict]:
     """(all contents, metadata about the backbone) of a run folder (its newest checkpoint), a checkpoint (folder or file) or
-    a file in any checkpoint format.
+    a file in any checkpoint format, or the folder that transformers saves a model in.
 
     Raises UserError if there is none, or if it cannot be read safely.
     """
-    path = Path(source)
-    found = None
-    if path.is_dir():
+    path, found, about = Path(source), None, {}
+    if (path / SAVED).is_file():
+        path, about = path / SAVED, _about_folder(path)
+    elif path.is_dir():
         is_run = (path / "config.yaml").is_file()
         found = latest_valid(path / "checkpoints" if is_run else path)
         if found is None:
@@ -37,32 +41,40 @@ def read_file(source: str) -> tuple[dict, dict]:
     elif path.name.startswith("checkpoint-") and path.suffix == ".safetensors":
         found = open_checkpoint(path)
     if found:  # a method from outside this repository may have other heads, which are ignored
-        ours = tuple(f"{role}.{part}." for role in ROLES for part in PARTS)
+        ours = tuple(f"{role}.{part}." for role in ("student", "teacher") for part in PARTS)
         centers = {name for names in CENTERS.values() for name in names}
         tensors = {n: t for n, t in found.tensors().items() if n.startswith(ours) or n in centers}
         return tensors, _about_config(found.config, str(found.path))
     if path.suffix == ".safetensors":
         metadata = read_header(path).get("__metadata__") or {}
         try:
-            about = dict(json.loads(metadata.get("densedino", "{}")))
+            about |= dict(json.loads(metadata.get("densedino", "{}")))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: its metadata 'densedino' is not a JSON object ({error})") from None
         return read_tensors(path), about
     contents = _read_torch(path)
     if not isinstance(contents, dict):
         raise UserError(f"{path}: contains no state dict of a ViT or a ResNet")
-    return contents, {}
+    return contents, about
+
+
+def _about_folder(folder: Path) -> dict:
+    """What the config.json beside weights of Hugging Face says about them."""
+    try:
+        about = json.loads((folder / "config.json").read_text())
+        return {"heads": about["num_attention_heads"]} if "num_attention_heads" in about else {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder / 'config.json'}: cannot be read ({error})") from None
 
 
 def _about_config(text: str, source: str) -> dict:
     """What a checkpoint's config says about its backbone."""
-    from model.vit import ARCHS  # imports timm
+    from model.architecture import architecture  # imports timm
 
     config = parse_config(text, source)
-    heads = config.model.heads or ARCHS[config.model.arch][2]
     reference = config.reference
     return {
-        "heads": heads,
+        **architecture(config.model).not_in_tensors(),
         "attention": reference.attention,
         "border": reference.border,
         "locality": reference.locality,
@@ -91,26 +103,15 @@ def _read_torch(path: Path) -> object:
         raise UserError(f"{path}: not weights that can be read safely ({reason})") from None
 
 
-def roles_of(contents: dict) -> list[str]:
-    """The roles (student, teacher) that a file's contents distinguish; none if they are a single network's."""
-    inner = _unwrap(contents)
-    return [
-        role for role in ROLES
-        if isinstance(inner.get(role), dict) or any(str(name).startswith(f"{role}.") for name in inner)
-    ]  # fmt: skip
-
-
 def select_network(contents: dict, role: str, source: str) -> tuple[dict[str, Tensor], dict]:
     """(one network's tensors with our names, metadata that follows from their names) of a file's contents.
 
-    The other role's network if the file has only that, as the checkpoint of a method without a teacher. Raises UserError if
-    there is no network, or if its tensors claim more bytes than the file has.
+    The other role's network if the file has only that, as the checkpoint of a method without a teacher. The metadata: the
+    file and its family for messages ("label"), the tensors that are not used ("unused"), and perhaps the "heads". Raises
+    UserError if there is no network, or if its tensors claim more bytes than the file has.
     """
-    roles = roles_of(contents)
-    role = role if role in roles or not roles else roles[0]
-    tensors = _unwrap(contents)
-    if isinstance(tensors.get(role), dict):
-        tensors = tensors[role]
+    networks, others = _by_role(_unwrap(contents))
+    tensors = networks.get(role) or next(iter(networks.values()))
     if not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{source}: contains no state dict of a {role}, of a ViT or of a ResNet")
     odd = [n for n, t in tensors.items() if not isinstance(n, str) or not is_plain(t)]
@@ -120,16 +121,36 @@ def select_network(contents: dict, role: str, source: str) -> tuple[dict[str, Te
     size = Path(source).stat().st_size if Path(source).is_file() else claimed
     if claimed > size:  # a pickle may claim any shape for a storage of four bytes
         raise UserError(f"{source}: its tensors would take {claimed:,} bytes, the file has {size:,}")
-    named = {n.removeprefix("module."): t for n, t in (select_part(tensors, role) or tensors).items()}
-    family, prefix = find_encoder(named)
-    family = family or str(contents.get("author") or "")  # DenseCL's extracted backbones have their author beside them
-    encoder = {n.removeprefix(prefix): t for n, t in named.items() if n.startswith(prefix)}
+    family = recognize([*map(str, _unwrap(contents)), *tensors])
+    # DenseCL's extracted backbones have their author beside them
+    name = family.name or str(contents.get("author") or "")
+    label = f"{source} ({name})" if name else source
+    if family.refusal:
+        raise UserError(f"{source}: this is {family.name}; {family.refusal}")
+    encoder = {n: t for n, t in tensors.items() if bare(n).startswith(family.encoder)}
+    inside = {bare(n).removeprefix(family.encoder): t for n, t in encoder.items()} if family.encoder else encoder
     # DenseCL's training checkpoints name the query backbone twice
-    others = [n for n in named if not n.startswith(prefix) and n.removeprefix("backbone.") not in encoder]
-    about: dict = {"family": family, "unused": others + [n for n in encoder if is_unused(n)]}
-    if family == "MoCo-v3":
-        about["heads"] = 12  # of its ViTs, as published, for every width
-    return remap_keys(encoder, f"{source} ({family})" if family else source), about
+    others += [bare(n) for n in tensors if n not in encoder and bare(n) not in inside]
+    about: dict = {"label": label, "unused": others + [timm_name(n) for n in inside if is_unused(n)]}
+    if family.heads:
+        about["heads"] = family.heads
+    return remap_keys(inside, label), about
+
+
+def _by_role(tensors: dict) -> tuple[dict[str, dict], list[str]]:
+    """({role: its state dict}, names of no role) of a state dict, or of a dict of state dicts. Without roles: {"": all}."""
+    networks = {ROLES[key]: inner for key, inner in tensors.items() if key in ROLES and isinstance(inner, dict)}
+    if networks:
+        return networks, []
+    others = []
+    for name, tensor in tensors.items():
+        word, _, rest = bare(str(name)).partition(".")
+        if word in ROLES and word != "encoder":  # Hugging Face has it in the names of one network
+            networks.setdefault(ROLES[word], {})[rest] = tensor
+        else:
+            others.append(bare(str(name)))
+    centers = {center for names in CENTERS.values() for center in names}
+    return (networks, [name for name in others if name not in centers]) if networks else ({"": tensors}, [])
 
 
 def is_plain(t: Tensor) -> bool:

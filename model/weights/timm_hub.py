@@ -1,8 +1,7 @@
-"""timm and us: `timm:NAME`, the pretrained weights that timm knows by this name, if it is a plain pre-norm ViT; and the call
-of timm that loads a backbone of ours."""
+"""timm and us: `timm:NAME`, the pretrained weights that timm knows by this name, if they are those of a ViT with [CLS] and
+learned positions; and the call of timm that loads a backbone of ours."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import huggingface_hub
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.vision_transformer import VisionTransformer
 
-from model.vit import ARCHS, ViT
-from model.weights.names import VIT_KEYS
+from model.architecture import ARCHS, ROTARY, Architecture, described, of_timm, refusal
+from model.rotary import Rotary
+from model.vit import ViT
 from runtime.errors import UserError, suggest
 
 TIMM = "timm:"
@@ -22,36 +21,54 @@ HUB_TIMEOUT = 5  # seconds
 
 
 def read_timm(name: str) -> tuple[dict, dict]:
-    """(backbone tensors with our names, metadata) of timm's pretrained ViT, from timm's cache, the network or a folder
-    (local-dir:PATH). The patch filter is changed so that it takes images normalized as ours are.
+    """(backbone tensors with our names, metadata) of timm's pretrained ViT.
 
-    Raises UserError if timm knows no such model, if it is not a plain pre-norm ViT with [CLS], or if its weights cannot be
-    fetched.
+    Raises UserError as `check_timm` and `_pretrained`, and for a ViT with rotary positions.
     """
     check_timm(name)
+    theirs = _pretrained(name)
+    if reason := refusal(theirs):
+        raise UserError(f"timm:{name} can be evaluated, but not trained: {reason}")
+    named = "" if name.startswith(_LOCAL) else name.partition(".")[0]
+    return {f"backbone.{n}": t for n, t in theirs.state_dict().items()}, described(theirs, named).not_in_tensors()
+
+
+def rotary_of_timm(name: str) -> Rotary | None:
+    """timm's pretrained ViT if its positions are rotary, else None. Raises UserError as `check_timm`."""
+    check_timm(name)
+    return Rotary(_pretrained(name, dynamic_img_size=True)) if refusal(_empty(name)) == ROTARY else None
+
+
+def _pretrained(name: str, **options: Any) -> Any:
+    """timm's pretrained model, from timm's cache, the network or a folder (local-dir:PATH). Its patch filter is changed so
+    that it takes images normalized as ours are.
+
+    Raises UserError if the weights cannot be fetched.
+    """
     try:
-        theirs: Any = timm.create_model(name, pretrained=True, num_classes=0)
+        theirs: Any = timm.create_model(name, pretrained=True, num_classes=0, **options)
     except Exception as error:  # the hub's client raises many types without a network
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"timm:{name}: its weights are not cached and cannot be downloaded ({reason}); "
             "download the file elsewhere and give its path instead"
         ) from None
-    tensors = {f"backbone.{n}": t for n, t in theirs.state_dict().items()}
     # their colors (p - mean) / std are an affine map of ours, channel by channel; the patch filter absorbs it
-    theirs_cfg = theirs.pretrained_cfg
+    theirs_cfg, filters = theirs.pretrained_cfg, theirs.patch_embed.proj
     mean, std = (torch.tensor(theirs_cfg[key], dtype=torch.float64) for key in ("mean", "std"))
     ours_mean, ours_std = (torch.tensor(c, dtype=torch.float64) for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    weight, bias = (tensors[f"backbone.patch_embed.proj.{part}"].double() for part in ("weight", "bias"))
-    tensors["backbone.patch_embed.proj.weight"] = (weight * (ours_std / std).view(1, 3, 1, 1)).float()
-    shift = (weight * ((ours_mean - mean) / std).view(1, 3, 1, 1)).sum((1, 2, 3))
-    tensors["backbone.patch_embed.proj.bias"] = (bias + shift).float()
-    return tensors, {"heads": theirs.blocks[0].attn.num_heads}
+    weight = filters.weight.data.double()
+    filters.weight.data = (weight * (ours_std / std).view(1, 3, 1, 1)).float()
+    if filters.bias is not None:  # without one, the means are equal (check_timm)
+        shift = (weight * ((ours_mean - mean) / std).view(1, 3, 1, 1)).sum((1, 2, 3))
+        filters.bias.data = (filters.bias.data.double() + shift).float()
+    return theirs
 
 
 def check_timm(name: str) -> None:
-    """Raises UserError, in seconds, if timm knows no such pretrained model, if it is not a plain pre-norm ViT with [CLS], or
-    if its weights are not in the hub's cache and the hub does not answer (its client would try again for a minute)."""
+    """Raises UserError, in seconds, if timm knows no such pretrained model, if it is neither one of our ViTs nor one with
+    rotary positions, or if its weights are not in the hub's cache and the hub does not answer (its client would try again
+    for a minute)."""
     known = timm.list_models("vit_*", pretrained=True)
     local = name.startswith(_LOCAL)
     if local and not (Path(name.removeprefix(_LOCAL)) / "config.json").is_file():
@@ -60,13 +77,15 @@ def check_timm(name: str) -> None:
         raise UserError(f"timm:{name}: timm has no such model{suggest(name, known)}")
     if not local and not timm.models.is_model_pretrained(name):
         raise UserError(f"timm:{name}: timm has no pretrained weights for it{suggest(name, known)}")
-    try:
-        with torch.device("meta"):
-            empty: Any = timm.create_model(name, num_classes=0)
-    except Exception as error:  # a folder's config.json may contain anything
-        raise UserError(f"timm:{name}: timm cannot build it ({' '.join(str(error).split())[:200]})") from None
-    if reason := incompatibility(empty):
-        raise UserError(f"timm:{name}: not a plain pre-norm ViT with [CLS]: {reason}")
+    empty = _empty(name)
+    if (reason := refusal(empty)) and reason != ROTARY:
+        raise UserError(f"timm:{name}: not a ViT with [CLS] and learned positions: {reason}")
+    mean = tuple(empty.pretrained_cfg["mean"])
+    if empty.patch_embed.proj.bias is None and mean != IMAGENET_DEFAULT_MEAN:
+        raise UserError(
+            f"timm:{name}: its colors have the mean {mean}, ours {IMAGENET_DEFAULT_MEAN}, and its patch filter has no bias "
+            "that could make up for it"
+        )
     pretrained = None if local else timm.models.get_pretrained_cfg(name)
     if pretrained is None or not pretrained.hf_hub_id or _is_cached(str(pretrained.hf_hub_id)):
         return
@@ -81,52 +100,46 @@ def check_timm(name: str) -> None:
         ) from None
 
 
+def _empty(name: str) -> Any:
+    """timm's model without weights."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, num_classes=0)
+    except Exception as error:  # a folder's config.json may contain anything
+        raise UserError(f"timm:{name}: timm cannot build it ({' '.join(str(error).split())[:200]})") from None
+
+
 def _is_cached(hub: str) -> bool:
     """Whether the hub's cache holds weights of this repository."""
     files = ("model.safetensors", "pytorch_model.bin")
     return any(isinstance(huggingface_hub.try_to_load_from_cache(hub, file), str) for file in files)
 
 
-def incompatibility(theirs: torch.nn.Module) -> str | None:
-    """How a timm model differs from our ViT; None if both compute the same."""
-    if type(theirs) is not VisionTransformer:
-        return f"it is a {type(theirs).__name__}"
-    model: Any = theirs
-    names = {name for name, _ in model.named_parameters()}
-    allowed = re.compile(VIT_KEYS.pattern.replace("|cls_pos_embed|patch_pos_embed", ""))
-    if extra := sorted(name for name in names if not allowed.fullmatch(name)):
-        return f"it has '{extra[0]}'"
-    needed = {"cls_token", "pos_embed", "patch_embed.proj.bias", "norm.weight", "blocks.0.attn.qkv.bias"}
-    if missing := sorted(needed - names):
-        return f"it lacks '{missing[0]}'"
-    if model.pos_embed.shape[1] != 1 + model.patch_embed.num_patches:
-        return "its position embedding has none for [CLS]"
-    if model.patch_embed.grid_size[0] != model.patch_embed.grid_size[1]:
-        return "its position grid is not square"
-    act, norm = model.blocks[0].mlp.act, model.norm
-    if type(act) is not torch.nn.GELU or act.approximate != "none":
-        return f"its activation is {act}"
-    if norm.eps != 1e-6:
-        return f"its norms' eps is {norm.eps:g}, not 1e-06"
-    return None
-
-
-def timm_model(vit: ViT) -> tuple[str, dict[str, int]]:
+def timm_model(vit: ViT) -> tuple[str, dict[str, Any]]:
     """(timm's name, its further arguments) of a backbone."""
-    shape = {"embed_dim": vit.width, "depth": len(vit.blocks), "num_heads": vit.heads}
-    names = [name for name, dims in ARCHS.items() if dims == tuple(shape.values())]
-    arguments = {} if names else shape
-    if vit.patch != 16:
-        arguments["patch_size"] = vit.patch
-    if vit.image_size != 224:
-        arguments["img_size"] = vit.image_size
-    return f"{names[0] if names else 'vit_tiny'}_patch16_224", arguments
+    ours = vit.architecture
+    name = ours.name or _nearest_name(ours)
+    theirs, image_size = of_timm(name)
+    arguments = {"img_size": vit.image_size} if vit.image_size != image_size else {}
+    own, known = ours.for_timm(), theirs.for_timm()
+    return name, {key: value for key, value in own.items() if value != known[key]} | arguments
+
+
+def _nearest_name(ours: Architecture) -> str:
+    """A model of timm that differs from ours in plain arguments only: it has the same module of the MLP and eps."""
+    if ours.swiglu:
+        return "vit_giant_patch14_dinov2"
+    if ours.eps != 1e-6:
+        return "vit_base_patch16_clip_224"
+    dimensions = (ours.width, ours.depth, ours.heads)
+    names = [name for name, known in ARCHS.items() if known == dimensions]
+    return f"{names[0] if names else 'vit_tiny'}_patch16_224"
 
 
 def timm_call(vit: ViT, path: Path) -> str:
     """The call of timm, as Python, that loads a backbone's file."""
     name, arguments = timm_model(vit)
-    keywords = "".join(f", {key}={value}" for key, value in arguments.items())
+    keywords = "".join(f", {key}={value!r}" for key, value in arguments.items())
     return f'timm.create_model("{name}", num_classes=0{keywords}, checkpoint_path={_literal(path)})'
 
 

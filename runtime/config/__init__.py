@@ -11,6 +11,7 @@ reference.py  writes docs/reference/config.md and configs/schema.json
 Nothing here imports torch: an error is reported before anything heavy loads.
 """
 
+from runtime.config.bounds import ARCH, ARCHS_OF_TIMM, patch_of
 from runtime.config.checks import BLUR_RADIUS, MIN_TEMPERATURE, is_path, missing
 from runtime.config.load import diff, dump_config, dump_run_config, load_config, merge, parse_config, run_of
 from runtime.config.messages import ConfigErrors, flatten, suggest_key, unknown_option
@@ -37,8 +38,9 @@ from runtime.config.schema import (
 from runtime.methods import METHODS
 
 __all__ = [
-    "BLUR_RADIUS", "METHODS", "MIN_TEMPERATURE", "NON_RESULT_KEYS", "OTHER_SECTIONS", "RESULT_SECTIONS", "TEACHERS",
+    "ARCH", "ARCHS_OF_TIMM", "BLUR_RADIUS", "METHODS", "MIN_TEMPERATURE", "NON_RESULT_KEYS", "OTHER_SECTIONS",
+    "RESULT_SECTIONS", "TEACHERS",
     "Clustering", "Config", "ConfigErrors", "Contrast", "Data", "Eval", "Head", "Jitter", "Loss", "Model", "Optim",
     "Reference", "Run", "Speed", "Views", "diff", "dump_config", "dump_run_config", "flatten", "is_path", "load_config",
-    "merge", "missing", "parse_config", "run_of", "suggest_key", "unknown_option",
+    "merge", "missing", "parse_config", "patch_of", "run_of", "suggest_key", "unknown_option",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Types and bounds that the schema uses beside pydantic's own."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -20,8 +20,8 @@ def as_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
-def rule(text: str, holds: Callable[[Any], bool]) -> AfterValidator:
-    """A bound that pydantic has no word for. Messages and docs say `text`."""
+def rule(text: str, holds: Callable[[Any], bool], names: Collection[str] = ()) -> AfterValidator:
+    """A bound that pydantic has no word for. Messages and docs say `text`. names: what a wrong text may have meant."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -29,7 +29,27 @@ def rule(text: str, holds: Callable[[Any], bool]) -> AfterValidator:
         return value
 
     check.__doc__ = text
+    check.names = names  # type: ignore[attr-defined]
     return AfterValidator(check)
+
+
+SIZES = ("vit_tiny", "vit_small", "vit_base", "custom")
+ARCH = re.compile(r"[a-z]\w*_patch([1-9]\d{0,2})(_\w+)?")  # timm's names of ViTs, which have the patch in them
+ARCHS_OF_TIMM = (  # for the nearest name; the model's own code asks timm itself
+    *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")), "vit_huge_patch14_224",
+    *(f"vit_{size}_patch{patch}_224" for size in ("small", "base") for patch in (8, 32)),
+    *(f"vit_{size}_patch14_{kind}" for size in ("small", "base", "large", "giant") for kind in ("dinov2", "reg4_dinov2")),
+)  # fmt: skip
+
+
+def patch_of(arch: str | None) -> int:
+    """The patch of an architecture: that in timm's name, else 16."""
+    named = ARCH.fullmatch(arch or "")
+    return int(named[1]) if named else 16
+
+
+def _is_arch(name: str) -> bool:
+    return name in SIZES or ARCH.fullmatch(name) is not None
 
 
 def _is_method(name: str) -> bool:
@@ -38,7 +58,11 @@ def _is_method(name: str) -> bool:
 
 WINDOW = rule("two numbers 0 < low <= high <= 1", lambda pair: 0 < pair[0] <= pair[1] <= 1)
 RATIO = rule("two numbers 0 < low <= high", lambda pair: 0 < pair[0] <= pair[1])
-METHOD = rule(f"one of {', '.join(METHODS)}, or module:Class", _is_method)
+METHOD = rule(f"one of {', '.join(METHODS)}, or module:Class", _is_method, METHODS)
+ARCHITECTURE = rule(
+    f"one of {', '.join(SIZES)}, or a name of timm's ViTs without its tag, such as vit_small_patch14_dinov2",
+    _is_arch, (*SIZES, *ARCHS_OF_TIMM),
+)  # fmt: skip
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Shares = Annotated[list[Share], BeforeValidator(as_list, json_schema_input_type=Share | list[Share])]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeGuard
 
+from runtime.config.bounds import ARCH, patch_of
 from runtime.config.messages import Problem
 from runtime.config.schema import BY_VIEW, TEACHERS, Config
 from runtime.errors import suggest_path
@@ -59,12 +60,16 @@ def _model(c: Config) -> Iterator[Problem]:
     keys = "model.width, model.depth, model.heads"
     width, heads = c.model.width, c.model.heads
     given = [d is not None for d in (width, c.model.depth, heads)]
-    if c.model.arch != "custom":
-        if any(given):
-            text = f"model.arch: {c.model.arch} has its own. Only model.arch: custom takes them"
-            yield Problem(keys, text, ("model.arch",))
+    from_timm = ARCH.fullmatch(c.model.arch or "")
+    if from_timm and c.model.patch != patch_of(c.model.arch):
+        text = f"{c.model.patch}, but model.arch: {c.model.arch} has {from_timm[1]}; leave model.patch out"
+        yield Problem("model.patch", text, ("model.arch",))
+    if c.model.arch != "custom" and not from_timm and any(given):
+        own = f"{c.model.arch} has its own" if c.model.arch else "null has those of model.init"
+        text = f"model.arch: {own}. Only model.arch: custom and names of timm take them"
+        yield Problem(keys, text, ("model.arch",))
         return
-    if not all(given):
+    if c.model.arch == "custom" and not all(given):
         yield Problem(keys, "model.arch: custom needs all three", ("model.arch",))
     if width and heads and width % heads:
         yield Problem("model.width", f"{width} is not divisible by model.heads: {heads}", ("model.arch", "model.heads"))

@@ -16,6 +16,8 @@ from runtime.config.messages import COMMAND_LINE, ConfigErrors, dotted, explain,
 from runtime.config.schema import NON_RESULT_KEYS, PLACES, RESULT_SECTIONS, Config
 from runtime.errors import UserError, suggest
 
+ARCHITECTURE = ("model.arch", "model.width", "model.depth", "model.heads")  # what follows from weights, if not given
+
 
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, processes: int | None = None, allowed: Sequence[str] = (),
@@ -96,6 +98,9 @@ def diff(saved: Config, current: Config) -> dict[str, str]:
     """What changes results and differs between two configs: {key: message}."""
     changed = {}
     a, b = (flatten(_with_absolute_places(config)) for config in (saved, current))
+    if current.model.arch is None:  # the run had it from the weights that it started from
+        a = {key: value for key, value in a.items() if key not in ARCHITECTURE}
+        b = {key: value for key, value in b.items() if key not in ARCHITECTURE}
     for key in a | b:
         if key.split(".")[0] in RESULT_SECTIONS and key not in NON_RESULT_KEYS and a.get(key) != b.get(key):
             changed[key] = f"{key}: saved {a.get(key, 'nothing')}, current {b.get(key, 'nothing')}"
@@ -239,7 +244,9 @@ def _validate(tree: dict[str, Any], sources: Sources, errors: ConfigErrors) -> C
         try:
             return adapter().validate_json(json.dumps(tree), strict=True)
         except ValidationError as error:
-            wrong = [(detail["loc"], *explain(detail)) for detail in error.errors(include_url=False)]
+            details = error.errors(include_url=False)
+            # a default that depends on a wrong value is no error of its own
+            wrong = [(d["loc"], *explain(d)) for d in details if d["type"] != "default_factory_not_called"]
         for loc, key, text, meant in sorted(wrong, key=lambda item: order.get(item[1], -1)):
             if not loc:
                 raise UserError(f"{errors.config}: {text}")

@@ -16,7 +16,6 @@ from pydantic_core import ErrorDetails
 from runtime.config.schema import Config
 from runtime.config.yaml import NUMBER
 from runtime.errors import UserError, suggest
-from runtime.methods import METHODS
 
 COMMAND_LINE = "command line"
 
@@ -163,11 +162,13 @@ def _nearest(value: Any, known: Iterable[str]) -> str:
 
 def _meant(hint: Any, value: Any) -> str:
     """The end of a message: what a wrong value was probably meant to be."""
-    kind, _ = unwrap(hint)
+    kind, metadata = unwrap(hint)
     if typing.get_origin(kind) is Literal:
         return _nearest(value, typing.get_args(kind))
     if kind is str:
-        return _nearest(value, METHODS)
+        return _nearest(
+            value, [name for rule in metadata for name in getattr(getattr(rule, "func", None), "names", ())]
+        )
     if kind is bool and isinstance(value, (str, int)):
         switch = {"no": "false", "off": "false", "0": "false", "yes": "true", "on": "true", "1": "true"}
         word = str(value).lower()

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from runtime.config.bounds import ARCH, SIZES
 from runtime.config.load import adapter
 from runtime.config.messages import expected, unwrap
 from runtime.config.schema import RESULT_SECTIONS, Config
@@ -105,6 +106,8 @@ def json_schema() -> str:
                 value["anyOf"] = [{"type": "array", "items": value["items"]}, value["items"]]
                 del value["type"], value["items"]
     schema["properties"]["method"] |= {"anyOf": [{"enum": [*METHODS]}, {"pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$"}]}
+    arch = schema["$defs"]["Model"]["properties"]["arch"]
+    arch |= {"anyOf": [{"enum": [*SIZES]}, {"pattern": f"^{ARCH.pattern}$"}]}
     base = {"type": "string", "description": "Another config, relative to this one. Its values are taken first."}
     schema["properties"] = {"base": base, **schema["properties"]}
     schema["title"] = "DenseDINO config"

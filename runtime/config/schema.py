@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, P
 from pydantic.dataclasses import dataclass
 
 from runtime.config.bounds import (
+    ARCHITECTURE,
     METHOD,
     RATIO,
     SETTINGS,
@@ -23,6 +24,7 @@ from runtime.config.bounds import (
     Text,
     Texts,
     as_list,
+    patch_of,
 )
 from runtime.config.objectives import Clustering, Contrast, Head, Loss, Reference
 from runtime.methods import uses_points
@@ -121,21 +123,29 @@ class Data:
 class Model:
     """The vision transformer."""
 
-    arch: Literal["vit_tiny", "vit_small", "vit_base", "custom"] = "vit_small"
+    arch: Annotated[str, ARCHITECTURE] | None = None
     """Size of the network. `custom` takes `model.width`, `model.depth` and `model.heads` (section 4.1: ViT-Small for the
-    main results, ViT-Tiny for the ablations)."""
-    patch: PositiveInt = 16
-    """Height and width of a patch, in pixels (section 4.1: 16)."""
+    main results, ViT-Tiny for the ablations). A name of timm is a VisionTransformer with [CLS] and learned positions, such
+    as vit_large_patch16_224 or vit_small_patch14_reg4_dinov2. Its positions are made for the largest view. Without it, the
+    architecture is that of the weights in `model.init`, or vit_small."""
+    patch: PositiveInt = Field(default_factory=lambda values: patch_of(values["arch"]))
+    """Height and width of a patch, in pixels (section 4.1: 16). Where it is not given, it is that of timm's name in
+    `model.arch`, or 16."""
     width: PositiveInt | None = None
-    """Width of a token, D. Only for `model.arch: custom`; it must be divisible by `model.heads`."""
+    """Width of a token, D. `model.arch: custom` needs it, a name of timm may have another than its own. It must be
+    divisible by `model.heads`."""
     depth: PositiveInt | None = None
-    """Number of transformer blocks. Only for `model.arch: custom`."""
+    """Number of transformer blocks, as `model.width`."""
     heads: PositiveInt | None = None
-    """Number of attention heads. Only for `model.arch: custom`."""
+    """Number of attention heads, as `model.width`."""
     drop_path: ShareBelowOne = 0.1
     """Largest drop path rate of the student, reached in the last block (DINO)."""
     init: Text | None = None
     """Weights to start from: a file, a run folder or timm:NAME. Without it the network starts from random weights."""
+
+    def __post_init__(self) -> None:
+        if self.arch is None and self.init is None:
+            self.arch = "vit_small"
 
 
 @dataclass(config=SETTINGS)
@@ -148,6 +158,10 @@ class Optim:
     """Length of the training, in epochs (section 4.1: 300 for ViT-Small, 100 for ViT-Tiny)."""
     lr: PositiveFloat = 5e-4
     """Highest learning rate for each 256 images of `optim.global_batch_size`. It is reached after the warmup."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the learning rate from one layer to the one below it: the heads and the last norm have `lr`, a block has
+    this factor of the block above it, positions and the patch filter have the least. 1 means the same rate everywhere (BEiT,
+    for continued training; DINOv2: 0.9)."""
     min_lr: NonNegativeFloat = 1e-6
     """Learning rate at the end of the training. It is not scaled by the batch size."""
     warmup_epochs: NonNegativeFloat = 10

@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import ROOT, run_program
 
-from model.vit import ARCHS, ViT
+from model.architecture import ARCHS
+from model.vit import ViT
 from model.weights import about_backbone, load_backbone, loading_lines
 from runtime.checkpoint import save_backbone
 from runtime.metrics import MetricLogger

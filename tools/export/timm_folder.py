@@ -60,7 +60,7 @@ class Tokens(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.model.forward_features(images)
-        return tokens[:, 0], tokens[:, 1:]
+        return tokens[:, 0], tokens[:, self.model.num_prefix_tokens :]
 
 
 def export_onnx(model: nn.Module, size: int, path: Path) -> None:
