@@ -133,7 +133,7 @@ table1: ready $(of_paper) ## the paper's Table 1: all methods, trained and measu
 	@$(PY) -m tools.paper table1 $(if $(SCALE),--scale "$$SCALE") $(if $(SEEDS),--seeds "$$SEEDS") $(ARGS)
 
 tables: export STARTED_BY := make tables
-tables: ready $(of_paper) ## the paper's ablations [TABLE=table2|table3|figure5|locality|variants SCALE=small|paper SEEDS=n ARGS='--dry-run …']
+tables: ready $(of_paper) ## the paper's ablations [TABLE=table2|table3|figure5|locality|variants|continued SCALE=small|paper SEEDS=n ARGS='--dry-run …']
 	@$(PY) -m tools.paper $(if $(TABLE),"$$TABLE",all) $(if $(SCALE),--scale "$$SCALE") $(if $(SEEDS),--seeds "$$SEEDS") $(ARGS)
 
 eval: ready ## RUN=runs/…: k-NN and linear segmentation of a run, beside the same network untrained

@@ -334,7 +334,8 @@ def test_weights_that_someone_else_trained(scale, tiny_shards, tmp_path):
     [
         (
             ["tabel2"],
-            "tabel2: must be one of table1, table2, table3, figure5, locality, variants, all, did you mean 'table2'?",
+            "tabel2: must be one of table1, table2, table3, figure5, locality, variants, continued, all, "
+            "did you mean 'table2'?",
         ),
         (["table2", "table3"], "table2, table3: one table, or all"),
         (["all", "--scale", "large"], "--scale large: must be small or paper"),

@@ -1,12 +1,13 @@
 """The paper's tables: train what is missing, measure it, and show the paper's figures beside ours.
 
-    python -m tools.paper table1|table2|table3|figure5|locality|variants|all [--scale small|paper] [--seeds N] [--dry-run]
-        [--photos SHARDS VAL] [--voc FOLDER] [--rows NAME,...] [--weights ROW=FILE] [--measures NAME,...] [--jobs N]
-        [--gpus N|all] [--runs FOLDER] [--out FOLDER] [a.b=c ...]
+    python -m tools.paper table1|table2|table3|figure5|locality|variants|continued|all [--scale small|paper] [--seeds N]
+        [--dry-run] [--photos SHARDS VAL] [--voc FOLDER] [--rows NAME,...] [--weights ROW=FILE] [--measures NAME,...]
+        [--jobs N] [--gpus N|all] [--runs FOLDER] [--out FOLDER] [a.b=c ...]
 
 table1: methods (DINO, DenseDINO, Leopart, SwAV, MoCo-v2, DenseCL) and two controls. table2: view recipes. table3: loss
 terms. figure5: reference points of a pair. locality: width of the Gaussian prior on what a reference token attends to, and
-variants: other forms of that prior (neither is in the paper). all: all but table1 and variants.
+variants: other forms of that prior. continued: runs of DINO continued with reference tokens (none of the three is in the
+paper). all: all but table1, variants and continued.
 
 --scale small: the demo's network and painted scenes (configs/demo.yaml; other methods: configs/<method>_scenes.yaml), or
 with --photos, but not for table1, that of configs/photos64.yaml on these shards. --scale paper: ViT-Ti/16 as in the paper
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from tools.paper.runs import Scale, Selection
 
 ALL = ("table2", "table3", "figure5", "locality")  # what `all` means
-TABLES = ("table1", *ALL, "variants")
+TABLES = ("table1", *ALL, "variants", "continued")
 TABLE1 = "configs/densedino_vits16.yaml"  # at the paper scale
 CONFIGS = {"small": "configs/demo.yaml", "photos": "configs/photos64.yaml", "paper": "configs/densedino_vitti16.yaml"}
 PHOTOS64 = ["eval.seg_lr=0.1"]  # as the demo's: the published rate is for features of a large network
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "words",
         nargs="+",
         metavar="TABLE",
-        help=f"{', '.join(TABLES)}; all: all but table1 and variants; a.b=c: for every row",
+        help=f"{', '.join(TABLES)}; all: {', '.join(ALL)}; a.b=c: for every row",
     )
     parser.add_argument("--scale", default="small", help="small or paper (default: small)")
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: 3; paper scale: 1)")
