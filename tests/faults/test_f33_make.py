@@ -84,6 +84,7 @@ def echo(tmp_path) -> Clone:
         ("index", ["DST"]),
         ("eval", ["RUN"]),
         ("export", ["RUN", "DST"]),
+        ("features", ["RUN", "SRC", "OUT"]),
         ("bench WHAT=data", ["SHARDS", "OUT"]),
         ("bench WHAT=shards", ["SRC", "OUT"]),
         ("bench WHAT=checkpoint", ["CONFIG", "OUT"]),
