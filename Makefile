@@ -103,8 +103,8 @@ ready: $(READY)
 	$(if $(filter-out $(TORCH),$(kind)),$(error TORCH=$(TORCH): .venv has torch for $(kind); `make setup TORCH=$(TORCH)` replaces it))
 	@[ ! requirements.lock -nt $(READY) ] || echo "requirements.lock is newer than .venv: \`make setup\` updates it" >&2
 
-shards: ready ## SRC=photos/ DST=folder [SHARD_MB=256 ARGS='--resize-short 256 --quality 90']: photos -> shards
-	$(call need,SRC,a folder of photos or a tar)$(call need,DST,the folder to write shards into)
+shards: ready ## SRC='photos/ more.zip …' DST=folder [SHARD_MB=256 ARGS='--resize-short 256 --quality 90']: photos -> shards
+	$(call need,SRC,photos: a folder or tar or zip or Parquet or a table)$(call need,DST,the folder to write shards into)
 	@$(PY) -m tools.make_shards make "$$SRC" "$$DST" $(if $(SHARD_MB),--shard-mb "$$SHARD_MB") $(ARGS)
 
 verify: ready ## DST=folder: check the hash of every shard

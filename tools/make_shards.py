@@ -1,10 +1,11 @@
-"""Make, verify and index shards:  python -m tools.make_shards make SRC DST | verify DST | index DST
+"""Make, verify and index shards:  python -m tools.make_shards make SRC... DST | verify DST | index DST
 
-make    writes DST/shard-%06d.tar (plain WebDataset tars), index.npy, sources.txt and manifest.json from a folder of photos,
-        a tar of photos, a folder of class tars, or ImageNet's own tars (`pipeline/prepare/classes.py` and `class_tars.py`
-        say which photos have a class).
+make    writes DST/shard-%06d.tar (plain WebDataset tars), index.npy, sources.txt and manifest.json from photos: folders, tars
+        (compressed ones too), zips, Parquet, tables of paths, ImageNet's own tars, or other shards. Several sources become
+        one; equal names of classes are one class (`pipeline/prepare/sources.py` and `classes.py`).
 verify  reads every shard and lists each sample that is damaged or lost, and the photo that it was made from.
-index   writes manifest and index for WebDataset tars of other programs, and does not change the tars.
+index   writes manifest and index for WebDataset tars of other programs, and does not change the tars. --out writes them into
+        another folder.
 
 Every photo is decoded once, whole, so an index holds only photos that decode. An upright 8-bit JPEG keeps its bytes,
 everything else is converted to one (`pipeline/prepare/photo.py` says how); the manifest counts both by kind.
@@ -19,8 +20,10 @@ a shard gets its name only when it is complete, and manifest.json is written las
 """
 
 import argparse
+import glob
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -47,26 +50,15 @@ def main() -> int | None:
         one = commands.add_parser(command.__name__, help=what, allow_abbrev=False)
         one.set_defaults(command=command)
         if command is make:
-            one.add_argument(
-                "src",
-                type=Path,
-                help="a folder of photos, a tar of photos, a folder of class tars, or ImageNet's own tars",
+            sources = (
+                "folders, tars, zips, Parquet, shards or tables of photos; docs/reference/formats.md lists all kinds"
             )
+            one.add_argument("src", nargs="+", help=sources)
         one.add_argument("dst", type=Path, help="the folder of the shards")
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         one.add_argument("--processes", type=int, default=cpus, help="default: %(default)s, one per core")
         if command is not verify:
-            one.add_argument(
-                "--max-bad", type=float, default=0.01, help="share of photos that may be bad; default 0.01"
-            )
-            one.add_argument(
-                "--skip-broken",
-                action="store_true",
-                help="leave out tars that are empty, cut, compressed or damaged, and list them in rejected.jsonl",
-            )
-            one.add_argument(
-                "--max-pixels", type=int, default=MAX_PIXELS, help="of a source photo; default %(default)s"
-            )
+            _add_reading_options(one)
         if command is index:
             one.add_argument(
                 "--photo",
@@ -74,27 +66,78 @@ def main() -> int | None:
                 type=lambda key: key.lower().removeprefix("."),
                 help="the key of the photos, for example input.jpg; default: jpg, jpeg, png, webp",
             )
+            one.add_argument(
+                "--out",
+                type=Path,
+                help="write the index into this folder, with links to the tars; default: beside them",
+            )
         if command is make:
-            one.add_argument(
-                "--labels",
-                choices=("auto", "yes", "no"),
-                default="auto",
-                help="whether folders are classes; default auto",
-            )
-            one.add_argument(
-                "--devkit", type=Path, help="ILSVRC2012_devkit_t12.tar.gz; default: next to SRC, if it exists"
-            )
-            one.add_argument(
-                "--follow-links", action="store_true", help="read the files and folders that links lead to"
-            )
-            one.add_argument("--shard-mb", type=float, default=256.0, help="most MB of a shard; default 256")
-            one.add_argument("--seed", type=int, default=0, help="of the shuffle; default 0")
-            one.add_argument("--resize-short", type=int, help="resize photos whose short side has more pixels to this")
-            one.add_argument("--quality", type=int, default=95, help="of every JPEG that is encoded here; default 95")
+            _add_source_options(one)
+            _add_shard_options(one)
     options = parser.parse_args()
+    if options.command is make:
+        options.src = [path for text in options.src for path in _paths(text)]
     _check_numbers(options)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # paths may not be UTF-8
     return options.command(options)
+
+
+def _add_reading_options(one: argparse.ArgumentParser) -> None:
+    """Options of `make` and `index`."""
+    one.add_argument("--max-bad", type=float, default=0.01, help="share of photos that may be bad; default 0.01")
+    one.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out tars that are empty, cut, compressed or damaged, and list them in rejected.jsonl",
+    )
+    one.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="of a source photo; default %(default)s")
+    one.add_argument(
+        "--match", metavar="PATTERN", default="", help="only photos or files like this: 'train-*', 'cats/*'"
+    )
+
+
+def _add_source_options(one: argparse.ArgumentParser) -> None:
+    """Options that say what the sources hold."""
+    choices = ("auto", "yes", "no")
+    one.add_argument("--labels", choices=choices, default="auto", help="whether folders are classes; default auto")
+    one.add_argument("--devkit", type=Path, help="ILSVRC2012_devkit_t12.tar.gz; default: next to SRC, if it exists")
+    one.add_argument("--follow-links", action="store_true", help="read the files and folders that links lead to")
+    one.add_argument(
+        "--list", dest="listed", metavar="FILE", type=Path, help="only the photos of this table, with its labels"
+    )
+    one.add_argument(
+        "--label-file", metavar="FILE", type=Path, help="a table of photos and labels: CSV, TSV, JSON or text"
+    )
+    one.add_argument(
+        "--class-names", metavar="FILE", type=Path, help="names of the classes: one a line, or number and name"
+    )
+    one.add_argument(
+        "--photo", metavar="COLUMN", default="", help="of Parquet: the photos' bytes; default: image, img, ..."
+    )
+    one.add_argument(
+        "--label-column", dest="label", metavar="COLUMN", default="", help="of Parquet; default: label, class, ..."
+    )
+
+
+def _add_shard_options(one: argparse.ArgumentParser) -> None:
+    """Options of the shards that are written."""
+    one.add_argument("--shard-mb", type=float, default=256.0, help="most MB of a shard; default 256")
+    one.add_argument("--seed", type=int, default=0, help="of the shuffle; default 0")
+    one.add_argument("--resize-short", type=int, help="resize photos whose short side has more pixels to this")
+    one.add_argument("--quality", type=int, default=95, help="of every JPEG that is encoded here; default 95")
+
+
+def _paths(text: str) -> list[Path]:
+    """The sources that a word of the command line names: a path; or several with blanks between them, or a pattern, if there
+    is no such path (`make shards SRC='a.zip b.zip'`)."""
+    if os.path.exists(text):
+        return [Path(text)]
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quote without its end: a name
+        words = [text]
+    expanded = [found for word in words for found in (sorted(glob.glob(word)) or [word])]
+    return [Path(word) for word in expanded] if any(map(os.path.exists, expanded)) else [Path(text)]
 
 
 def _check_numbers(options: argparse.Namespace) -> None:

@@ -30,6 +30,21 @@ AGAIN = "copy or download it again"
 LONGEST = max(map(len, ARCHIVES))
 
 
+READ = ("gzip", "xz", "zstd", "bzip2", "zip")  # that `make` reads
+MAX_RATIO, BOMB_FLOOR = 200, 1 << 26  # times an archive's bytes, and bytes: what unpacks to more than both is a bomb
+
+
+def refuse_bomb(name: str, unpacked: int, packed: int) -> None:
+    """Raise UserError if an archive of so many bytes unpacks to far more than photos do."""
+    if unpacked > max(BOMB_FLOOR, MAX_RATIO * packed):
+        raise UserError(f"{name}: a bomb: its {packed:,} bytes unpack to {unpacked:,} or more, which no photos do")
+
+
+def stream_kind(path: Path) -> str:
+    """gzip, xz, zstd, bzip2, lz4 or zip, 7z, rar by a file's first bytes; "" for anything else."""
+    return _archive(path)[0]
+
+
 def fault(path: Path) -> str:
     """Why a file is no whole tar, as far as its two ends show it, and what helps; "" if nothing is wrong there.
 

@@ -14,6 +14,7 @@ from pipeline.prepare.kinds import ARCHIVE
 from pipeline.prepare.labels import LABEL_ENDINGS
 from pipeline.prepare.layout import make_command, word
 from pipeline.prepare.names import printable, splits_among
+from pipeline.prepare.record import Listing, Photo
 from pipeline.prepare.samples import split_key
 from pipeline.prepare.skipped import Skipped
 from pipeline.prepare.tar import Member, members
@@ -37,16 +38,7 @@ class ClassTar(NamedTuple):
         return self.name.rpartition("/")[2].removesuffix(".tar")
 
 
-class ClassTars(NamedTuple):
-    """photos: (name, offset, size, label, tar), sorted; tar is "" inside SRC itself, which is then the file."""
-
-    photos: list[tuple[str, int, int, int, str]]
-    classes: list[str]
-    summary: str
-    broken: list[dict]  # rows of rejected.jsonl: tars that were left out
-
-
-def in_tar(src: Path, inner: list[Member], labels: str, dst: str, skip_broken: bool, skipped: Skipped) -> ClassTars:
+def in_tar(src: Path, inner: list[Member], labels: str, dst: str, skip_broken: bool, skipped: Skipped) -> Listing:
     """The photos of a tar of tars. Raises UserError if they are not one class each, or if a tar is damaged and `skip_broken`
     is not set. dst: the shards' folder, for messages."""
     first = {m.name: m for m in reversed(inner)}  # of equal names the first
@@ -55,7 +47,7 @@ def in_tar(src: Path, inner: list[Member], labels: str, dst: str, skip_broken: b
     return _read_all(src, tars, labels, skip_broken, skipped, f"a tar of {len(tars)} tars")
 
 
-def in_folder(src: Path, names: list[str], labels: str, dst: str, skip_broken: bool, skipped: Skipped) -> ClassTars:
+def in_folder(src: Path, names: list[str], labels: str, dst: str, skip_broken: bool, skipped: Skipped) -> Listing:
     """As `in_tar`, of a folder of tars with these names below SRC."""
     tars = [ClassTar(name, src / name, 0, None) for name in sorted(names)]
     _refuse_parts(src, tars, labels, dst)
@@ -71,10 +63,8 @@ def in_folder(src: Path, names: list[str], labels: str, dst: str, skip_broken: b
     return _read_all(src, tars, labels, skip_broken, skipped, f"a folder of {len(tars)} tars")
 
 
-def _read_all(
-    src: Path, tars: list[ClassTar], labels: str, skip_broken: bool, skipped: Skipped, what: str
-) -> ClassTars:
-    photos: list[tuple[str, int, int, int, str]] = []
+def _read_all(src: Path, tars: list[ClassTar], labels: str, skip_broken: bool, skipped: Skipped, what: str) -> Listing:
+    photos: list[Photo] = []
     broken: list[dict] = []
     for label, tar in enumerate(tars):
         try:
@@ -89,9 +79,14 @@ def _read_all(
         if tar.path != src:
             _refuse_shard(tar, found, inside)
         file = "" if tar.path == src else tar.name
-        photos += [(f"{tar.label}/{m.name}", m.offset, m.size, label if labels != "no" else -1, file) for m in found]
+        for m in found:
+            place = f"{tar.name}/{m.name}"
+            photos.append(
+                Photo(f"{tar.label}/{m.name}", m.offset, m.size, label if labels != "no" else -1, file, shown=place)
+            )
     classes = [] if labels == "no" else [printable(tar.label) for tar in tars]
-    return ClassTars(sorted(photos), classes, f"{what}, {'no classes' if labels == 'no' else 'one class each'}", broken)
+    summary = f"{what}, {'no classes' if labels == 'no' else 'one class each'}"
+    return Listing(sorted(photos), summary, classes, broken=broken)
 
 
 def _read(tar: ClassTar, skipped: Skipped) -> tuple[list[Member], list[Member]]:

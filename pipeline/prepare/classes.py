@@ -3,7 +3,8 @@
 Where to look: SRC; or, while a folder holds nothing but one folder, that one (`images/<class>/`, `ILSVRC/Data/CLS-LOC/`). A
 tar is looked at as a folder is.
 
-auto   The folders there are the classes if all photos are in them and there are at least two. Otherwise there are none.
+auto   Photos named by ImageNet's synsets, all directly in one folder (`n01440764_10026.JPEG`): the synsets are the classes.
+       The folders there are the classes if all photos are in them and there are at least two. Otherwise there are none.
        Several splits (train, val, test..., in any form), or folders of masks beside photos, are refused.
        ILSVRC2012_val photos: the devkit's ground truth; classes are the sorted synsets, as for the training photos. Without
        the devkit: no classes.
@@ -25,6 +26,7 @@ from runtime.errors import UserError
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 MAX_DEVKIT_MEMBER = 1 << 26  # bytes
+SYNSET = re.compile(r"(?:ILSVRC2012_val_\d{8}_)?(n\d{8})(?:_\d+)?(?:_n\d{8})?\.\w+")  # a flat photo's name
 
 
 SHOWN_CLASSES = 5  # before the work begins
@@ -51,10 +53,28 @@ def label_photos(src: Path, names: list[str], labels: str, devkit: Path | None, 
     """Labels of photos with these sorted names below SRC; dst: the shards' folder, for messages. Raises UserError if they
     cannot be labeled as asked."""
     folder = names[0][: names[0].rfind("/") + 1]
+    if labels != "no" and (synsets := _synsets(names, folder, at_least=1 if labels == "yes" else 2)):
+        refuse_devkit(src, devkit)
+        classes = sorted(set(synsets))
+        position = {synset: i for i, synset in enumerate(classes)}
+        count = f"{len(classes):,} {'class' if len(classes) == 1 else 'classes'}"
+        summary = f"{count}: the synsets in the photos' names (--labels no: no classes)"
+        return Labels([position[synset] for synset in synsets], classes, summary, folder)
     if all(name.startswith(f"{folder}ILSVRC2012_val_") for name in names):
         return _imagenet_validation(src, folder, names, labels, devkit)
     refuse_devkit(src, devkit)
     return _folders_as_classes(src, names, labels, dst)
+
+
+def _synsets(names: list[str], folder: str, at_least: int) -> list[str]:
+    """The synset in the name of each photo, if all lie directly in this folder and have one; otherwise none."""
+    found = []
+    for name in names:
+        match = SYNSET.fullmatch(name, len(folder))
+        if not match:
+            return []
+        found.append(match[1])
+    return found if len(set(found)) >= at_least else []
 
 
 def refuse_devkit(src: Path, devkit: Path | None) -> None:

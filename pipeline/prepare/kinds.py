@@ -1,21 +1,22 @@
 """What a file is, by its first bytes. Endings lie: photos come without one, and iPhones' HEIC files as `.jpg`."""
 
+import importlib.util
+from functools import cache
+
+from PIL import features
+
 from pipeline.prepare.archives import ARCHIVE_ENDINGS, ARCHIVES
 from pipeline.prepare.names import ending
 
 HEAD = 264  # bytes of a file that `kind_of` looks at
 PHOTOS = ("JPEG", "PNG", "WebP", "GIF", "TIFF", "BMP")  # `make` reads them
-PICTURES = (
-    "HEIC",
-    "AVIF",
-    "JPEG 2000",
-    "JPEG XL",
-    "camera raw",
-    "PSD",
-    "OpenEXR",
-    "PNM",
-    "DICOM",
-)  # nothing here reads them
+# pictures that are no photos for a reader
+PICTURES = ("HEIC", "AVIF", "JPEG 2000", "JPEG XL", "camera raw", "PSD", "OpenEXR", "PNM", "DICOM")
+INSTALL = {  # those that `make` converts where Pillow reads them: what makes it read them
+    "HEIC": "`.venv/bin/python -m pip install pillow-heif` makes HEIC readable",
+    "AVIF": "`.venv/bin/python -m pip install 'pillow>=11.3'` makes AVIF readable",
+    "JPEG 2000": "`.venv/bin/python -m pip install --force-reinstall pillow` brings one that reads JPEG 2000",
+}
 ARCHIVE = "archive"
 
 _RAW_ENDINGS = {".dng", ".nef", ".nrw", ".arw", ".sr2", ".srw", ".pef", ".3fr", ".iiq", ".dcr", ".kdc", ".erf", ".rwl"}
@@ -70,10 +71,24 @@ def kind_of(head: bytes, name: str) -> str:
     return ""
 
 
+@cache
+def readable(kind: str) -> bool:
+    """Whether `make` converts pictures of this kind here: HEIC with pillow-heif, AVIF and JPEG 2000 with most Pillows."""
+    if kind == "HEIC":
+        return importlib.util.find_spec("pillow_heif") is not None
+    return kind in ("AVIF", "JPEG 2000") and bool(features.check("avif" if kind == "AVIF" else "jpg_2000"))
+
+
+def is_photo(kind: str) -> bool:
+    return kind in PHOTOS or readable(kind)
+
+
 def unread_reason(data: bytes, name: str) -> str:
     """Why a photo cannot be read, if its bytes are of a format that nothing here reads: an iPhone's HEIC named `x.jpg`."""
     kind = kind_of(data, name)
-    return f"it is {kind}, which is not read; convert it to JPEG" if kind in PICTURES else ""
+    if kind not in PICTURES or readable(kind):
+        return ""
+    return f"it is {kind}, which is not read; convert it to JPEG" + (f", or {INSTALL[kind]}" if kind in INSTALL else "")
 
 
 def is_palette_png(head: bytes) -> bool:

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from shlex import quote
 
+from pipeline.prepare.archives import stream_kind
 from pipeline.prepare.names import in_command, masks_among, printable, split_of, splits_among
 from pipeline.shards import plural
 from runtime.errors import UserError
@@ -14,9 +15,12 @@ SHOWN = 3  # folders in a message
 
 
 def make_command(src: Path, folder: str, dst: str) -> str:
-    """The command that makes shards of one folder of SRC; a tar is unpacked for it."""
+    """The command that makes shards of one folder of SRC; a tar is unpacked for it, and of a compressed
+    archive the photos that match are taken."""
     if src.is_dir():
         return f"`make shards SRC={word(f'{src}/{folder}')} DST={word(dst)}`"
+    if stream_kind(src):
+        return f"`make shards SRC={word(str(src))} DST={word(dst)} ARGS=\"--match '{printable(folder)}/*'\"`"
     out = src.with_suffix("")
     if out.is_file():  # as a tar without an ending is
         out = src.with_name(f"{src.name}-photos")

@@ -33,13 +33,16 @@ from pipeline.prepare.folder import (
 from pipeline.prepare.kinds import unread_reason
 from pipeline.prepare.names import printable
 from pipeline.prepare.photo import decode_error, limit_pixels, prepare
-from pipeline.prepare.sources import Photo, Source, SourceIndex, Unreadable, list_photos
+from pipeline.prepare.reading import Reader, Unreadable
+from pipeline.prepare.record import Ask, Photo, Root, SourceIndex
+from pipeline.prepare.sources import describe, list_photos
 from pipeline.prepare.work import MB, Progress, parallel_map
 from pipeline.random import hash64, permute
 from pipeline.shards import Shards, plural
 from runtime.errors import UserError
 from runtime.files import sync
 
+UNPACKED = "unpacked"  # in the work folder: what sources without offsets hold
 KEPT = "finished shards are kept, the same command resumes"
 
 
@@ -58,13 +61,12 @@ class Settings:
 class Job(NamedTuple):
     """One shard to be made. Its photos are known in advance, so shards can be made in any order."""
 
-    src: Path
+    roots: list[Root]
     dst: Path
     name: str
     photos: list[Photo]
     first: int  # number of its first photo; samples are named by their number
     settings: Settings
-    follow_links: bool
 
 
 class Totals(NamedTuple):
@@ -79,7 +81,7 @@ def make_shard(job: Job) -> Totals:
     limit_pixels(settings.max_pixels)
     record = ShardRecord(job.name, 0, "", [], Counter())
     draft = job.dst / WORK / f"{job.name}.{os.getpid()}.draft"
-    with draft.open("wb", buffering=1 << 20) as file, closing(Source(job.src, job.follow_links)) as source:
+    with draft.open("wb", buffering=1 << 20) as file, closing(Reader(job.roots)) as source:
         shard = ShardFile(file)
         for number, photo in enumerate(job.photos, job.first):
             data = b""
@@ -90,7 +92,7 @@ def make_shard(job: Job) -> Totals:
                 raise UserError("out of memory; fewer --processes or a smaller --max-pixels need less") from None
             except Exception as error:  # Pillow can raise anything for a malformed photo
                 reason = unread_reason(data, photo.name) or decode_error(error)
-                record.rejected.append({"source": photo.place, "reason": reason})
+                record.rejected.append({"source": source.place(photo), "reason": reason})
                 record.unread += isinstance(error, Unreadable)
                 continue
             (record.kept if prepared.kept else record.converted)[prepared.kind] += 1
@@ -99,7 +101,7 @@ def make_shard(job: Job) -> Totals:
                 shard.add(f"{number:08d}.cls", b"%d" % photo.label)
             crc = zlib.crc32(prepared.data)
             record.rows.append((offset, len(prepared.data), prepared.height, prepared.width, photo.label, crc))
-            record.sources.append(f"{number:08d}\t{photo.place}")
+            record.sources.append(f"{number:08d}\t{source.place(photo)}")
         shard.close()
     if record.rows:
         os.replace(draft, job.dst / job.name)
@@ -122,26 +124,17 @@ def _read_record(job: Job) -> ShardRecord:
 
 def make(options: argparse.Namespace) -> None:
     """Make DST's shards from SRC's photos, or resume making them."""
-    src, dst = options.src.resolve(), options.dst.resolve()
+    sources, dst = [src.resolve() for src in options.src], options.dst.resolve()
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
-    if dst.is_relative_to(src) or src.is_relative_to(dst):
-        raise UserError(f"DST {options.dst} is inside SRC {options.src}, or SRC inside DST; give a DST outside SRC")
+    for given, src in zip(options.src, sources, strict=True):
+        if dst.is_relative_to(src) or src.is_relative_to(dst):
+            raise UserError(f"DST {options.dst} is inside SRC {given}, or SRC inside DST; give a DST outside SRC")
     if not os.path.exists(dst / "manifest.json"):  # unlike Path's, also false in a folder that cannot be entered
         require_writable(dst, "give another DST")  # before a million photos are listed
-    try:
-        source = list_photos(
-            src,
-            options.labels,
-            options.devkit,
-            follow_links=options.follow_links,
-            skip_broken=options.skip_broken,
-            dst=str(options.dst),
-        )
-    except OSError as error:
-        raise UserError(f"{printable(str(error.filename or src))}: cannot be read: {error.strerror}") from None
+    source = _list(options, sources, dst)
     total = sum(p.size for p in source.photos)
     print(f"{plural(len(source.photos), 'photo')}, {total / MB:,.0f} MB; {printable(source.summary)}")
-    for line in source.describe(options.src, options.dst):
+    for line in describe(source, options.dst):
         print(line)
     sys.stdout.flush()
     task = {
@@ -157,7 +150,7 @@ def make(options: argparse.Namespace) -> None:
                 f"{dst}: already complete: {plural(len(complete), 'sample')} in {plural(len(complete.shards), 'shard')}"
             )
             return
-        jobs = plan_shards(source, src, dst, settings, options.follow_links)
+        jobs = plan_shards(source, dst, settings)
         missing = sum(not (dst / job.name).exists() for job in jobs)
         require_writable(dst, "give a larger --shard-mb", files=2 * missing + 8)
         _begin_or_resume(dst, task)
@@ -165,13 +158,31 @@ def make(options: argparse.Namespace) -> None:
         try:
             totals = _make_shards(jobs, options.processes, options.max_bad)
             if totals.bad == totals.photos:
-                raise UserError(f"{src}: none of its photos is valid; {dst}/rejected.jsonl says why")
+                raise UserError(f"{source.origin}: none of its photos is valid; {dst}/rejected.jsonl says why")
         except BaseException:  # whatever ends it, what was found is listed
             write_rejected(dst, source.broken + _rejected(jobs))
             raise
         records = (_read_record(job) for job in jobs)
         head = {**task, "classes": source.classes}
-        write_folder(dst, records, head, printable(str(src)), source.skipped, source.broken)
+        write_folder(dst, records, head, printable(source.origin), source.skipped, source.broken)
+
+
+def _list(options: argparse.Namespace, sources: list[Path], dst: Path) -> SourceIndex:
+    """The photos of all sources. What was unpacked for it is deleted if they cannot be used."""
+    unpacked = dst / WORK / UNPACKED
+    asked = {f.name: getattr(options, f.name) for f in fields(Ask) if hasattr(options, f.name)}
+    try:
+        return list_photos(sources, Ask(**asked | {"dst": str(options.dst), "work": unpacked}))
+    except BaseException as error:
+        if unpacked.exists() and not isinstance(error, KeyboardInterrupt):
+            shutil.rmtree(unpacked)
+            for folder in (unpacked.parent, dst):
+                with suppress(OSError):  # it holds something else
+                    folder.rmdir()
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            where = printable(str(error.filename or sources[0]))
+            raise UserError(f"{where}: cannot be read: {error.strerror}") from None
+        raise
 
 
 def _refuse_other(dst: Path, saved: dict, current: dict) -> None:
@@ -201,12 +212,14 @@ def _begin_or_resume(dst: Path, task: dict) -> None:
             f"{dst}: holds tars of another program; give another DST, or write their index with "
             f"`make index DST={quote(str(dst))}`"
         )
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    for stale in work.glob("*"):
+        if stale.name != UNPACKED:
+            stale.unlink()
+    work.mkdir(exist_ok=True)
     replace_file(saved, json.dumps(task).encode())
 
 
-def plan_shards(source: SourceIndex, src: Path, dst: Path, settings: Settings, follow_links: bool = False) -> list[Job]:
+def plan_shards(source: SourceIndex, dst: Path, settings: Settings) -> list[Job]:
     """Shuffle the photos and split them into shards of about the same size, at most `shard_mb` plus one photo."""
     n = len(source.photos)
     shuffled = [source.photos[i] for i in permute(np.arange(n), n, hash64(settings.seed, "shards"))]
@@ -217,7 +230,7 @@ def plan_shards(source: SourceIndex, src: Path, dst: Path, settings: Settings, f
     shard_of = (np.cumsum(in_tar) - in_tar) * shards // in_tar.sum()
     bounds = np.searchsorted(shard_of, np.arange(shards + 1))
     return [
-        Job(src, dst, f"shard-{i:06d}.tar", shuffled[a:b], int(a), settings, follow_links)
+        Job(source.roots, dst, f"shard-{i:06d}.tar", shuffled[a:b], int(a), settings)
         for i, (a, b) in enumerate(itertools.pairwise(bounds))
         if a < b
     ]

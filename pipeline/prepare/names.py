@@ -1,5 +1,6 @@
 """Names of source files and folders: photos, splits, what systems leave behind; and how a name is printed."""
 
+import fnmatch
 import os
 import re
 from collections.abc import Iterable
@@ -32,6 +33,15 @@ _NAMES_OF_MASKS = {
     "annotations", "trimaps", "segmentations", "segmentationclass", "segmentationobject", "segmentationclassaug",
     "groundtruth", "groundtruths", "gt", "gts", "gtfine", "gtcoarse", "stuffthingmaps", "labelids",
 }  # fmt: skip
+
+
+# of formats that are converted where a package reads them (kinds.py)
+CONVERTED_ENDINGS = (".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jpf", ".jpx")
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a path or its last part matches a pattern as a shell has them; everything matches an empty one."""
+    return not pattern or any(fnmatch.fnmatchcase(n, pattern) for n in (name, name.rpartition("/")[2]))
 
 
 def has_photo_ending(name: str) -> bool:

@@ -5,7 +5,8 @@ resolution (4:4:4). The readers' decoder (pipeline/decode.py) decodes and judges
   EXIF rotation                  applied to the pixels
   transparency                   composited over white
   a JPEG's end                   zeros and line ends before it removed, a missing one added: decoders complain of them
-TIFF, BMP and GIF are converted too; of all formats the first frame. Modes that `decode.to_8_bits` refuses are refused.
+TIFF, BMP and GIF are converted too, and HEIC, AVIF and JPEG 2000 where a package reads them; of all formats the first
+frame. Modes that `decode.to_8_bits` refuses are refused.
 A photo in a tar of another program is kept unchanged or refused (`inspect_existing`). docs/reference/formats.md has both as
 one table.
 """
@@ -20,8 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from pipeline import decode
+from pipeline.prepare.kinds import HEAD, kind_of, readable
 
 OTHER_FORMATS = ("TIFF", "BMP", "GIF")  # that `make shards` converts, and no reader decodes
+BY_PACKAGES = {"AVIF": "AVIF", "JPEG 2000": "JPEG2000", "HEIC": "HEIF"}  # those too, where it can: Pillow's names
 MAX_SIDE = 65500  # pixels: libjpeg's limit
 ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {  # by the tag's value, how pixels become upright
@@ -128,7 +131,14 @@ def inspect_existing(data: bytes) -> tuple[Image.Image, str]:
 
 
 def _open_other(data: bytes) -> Image.Image:
-    """Pillow's image of a TIFF, BMP or GIF, of which only the header has been read."""
+    """Pillow's image of another format, of which only the header has been read."""
+    kind = kind_of(data[:HEAD], "")
+    if kind in BY_PACKAGES and readable(kind):
+        if kind == "HEIC":
+            import pillow_heif  # the extra `sources`
+
+            pillow_heif.register_heif_opener()
+        return Image.open(io.BytesIO(data), formats=(BY_PACKAGES[kind],))
     try:
         return Image.open(io.BytesIO(data), formats=OTHER_FORMATS)
     except UnidentifiedImageError:

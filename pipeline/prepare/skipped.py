@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 
 from pipeline.prepare.archives import unpack
-from pipeline.prepare.kinds import ARCHIVE, PICTURES
+from pipeline.prepare.kinds import ARCHIVE, INSTALL, PICTURES
 from pipeline.prepare.names import ending, printable, split_order
 from pipeline.shards import PHOTO_SUFFIXES, plural
 
@@ -50,6 +50,12 @@ class Skipped:
         else:
             last = ending(name)
             self.add(name, f"{last} files" if last else "files without ending", "its first bytes are not a photo's")
+
+    def remove(self, names: Collection[str]) -> None:
+        """Files that were counted as skipped, and are a source of photos after all."""
+        chosen = set(names)
+        self.counts -= Counter(row["kind"] for row in self.listed if row["source"] in chosen)
+        self.listed = [row for row in self.listed if row["source"] not in chosen]
 
     def joints(self, tar: str) -> list[int]:
         """The list in `joined` of a tar, to be filled."""
@@ -177,11 +183,13 @@ def convert_command(pictures: Counter[str], src: Path, in_tars: bool = False) ->
     so that it replaces no file."""
     endings = {kind.rpartition(" ")[2] for kind in pictures}
     named = " -o ".join(f"-iname {quote(f'*{e}')}" for e in sorted(endings) if e.startswith("."))
+    kinds = {kind for kind in INSTALL for found in pictures if found.startswith(kind)}
+    install = "".join(f"{INSTALL[kind]}; or " for kind in sorted(kinds))
     if in_tars or not src.is_dir() or not named:
-        return "convert them to JPEG first, for example with ImageMagick's `magick`"
+        return f"{install}convert them to JPEG first, for example with ImageMagick's `magick`"
     if " -o " in named:
         named = rf"\( {named} \)"
     return (
-        rf"convert them to JPEG, then make the shards into a new DST: `find {quote(str(src))} {named} "
+        rf"{install}convert them to JPEG, then make the shards into a new DST: `find {quote(str(src))} {named} "
         r"-exec magick {} -auto-orient -quality 95 {}.jpg \;`"
     )

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.prepare.kinds import HEAD, PHOTOS, kind_of
+from pipeline.prepare.kinds import HEAD, is_photo, kind_of
 from pipeline.prepare.names import folder_to_skip, has_photo_ending, is_hidden, printable, skipped_folder
+from pipeline.prepare.record import Photo
 from pipeline.prepare.skipped import READ_BEFORE, Skipped
 from pipeline.prepare.tar import Member
 
@@ -34,12 +35,23 @@ def photos_in_tar(
             yield m
         else:
             kind = kind_of(os.pread(tar.fileno(), min(m.size, HEAD), m.offset), m.name)
-            if kind in PHOTOS:
+            if is_photo(kind):
                 yield m
             elif m.name.endswith(".tar"):
                 tars.append(m)
             else:
                 skipped.add_file(name, kind)
+
+
+def without_duplicates(found: list[Photo], skipped: Skipped) -> list[Photo]:
+    """Sorted photos, of equal names only the first: a tar or zip can hold a name twice."""
+    unique: list[Photo] = []
+    for photo in found:
+        if unique and photo.name == unique[-1].name:
+            skipped.add(photo.name, "duplicate names", "the source holds another member of this name before it")
+        else:
+            unique.append(photo)
+    return unique
 
 
 def photos_in_folder(
@@ -99,7 +111,7 @@ def _begins_as_photo(path: str, name: str, tars: list[str], skipped: Skipped) ->
         if not is_tar:  # of a tar, class_tars.py says it
             skipped.add(name, "unreadable files", f"cannot be opened: {error.strerror}")
             return False
-    if kind in PHOTOS:
+    if is_photo(kind):
         return True
     if is_tar:
         tars.append(name)

@@ -11,7 +11,8 @@ from pictures import encoded, photo, pixels, tar_of, tree
 from PIL import Image
 
 from pipeline.prepare.names import split_of, splits_among
-from pipeline.prepare.sources import list_photos
+from pipeline.prepare.record import Ask
+from pipeline.prepare.sources import describe, list_photos
 from pipeline.shards import Shards
 from runtime.errors import UserError
 
@@ -31,13 +32,13 @@ def photos_of(*names: str) -> dict[str, bytes]:
 
 def lines(src: Path, labels: str = "auto") -> str:
     """What `make` prints before the work begins."""
-    found = list_photos(src, labels, dst=f"{src}-shards")
-    return "\n".join([found.summary, *found.describe(src, Path(f"{src}-shards"))]) + "\n"
+    found = list_photos([src], Ask(labels, dst=f"{src}-shards"))
+    return "\n".join([found.summary, *describe(found, Path(f"{src}-shards"))]) + "\n"
 
 
 def refused(src: Path, labels: str = "auto") -> str:
     with pytest.raises(UserError) as error:
-        list_photos(src, labels, dst=f"{src}-shards")
+        list_photos([src], Ask(labels, dst=f"{src}-shards"))
     return str(error.value)
 
 
@@ -252,7 +253,7 @@ def test_class_folders_that_hold_folders(tmp_path: Path) -> None:
     output = lines(src)
     assert "warning: 1 of 2 class folders hold folders (a: abbey, airfield)" in output
     shell(output.split("`")[1].partition(" && make")[0])
-    made = list_photos(Path(f"{src}-classes"), follow_links=True)
+    made = list_photos([Path(f"{src}-classes")], Ask(follow_links=True))
     assert made.classes == ["abbey", "airfield", "bar"]
     tree(src, photos_of("b/abbey/4.jpg"))  # the links' names would collide
     assert "give each a folder of its own" in lines(src)
@@ -326,7 +327,7 @@ NO_MASKS = (
 @pytest.mark.parametrize("names", NO_MASKS, ids=", ".join)
 def test_classes_with_words_for_masks(names: tuple[str, ...], tmp_path: Path) -> None:
     src = tree(tmp_path / "src", {f"{name}/{i}.png": encoded(pixels(i), "PNG") for name in names for i in (1, 2)})
-    assert list_photos(src).classes == sorted(names)
+    assert list_photos([src]).classes == sorted(names)
 
 
 @pytest.mark.fault("F23")

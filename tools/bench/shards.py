@@ -26,25 +26,26 @@ from PIL import Image
 
 from pipeline.prepare.folder import WORK
 from pipeline.prepare.make import Job, Settings, make_shard, plan_shards
-from pipeline.prepare.sources import Source, list_photos
+from pipeline.prepare.reading import Reader
+from pipeline.prepare.sources import list_photos
 from pipeline.prepare.work import MB, init_worker
 from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
 
 
 def decode_only(job: Job) -> None:
     """Read and decode a shard's photos, and write nothing."""
-    with closing(Source(job.src)) as source:
+    with closing(Reader(job.roots)) as source:
         for photo in job.photos:
             Image.open(BytesIO(source.read(photo, at_most=1 << 30)), formats=("JPEG",)).load()
 
 
 def measure(src: Path, dst: Path, processes: int, photos: int, rounds: int) -> dict[str, Any]:
     """Images per second of both, per round. SRC's photos are repeated until there are `photos` of them."""
-    listing = list_photos(src.resolve(), "auto")
+    listing = list_photos([src.resolve()])
     listing.photos = (listing.photos * (photos // len(listing.photos) + 1))[:photos]
     size = sum(p.size for p in listing.photos)
     settings = Settings(size / MB / (4 * processes), 0, "auto", None, 95, 10**8)  # four shards for every process
-    jobs = plan_shards(listing, src.resolve(), dst, settings)
+    jobs = plan_shards(listing, dst, settings)
     speed: dict[str, list[float]] = {"decode": [], "make": []}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=init_worker) as pool:
