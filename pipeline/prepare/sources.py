@@ -35,8 +35,10 @@ from pipeline.prepare.zips import list_zip
 from pipeline.shards import plural
 from runtime.errors import UserError, suggest
 
+AUTO = Ask()
 
-def list_photos(sources: Sequence[Path], ask: Ask = Ask()) -> SourceIndex:
+
+def list_photos(sources: Sequence[Path], ask: Ask = AUTO) -> SourceIndex:
     """All photos of these sources, with their classes. Raises UserError if one has none, or holds several splits; OSError
     if one cannot be read."""
     _refuse_overlap(sources)
@@ -141,7 +143,7 @@ def _list_table(src: Path, skipped: Skipped) -> Listing:
         photos.append(Photo(row.photo, 0, path.stat().st_size, file=str(path.absolute())))
     label_of, classes = tables.classes_of([row.label for row in rows])
     photos = [photo._replace(label=label) for photo, label in zip(photos, label_of, strict=True)]
-    summary = f"photos of a table, {plural(len(classes), 'class')}".replace("classs", "classes")
+    summary = f"photos of a table, {len(classes):,} {'class' if len(classes) == 1 else 'classes'}"
     return Listing(sorted(photos), summary, classes, str(src.parent)) if classes else Listing(sorted(photos))
 
 
@@ -168,7 +170,7 @@ def _choose(src: Path, listing: Listing, ask: Ask) -> None:
 
 def _label(root: Root, listing: Listing, ask: Ask, skipped: Skipped, labels: str) -> None:
     """Labels by the names of folders, and warnings about them."""
-    src, names = root.path, [p.name for p in listing.photos]
+    src = root.path
     listing.photos = without_duplicates(listing.photos, skipped)
     names = [p.name for p in listing.photos]
     labeled = label_photos(src, names, labels, ask.devkit, ask.dst)

@@ -21,19 +21,8 @@ from pipeline.prepare.names import ENDINGS, printable
 from runtime.errors import UserError, suggest, suggest_path
 
 PATHS = (
-    "path",
-    "file_name",
-    "filename",
-    "file",
-    "filepath",
-    "image_path",
-    "image",
-    "img",
-    "photo",
-    "name",
-    "image_id",
-    "id",
-)
+    "path", "file_name", "filename", "file", "filepath", "image_path", "image", "img", "photo", "name", "image_id", "id",
+)  # fmt: skip
 LABELS = ("label", "labels", "class", "class_name", "cls", "target", "category", "species", "breed", "y")
 MAX_TABLE = 1 << 30  # bytes
 KINDS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".lst", ".list")
@@ -62,9 +51,7 @@ def read_table(path: Path) -> list[Row]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}{suggest_path(path)}") from None
     except UnicodeDecodeError:
-        raise UserError(
-            f"{path}: a table of photos is text in UTF-8: CSV, TSV, JSON, or a path and a label a line"
-        ) from None
+        raise UserError(f"{path}: a table of photos is UTF-8: CSV, TSV, JSON, or a path and a label a line") from None
     except (ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path}: not a table of photos: {error}") from None
     if not rows:
@@ -137,8 +124,8 @@ def _label(line: int, value: Any) -> str | int | None:
 
 
 def classes_of(values: Sequence[Any], names: Sequence[str] = ()) -> tuple[list[int], list[str]]:
-    """(position in the classes of each label, -1 for none; the classes). Numbers are positions: their classes are `names`, or
-    the numbers. Otherwise the classes are the texts in sorted order."""
+    """(position in the classes of each label, -1 for none; the classes). Numbers are positions: their classes are `names`,
+    or the numbers. Otherwise the classes are the texts in sorted order."""
     texts = ["" if value is None else printable(str(value).strip()) for value in values]
     given = sorted({text for text in texts if text})
     if all(re.fullmatch(r"-?\d{1,9}", text) for text in given):

@@ -1,6 +1,6 @@
 """A zip of photos, read where it lies: its members are stored or deflated one by one, so each has an offset.
 
-Names that lead out (`../x`), links, hidden files and the folders of file systems are skipped, as in a tar. A zip of which any
+Names that lead out (`../x`), links, hidden files and the folders of file systems are skipped, as in a tar. A zip of which a
 photo is encrypted, or which claims to unpack to far more bytes than it has, is refused as a whole.
 """
 
