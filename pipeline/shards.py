@@ -280,7 +280,7 @@ def _no_manifest(folder: Path) -> str:
     made = [path.parent for path in itertools.islice(folder.glob("*/manifest.json"), 4)]
     if made:
         return f"{no_shards}, but in {' and '.join(sorted(map(str, made)))}: name one of them"
-    if _has_photos(folder):
+    if has_photos(folder):
         beside = folder.with_name(f"{folder.name}-shards") if folder.name else folder.absolute().with_name("shards")
         if (beside / "manifest.json").is_file():
             return f"photos, not shards, which seem to be in {beside}"
@@ -292,7 +292,7 @@ def _word(path: str | Path) -> str:
     return shlex.quote(str(path))
 
 
-def _has_photos(folder: Path) -> bool:
+def has_photos(folder: Path) -> bool:
     """Whether a folder, or one inside it, holds photos: judged by some thousand names."""
     names = (name for _, _, files in os.walk(folder) for name in files)
     return any(name.lower().endswith(PHOTO_SUFFIXES) for name in itertools.islice(names, 5000))

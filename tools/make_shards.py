@@ -1,8 +1,8 @@
 """Make, verify and index shards:  python -m tools.make_shards make SRC... DST | verify DST | index DST
 
 make    writes DST/shard-%06d.tar (plain WebDataset tars), index.npy, sources.txt and manifest.json from photos: folders,
-        tars (compressed ones too), zips, Parquet, tables of paths, ImageNet's own tars, or other shards. Several sources become
-        one; equal names of classes are one class (`pipeline/prepare/sources.py` and `classes.py`).
+        tars (compressed ones too), zips, Parquet, tables of paths, ImageNet's own tars, or other shards. Several sources
+        become one; equal names of classes are one class (`pipeline/prepare/sources.py` and `classes.py`).
 verify  reads every shard and lists each sample that is damaged or lost, and the photo that it was made from.
 index   writes manifest and index for WebDataset tars of other programs, and does not change the tars. --out writes them into
         another folder.

@@ -3,7 +3,8 @@
     python -m tools.pretrain [--run FOLDER] [--method NAME] [--shards SHARDS] [--val SHARDS] [--gpus N|all] [--restarts N]
         CONFIG [words of train.py ...]
 
-An empty value is as if it were not given. Paths are taken as they are, not as YAML. Several processes are started after
+An empty value is as if it were not given. Paths are taken as they are, not as YAML. SHARDS may be a folder of photos: its
+shards are made first, once, into the cache (photo_shards.py). Several processes are started after
 `train.py --check` has found nothing wrong, so that a wrong input is reported once and in seconds. The trainer replaces this
 program, so that signals reach it.
 """
@@ -93,6 +94,14 @@ def main(argv: list[str] | None = None) -> int:
     for word in args.words:
         if word.startswith("run.folder="):
             raise UserError(f"ARGS='{word}': the run folder is given as RUN={word.partition('=')[2]}")
+    trains = not {"--dry-run", "--check", "--help", "-h"} & {*args.words}
+    for name in ("shards", "val"):
+        given = getattr(args, name)
+        if given and os.path.isdir(given) and not os.path.exists(os.path.join(given, "manifest.json")):
+            from tools.photo_shards import is_photo_folder, shards_of
+
+            if is_photo_folder(given):
+                setattr(args, name, shards_of(name.upper(), given, make=trains))
     words = [*overrides(args), *args.words]
     program = [sys.executable, "train.py", args.config, *words]
     if processes == 1 and not restarts:

@@ -3,48 +3,42 @@
 import difflib
 import json
 import os
-import shutil
 import zlib
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import file_digest
 from pathlib import Path
 from shlex import quote
 from typing import BinaryIO, NamedTuple
 
-from pipeline.prepare.archives import (
-    AGAIN,
-    compressed_tars,
-    describe_archive,
-    fault,
-    first_archive,
-    left_out,
-    list_tars,
-    unpack_tars,
-)
+from pipeline.prepare.archives import AGAIN, fault, left_out
 from pipeline.prepare.classes import describe_classes
 from pipeline.prepare.folder import (
     WORK,
     ShardRecord,
     allowed_bad,
     folder_lock,
+    replace_file,
     require_writable,
     write_folder,
     write_rejected,
 )
 from pipeline.prepare.kinds import unread_reason
 from pipeline.prepare.labels import Written, read_label, resolve_labels
-from pipeline.prepare.names import in_command, printable, splits_among
+from pipeline.prepare.names import printable
 from pipeline.prepare.photo import decode_error, inspect_existing, limit_pixels
 from pipeline.prepare.samples import PHOTO_ENDINGS, Sample, group
 from pipeline.prepare.skipped import Skipped, index_warnings, joined_tars
 from pipeline.prepare.tar import members
+from pipeline.prepare.tar_choice import choose_tars, describe_broken, link_tars, require_own_folder
 from pipeline.prepare.work import Progress, parallel_map
 from pipeline.shards import ORIGIN, SOURCES, plural
 from runtime.errors import UserError
+
+RESUMES = "what was read is kept, the same command resumes"
 
 
 @dataclass
@@ -59,24 +53,24 @@ class TarRecord(ShardRecord):
 def index(options: Namespace) -> None:
     """Write manifest and index for the tars in a folder."""
     dst = options.dst
-    tars = _tars_in(dst, options.skip_broken)
-    here, new = quote(str(dst.resolve())), quote(f"data/{dst.resolve().name}")
-    files = " ".join(f"{here}/*{suffix}" for suffix in sorted({tar.suffix for tar in tars}))
-    links = f"links to the tars do as well: `mkdir -p {new} && ln -s {files} {new} && make index DST={new}`"
-    require_writable(dst, links)
+    tars = choose_tars(dst, options.skip_broken, options.match)
+    out = options.out or dst
+    if options.out:
+        require_own_folder(out, tars)
+    args = quote(f"--out {quote(f'data/{dst.resolve().name}')}")
+    require_writable(out, f"write the index elsewhere: `make index DST={quote(str(dst.resolve()))} ARGS={args}`")
     rejected: list[dict] = []
-    with folder_lock(dst, "nothing was changed; the same command begins again"):
+    with folder_lock(out, RESUMES):
         try:
             records = _index_tars(options, tars, rejected)
         except BaseException:  # whatever ends it, what was found is listed
             if rejected:
-                write_rejected(dst, rejected)
-                shutil.rmtree(dst / WORK)
+                write_rejected(out, rejected)
             raise
         usable, skipped = [r for r in records if not r.broken], Skipped()
         for record in usable:
             skipped.update(record.skipped)
-        classes = _set_labels(dst, usable, skipped)
+        classes = _set_labels(out, usable, skipped)
         head = {
             "source": {"tars": len(usable)},
             "settings": {"photo": options.photo} if options.photo else {},
@@ -85,7 +79,10 @@ def index(options: Namespace) -> None:
         labels = Counter(row[4] for record in usable for row in record.rows)
         for line in _describe_labels(classes, labels):
             print(line)
-        write_folder(dst, usable, head, _keep_sources(dst, usable), skipped, _rows_of_broken(records))
+        origin = _keep_sources(dst, usable)
+        if options.out:
+            link_tars(out, [dst / record.name for record in usable])
+        write_folder(out, usable, head, origin, skipped, _rows_of_broken(records))
         for line in joined_tars(skipped):
             print(line)
         labeled = labels.total() - labels[-1]
@@ -100,85 +97,48 @@ def index(options: Namespace) -> None:
             )
 
 
-def _tars_in(dst: Path, skip_broken: bool) -> list[Path]:
-    """The tars of a folder, compressed ones too if they are to be left out. Raises UserError if there are none, if they
-    cannot be indexed together, or if `make` has not finished there."""
-    if not dst.is_dir():
-        archive = describe_archive(dst) if dst.is_file() else ""
-        what = archive or (
-            "is a file; give the folder of the tars: " + str(dst.parent) if dst.exists() else "no such folder"
-        )
-        raise UserError(f"{dst}: {what}")
-    if (dst / WORK / "task").exists():
-        raise UserError(f"{dst}: holds an unfinished `make`; run the same `make` command again to finish it")
-    tars = list_tars(dst)
-    if not tars:
-        other = "; ".join(left_out(dst)) or "`make shards SRC=photos/ DST=shards/` makes shards from photos"
-        raise UserError(f"{dst}: no *.tar here{first_archive(dst) or f'; {other}'}")
-    _refuse_splits(dst, [tar.name for tar in tars])
-    compressed = compressed_tars(dst)
-    if compressed and not skip_broken:
-        first = compressed[0][0]
-        raise UserError(
-            f"{first}: compressed, and would be left out of the index ({plural(len(compressed), 'such file')}): "
-            f"`{unpack_tars(compressed)}`, then the same command again; {_skip_broken(dst)}"
-        )
-    return sorted(tars + [path for path, _ in compressed])
-
-
-def _refuse_splits(dst: Path, names: list[str]) -> None:
-    """Raise UserError if the names of the tars are of several splits."""
-    splits = splits_among(names)
-    if splits:
-        found = [f"{split} ({plural(len(names), 'tar')}, {names[0]} first)" for split, names in splits.items()]
-        split, names = next(iter(splits.items()))
-        into = quote(str(dst / split))
-        raise UserError(
-            f"{dst} holds tars of several splits: {', '.join(found)}; give each a folder of its own: `mkdir {into} && "
-            f"mv {in_command(dst, names, '.tar')} {into} && make index DST={into}`"
-        )
-
-
-def _skip_broken(dst: Path) -> str:
-    """The end of a message: how to continue without the tars that it names."""
-    return f"or index the others: `make index DST={quote(str(dst))} ARGS=--skip-broken`"
-
-
 def _index_tars(options: Namespace, tars: list[Path], rejected: list[dict]) -> list[TarRecord]:
     """The records of all tars, in order. Bad photos and broken tars are added to `rejected` as they are found.
 
     Raises UserError for broken tars, unless --skip-broken, and if more than --max-bad of the photos are bad.
     """
-    dst = options.dst
+    dst, out = options.dst, options.out or options.dst
     faults = {tar.name: why for tar in tars if (why := _fault(tar))}  # in the first second, before anything is decoded
     records = {name: TarRecord(name, 0, "", [], Counter(), broken=why) for name, why in faults.items()}
     rejected += _rows_of_broken(records.values())
     if faults and not options.skip_broken:
-        raise UserError(_refuse_broken(dst, rejected, len(tars)))
-    jobs = [TarJob(tar, options.max_pixels, options.photo) for tar in tars if tar.name not in faults]
+        raise UserError(describe_broken(dst, rejected, len(tars)))
+    jobs = [TarJob(tar, out, options.max_pixels, options.photo) for tar in tars if tar.name not in faults]
+    before = {job.path.name: record for job in jobs if (record := _read_record(job))}
+    if before:
+        print(f"resuming: {len(before)} of {plural(len(tars), 'tar')} read before", flush=True)
+    for record in before.values():
+        rejected += record.rejected
+    records |= before
+    jobs = [job for job in jobs if job.path.name not in before]
     with (
         Progress("indexing", sum(job.path.stat().st_size for job in jobs)) as progress,
-        closing(parallel_map(index_tar, jobs, options.processes, "nothing was changed")) as results,
+        closing(parallel_map(index_tar, jobs, options.processes, RESUMES)) as results,
     ):
         for record in results:
             records[record.name] = record
             rejected += _rows_of_broken([record]) + record.rejected
             if record.broken and not options.skip_broken:
-                raise UserError(_refuse_broken(dst, _rows_of_broken([record]), len(tars)))
+                raise UserError(describe_broken(dst, _rows_of_broken([record]), len(tars)))
             progress.step(len(record.rows), record.bytes)
     in_order = [records[tar.name] for tar in tars]
     rejected[:] = _rows_of_broken(in_order) + [row for r in in_order for row in r.rejected]
     if all(record.broken for record in in_order):
-        raise UserError(_refuse_broken(dst, _rows_of_broken(in_order), len(tars)))
+        raise UserError(describe_broken(dst, _rows_of_broken(in_order), len(tars)))
     bad, samples = sum(len(r.rejected) for r in in_order), sum(len(r.rows) for r in in_order)
     if bad > allowed_bad(options.max_bad, bad + samples):
         first = next(r.rejected[0] for r in in_order if r.rejected)
         raise UserError(
             f"{dst}: {bad} of {bad + samples} samples are bad, more than --max-bad {options.max_bad:g}; the first one is "
-            f"{first['source']}: {first['reason']}; {dst}/rejected.jsonl lists all of them"
+            f"{first['source']}: {first['reason']}; {out}/rejected.jsonl lists all of them; {RESUMES}"
         )
     if not samples:
-        raise UserError(f"{dst}: no valid photo in its tars; {dst}/rejected.jsonl says why")
+        raise UserError(f"{dst}: no valid photo in its tars; {out}/rejected.jsonl says why")
     return in_order
 
 
@@ -191,16 +151,6 @@ def _fault(tar: Path) -> str:
 
 def _rows_of_broken(records: Iterable[TarRecord]) -> list[dict]:
     return [{"source": r.name, "reason": r.broken} for r in records if r.broken]
-
-
-def _refuse_broken(dst: Path, broken: list[dict], tars: int) -> str:
-    """The message for tars that cannot be used: each with its reason, and the command that continues without them."""
-    listed = "; ".join(f"{row['source']}: {row['reason']}" for row in broken[:3])
-    more = f"; and {len(broken) - 3} more ({dst}/rejected.jsonl lists all)" if len(broken) > 3 else ""
-    skip = f"; {_skip_broken(dst)}" if tars > len(broken) else ""
-    if len(broken) == 1:
-        return f"{dst}/{listed}{skip}"
-    return f"{dst}: {len(broken)} of {plural(tars, 'tar')} cannot be used: {listed}{more}{skip}"
 
 
 def _keep_sources(dst: Path, records: list[TarRecord]) -> str:
@@ -257,6 +207,7 @@ class TarJob(NamedTuple):
     """One tar to be indexed. photo: as in samples.group."""
 
     path: Path
+    out: Path  # the folder of the index
     max_pixels: int
     photo: str | None
 
@@ -264,7 +215,7 @@ class TarJob(NamedTuple):
 def index_tar(job: TarJob) -> TarRecord:
     """The record of an existing tar, with `broken` set if it cannot be used. Every photo is decoded once, so that only
     photos that decode are indexed."""
-    path, max_pixels, key = job
+    path, _, max_pixels, key = job
     limit_pixels(max_pixels)
     record = TarRecord(path.name, 0, "", [], Counter())
     endings = Counter[str]()
@@ -281,7 +232,33 @@ def index_tar(job: TarJob) -> TarRecord:
         record.broken = f"{error}; {AGAIN}".removeprefix(": ")
     except OSError as error:
         record.broken = f"cannot be read: {error.strerror}; {AGAIN}"
-    return TarRecord(path.name, record.bytes, "", [], Counter(), broken=record.broken) if record.broken else record
+    if record.broken:
+        return TarRecord(path.name, record.bytes, "", [], Counter(), broken=record.broken)
+    replace_file(_record_path(job), json.dumps([_identity(job), asdict(record)]).encode())
+    return record
+
+
+def _record_path(job: TarJob) -> Path:
+    return job.out / WORK / f"{job.path.name}.json"
+
+
+def _identity(job: TarJob) -> list:
+    """What a record depends on."""
+    found = job.path.stat()
+    return [str(job.path.resolve()), found.st_size, found.st_mtime_ns, job.max_pixels, job.photo]
+
+
+def _read_record(job: TarJob) -> TarRecord | None:
+    """The record that a run before this one has made of the tar as it is now."""
+    try:
+        identity, saved = json.loads(_record_path(job).read_bytes())
+        if identity != _identity(job):
+            return None
+        skipped, labels = Skipped(**saved.pop("skipped")), [Written(*w) for w in saved.pop("labels")]
+        skipped.counts, kept = Counter(skipped.counts), Counter(saved.pop("kept"))
+        return TarRecord(**saved, kept=kept, labels=labels, skipped=skipped)
+    except (OSError, ValueError, TypeError, KeyError):  # none, or of another version
+        return None
 
 
 def _index_sample(record: TarRecord, tar: BinaryIO, sample: Sample, max_pixels: int) -> None:

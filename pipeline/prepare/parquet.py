@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from pipeline.prepare.archives import AGAIN, refuse_bomb
+from pipeline.prepare.kinds import HEAD, kind_of
 from pipeline.prepare.names import matches, printable, split_of, splits_among
 from pipeline.prepare.record import Ask, Listing, Photo
 from pipeline.prepare.skipped import Skipped
@@ -102,7 +103,8 @@ def _unpack(
                     at = out.tell()
                     refuse_bomb(str(path), at + len(photo) - begin, path.stat().st_size)
                     require_room(src, ask.work, len(photo))
-                    inside = inside if inside and inside not in seen else f"{row:06d}"
+                    if not inside or inside in seen:
+                        inside = f"{row:06d}-{inside.rpartition('/')[2]}" if inside else f"{row:06d}{_ending(photo)}"
                     seen.add(inside)
                     out.write(photo)
                     about.append((f"{name}/{inside}" if name else inside, at, len(photo), label))
@@ -110,6 +112,11 @@ def _unpack(
     for name, *_ in (row for row in about if row[2] == 0):
         skipped.add(name, "rows without bytes", "its photo is null, or a path to a file that is not opened")
     return [row for row in about if row[2]], stored
+
+
+def _ending(photo: bytes) -> str:
+    kind = kind_of(photo[:HEAD], "")
+    return ".jpg" if kind == "JPEG" else f".{kind.lower().replace(' ', '-')}" if kind else ""
 
 
 def _rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[bytes, str, Any]]:

@@ -222,15 +222,15 @@ def _label_by_table(index: SourceIndex, ask: Ask) -> None:
     """Labels from a table; with a list, only its photos."""
     path = ask.label_file or ask.listed
     assert path is not None
-    names = [p.name for p in index.photos]
+    names, sources = _names_and_sources(index)
     if ask.listed:
         listed = tables.read_table(ask.listed)
-        found = tables.match(listed, names)
+        found = tables.match(listed, names, sources)
         tables.refuse_missing(ask.listed, listed, found, names, all_rows=True)
         index.photos = [p for p, row in zip(index.photos, found.row_of, strict=True) if row]
-        names = [p.name for p in index.photos]
+        names, sources = _names_and_sources(index)
     rows = tables.read_table(path)
-    found = tables.match(rows, names)
+    found = tables.match(rows, names, sources)
     tables.refuse_missing(path, rows, found, names, all_rows=False)
     if ask.label_file and all(row.label is None for row in rows):
         raise UserError(f"{path}: no labels in it; a table has columns `path,label`, or a path and a label a line")
@@ -249,6 +249,10 @@ def _label_by_table(index: SourceIndex, ask: Ask) -> None:
     index.photos = [p._replace(label=label) for p, label in zip(index.photos, label_of, strict=True)]
     index.classes = classes
     index.summary = f"{len(classes):,} {'class' if len(classes) == 1 else 'classes'} from {path}"
+
+
+def _names_and_sources(index: SourceIndex) -> tuple[list[str], list[Path]]:
+    return [p.name for p in index.photos], [index.roots[p.root].path for p in index.photos]
 
 
 def describe(index: SourceIndex, dst: Path) -> list[str]:

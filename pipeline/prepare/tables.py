@@ -145,14 +145,15 @@ class Match(NamedTuple):
     unused: list[Row]
 
 
-def match(rows: Sequence[Row], names: Sequence[str]) -> Match:
-    """Which row is of which photo."""
+def match(rows: Sequence[Row], names: Sequence[str], sources: Sequence[Path]) -> Match:
+    """Which row is of which photo. sources: of each photo; the paths of a table may begin with its name, or be absolute."""
     exact = {row.photo.removeprefix("./").lstrip("/"): row for row in rows}
     bases = Counter(name.rpartition("/")[2] for name in names)
     row_of = []
-    for name in names:
-        base = name.rpartition("/")[2]
-        keys = [name, name.rpartition(".")[0]] + ([base, base.rpartition(".")[0]] if bases[base] == 1 else [])
+    for name, src in zip(names, sources, strict=True):
+        base, below = name.rpartition("/")[2], str(src).lstrip("/")
+        keys = [name, name.rpartition(".")[0], f"{src.name}/{name}", f"{below}/{name}"]
+        keys += [base, base.rpartition(".")[0]] if bases[base] == 1 else []
         row_of.append(next((exact[key] for key in keys if key in exact), None))
     used = {row.line for row in row_of if row}
     return Match(row_of, [row for row in rows if row.line not in used])
