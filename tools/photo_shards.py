@@ -2,8 +2,8 @@
 
     ~/.cache/densedino/shards/photos-<hash of its path>-<hash of its photos>
 
-`$XDG_CACHE_HOME` moves the cache. The second hash is of the photos' names, sizes and times of change, so a changed folder has
-other shards, in another folder. Nothing is deleted here: the line about the change has the command.
+`$XDG_CACHE_HOME` moves the cache. The second hash is of the photos' names, sizes and times of change, so a changed folder
+has other shards, in another folder. Nothing is deleted here: the line about the change has the command.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ def is_photo_folder(text: str) -> bool:
 
 
 def shards_of(variable: str, text: str, make: bool) -> str:
-    """The folder of the shards of these photos, which are made first if they are not there. variable: SHARDS or VAL, which is
-    this folder. Raises UserError if they would have to be made and `make` is not set; exits with the code of the program that
-    makes them, if that fails."""
+    """The folder of the shards of these photos, which are made first if they are not there. variable: SHARDS or VAL, which
+    is this folder. Raises UserError if they would have to be made and `make` is not set. If the program that makes them
+    fails, exits with its code."""
     photos = Path(text).resolve()
     files = _files(photos)
     cache = default_cache() / "shards"

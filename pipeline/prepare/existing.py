@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import file_digest
 from pathlib import Path
 from shlex import quote
@@ -234,7 +234,9 @@ def index_tar(job: TarJob) -> TarRecord:
         record.broken = f"cannot be read: {error.strerror}; {AGAIN}"
     if record.broken:
         return TarRecord(path.name, record.bytes, "", [], Counter(), broken=record.broken)
-    replace_file(_record_path(job), json.dumps([_identity(job), asdict(record)]).encode())
+    replace_file(
+        _record_path(job), json.dumps([_identity(job), vars(record) | {"skipped": vars(record.skipped)}]).encode()
+    )
     return record
 
 

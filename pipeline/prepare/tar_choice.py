@@ -49,11 +49,11 @@ def _refuse_splits(dst: Path, names: list[str]) -> None:
     if splits:
         found = [f"{split} ({plural(len(names), 'tar')}, {names[0]} first)" for split, names in splits.items()]
         split, names = next(iter(splits.items()))
-        pattern = quote(f"--match {quote(os.path.commonprefix(names) + '*')}")  # noqa: RUF071
+        pattern = quote(f"{os.path.commonprefix(names).removesuffix('.tar')}*")  # noqa: RUF071  # of letters
         into = quote(str(dst / split))
         raise UserError(
             f"{dst} holds tars of several splits: {', '.join(found)}; give each a folder of its own: `mkdir {into} && "
-            f"mv {in_command(dst, names, '.tar')} {into} && make index DST={into}`; or take one of them: ARGS={pattern}"
+            f'mv {in_command(dst, names, ".tar")} {into} && make index DST={into}`; or take one of them: ARGS="--match {pattern}"'
         )
 
 
