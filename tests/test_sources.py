@@ -239,7 +239,7 @@ def test_flat_names_of_synsets(form: str, tool: Callable[..., tuple[str, str]], 
     output, _ = tool("make", src, tmp_path / "dst", "--class-names", tmp_path / "synsets.txt")
     assert "2 classes: the synsets in the photos' names" in output
     assert {label for _, label in samples(tmp_path / "dst").values()} == {"tench, Tinca", "crane"}
-    assert tool("make", src, tmp_path / "none", "--labels", "no")[0].count("no classes")
+    assert tool("make", src, tmp_path / "none", "--labels", "no")[0].count("0 classes")
 
 
 # ---- conversion
@@ -326,9 +326,11 @@ def test_hostile_sources(case: str, tool: Callable[..., tuple[str, str]], tmp_pa
 def test_members_of_a_zip_that_are_not_read(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     """Names that lead out, links, equal names, a size that lies, changed bytes: listed, and the others are read."""
     path = tmp_path / "p.zip"
-    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as opened:
-        for name in ("a/1.jpg", "../up.jpg", "a/1.jpg", "__MACOSX/a/._1.jpg"):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as opened:
+        for name in ("a/1.jpg", "../up.jpg", "__MACOSX/a/._1.jpg"):
             opened.writestr(name, photo(1))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            opened.writestr("a/1.jpg", photo(1))
         link = zipfile.ZipInfo("a/link.jpg")
         link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
         opened.writestr(link, "/etc/passwd")

@@ -5,7 +5,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from shlex import quote
 
-from pipeline.prepare.archives import READ, STREAM_ENDINGS, first_archive, stream_kind, unpack_outer
+from pipeline.prepare.archives import READ, STREAM_ENDINGS, compressed_tars, first_archive, stream_kind, unpack_outer
 from pipeline.prepare.kinds import is_palette_png
 from pipeline.prepare.layout import make_command, word
 from pipeline.prepare.names import ENDINGS, printable, splits_among
@@ -91,7 +91,7 @@ def no_photos(src: Path, skipped: Skipped, dst: str) -> str:
         hint = f"; links are not followed: {FOLLOW}"
     elif skipped.archives() and not src.is_dir():
         hint = f"; {unpack_outer(src)}"
-    elif src.is_dir() and (archives := _archives(src)):
+    elif src.is_dir() and len(compressed_tars(src)) < 2 and (archives := _archives(src)):
         sources = word(" ".join(archives)) if len(archives) > 1 else archives[0]
         hint = f"; its archives can be SRC: `make shards SRC={sources} DST={word(dst)}`"
     elif src.is_dir() and (archive := first_archive(src)):

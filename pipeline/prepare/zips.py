@@ -65,10 +65,10 @@ def _photo(file: BinaryIO, src: Path, info: zipfile.ZipInfo, skipped: Skipped) -
 
 def _why_skipped(name: str, info: zipfile.ZipInfo) -> tuple[str, str]:
     """(kind, reason) of a member that is skipped by its name or header; two empty texts if it is not."""
-    if why := skipped_folder(name)[1]:
-        return why, "not looked into"
     if ".." in name.split("/"):
         return "unsafe names", "not read from a zip"
+    if why := skipped_folder(name)[1]:
+        return why, "not looked into"
     if info.create_system == UNIX and stat.S_ISLNK(info.external_attr >> 16):
         return "links", "not read from a zip"
     if is_hidden(name.rpartition("/")[2]):
