@@ -53,7 +53,8 @@ def _refuse_splits(dst: Path, names: list[str]) -> None:
         into = quote(str(dst / split))
         raise UserError(
             f"{dst} holds tars of several splits: {', '.join(found)}; give each a folder of its own: `mkdir {into} && "
-            f'mv {in_command(dst, names, ".tar")} {into} && make index DST={into}`; or take one of them: ARGS="--match {pattern}"'
+            f"mv {in_command(dst, names, '.tar')} {into} && make index DST={into}`; or take one of them: "
+            f'ARGS="--match {pattern}"'
         )
 
 

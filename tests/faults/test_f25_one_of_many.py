@@ -177,8 +177,8 @@ def packed(kind: str, folder: Path) -> bytes:
     ],
 )
 def test_a_compressed_archive(name, kind, command, tool, tmp_path, monkeypatch):
-    """What `make` reads, a folder that holds it names; else it is named with the exact command, as for `index`, and the command
-    works."""
+    """What `make` reads, a folder that holds it names; else it is named with the exact command, as for `index`, and the
+    command works."""
     (tmp_path / "in").mkdir()
     monkeypatch.chdir(tmp_path / "in")
     data = packed(kind, tmp_path)
