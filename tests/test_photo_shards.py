@@ -18,7 +18,7 @@ def test_made_once_and_again_after_a_change(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     photos = tree(tmp_path / "my photos", {f"{c}/{i}.jpg": photo(i) for c in "ab" for i in range(3)})
     assert is_photo_folder(str(photos))
-    with pytest.raises(UserError, match="6 photos, and no shards of them yet; `make shards SRC='.*/my photos' DST="):
+    with pytest.raises(UserError, match=r"6 photos, and no shards of them yet; `make shards SRC='.*/my photos' DST="):
         shards_of("SHARDS", str(photos), make=False)
     assert not (tmp_path / "cache").exists()
 
