@@ -224,7 +224,7 @@ def test_damaged_photos_are_named_and_not_numbers(network, folder, tmp_path, cap
     main(["embed", str(network), str(folder), str(good)])
     names = names_of(good)
     (folder / names[3]).write_bytes((folder / names[3]).read_bytes()[:200])
-    (folder / names[5]).write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 300)
+    (folder / names[5]).write_bytes(b"\0\0\0\x0cJXL \r\n\x87\n" + b"\0" * 300)
     (folder / "notes.txt").write_text("no photo")
     main(["embed", str(network), str(folder), str(out), "--features", "cls,patches"])
     cls, expected = read(out, "cls"), read(good, "cls")
@@ -234,7 +234,7 @@ def test_damaged_photos_are_named_and_not_numbers(network, folder, tmp_path, cap
     assert np.abs(cls[sound] - expected[sound]).max() < 1e-5
     damaged = json.loads((out / "features.json").read_text())["damaged"]
     assert [(row["row"], row["photo"]) for row in damaged] == [(3, names[3]), (5, names[5])]
-    assert "HEIC" in damaged[1]["why"]
+    assert "JPEG XL" in damaged[1]["why"]
     printed = capsys.readouterr().out
     assert "2 damaged photos with NaN rows" in printed
     assert names[3] in printed

@@ -26,7 +26,7 @@ from pipeline.prepare.folder import (
     write_folder,
     write_rejected,
 )
-from pipeline.prepare.kinds import unread_reason
+from pipeline.prepare.kinds import INSTALL, readable, unread_reason
 from pipeline.prepare.labels import Written, read_label, resolve_labels
 from pipeline.prepare.names import printable
 from pipeline.prepare.photo import decode_error, inspect_existing, limit_pixels
@@ -292,7 +292,7 @@ def _no_photos(tar: Path, key: str | None, endings: Counter[str], skipped: Skipp
         chosen = difflib.get_close_matches(key or "", likely, 1) or likely
         args = quote(f"--photo {chosen[0]}")
         return f"{what}; `make index DST={quote(str(tar.parent))} ARGS={args}` takes {chosen[0]}"
-    if any(kind.startswith(("GIF", "TIFF", "BMP")) for kind in skipped.counts):
+    if any(kind.startswith(("GIF", "TIFF", "BMP", *filter(readable, INSTALL))) for kind in skipped.counts):
         shards = tar.parent.with_name(f"{tar.parent.resolve().name}-shards")
         return f"{what}; `make shards SRC={quote(str(tar))} DST={quote(str(shards))}` converts them"
     return f"{what}; convert them to JPEG and pack them again" if skipped.pictures() else what

@@ -93,9 +93,9 @@ def test_pictures_of_other_formats_are_named(kind: str, tmp_path: Path) -> None:
 @pytest.mark.fault("F24")
 @pytest.mark.fast
 def test_a_phone_folder(tmp_path: Path) -> None:
-    """Thirty JPEGs beside sixty HEIC, five JPEG XL, three JPEGs without an ending, and other things."""
-    files = {f"{i}.jpg": photo(i) for i in range(30)} | {f"IMG_{i}.HEIC": iso(b"heic") for i in range(60)}
-    files |= {f"{i}.jxl": KINDS["JPEG XL"][1] for i in range(5)} | {f"DSC_{i}": photo(i + 30) for i in range(3)}
+    """Thirty JPEGs beside sixty JPEG XL, five PSD, three JPEGs without an ending, and other things."""
+    files = {f"{i}.jpg": photo(i) for i in range(30)} | {f"IMG_{i}.JXL": KINDS["JPEG XL"][1] for i in range(60)}
+    files |= {f"{i}.psd": KINDS["PSD"][1] for i in range(5)} | {f"DSC_{i}": photo(i + 30) for i in range(3)}
     files |= {
         "notes.txt": b"BM and other text",
         "clip.mov": b"\0\0\0\x14ftypqt  ",
@@ -107,41 +107,42 @@ def test_a_phone_folder(tmp_path: Path) -> None:
     lines = make(src).splitlines()
     assert lines[0].startswith("33 photos, ")
     assert lines[1] == "by their first bytes, not by their ending: 3 (no ending 3)"
-    kinds = "HEIC .heic 60, JPEG XL .jxl 5"
+    kinds = "JPEG XL .jxl 60, PSD .psd 5"
     others = {"archive .zip 1", ".txt files 1", ".mov files 1", "hidden files 1"}
     start, _, rest = lines[2].partition(f"skipped 69 ({kinds}, ")
     assert (start, set(rest.partition(")")[0].split(", "))) == ("", others)
     assert lines[3].startswith(
-        f"warning: 65 of 98 pictures are in formats that are not read: 65 ({kinds}); {INSTALL['HEIC']}; or convert them"
+        f"warning: 65 of 98 pictures are in formats that are not read: 65 ({kinds}); convert them"
     )
-    assert rf"`find {src} \( -iname '*.heic' -o -iname '*.jxl' \) -exec magick " in lines[3]
+    assert rf"`find {src} \( -iname '*.jxl' -o -iname '*.psd' \) -exec magick " in lines[3]
     assert lines[4] == (
         "warning: 1 (archive .zip 1) not opened: old.zip; if they hold photos, unpack them first: "
         f"`unzip -q {src}/old.zip -d {src}/old`"
     )
     assert len(listed(dst)) == 69
-    assert Shards(dst).manifest["skipped"]["HEIC .heic"] == 60
+    assert Shards(dst).manifest["skipped"]["JPEG XL .jxl"] == 60
     assert {photo(i + 30) for i in range(3)} < set(labels_of(dst))
 
 
 def test_below_one_percent_there_is_no_warning(tmp_path: Path) -> None:
-    files = {f"{i}.jpg": photo(i % 9) for i in range(100)} | {"IMG.HEIC": iso(b"heic")}
+    files = {f"{i}.jpg": photo(i % 9) for i in range(100)} | {"IMG.JXL": KINDS["JPEG XL"][1]}
     output = make(tree(tmp_path / "src", files))
-    assert "skipped 1 (HEIC .heic 1); " in output
+    assert "skipped 1 (JPEG XL .jxl 1); " in output
     assert "warning" not in output
 
 
 def test_converted_pictures_are_no_loss(tmp_path: Path) -> None:
     """After the command of the warning. A JPEG of the same name may be another photo."""
     src = tree(
-        tmp_path / "src", {f"{i}.heic": iso(b"heic") for i in range(3)} | {"0.heic.jpg": photo(0), "1.jpg": photo(1)}
+        tmp_path / "src",
+        {f"{i}.jxl": KINDS["JPEG XL"][1] for i in range(3)} | {"0.jxl.jpg": photo(0), "1.jpg": photo(1)},
     )
-    assert "warning: 2 of 4 pictures are in formats that are not read: 2 (HEIC .heic 2)" in make(src)
+    assert "warning: 2 of 4 pictures are in formats that are not read: 2 (JPEG XL .jxl 2)" in make(src)
 
 
 def test_only_pictures_of_other_formats(tmp_path: Path) -> None:
-    error = make(tree(tmp_path / "src", {f"{i}.heic": iso(b"heic") for i in range(3)}), expect=2)
-    assert f"no photos here (found: 3 HEIC .heic); {INSTALL['HEIC']}; or convert them to JPEG" in error
+    error = make(tree(tmp_path / "src", {f"{i}.jxl": KINDS["JPEG XL"][1] for i in range(3)}), expect=2)
+    assert "no photos here (found: 3 JPEG XL .jxl); convert them to JPEG" in error
 
 
 ODD = {"JPEG": "", "PNG": ".bin", "WEBP": ".image", "GIF": "", "TIFF": ".dat", "BMP": ".x"}
