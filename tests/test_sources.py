@@ -185,6 +185,26 @@ def test_shards_as_a_source(tool: Callable[..., tuple[str, str]], tmp_path: Path
     assert samples(tmp_path / "again") == expected(PHOTOS)
     assert len(Shards(tmp_path / "again").shards) > 2
     assert Shards(tmp_path / "again").source(0).startswith(f"{tmp_path}/photos/")
+    tool("make", tmp_path / "photos/ash", tmp_path / "none")
+    assert "--labels yes: " in tool("make", tmp_path / "none", tmp_path / "x", "--labels", "yes")[1]
+
+
+def test_what_was_unpacked_does_not_stay(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    """Beside complete shards: after the same command, and after one with other settings."""
+    src, dst = write(tmp_path / "p.tar.gz", gzip.compress(tar_of(FEW))), tmp_path / "dst"
+    tool("make", src, dst)
+    before = sorted(os.listdir(dst))
+    assert "already complete: 8 samples" in tool("make", src, dst)[0]
+    assert "made with other settings: seed" in tool("make", src, dst, "--seed", "1")[1]
+    assert sorted(os.listdir(dst)) == before
+
+
+def test_a_list_of_paths_alone(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    """The classes are the folders in the paths."""
+    tree(tmp_path, FEW | {"l.txt": "\n".join(list(FEW)[:6]).encode()})
+    assert tool("make", tmp_path / "l.txt", tmp_path / "dst")[1] == ""
+    assert samples(tmp_path / "dst") == expected(dict(list(FEW.items())[:6]))
+    assert Shards(tmp_path / "dst").source(0).startswith(f"{tmp_path}/{Shards(tmp_path / 'dst').sources()[0]}")
 
 
 def test_several_sources(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:

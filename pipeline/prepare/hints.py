@@ -12,6 +12,7 @@ from pipeline.prepare.names import ENDINGS, printable, splits_among
 from pipeline.prepare.reading import Reader, Unreadable
 from pipeline.prepare.record import Photo, Root
 from pipeline.prepare.skipped import FOLLOW, Skipped, convert_command
+from pipeline.prepare.tables import is_table
 from pipeline.shards import plural
 
 LABEL_FILES = (".txt", ".csv", ".tsv", ".json", ".mat", ".xml")
@@ -73,12 +74,13 @@ def warn_of_samples(src: Path, photos: list[str], skipped: Skipped, dst: str) ->
 def warn_of_labels(src: Path, skipped: Skipped) -> list[str]:
     """A warning if a file may hold the labels of photos that get none: `val_annotations.txt`, `imagelabels.mat`."""
     names = [row["source"] for row in skipped.listed if row["source"].lower().endswith(LABEL_FILES)]
-    names = [name for name in names if re.search("label|annot|class|truth", name.rpartition("/")[2].lower())]
+    names = [name for name in names if re.search("label|annot|class|truth|metadata", name.rpartition("/")[2].lower())]
     if not names or len(names) > MAX_LABEL_FILES:  # more are not of all photos, but of one each
         return []
+    table = f"if it is a table of photos and labels, ARGS={word(f'--label-file {src}/{names[0]}')} reads it; or "
     return [
-        f"{src}/{names[0]} may hold labels, which are not read; if it is a table of photos and labels, "
-        f"ARGS={word(f'--label-file {src}/{names[0]}')} reads it; or put the photos of each class into a folder of its own"
+        f"{src}/{names[0]} may hold labels, which are not read; {table if src.is_dir() and is_table(Path(names[0])) else ''}"
+        "for classes, put the photos of each into a folder of its own"
     ]
 
 

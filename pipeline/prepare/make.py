@@ -143,9 +143,9 @@ def make(options: argparse.Namespace) -> None:
     }
     with folder_lock(dst, KEPT):
         if (dst / "manifest.json").exists():
+            shutil.rmtree(dst / WORK, ignore_errors=True)
             complete = Shards(dst)  # raises if a shard is missing
             _refuse_other(dst, complete.manifest, task)
-            shutil.rmtree(dst / WORK, ignore_errors=True)
             print(
                 f"{dst}: already complete: {plural(len(complete), 'sample')} in {plural(len(complete.shards), 'shard')}"
             )

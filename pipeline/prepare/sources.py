@@ -56,6 +56,8 @@ def list_photos(sources: Sequence[Path], ask: Ask = AUTO) -> SourceIndex:
         _choose(src, listing, ask)
         if listing.classes is None or by_table:
             _label(roots[-1], listing, ask, own, "no" if by_table else ask.labels)
+        if ask.labels == "yes" and not listing.classes and not by_table:
+            raise UserError(f"--labels yes: {src} has no classes: {listing.summary}")
         listings.append(listing)
         skipped.update(own if len(sources) == 1 else _below(own, src))
     if ask.devkit and not any("ImageNet's validation photos" in listing.summary for listing in listings):
@@ -144,7 +146,8 @@ def _list_table(src: Path, skipped: Skipped) -> Listing:
     label_of, classes = tables.classes_of([row.label for row in rows])
     photos = [photo._replace(label=label) for photo, label in zip(photos, label_of, strict=True)]
     summary = f"photos of a table, {len(classes):,} {'class' if len(classes) == 1 else 'classes'}"
-    return Listing(sorted(photos), summary, classes, str(src.parent)) if classes else Listing(sorted(photos))
+    # a list of paths alone has the classes of their folders
+    return Listing(sorted(photos), summary, classes or None, str(src.parent))
 
 
 def _refuse_overlap(sources: Sequence[Path]) -> None:
