@@ -66,6 +66,8 @@ def index(options: Namespace) -> None:
         except BaseException:  # whatever ends it, what was found is listed
             if rejected:
                 write_rejected(out, rejected)
+                with suppress(OSError):  # it has records of tars that were read
+                    (out / WORK).rmdir()
             raise
         usable, skipped = [r for r in records if not r.broken], Skipped()
         for record in usable:

@@ -94,10 +94,14 @@ def test_a_broken_tar_among_others(kind, tool, tmp_path):
     assert reason in error
     assert rejected(folder)["1.tar"] in error
     assert not (folder / "manifest.json").exists()
-    assert not (folder / ".make_shards").exists()
+    kept = sorted(path.name for path in folder.glob(".make_shards/*"))
+    assert kept in ([], ["0.tar.json"])  # what was read before the broken tar was found
+    assert (folder / ".make_shards").exists() == bool(kept)
     command = re.search(r"index the others: `make index DST=(\S+) ARGS=(\S+)`$", error)
     output, error = tool("index", *command.groups())
     assert error == ""
+    assert ("resuming: 1 of 3 tars read before" in output) == bool(kept)
+    assert not (folder / ".make_shards").exists()
     assert "2 samples in 2 shards" in output
     assert "skipped 1 (broken tars 1)" in output
     assert "left out: 1 tar (rejected.jsonl): 1.tar: " in output
