@@ -435,7 +435,7 @@ WRONG = {
     "make texts dst": "no photos here (found: 1 .txt files); photos end in .jpg",
     "make links dst": "links are not followed",
     "make text.tar dst": "not a tar",
-    "make zipped.tar.gz dst": "zipped.tar.gz: cut or damaged: ",
+    "make zipped.tar.gz dst": "zipped.tar.gz: damaged: ",
     "make zero.tar dst": "empty (0 bytes)",
     "make none.tar dst": "no photos here",
     "make tars dst": "`make index DST=",
