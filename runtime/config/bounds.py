@@ -66,6 +66,8 @@ ARCHITECTURE = rule(
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Shares = Annotated[list[Share], BeforeValidator(as_list, json_schema_input_type=Share | list[Share])]
+Deviation = Annotated[float, Field(gt=0, le=1)]
+Deviations = Annotated[list[Deviation], BeforeValidator(as_list, json_schema_input_type=Deviation | list[Deviation])]
 Text = Annotated[str, BeforeValidator(as_text, json_schema_input_type=str | float)]
 Texts = Annotated[list[Text], BeforeValidator(as_list, json_schema_input_type=Text | list[Text])]
 Pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # yaml has no tuples

@@ -17,6 +17,7 @@ from runtime.config.bounds import (
     RATIO,
     SETTINGS,
     WINDOW,
+    Deviations,
     Pair,
     Share,
     ShareBelowOne,
@@ -28,6 +29,7 @@ from runtime.config.bounds import (
 )
 from runtime.config.objectives import Clustering, Contrast, Head, Loss, Reference
 from runtime.methods import uses_points
+from runtime.pixels import Pixels, usual
 
 TEACHERS = 2  # T: the method has two teacher views (eq. 2, eq. 3)
 # every key and section of Config is in one of the two; a resume refuses a changed value of the first
@@ -113,6 +115,14 @@ class Data:
     """Probability that a view loses its colors (DINO)."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How a window is resized to its view, antialiased (DINO: bicubic; Leopart and SwAV: bilinear)."""
+    channels: Literal[1, 3] = 3
+    """Channels that the network takes of a photo: 3 (red, green, blue), or 1, its gray after the color recipe. A gray photo
+    has three equal channels."""
+    mean: Shares = Field(default_factory=lambda values: list(usual(values["channels"]).mean))
+    """Mean of each channel, of values from 0 to 1. It is subtracted (ImageNet's; for one channel their mean, 0.449)."""
+    std: Deviations = Field(default_factory=lambda values: list(usual(values["channels"]).std))
+    """Standard deviation of each channel, which the difference is divided by (ImageNet's; for one channel their mean,
+    0.226)."""
     max_corrupt: Share = 0.001
     """Largest share of an epoch's samples that may be corrupt. The run stops when there are more."""
     max_missing: Share = 0.0
@@ -298,6 +308,11 @@ class Config:
         Raises UserError if `method` is a module:Class that cannot be imported.
         """
         return self.reference.points if uses_points(self.method) else 0
+
+    @property
+    def pixels(self) -> Pixels:
+        """What the network takes of a photo."""
+        return Pixels(tuple(self.data.mean), tuple(self.data.std))
 
     def steps(self, steps_per_epoch: int) -> int:
         """Length of the training, in steps."""
