@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from eval.datasets import LabeledPhotos, VocSegmentation
+from eval.datasets import LabeledPhotos, Size, VocSegmentation
 from model.backbone import Backbone
 from pipeline.augment.recipe import luma
 from runtime import distributed
@@ -27,11 +27,13 @@ LINE_SECONDS = 10  # between two lines of progress where there is no bar
 PIXELS = 32  # side of the images whose raw pixels are compared
 
 
-def check_size(network: Backbone, size: int) -> None:
-    """Raises UserError if images of `size` pixels a side cannot be divided into whole patches."""
-    if size < network.patch or size % network.patch:
-        near = max(1, round(size / network.patch)) * network.patch
-        raise UserError(f"size {size}: not a multiple of the patch size {network.patch}; the nearest is {near}")
+def check_size(network: Backbone, size: Size) -> None:
+    """Raises UserError if images of this size cannot be divided into whole patches."""
+    sides = (size,) if isinstance(size, int) else size
+    near = [max(1, round(side / network.patch)) * network.patch for side in sides]
+    if near != [*sides]:
+        given, nearest = ("x".join(map(str, numbers)) for numbers in (sides, near))
+        raise UserError(f"size {given}: not a multiple of the patch size {network.patch}; the nearest is {nearest}")
 
 
 def default_workers(items: int) -> int:

@@ -58,6 +58,7 @@ def _is_method(name: str) -> bool:
 
 WINDOW = rule("two numbers 0 < low <= high <= 1", lambda pair: 0 < pair[0] <= pair[1] <= 1)
 RATIO = rule("two numbers 0 < low <= high", lambda pair: 0 < pair[0] <= pair[1])
+SIDE = rule("a whole number above 0: a view is a square", lambda side: side > 0)
 METHOD = rule(f"one of {', '.join(METHODS)}, or module:Class", _is_method, METHODS)
 ARCHITECTURE = rule(
     f"one of {', '.join(SIZES)}, or a name of timm's ViTs without its tag, such as vit_small_patch14_dinov2",

@@ -16,6 +16,7 @@ from runtime.config.bounds import (
     METHOD,
     RATIO,
     SETTINGS,
+    SIDE,
     WINDOW,
     Deviations,
     Pair,
@@ -52,7 +53,7 @@ class Views:
 
     count: PositiveInt = 2
     """Number of views in this group."""
-    size: PositiveInt = 224
+    size: Annotated[PositiveInt, SIDE] = 224
     """Height and width of a view, in pixels. It must be a multiple of `model.patch`."""
     scale: Annotated[tuple[float, float], Pair, WINDOW] = (0.25, 1.0)
     """Smallest and largest area of a view's window, as a share of the image (Table 2: global views 0.4 to 1, local views
