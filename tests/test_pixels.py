@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from eval.features import normalized, tokens
 from model.methods import build
 from model.vit import ViT
-from model.weights import load_backbone, load_pretrained
+from model.weights import load_backbone, load_pretrained, loading_lines
 from pipeline.augment import numba_kernel, recipe
 from pipeline.loader import Loader
 from pipeline.plan import Plan
@@ -94,6 +94,12 @@ def test_init_gives_the_tokens_that_the_weights_gave(tmp_path, images, theirs, o
     own = method.networks()["teacher"].backbone.eval()
     for a, b in zip(tokens(own, seen), tokens(vit, seen), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_lines_that_load_a_file_say_so(tmp_path):
+    assert len(loading_lines(a_vit(IMAGENET), tmp_path)) == 2
+    line = loading_lines(a_vit(GRAY), tmp_path)[-1]
+    assert line == "# vit takes (x - [0.449]) / [0.226], x from 0 to 1: not ImageNet's"
 
 
 def test_init_with_the_same_pixels_changes_nothing(tmp_path):

@@ -13,7 +13,7 @@ from model.architecture import ARCHS, ROTARY, Architecture, described, of_timm, 
 from model.rotary import Rotary
 from model.vit import ViT
 from runtime.errors import UserError, suggest
-from runtime.pixels import Pixels
+from runtime.pixels import IMAGENET, Pixels
 
 TIMM = "timm:"
 _LOCAL = "local-dir:"
@@ -136,7 +136,9 @@ def loading_lines(vit: ViT, path: Path) -> list[str]:
     other features."""
     if vit.attention == "all_query":  # its patches never attend to [CLS], those of a plain ViT do
         return ["from model.weights import load_backbone", f"vit = load_backbone({_literal(path)})"]
-    return ["import timm", f"vit = {timm_call(vit, path)}"]
+    mean, std = map(list, vit.pixels)
+    takes = [f"# vit takes (x - {mean}) / {std}, x from 0 to 1: not ImageNet's"] if vit.pixels != IMAGENET else []
+    return ["import timm", f"vit = {timm_call(vit, path)}", *takes]
 
 
 def _literal(path: Path) -> str:
