@@ -20,6 +20,7 @@ from eval.options import (
     add_palette,
     add_photos,
     add_scenes,
+    add_size,
     add_splits,
     check_positive,
     open_features,
@@ -27,6 +28,7 @@ from eval.options import (
     open_scenes,
     read_clusters,
     read_rates,
+    read_size,
 )
 from eval.target import (
     KINDS,
@@ -73,7 +75,7 @@ def add_knn(parser: argparse.ArgumentParser) -> None:
 
 def run_knn(network: str, args: Options) -> int:
     require_choice("--features", args["features"], KINDS)
-    check_positive(args, "k", "temperature", "size", "limit", "batch")
+    check_positive(args, "k", "temperature", "limit", "batch")
     if args["temperature"]:
         check_temperature(args["temperature"])
     target, sets = open_photos(network, args)
@@ -93,7 +95,7 @@ def add_linear(parser: argparse.ArgumentParser) -> None:
 
 
 def run_linear(network: str, args: Options) -> int:
-    check_positive(args, "epochs", "batch", "size", "limit")
+    check_positive(args, "epochs", "batch", "limit")
     args["rates"] = read_rates(args["rates"]) if args["rates"] else None
     target, sets = open_photos(network, args)
     from eval import linear
@@ -116,7 +118,7 @@ def add_linear_seg(parser: argparse.ArgumentParser) -> None:
 
 def run_linear_seg(network: str, args: Options) -> int:
     require_choice("--protocol", args["protocol"], PROTOCOLS)
-    check_positive(args, "classes", "size", "train_size", "epochs", "lr", "batch")
+    check_positive(args, "classes", "train_size", "epochs", "lr", "batch")
     target, data = open_scenes(network, args)
     from eval import linear_seg
 
@@ -132,7 +134,7 @@ def add_cluster_seg(parser: argparse.ArgumentParser) -> None:
 
 
 def run_cluster_seg(network: str, args: Options) -> int:
-    check_positive(args, "classes", "seeds", "size")
+    check_positive(args, "classes", "seeds")
     args["clusters"] = read_clusters(args["clusters"]) if args["clusters"] else None
     target, data = open_scenes(network, args)
     from eval import cluster_seg
@@ -154,7 +156,7 @@ def add_retrieval_seg(parser: argparse.ArgumentParser) -> None:
 
 
 def run_retrieval_seg(network: str, args: Options) -> int:
-    check_positive(args, "classes", "scenes", "k", "temperature", "memory_size", "size")
+    check_positive(args, "classes", "scenes", "k", "temperature", "memory_size")
     target, data = open_scenes(network, args)
     from eval import retrieval_seg
 
@@ -171,7 +173,7 @@ def add_points(parser: argparse.ArgumentParser) -> None:
 
 
 def run_points(network: str, args: Options) -> int:
-    check_positive(args, "classes", "points", "scenes", "size")
+    check_positive(args, "classes", "points", "scenes")
     target, data = open_scenes(network, args)
     from eval import points
 
@@ -188,6 +190,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only-untrained", action="store_true", help="each run's network before training, not the trained one"
     )
+    add_size(parser, "side of photos and scenes in pixels, of every network (default: each network's own)")
     parser.add_argument("--seeds", type=int, default=5, help="of the clusters (default: 5)")
     parser.add_argument(
         "--aggregate-seeds", action="store_true", help="one column for runs whose names differ only in a number"
@@ -240,7 +243,8 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", default="cls,mean", help=kinds)
     points = "also reference tokens at points: CSV photo,x,y or JSON {photo: [[x, y], ...]}, shares of a photo's sides"
     parser.add_argument("--points", type=Path, metavar="FILE", help=points)
-    parser.add_argument("--size", type=int, help="side of a photo in pixels (default: that of the training views)")
+    size = "pixels: a side, or HEIGHTxWIDTH as in 480x640 (default: that of the training views)"
+    parser.add_argument("--size", type=read_size, help=size)
     parser.add_argument("--fit", default="crop", help="crop: the center; square: the whole, distorted (default: crop)")
     parser.add_argument("--dtype", default="float32", help="float32 or float16 (default: float32)")
     parser.add_argument("--batch", type=int, default=64, help="photos at a time (default: 64)")
@@ -252,7 +256,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
 
 
 def run_embed(network: str, args: Options) -> int:
-    check_positive(args, "size", "batch", "k")
+    check_positive(args, "batch", "k")
     target, source, points = open_features(network, args)
     from eval import embed
 

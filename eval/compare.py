@@ -2,12 +2,12 @@
 
     python -m eval compare NETWORK [NETWORK ...] [--data VOC_FOLDER] [--train SHARDS] [--val SHARDS] [--untrained]
         [--only-untrained] [--measures knn,linear,linear_seg,cluster_seg,retrieval_seg,points] [--limit N] [--seeds 5]
-        [--aggregate-seeds] [--out FOLDER] [--skip-existing]
+        [--aggregate-seeds] [--size N] [--out FOLDER] [--skip-existing]
 
 A network is a run folder, a checkpoint, a backbone file, weights of DINO, DenseDINO, Leopart, SwAV, MoCo, DenseCL or timm
 (ViT or ResNet-50), or timm:NAME. All are measured on the same photos and scenes: the named ones, else those of the first run
-among the networks (photos it was not trained on). Each is measured at the size it was trained for; eval/<measure>.py
-describes the protocol.
+among the networks (photos it was not trained on). Each is measured at the size it was trained for, or
+all at --size; eval/<measure>.py describes the protocol.
 
 Writes measures.json (after every measure, so that an interruption loses only one), measures.md and measures.png. Each
 network's column carries the step and the hash of its weights; --skip-existing keeps the measures of these weights only.
@@ -62,6 +62,7 @@ def run(
     untrained: bool = False,
     only_untrained: bool = False,
     limit: int | None = None,
+    size: int | None = None,
     seeds: int = 5,
     aggregate_seeds: bool = False,
     skip_existing: bool = False,
@@ -81,16 +82,16 @@ def run(
     source = next((target for target in targets if target.run), targets[0])
     weights = [weights_of(target.path) for target in targets]
     source.ignore_classes(ignore_class)
-    spec = EvalSpec(source, train, val, data or source.place("eval.voc"), palette, limit, seeds, workers)
+    spec = EvalSpec(source, train, val, data or source.place("eval.voc"), palette, limit, seeds, workers, size)
     skipped = check_data(spec, measures)
     folder = out or source.run or Path("evaluation")
     check_writable(folder)
 
     stages = (True,) if only_untrained else (False, True) if untrained else (False,)
-    networks, columns = load_networks(list(paths), targets, weights, stages)
+    networks, columns = load_networks(list(paths), targets, weights, stages, size)
     settings = asdict(source.settings)  # its `limit` belongs to k-NN while training and is overwritten
     settings |= dict(bank=train, val=val, data=spec.data, palette=palette, limit=limit, seeds=seeds)
-    settings |= {"source": str(source.path)}
+    settings |= {"source": str(source.path)} | ({"size": size} if size else {})
     results: dict[str, Any] = {"networks": columns, "measures": measures, "skipped": skipped, "settings": settings}
     if skip_existing:
         reuse_measures(folder, columns, settings)
@@ -142,7 +143,11 @@ def check_writable(folder: Path) -> None:
 
 
 def load_networks(
-    paths: list[str], targets: list[EvalTarget], weights: list[Weights], stages: Sequence[bool]
+    paths: list[str],
+    targets: list[EvalTarget],
+    weights: list[Weights],
+    stages: Sequence[bool],
+    size: int | None,
 ) -> tuple[dict[str, "Backbone"], dict[str, dict[str, Any]]]:
     """({name: network on the CPU}, {name: its column of measures.json}): every file is read before anything is measured, and
     names of timm's come first, because a network connection may be missing. stages: of each run, the network before training
@@ -169,9 +174,8 @@ def load_networks(
                 print(f"{name}: the same network as {twin}")
                 continue
             networks[name] = network
-            size, _ = scene_sizes(network.image_size)
-            check_size(network, size)
-            columns[name] = {"path": str(target.path), "untrained": at_start, "image_size": network.image_size}
+            check_size(network, scene_sizes(network.image_size, size)[0])
+            columns[name] = {"path": str(target.path), "untrained": at_start, "image_size": size or network.image_size}
             if not isinstance(network, ViT):
                 columns[name]["skipped"] = dict(NEEDS_VIT)
             columns[name]["weights"] = {"step": 0, "sha256": hash_of(network)} if at_start else stamp

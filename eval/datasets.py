@@ -27,6 +27,7 @@ from pipeline.shards import Shards
 from runtime.errors import UserError, suggest
 
 NO_CLASS = -1  # label of a photo without a class, or of a damaged photo
+Size = int | tuple[int, int]  # of a prepared image, pixels: the side of a square, or height and width
 SMALL = 128  # pixels: networks trained on smaller views, and smaller scenes, are measured by the small protocols
 
 
@@ -35,30 +36,43 @@ def shorter_side(size: int) -> int:
     return round(size * 256 / 224)
 
 
-def center_crop(image: Tensor, size: int) -> Tensor:
-    """Resize the shorter side to 256/224 of `size` (bicubic, antialiased), cut the center: uint8 [3,H,W] -> [3,size,size].
+def sides_of(size: Size) -> tuple[int, int]:
+    """(height, width)."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def resized_sides(height: int, width: int, size: Size) -> tuple[int, int]:
+    """(height, width) that `center_crop` resizes a photo to: the smallest of its aspect ratio that cover 256/224 of `size`.
+    Of a square: its shorter side is that, the other one rounded down, as torchvision rounds."""
+    least_height, least_width = map(shorter_side, sides_of(size))
+    if least_height * width >= least_width * height:
+        return least_height, max(least_width, int(least_height * width / height))
+    return max(least_height, int(least_width * height / width)), least_width
+
+
+def center_crop(image: Tensor, size: Size) -> Tensor:
+    """Resize the photo to cover 256/224 of `size` (bicubic, antialiased), cut the center: uint8 [3,H,W] -> [3,size,size].
 
     For size 224 this is the transform of DINO's k-NN (Caron et al. 2021, eval_knn.py).
     """
-    image = transform.resize(image, [shorter_side(size)], InterpolationMode.BICUBIC, antialias=True)
-    return transform.center_crop(image, [size, size])
+    height, width = image.shape[1:]
+    sides = resized_sides(height, width, size)
+    image = transform.resize(image, [*sides], InterpolationMode.BICUBIC, antialias=True)
+    return transform.center_crop(image, [*sides_of(size)])
 
 
-def points_in_crop(points: NDArray[np.float64], height: int, width: int, size: int) -> NDArray[np.float64]:
+def points_in_crop(points: NDArray[np.float64], height: int, width: int, size: Size) -> NDArray[np.float64]:
     """Points [R,2], (x, y) as shares of a photo's width and height, in the [0,1] frame of its `center_crop`; outside of it
     if the crop does not hold them."""
-    side = shorter_side(size)
-    resized = np.array(
-        [side if n <= min(height, width) else int(side * n / min(height, width)) for n in (width, height)]
-    )
-    corner = np.array([round((n - size) / 2) for n in resized.tolist()])  # as torchvision rounds
-    return (points * resized - corner) / size
+    resized, cut = resized_sides(height, width, size)[::-1], np.array(sides_of(size)[::-1])  # x before y
+    corner = np.array([round((n - part) / 2) for n, part in zip(resized, cut.tolist(), strict=True)])  # as torchvision
+    return (points * np.array(resized) - corner) / cut
 
 
-def whole_square(image: Tensor, size: int) -> Tensor:
-    """The whole photo as a square, its aspect ratio lost, bilinear, antialiased: uint8 [3,H,W] -> [3,size,size]; as scenes
-    are measured (below)."""
-    return transform.resize(image, [size, size], InterpolationMode.BILINEAR, antialias=True)
+def whole_square(image: Tensor, size: Size) -> Tensor:
+    """The whole photo at this size, its aspect ratio lost, bilinear, antialiased: uint8 [3,H,W] -> [3,size,size]; as scenes
+    are measured (below), which are squares."""
+    return transform.resize(image, [*sides_of(size)], InterpolationMode.BILINEAR, antialias=True)
 
 
 def random_crop(image: Tensor, size: int) -> Tensor:

@@ -1,13 +1,14 @@
 """Features of photos, as files: [CLS], the mean patch token, patch tokens on their grid, reference tokens at points.
 
-    python -m eval embed NETWORK SRC OUT [--features cls,mean,patches] [--points FILE] [--size N] [--fit crop|square]
+    python -m eval embed NETWORK SRC OUT [--features cls,mean,patches] [--points FILE] [--size N | HxW] [--fit crop|square]
         [--dtype float32|float16] [--batch 64] [--workers N] [--parquet] [--neighbors] [--untrained]
 
 Tokens are those after the final norm, as in every evaluation (eval/features.py). A photo is seen as in k-NN: its shorter
 side resized to 256/224 of the size, the center cut. --fit square: as scenes are, the whole photo resized to a square. The
 folder can be continued (eval/feature_folder.py). A damaged photo has NaN rows, and so has a point outside the crop.
 
-n photos of a batch · S side of a prepared photo, pixels · D width · h, w patches · P points · R_i points of photo i.
+n photos of a batch · H, W height and width of a prepared photo, pixels · h, w the same in patches · D width · P points ·
+R_i points of photo i.
 """
 
 import csv
@@ -30,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from eval.datasets import center_crop, points_in_crop, whole_square
+from eval.datasets import Size, center_crop, points_in_crop, sides_of, whole_square
 from eval.feature_folder import FeatureFolder
 from eval.features import LINE_SECONDS, batches, check_size, precision_of, tokens_at
 from eval.photo_source import PhotoSource
@@ -45,14 +46,14 @@ from runtime.errors import UserError
 
 FEW = 500  # photos that are read sooner than a process for them is started
 NAMED = 5  # damaged photos, in the summary
-Batch = tuple[Tensor, Tensor]  # images uint8 [n,3,S,S]; heights and widths of the photos int64 [n,2], 0 if damaged
+Batch = tuple[Tensor, Tensor]  # images uint8 [n,3,H,W]; heights and widths of the photos int64 [n,2], 0 if damaged
 
 
 class PreparedPhotos(Dataset[tuple[Tensor, Tensor]]):
-    """Photos of a source as the network gets them: (uint8 [3,S,S], (height, width) of the photo). A damaged one is black,
+    """Photos of a source as the network gets them: (uint8 [3,H,W], (height, width) of the photo). A damaged one is black,
     and its height and width are 0."""
 
-    def __init__(self, source: PhotoSource, size: int, fit: str):
+    def __init__(self, source: PhotoSource, size: Size, fit: str):
         self.source, self.size, self.fit = source, size, fit
 
     def __len__(self) -> int:
@@ -62,7 +63,7 @@ class PreparedPhotos(Dataset[tuple[Tensor, Tensor]]):
         try:
             photo = torch.from_numpy(self.source.pixels(row)).permute(2, 0, 1)
         except DecodeError:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+            return torch.zeros(3, *sides_of(self.size), dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
         prepared = center_crop(photo, self.size) if self.fit == "crop" else whole_square(photo, self.size)
         return prepared, torch.tensor(photo.shape[1:])
 
@@ -86,7 +87,7 @@ class Points:
 
 
 def points_in_view(
-    points: Points | None, first: int, sizes: Sequence[Sequence[int]], size: int, fit: str
+    points: Points | None, first: int, sizes: Sequence[Sequence[int]], size: Size, fit: str
 ) -> tuple[list[NDArray[np.int64]], list[Tensor]]:
     """What each photo of a batch shows of its points: (rows of the list [R_i], the points in the view's frame [R_i,2]).
     first: the batch's first photo; sizes: height and width of each, 0 of a damaged one."""
@@ -139,18 +140,18 @@ def shown(loaded: Iterable[Batch], done: int, total: int) -> Iterator[Batch]:
 
 
 def embed(
-    network: Backbone, source: PhotoSource, folder: FeatureFolder, points: Points | None, *, size: int, fit: str,
+    network: Backbone, source: PhotoSource, folder: FeatureFolder, points: Points | None, *, size: Size, fit: str,
     batch: int, workers: int,
 ) -> None:  # fmt: skip
     """Write the rows of all photos that are not done yet."""
-    device, grid = next(network.parameters()).device, size // network.patch
+    device, grid = next(network.parameters()).device, grid_of(network, size)
     photos = PreparedPhotos(source, size, fit)
     rest = Subset(photos, range(folder.done, len(photos)))
     for images, sizes in shown(batches(rest, batch, device, workers=workers), folder.done, len(photos)):
         first = folder.done
         rows, views = points_in_view(points, first, sizes.tolist(), size, fit)
         cls, patches, references = with_points(network, images, views)
-        features = {"cls": cls, "mean": patches.mean(1), "patches": patches.unflatten(1, (grid, grid))}
+        features = {"cls": cls, "mean": patches.mean(1), "patches": patches.unflatten(1, grid)}
         damaged = sizes[:, 0] == 0
         for name, array in folder.arrays.items():
             if name != "points":
@@ -180,13 +181,19 @@ def _why(source: PhotoSource, row: int) -> str:
     return "nothing is wrong with it now: the disk failed for a moment"
 
 
+def grid_of(network: Backbone, size: Size) -> tuple[int, int]:
+    """(h, w)."""
+    height, width = sides_of(size)
+    return height // network.patch, width // network.patch
+
+
 def shapes_of(
-    features: Sequence[str], photos: int, points: int, network: Backbone, size: int
+    features: Sequence[str], photos: int, points: int, network: Backbone, size: Size
 ) -> dict[str, tuple[int, ...]]:
     """The arrays and their shapes."""
-    width, grid = network.width, size // network.patch
+    width = network.width
     shapes: dict[str, tuple[int, ...]] = {"cls": (photos, width), "mean": (photos, width)}
-    shapes["patches"] = (photos, grid, grid, width)
+    shapes["patches"] = (photos, *grid_of(network, size), width)
     return {name: shapes[name] for name in shapes if name in features} | ({"points": (points, width)} if points else {})
 
 
@@ -222,7 +229,7 @@ def summary(folder: FeatureFolder, source: PhotoSource, seconds: float, made: in
 
 def run(
     target: EvalTarget, source: PhotoSource, out: Path, listed: PointList | None, *, features: Sequence[str],
-    size: int | None = None, fit: str = "crop", dtype: str = "float32", batch: int = 64, workers: int | None = None,
+    size: Size | None = None, fit: str = "crop", dtype: str = "float32", batch: int = 64, workers: int | None = None,
     untrained: bool = False, parquet: bool = False, neighbors: bool = False, k: int = 10, threshold: float = 0.95,
 ) -> int:  # fmt: skip
     """The program; the options: `python -m eval embed`. listed: points whose reference tokens are wanted."""

@@ -16,21 +16,24 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from eval.datasets import LabeledPhotos, VocSegmentation
+from eval.datasets import LabeledPhotos, Size, VocSegmentation
 from model.backbone import Backbone
-from pipeline.augment.recipe import MEAN, STD
+from pipeline.augment.recipe import luma
 from runtime import distributed
 from runtime.errors import UserError
+from runtime.pixels import Pixels
 
 LINE_SECONDS = 10  # between two lines of progress where there is no bar
 PIXELS = 32  # side of the images whose raw pixels are compared
 
 
-def check_size(network: Backbone, size: int) -> None:
-    """Raises UserError if images of `size` pixels a side cannot be divided into whole patches."""
-    if size < network.patch or size % network.patch:
-        near = max(1, round(size / network.patch)) * network.patch
-        raise UserError(f"size {size}: not a multiple of the patch size {network.patch}; the nearest is {near}")
+def check_size(network: Backbone, size: Size) -> None:
+    """Raises UserError if images of this size cannot be divided into whole patches."""
+    sides = (size,) if isinstance(size, int) else size
+    near = [max(1, round(side / network.patch)) * network.patch for side in sides]
+    if near != [*sides]:
+        given, nearest = ("x".join(map(str, numbers)) for numbers in (sides, near))
+        raise UserError(f"size {given}: not a multiple of the patch size {network.patch}; the nearest is {nearest}")
 
 
 def default_workers(items: int) -> int:
@@ -78,10 +81,14 @@ def _collate(samples: list) -> list[Tensor] | UserError:
     return next((sample for sample in samples if isinstance(sample, UserError)), None) or default_collate(samples)
 
 
-def normalized(images: Tensor) -> Tensor:
-    """Images uint8 [n,3,S,S] -> float32, normalized by ImageNet's mean and standard deviation of each channel."""
-    mean, std = (torch.tensor(c, device=images.device).view(1, 3, 1, 1) for c in (MEAN, STD))
-    return (images / 255 - mean) / std
+def normalized(images: Tensor, pixels: Pixels) -> Tensor:
+    """Images uint8 [n,3,h,w] -> what a network takes of them, float32 [n,C,h,w]: minus the mean of each channel, divided by
+    its standard deviation; of one channel their gray."""
+    values = images / 255
+    if pixels.channels == 1:
+        values = luma(values.unbind(1))[:, None]
+    mean, std = (torch.tensor(c, device=images.device).view(1, -1, 1, 1) for c in pixels)
+    return (values - mean) / std
 
 
 def precision_of(network: Backbone) -> torch.dtype:
@@ -103,7 +110,7 @@ def tokens_at(network: Backbone, images: Tensor, points: list[Tensor]) -> tuple[
     weight = next(network.parameters())
     bfloat16 = precision_of(network) == torch.bfloat16
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
-        pixels = normalized(images).to(weight.dtype)
+        pixels = normalized(images, network.pixels).to(weight.dtype)
         out = network(pixels, points) if points else network(pixels)
     return out.cls.float(), out.patches.float(), [references.float() for references in out.references or []]
 
@@ -205,7 +212,7 @@ def scene_batches(
     side = scenes.size // network.patch
     for images, masks in batches(scenes, batch, device, workers=workers, shuffle=shuffle):
         if pixels:
-            yield SceneTokens(F.pixel_unshuffle(normalized(images), network.patch), masks)
+            yield SceneTokens(F.pixel_unshuffle(normalized(images, network.pixels), network.patch), masks)
             continue
         _, patches = tokens(network, images)
         # cloned: a tensor made in inference mode cannot be used in autograd

@@ -24,7 +24,7 @@ def _workers(spec: EvalSpec, items: int) -> int:
 
 
 def measure_knn(network: Backbone, spec: EvalSpec) -> Measures:
-    photos = spec.source.photos(network.image_size, spec.train, spec.val, spec.limit)
+    photos = spec.source.photos(spec.size or network.image_size, spec.train, spec.val, spec.limit)
     assert photos is not None  # compare takes only measures that the data allows
     train, val = photos
     settings = spec.source.settings
@@ -34,7 +34,7 @@ def measure_knn(network: Backbone, spec: EvalSpec) -> Measures:
 
 
 def measure_linear(network: Backbone, spec: EvalSpec) -> Measures:
-    photos = spec.source.photos(network.image_size, spec.train, spec.val, spec.limit)
+    photos = spec.source.photos(spec.size or network.image_size, spec.train, spec.val, spec.limit)
     assert photos is not None
     protocol = linear.Protocol.for_views(network.image_size)
     workers = _workers(spec, len(photos[0]) * (protocol.epochs if protocol.augment else 1))
@@ -45,7 +45,7 @@ def measure_linear(network: Backbone, spec: EvalSpec) -> Measures:
 def measure_linear_seg(network: Backbone, spec: EvalSpec) -> Measures:
     assert spec.data is not None
     settings = spec.source.settings
-    protocol = linear_seg.Protocol.for_views(network.image_size)
+    protocol = linear_seg.Protocol.for_views(network.image_size, spec.size)
     protocol = replace(protocol, epochs=settings.seg_epochs, lr=settings.seg_lr)
     train, val = linear_seg.scenes_of(spec.data, protocol, None, "val", palette=spec.palette)
     workers = _workers(spec, len(train) * (protocol.epochs if protocol.augment else 1))
@@ -57,7 +57,7 @@ def measure_linear_seg(network: Backbone, spec: EvalSpec) -> Measures:
 
 def measure_cluster_seg(network: Backbone, spec: EvalSpec) -> Measures:
     assert spec.data is not None
-    size, map_size = scene_sizes(network.image_size)
+    size, map_size = scene_sizes(network.image_size, spec.size)
     scenes = VocSegmentation(spec.data, "val", size, palette=spec.palette)
     options: dict[str, Any] = dict(seeds=spec.seeds, workers=_workers(spec, len(scenes)))
     many, few = cluster_seg.measure(network, scenes, map_size, [500, scenes.classes], **options, progress=True)
@@ -67,7 +67,7 @@ def measure_cluster_seg(network: Backbone, spec: EvalSpec) -> Measures:
 
 def measure_retrieval_seg(network: Backbone, spec: EvalSpec) -> Measures:
     assert spec.data is not None
-    train, val = voc_splits(spec.data, scene_sizes(network.image_size)[0], palette=spec.palette)
+    train, val = voc_splits(spec.data, scene_sizes(network.image_size, spec.size)[0], palette=spec.palette)
     score = retrieval_seg.measure(network, train, val, workers=_workers(spec, len(train)), progress=True)
     few = train.subset(max(1, len(train) // FEW))
     from_few = retrieval_seg.measure(network, few, val, workers=_workers(spec, len(val)), progress=True)
@@ -79,7 +79,7 @@ def measure_retrieval_seg(network: Backbone, spec: EvalSpec) -> Measures:
 def measure_points(network: Backbone, spec: EvalSpec) -> Measures:
     assert spec.data is not None
     assert isinstance(network, ViT)
-    train, val = voc_splits(spec.data, scene_sizes(network.image_size)[0], palette=spec.palette)
+    train, val = voc_splits(spec.data, scene_sizes(network.image_size, spec.size)[0], palette=spec.palette)
     score = points.measure(network, train, val, workers=_workers(spec, len(train)), progress=True)
     measures = {f"points_{kind}_{on}": score.knn[on][kind] for on in score.knn for kind in points.KINDS}
     measures |= {f"points_{kind}_{on}_linear": score.linear[on][kind] for on in score.linear for kind in points.KINDS}

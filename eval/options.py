@@ -1,6 +1,7 @@
 """Options that several evaluations share, and how they are read. Imports no torch."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from runtime.errors import UserError, require_positive
 
 NETWORK = "a run folder, a checkpoint, a backbone file or timm:NAME"
 SCENES = "a folder in Pascal VOC's layout"
+PHOTO_SIZE = "side of a photo in pixels (default: that of the training views)"
 
 Options = dict[str, Any]  # by name, as argparse gives them
 
@@ -30,7 +32,11 @@ def add_photos(parser: argparse.ArgumentParser, size: bool = True) -> None:
     add_ignore_class(parser)
     parser.add_argument("--workers", type=int, help="data workers (default: by the number of photos)")
     if size:
-        parser.add_argument("--size", type=int, help="side of a photo in pixels (default: that of the training views)")
+        add_size(parser, PHOTO_SIZE)
+
+
+def add_size(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--size", type=read_side, metavar="N", help=help)
 
 
 def add_ignore_class(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +50,7 @@ def add_scenes(parser: argparse.ArgumentParser) -> None:
         "--classes", type=int, help="their number (default: from classes.txt, else from the masks of all splits)"
     )
     add_palette(parser)
-    parser.add_argument("--size", type=int, help="side of a scene in pixels (default: 448; small protocol: the view's)")
+    add_size(parser, "side of a scene in pixels (default: 448; small protocol: the view's)")
     parser.add_argument("--workers", type=int, help="data workers (default: by the number of scenes)")
 
 
@@ -106,6 +112,25 @@ def open_features(network: str, args: Options) -> tuple[EvalTarget, PhotoSource,
         raise UserError(f"{args['out']}: lies in the photos' folder, whose pictures are all photos; name one beside it")
     points = args.pop("points")
     return target, source, read_points(points, source.names) if points else None
+
+
+def read_size(text: str) -> int | tuple[int, int]:
+    """The side of a square, as in 448, or height and width, as in 480x640. Raises UserError."""
+    sides = [int(side) for side in text.lower().split("x") if re.fullmatch(r"[0-9]{1,6}", side)]
+    if len(sides) != 1 + text.lower().count("x") or len(sides) > 2 or 0 in sides:
+        raise UserError(f"--size {text}: expected pixels, as in 448, or HEIGHTxWIDTH, as in 480x640")
+    return sides[0] if len(sides) == 1 or sides[0] == sides[1] else (sides[0], sides[1])
+
+
+def read_side(text: str) -> int:
+    """The side of a square. Raises UserError."""
+    size = read_size(text)
+    if not isinstance(size, int):
+        raise UserError(
+            f"--size {text}: this measure is defined on squares: one number, as in --size {max(size)} (embed takes "
+            "HEIGHTxWIDTH)"
+        )
+    return size
 
 
 def read_rates(text: str) -> tuple[float, ...]:

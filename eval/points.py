@@ -103,7 +103,7 @@ def point_features(
     loaded = batches(scenes, batch, device, workers=workers)
     for images, masks in progress_bar(loaded, -(-len(scenes) // batch), progress):
         points, labels = draw_points(masks, count, draws)
-        pixels = normalized(images).to(network.pos_embed.dtype)
+        pixels = normalized(images, network.pixels).to(network.pos_embed.dtype)
         out = network(pixels, points)
         cls, patches, tokens = out.cls, out.patches, out.references
         under = (points * grid).long().clamp(max=grid - 1)  # [n,R,(x, y)]

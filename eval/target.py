@@ -197,6 +197,7 @@ class EvalSpec:
     limit: int | None = None
     seeds: int = 5
     workers: int | None = None
+    size: int | None = None  # side of photos and scenes, pixels; by default each network's own
 
 
 def require_choice(option: str, value: str, choices: Iterable[str]) -> str:

@@ -74,7 +74,7 @@ def _count(config: Config) -> Cost:
 def _two_images(config: Config) -> Batch:
     """A batch of two images, in the loader's form. Batch normalization of one view needs two."""
     sizes = itertools.groupby(view.size for view in config.views)
-    views = [torch.empty(len(list(group)), 2, 3, size, size) for size, group in sizes]
+    views = [torch.empty(len(list(group)), 2, config.data.channels, size, size) for size, group in sizes]
     points = torch.empty(2, TEACHERS, len(config.views), max(1, config.reference.points), 2, 2)
     ids, windows = torch.empty(2, dtype=torch.int64), torch.empty(2, len(config.views), 4, dtype=torch.int32)
     return Batch(0, ids, ids, views, windows, points, torch.empty(0))

@@ -39,4 +39,4 @@ class ResNet(TimmResNet, Backbone):
         return Tokens(patches.mean(1), patches, None)
 
     def about(self) -> dict[str, Any]:
-        return {"image_size": self.image_size}
+        return super().about() | {"image_size": self.image_size}

@@ -10,14 +10,16 @@ from timm.models.eva import Eva
 from torch import Tensor
 
 from model.backbone import Backbone, Tokens
+from runtime.pixels import Pixels
 
 
 class Rotary(Backbone):
     """network: timm's model, made for images of any size (`dynamic_img_size`)."""
 
-    def __init__(self, network: Eva):
+    def __init__(self, network: Eva, pixels: Pixels):
         super().__init__()
         self.network: Any = network
+        self.pixels = pixels
         self.width, self.patch = self.network.embed_dim, self.network.patch_embed.patch_size[0]
         self.image_size = self.network.patch_embed.img_size[0]
 
@@ -28,4 +30,4 @@ class Rotary(Backbone):
         return Tokens(patches.mean(1) if self.network.cls_token is None else tokens[:, 0], patches, None)
 
     def about(self) -> dict[str, Any]:
-        return {"image_size": self.image_size}
+        return super().about() | {"image_size": self.image_size}

@@ -6,7 +6,7 @@ registers).
 """
 
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,9 @@ from model.architecture import ROTARY, Architecture, architecture
 from model.backbone import Backbone, Tokens
 from model.reference import attend, locality_bias, point_embedding, resize_grid
 from model.rotary import Rotary
-from runtime.config import Model, Reference
+from runtime.config import Config
 from runtime.errors import UserError
+from runtime.pixels import Pixels, usual
 
 # What each image's attention and MLP branch is multiplied by, [n] each: 0, or 1 / (1 - rate). None: nothing is dropped
 Scales = tuple[Tensor | None, Tensor | None]
@@ -33,6 +34,7 @@ class ViT(VisionTransformer, Backbone):
 
     image_size: side of the images that the position grid is made for; it is resized for others (`resize_grid`).
     attention, border, locality: see `reference.attend`, `reference.point_embedding`, `reference.locality_bias`.
+    pixels: what it takes of a photo; by default what is usual.
     options: those of `Architecture`; width, depth, heads and patch are needed.
     """
 
@@ -42,14 +44,14 @@ class ViT(VisionTransformer, Backbone):
 
     def __init__(
         self, *, image_size: int, drop_path: float = 0.0, attention: str = "patches+self", border: str = "zeros",
-        locality: float | None = None, **options: Any,
+        locality: float | None = None, pixels: Pixels | None = None, **options: Any,
     ):  # fmt: skip
         a = Architecture(**options)
         super().__init__(
             img_size=image_size, num_classes=0, drop_path_rate=drop_path, weight_init="skip", **a.for_timm(),
             **a.modules(),
         )  # fmt: skip
-        self.architecture = a
+        self.architecture, self.pixels = a, pixels or usual(a.channels)
         self.patch, self.width, self.heads, self.image_size = a.patch, a.width, a.heads, image_size
         self.front_positions = a.prefix * a.class_position  # how many of pos_embed are not the patches'
         self.attention, self.border, self.locality = attention, border, locality
@@ -124,7 +126,7 @@ class ViT(VisionTransformer, Backbone):
 
     def about(self) -> dict[str, Any]:
         names = ("heads", "attention", "border", "locality")
-        return self.architecture.not_in_tensors() | {name: getattr(self, name) for name in names}
+        return super().about() | self.architecture.not_in_tensors() | {name: getattr(self, name) for name in names}
 
     def _drop_path(self, n: int, draws: Tensor | None) -> list[Scales]:
         """For each block, what its two branches are multiplied by (Huang et al. 2016)."""
@@ -232,9 +234,10 @@ def require_vit(network: Backbone, path: object, what: str) -> ViT:
     return network
 
 
-def build_vit(model: Model, reference: Reference, image_size: int, drop_path: float) -> ViT:
-    """The ViT of a config's `model` and `reference` sections. Raises UserError if timm has none of this name."""
+def build_vit(config: Config, drop_path: float) -> ViT:
+    """The ViT of a config. Raises UserError if timm has none of this name."""
+    reference, ours = config.reference, replace(architecture(config.model), channels=config.data.channels)
     return ViT(
-        image_size=image_size, drop_path=drop_path, attention=reference.attention, border=reference.border,
-        locality=reference.locality, **asdict(architecture(model)),
+        image_size=config.image_size, drop_path=drop_path, attention=reference.attention, border=reference.border,
+        locality=reference.locality, pixels=config.pixels, **asdict(ours),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Batch: what the pipeline hands over; and the random draws that make one.
 
-Letters: B images of this process, V views, Vg views of one size, T teacher views (the first of the V), M points of a pair.
+Letters: B images of this process, V views, Vg views of one size, T teacher views (the first of the V), M points of a pair, C
+channels of the network.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from runtime.config import TEACHERS, Config
 class Batch:
     """One process's images of a step.
 
-    From a reader `views` are uint8 [B,Vg,H,W,3]; from the loader, colors applied, [Vg,B,3,H,W] normalized in the
+    From a reader `views` are uint8 [B,Vg,H,W,3]; from the loader, colors applied, [Vg,B,C,H,W] normalized in the
     network's dtype, on the device.
     """
 

@@ -61,7 +61,7 @@ class Loader:
         start: int, stop: int, rank: int = 0, world_size: int = 1, compile: bool = False,
     ):  # fmt: skip
         self.config, self.device = config, device
-        self._color = partial(select_augment(device, compile), dtype=dtype)
+        self._color = partial(select_augment(device, compile), dtype=dtype, pixels=config.pixels)
         self._groups = [group for _, group in size_groups(config)]
         self._ready: queue.Queue[_Item | BaseException | None] = queue.Queue(maxsize=2)
         self._closing = threading.Event()

@@ -15,7 +15,7 @@ from model.vit import build_vit
 class BYOLNetwork(Network):
     def __init__(self, config, drop_path: float):
         super().__init__()
-        self.backbone = build_vit(config.model, config.reference, config.image_size, drop_path)
+        self.backbone = build_vit(config, drop_path)
         self.projector = nn.Linear(self.backbone.width, config.head.bottleneck)
 
 

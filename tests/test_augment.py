@@ -10,9 +10,10 @@ import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageFilter
 
 from pipeline.augment import numba_kernel, recipe
-from pipeline.augment.recipe import MEAN, ORDERS, STD, apply_color, draw_color
+from pipeline.augment.recipe import ORDERS, apply_color, draw_color
 from pipeline.random import hash64
 from runtime.config import Data, Views
+from runtime.pixels import IMAGENET
 
 PLAIN = (0, 1, 1, 1, 0, 0, 0, 0)
 
@@ -31,7 +32,7 @@ def colored(x: torch.Tensor, **columns: float) -> torch.Tensor:
         draws[getattr(recipe, name.upper())] = value
     views = x.permute(0, 2, 3, 1)[:, None]
     out = apply_color(views, torch.tensor(draws).float().expand(len(x), 1, -1))[0]
-    mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in (MEAN, STD))
+    mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in IMAGENET)
     return (out * std + mean) * 255
 
 
@@ -103,7 +104,7 @@ def test_views_keep_their_places():
     """[B,V,H,W,3] -> [V,B,3,H,W]."""
     x = pictures(6).view(3, 2, 3, 40, 40)
     out = apply_color(x.permute(0, 1, 3, 4, 2), torch.tensor(PLAIN).float().expand(3, 2, -1))
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in IMAGENET)
     for b, v in itertools.product(range(3), range(2)):
         assert torch.allclose(out[v, b], (x[b, v] / 255 - mean) / std, atol=1e-5)
 
@@ -183,9 +184,9 @@ def test_a_blurred_view_is_solarized_after_it(apply: Callable[..., torch.Tensor]
     picture[..., 10:, :] = 255
     draws = torch.tensor(PLAIN).float()
     draws[recipe.SIGMA], draws[recipe.SOLARIZE] = 1, 1
-    out = apply(picture, draws.view(1, 1, -1))[0, 0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(
-        3, 1, 1
-    )
+    out = apply(picture, draws.view(1, 1, -1))[0, 0] * torch.tensor(IMAGENET.std).view(3, 1, 1) + torch.tensor(
+        IMAGENET.mean
+    ).view(3, 1, 1)
     dark = [0.0] * 6 + [0.0001, 0.0046, 0.0586, 0.3005]
     torch.testing.assert_close(out, torch.tensor(dark + dark[::-1]).expand(3, 16, 20), rtol=0, atol=1e-4)
 

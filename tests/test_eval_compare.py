@@ -199,6 +199,18 @@ def test_untrained_networks_alone(run, monkeypatch):
         main([str(run.parent / "run.safetensors"), "--measures", "knn", "--only-untrained"])
 
 
+def test_another_size_is_measured_again(run):
+    """--skip-existing keeps the measures of the same size only."""
+    measured = []
+    for words in ([], ["--size", "32"], ["--size", "32"], ["--size", "24"]):
+        assert main([str(run), "--measures", "knn", "--skip-existing", *words]) == 0
+        column = json.loads((run / "measures.json").read_text())["networks"]["demo"]
+        measured.append((column["image_size"], column["knn_top1"], column["knn_seconds"]))
+    assert [size for size, *_ in measured] == [24, 32, 32, 24]
+    assert measured[1] == measured[2]
+    assert measured[3][1] == measured[0][1]
+
+
 def test_names_are_short_if_they_stay_unique():
     assert short_names(["runs/demo", "w/dino.pth", "timm:vit_x.dino"]) == ["demo", "dino", "timm:vit_x.dino"]
     assert short_names(["a/b.pth", "c/b.pth"]) == ["a/b.pth", "c/b.pth"]
@@ -209,6 +221,8 @@ def test_names_are_short_if_they_stay_unique():
     [
         (["--measures", "knn,retrieval"], "did you mean 'retrieval_seg'"),
         (["--seeds", "0"], "--seeds 0: must be more than 0"),
+        (["--size", "30"], "size 30: not a multiple of the patch size 8; the nearest is 32"),
+        (["--size", "24x32"], "--size 24x32: this measure is defined on squares: one number, as in --size 32"),
         (["RUN"], "given more than once"),
         (["RUN/"], "given more than once"),
         (["--out", "README.md/x"], "--out README.md/x: nothing can be written there .*README.md is no folder"),

@@ -264,14 +264,32 @@ def test_points_fall_where_the_crop_shows_them():
         x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
         photo = torch.from_numpy(np.stack([x, y, 0 * x])).mul(255).round().to(torch.uint8)
         points = np.array([[0.5, 0.5], [0.45, 0.6], [0.55, 0.42]])
-        view, shown = points_in_crop(points, height, width, 64), center_crop(photo, 64)
-        column, row = (view * 64).astype(int).T
-        seen = shown[:2, row, column].numpy().T / 255
-        assert np.abs(seen - points).max() < 0.02
-        assert np.abs(points_in_crop(np.array([[0.5, 0.5]]), height, width, 64) - 0.5).max() < 0.02
+        for size in (64, (64, 96), (96, 64)):
+            view, shown = points_in_crop(points, height, width, size), center_crop(photo, size)
+            column, row = (view * shown.shape[:0:-1]).astype(int).T
+            seen = shown[:2, row, column].numpy().T / 255
+            assert np.abs(seen - points).max() < 0.02
+            assert np.abs(points_in_crop(np.array([[0.5, 0.5]]), height, width, size) - 0.5).max() < 0.02
     outside = points_in_crop(np.array([[0.02, 0.5], [0.98, 0.5]]), 100, 300, 64)
     assert outside[0, 0] < 0
     assert outside[1, 0] > 1
+
+
+@pytest.mark.parametrize("fit", ["crop", "square"])
+def test_any_height_and_width(network, folder, tmp_path, fit):
+    """Multiples of the patch: the grid is of as many patches. The aspect ratio is kept in a crop."""
+    options = ["--features", "patches", "--size", "48x24", "--fit", fit]
+    main(["embed", str(network), str(folder), str(tmp_path / "out"), *options])
+    found, vit = read(tmp_path / "out", "patches"), load_backbone(network)
+    assert found.shape == (12, 6, 3, 24)
+    prepare = center_crop if fit == "crop" else whole_square
+    photo = torch.from_numpy(np.array(Image.open(sorted(folder.iterdir())[0]).convert("RGB"))).permute(2, 0, 1)
+    expected = tokens(vit, prepare(photo, (48, 24))[None])[1][0]
+    assert np.abs(found[0].reshape(18, 24) - expected.numpy()).max() < 1e-4
+    with pytest.raises(UserError, match="size 50x30: not a multiple of the patch size 8; the nearest is 48x32"):
+        main(["embed", str(network), str(folder), str(tmp_path / "other"), "--size", "50x30"])
+    with pytest.raises(UserError, match="--size 48x: expected pixels, as in 448, or HEIGHTxWIDTH, as in 480x640"):
+        main(["embed", str(network), str(folder), str(tmp_path / "other"), "--size", "48x"])
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "none"])

@@ -61,7 +61,7 @@ def test_colors_are_retrieved(voc, network):  # noqa: F811
 def test_raw_pixels_are_on_their_grid(voc, network):  # noqa: F811
     train, _ = voc_splits(voc, 48)
     made = next(scene_batches(network, train, batch=2, pixels=True)).tokens
-    image = normalized(train[1][0][None])[0]
+    image = normalized(train[1][0][None], network.pixels)[0]
     assert made.shape == (2, 192, 6, 6)
     torch.testing.assert_close(made[1, :, 2, 5].sort().values, image[:, 16:24, 40:48].flatten().sort().values)
 

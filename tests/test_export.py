@@ -21,6 +21,7 @@ from model.vit import ViT
 from model.weights import load_backbone, timm_model
 from runtime.checkpoint import save_backbone
 from runtime.errors import UserError
+from runtime.pixels import IMAGENET
 from tools.export.timm_folder import export, hub_config
 
 # Evaluates each expression on the same images; imports torch and timm only.
@@ -113,7 +114,7 @@ def test_timms_transform_crops_photos_as_evaluation_does(size):
     theirs = create_transform(**{word: settings[word] for word in words})
     coarse = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
     photo = Image.fromarray(coarse).resize((390, 270), Image.Resampling.BICUBIC)
-    ours = normalized(center_crop(torch.from_numpy(np.array(photo)).permute(2, 0, 1), size)[None])[0]
+    ours = normalized(center_crop(torch.from_numpy(np.array(photo)).permute(2, 0, 1), size)[None], IMAGENET)[0]
     assert (theirs(photo) - ours).abs().max() < 2.01 / 255 / 0.224  # two levels of gray
 
 

@@ -17,10 +17,10 @@ from model.methods import Method, build
 from model.methods.student_teacher import STUDENT, TEACHER, group_by_count
 from model.reference import point_embedding, resize_grid
 from model.weights import load_strictly, remap_keys
-from pipeline.augment.recipe import MEAN, STD
 from pipeline.batch import Batch
 from pipeline.geometry import points_in_views
 from runtime.config import Config, Head, Model, Views
+from runtime.pixels import IMAGENET
 from runtime.schedule import Optimizer, Schedules, make_schedules
 
 MODES = {
@@ -268,7 +268,7 @@ def test_dino_multicrop(oracle, oracle_json):
     index = oracle_json("b_dino_index")
     config = config_of(index["config"], None, [Views(2, 224, teacher=True), Views(2, 96, (0.05, 0.4))], 224)
     model = load_method(config, tensors)
-    mean, std = (torch.tensor(c).view(1, 1, 3, 1, 1) for c in (MEAN, STD))
+    mean, std = (torch.tensor(c).view(1, 1, 3, 1, 1) for c in IMAGENET)
     views = [torch.stack([tensors[f"views_u8.{i}"] for i in pair]) / 255 for pair in ((0, 1), (2, 3))]  # [2,B,3,S,S]
     empty = torch.empty(0)
     ids = torch.arange(3)

@@ -23,10 +23,10 @@ from model.methods import build
 from model.methods.clustering import assign
 from model.methods.encode import encode
 from model.methods.leopart import square
-from pipeline.augment.recipe import MEAN, STD
 from pipeline.batch import Batch
 from pipeline.geometry import draw_windows, overlap
 from runtime.config import Clustering, Config, Head, Model, Views, load_config
+from runtime.pixels import IMAGENET
 from runtime.schedule import Optimizer, StepValues, make_schedules
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ def load(case: Case) -> Any:
 
 
 def batch_of(case: Case) -> Batch:
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in IMAGENET)
     views, first = [], 0
     for count in case.settings["crops"]:
         pixels = torch.stack([case.tensors[f"views_u8.{v}"] for v in range(first, first + count)])

@@ -18,6 +18,7 @@ from model.weights import load_backbone, load_pretrained
 from runtime.checkpoint import save_backbone
 from runtime.config import load_config
 from runtime.errors import UserError
+from runtime.pixels import IMAGENET
 from tools.export.__main__ import main as export
 from tools.show import attention
 from tools.show import points as picture_of_points
@@ -121,9 +122,9 @@ def test_resnet50_has_timms_features(tmp_path):
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     cls, patches = tokens(network, images)
     with torch.no_grad():
-        maps = theirs.forward_features(normalized(images))  # [n,D,2,3]
+        maps = theirs.forward_features(normalized(images, IMAGENET))  # [n,D,2,3]
         assert torch.equal(patches, maps.flatten(2).transpose(1, 2))
-        torch.testing.assert_close(cls, theirs(normalized(images)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(cls, theirs(normalized(images, IMAGENET)), rtol=1e-5, atol=1e-6)
     assert torch.equal(patches[:, 4], maps[:, :, 1, 1])  # row by row
 
 
@@ -139,7 +140,7 @@ def test_the_line_on_what_is_not_used_is_printed(tmp_path, capsys):
 def test_our_own_file_keeps_its_image_size(tmp_path):
     path = tmp_path / "resnet.safetensors"
     save_backbone(path, small_resnet(), {"image_size": 64})
-    assert load_backbone(path).about() == {"image_size": 64}
+    assert load_backbone(path).about()["image_size"] == 64
     save_backbone(path, small_resnet(), {"image_size": 60})
     with pytest.raises(UserError, match="image_size: expected a multiple of 32, found 60"):
         load_backbone(path)

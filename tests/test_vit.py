@@ -10,7 +10,7 @@ from eval.attention import attention_weights
 from model.architecture import architecture, of_timm, vit_options
 from model.reference import MODES
 from model.vit import ViT, build_vit
-from runtime.config import Model, Reference
+from runtime.config import Config, Data, Model, Views
 from runtime.errors import UserError
 
 NAMES = (  # each has something that those before it have not
@@ -36,9 +36,9 @@ def small(name: str, **options):
 def test_equals_timm(name: str):
     """Tokens of timm's own pass. The ViT is once built from the config, once from the tensors alone."""
     theirs, patch = small(name)
-    config = Model(arch=name, width=48, depth=2, heads=3)
-    from_config = build_vit(config, Reference(), 4 * patch, 0.0)
-    about = architecture(config).not_in_tensors()
+    model = Model(arch=name, width=48, depth=2, heads=3)
+    from_config = build_vit(Config(model=model, data=Data(views=[Views(2, 4 * patch, teacher=True)])), 0.0)
+    about = architecture(model).not_in_tensors()
     from_tensors = ViT(**vit_options(theirs.state_dict(), about))
     assert from_tensors.about() == from_config.about()
     images = torch.randn(2, 3, 4 * patch, 4 * patch, dtype=torch.float64)

@@ -10,13 +10,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.functional import normalize
 
+from eval.features import tokens
 from model.vit import ViT, require_vit
 from model.weights import load_backbone, read_network, remap_keys
 from runtime.checkpoint import save_backbone
 from runtime.errors import UserError
+from runtime.pixels import IMAGENET, Pixels
 
 
 @pytest.fixture
@@ -63,9 +64,10 @@ def test_every_checkpoint_format(vit, tmp_path, checkpoint_format):
         torch.save({"state_dict": {f"teacher.{n}": t for n, t in (plain | extra).items()}}, path)
     elif checkpoint_format == "ours":
         path = tmp_path / "backbone.safetensors"
-        save_backbone(path, vit, {"heads": 1, "attention": "patches", "border": "border", "locality": 0.7})
-        saved = load_backbone(path).about()
-        assert saved == {"heads": 1, "attention": "patches", "border": "border", "locality": 0.7}
+        about = {"heads": 1, "attention": "patches", "border": "border", "locality": 0.7}
+        save_backbone(path, vit, about)  # as before files had their pixels: ImageNet's
+        imagenet = {"mean": list(IMAGENET.mean), "std": list(IMAGENET.std)}
+        assert load_backbone(path).about() == about | imagenet
     else:
         extra = {"head.weight": torch.ones(10, 64), "head.bias": torch.ones(10)} if "class" in checkpoint_format else {}
         torch.save(plain | extra, path)
@@ -108,7 +110,7 @@ def test_moco_v3_as_published(tmp_path):
 
 
 def test_timm_name_gives_timms_features_whatever_its_normalization(monkeypatch):
-    """The augreg ViTs take images normalized by mean .5 and deviation .5; ours by those of ImageNet."""
+    """The augreg ViTs take images normalized by mean .5 and deviation .5, and are evaluated with these."""
     real = timm.create_model
 
     def without_a_download(name, pretrained=False, **given):
@@ -126,10 +128,10 @@ def test_timm_name_gives_timms_features_whatever_its_normalization(monkeypatch):
     ours = load_backbone("timm:vit_tiny_patch16_224")
     theirs = made[0]
     assert (theirs.pretrained_cfg["mean"], ours.heads, ours.image_size) == ((0.5, 0.5, 0.5), 3, 224)
-    image = torch.rand(2, 3, 224, 224)
-    mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    images = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
     with torch.no_grad():
-        torch.testing.assert_close(ours((image - mean) / std).cls, theirs((image - 0.5) / 0.5), rtol=1e-4, atol=1e-4)
+        theirs_cls = theirs((images / 255 - 0.5) / 0.5)
+    torch.testing.assert_close(tokens(ours, images)[0], theirs_cls, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,6 @@ def test_timm_name_gives_timms_features_whatever_its_normalization(monkeypatch):
     [
         ("vit_tiny_patch16_225", "no such model, did you mean 'vit_tiny_patch16_"),
         ("vit_base_patch16_siglip_224", "not a ViT with .CLS. and learned positions: it has no .CLS."),
-        ("vit_base_patch16_clip_224", "its patch filter has no bias"),
         ("resnet50", "it is a ResNet"),
         ("vit_small_patch16_18x2_224", "timm has no pretrained weights for it"),
     ],
@@ -229,7 +230,7 @@ def test_unpickling_executes_nothing(tmp_path):
 
 
 def test_a_vit_with_rotary_positions_is_evaluated(tmp_path):
-    """DINOv3's architecture: timm's own features, at any size, for images in our colors. It cannot be trained."""
+    """DINOv3's architecture: timm's own features, at any size, for images in its colors. It cannot be trained."""
     torch.manual_seed(0)
     arguments = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
     theirs = timm.create_model("vit_small_patch16_dinov3", num_classes=0, dynamic_img_size=True, **arguments).eval()
@@ -239,12 +240,13 @@ def test_a_vit_with_rotary_positions_is_evaluated(tmp_path):
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     ours = load_backbone(f"timm:local-dir:{tmp_path}")
     assert (ours.width, ours.patch, ours.image_size) == (48, 16, 32)
+    assert ours.pixels == Pixels((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
     photo = torch.rand(2, 3, 48, 64)
     with torch.no_grad():
-        tokens = theirs.forward_features(normalize(photo, **colors))
-        out = ours(normalize(photo, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    assert (out.cls - tokens[:, 0]).abs().max() < 1e-5
-    assert (out.patches - tokens[:, theirs.num_prefix_tokens :]).abs().max() < 1e-5
+        expected = theirs.forward_features(normalize(photo, **colors))
+        out = ours(normalize(photo, **colors))
+    assert (out.cls - expected[:, 0]).abs().max() < 1e-5
+    assert (out.patches - expected[:, theirs.num_prefix_tokens :]).abs().max() < 1e-5
     with pytest.raises(UserError, match="can be evaluated, but not trained: its positions are rotary"):
         read_network(f"timm:local-dir:{tmp_path}")
     with pytest.raises(UserError, match="the point probe needs a ViT that takes points: its positions are rotary"):

@@ -25,7 +25,7 @@ class ClusterNetwork(Network):
 
     def __init__(self, config: Config, drop_path: float):
         super().__init__()
-        self.backbone = build_vit(config.model, config.reference, config.image_size, drop_path)
+        self.backbone = build_vit(config, drop_path)
         self.head = ClusterHead(self.backbone.width, config.head)
 
     def groups(self, lr_factor: float) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ class DINONetwork(Network):
 
     def __init__(self, config: Config, drop_path: float):
         super().__init__()
-        self.backbone = build_vit(config.model, config.reference, config.image_size, drop_path)
+        self.backbone = build_vit(config, drop_path)
         self.cls_head = self.new_head(config)
 
     def new_head(self, config: Config) -> ProjectionHead:

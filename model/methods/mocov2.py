@@ -29,7 +29,7 @@ class MoCoNetwork(Network):
 
     def __init__(self, config: Config, drop_path: float):
         super().__init__()
-        self.backbone = build_vit(config.model, config.reference, config.image_size, drop_path)
+        self.backbone = build_vit(config, drop_path)
         self.projector = two_layers(self.backbone.width, config.head)
 
 

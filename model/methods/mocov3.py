@@ -27,7 +27,7 @@ class MoCoV3Network(Network):
 
     def __init__(self, config: Config, drop_path: float):
         super().__init__()
-        self.backbone = build_vit(config.model, config.reference, config.image_size, drop_path)
+        self.backbone = build_vit(config, drop_path)
         hidden, d = config.head.hidden, config.head.bottleneck
         self.projector = normed_mlp(self.backbone.width, hidden, hidden, d)
 

@@ -5,6 +5,7 @@ families.py  whose weights a file holds, by the names of its tensors
 names.py     the parameter names of every checkpoint format <-> ours; loading is strict
 timm_hub.py  timm:NAME, the pretrained weights that timm knows by a name; the call of timm that loads a backbone of ours
 fit.py       a ViT's tensors for another position grid, patch size or number of channels
+pixels.py    the pixels that a file's weights take, and patch filters that take others
 init.py      the backbone of any of these (evaluation), and a run that starts from them (model.init)
 """
 

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from runtime.pixels import Pixels
+
 ROTARY = "its positions are rotary: there is no grid of learned ones that a point could be read from"
 
 
@@ -16,8 +18,11 @@ class Family:
     marks: tuple[str, ...] = ()  # patterns; each begins where a part of a name does
     encoder: str = ""  # prefix of the network that is evaluated, where several are side by side: the published choice
     heads: int | None = None  # where they are not of 64 dimensions
+    pixels: Pixels | None = None  # where they are not ImageNet's
     refusal: str = ""  # why none of its networks can be loaded
 
+
+CLIP = Pixels((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 # from the most special to the most general
 FAMILIES = (
@@ -51,6 +56,7 @@ FAMILIES = (
     Family("SwAV", (r"prototypes\b",)),
     Family("DenseDINO", (r"ref_head\.",)),
     Family("DINO", (r"head\.last_layer\.",)),
+    Family("CLIP", (r"norm_pre\.weight",), pixels=CLIP),
 )
 UNKNOWN = Family("")
 

@@ -1,4 +1,5 @@
 """A ViT's tensors for another position grid, another patch size or another number of channels, by timm's functions.
+Other pixels: pixels.py.
 
 Letters: D width, N patches, P tokens in front of them, p patch size, C channels.
 """
@@ -12,27 +13,25 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 POSITIONS, FILTERS = "backbone.pos_embed", "backbone.patch_embed.proj.weight"  # [1,N or P+N,D], [D,C,p,p]
+BIAS = "backbone.patch_embed.proj.bias"  # [D]
 
 
-def fit(tensors: dict[str, Tensor], own: Mapping[str, Tensor], grid: int) -> tuple[dict[str, Tensor], str]:
+def fit(tensors: dict[str, Tensor], own: Mapping[str, Tensor], grid: int) -> tuple[dict[str, Tensor], list[str]]:
     """(a network's tensors with the positions and patch filters that a ViT needs, what was changed, for the log).
 
     own: the ViT's tensors. grid: patches on a side of its position grid. The file's ViT is the same in all else.
     """
-    positions, filters, changed = tensors[POSITIONS], tensors[FILTERS], []
+    positions, filters, changed = tensors[POSITIONS], tensors[FILTERS], list[str]()
     tokens = own[POSITIONS].shape[1] - grid * grid  # that are no patches: [CLS] and registers, or none
     side = math.isqrt(positions.shape[1] - tokens)
     if side != grid:
         positions = resample_abs_pos_embed(positions, [grid, grid], [side, side], num_prefix_tokens=tokens)
         changed.append(f"its {side} x {side} positions resampled to {grid} x {grid} (bicubic)")
-    if filters.shape[1] != own[FILTERS].shape[1]:
-        filters, line = fit_channels(filters, own[FILTERS].shape[1])
-        changed.append(line)
     patch = own[FILTERS].shape[-1]
     if filters.shape[-1] != patch:
         changed.append(f"its patches of {filters.shape[-1]} pixels resampled to {patch} (bicubic)")
         filters = resample_patch_embed(filters, [patch, patch])
-    return tensors | {POSITIONS: positions, FILTERS: filters}, ", ".join(changed)
+    return tensors | {POSITIONS: positions, FILTERS: filters}, changed
 
 
 def fit_channels(filters: Tensor, channels: int) -> tuple[Tensor, str]:

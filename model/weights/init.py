@@ -15,15 +15,17 @@ from model.backbone import Backbone
 from model.methods import Method, build
 from model.resnet import IMAGE_SIZE, STRIDE, ResNet
 from model.vit import ViT
-from model.weights.fit import FILTERS, fit, fit_channels
+from model.weights.fit import BIAS, FILTERS, fit, fit_channels
 from model.weights.names import CENTERS, PARTS, is_resnet, load_strictly, select_part
+from model.weights.pixels import different, pixels_of, take_pixels
 from model.weights.read import is_plain, read_file, select_network
 from model.weights.timm_hub import TIMM, read_timm, rotary_of_timm
 from pipeline.random import hash64
 from runtime.config import ARCHS_OF_TIMM, Config, Reference, load_config, patch_of
 from runtime.errors import UserError, suggest
+from runtime.pixels import usual
 
-CHANNELS = 3  # of the photos that evaluations read
+CHANNELS = (1, 3)  # that evaluations can make of a photo
 
 
 def load_backbone(path: str | Path, untrained: bool = False) -> Backbone:
@@ -44,14 +46,17 @@ def load_backbone(path: str | Path, untrained: bool = False) -> Backbone:
         return rotary.eval()
     tensors, about = read_network(path)
     source, notes = about.get("label", str(path)), []
-    if is_resnet(tensors):
-        network = _resnet_from_tensors(select_part(tensors, "backbone"), about, source)
-    else:
-        filters = tensors.get(FILTERS)
-        if filters is not None and filters.ndim == 4 and filters.shape[1] not in (0, CHANNELS):
-            tensors[FILTERS], note = fit_channels(filters, CHANNELS)
-            notes.append(note)
-        network = _vit_from_tensors(select_part(tensors, "backbone"), about, source)
+    filters = tensors.get(FILTERS)
+    channels = filters.shape[1] if filters is not None and filters.ndim == 4 and filters.numel() else 3
+    own = pixels_of(about, channels, source)
+    if filters is not None and channels not in CHANNELS:
+        own, (tensors[FILTERS], note) = None, fit_channels(filters, 3)
+        notes.append(note)
+    from_tensors = _resnet_from_tensors if is_resnet(tensors) else _vit_from_tensors
+    network = from_tensors(select_part(tensors, "backbone"), about, source)
+    network.pixels = own or usual(channels if channels in CHANNELS else 3)
+    if "attention" not in about and different(network.pixels, usual(network.pixels.channels)):
+        notes.append(f"its pixels have the mean {list(network.pixels.mean)} and std {list(network.pixels.std)}")
     if about.get("unused"):
         notes.append(f"not used of this file: {_listed(about['unused'])}")
     if notes:
@@ -148,7 +153,13 @@ def load_pretrained(method: Method, source: str) -> str:
         unused |= dict.fromkeys(more["unused"])
         check_compatible(network, tensors, about | more, label)
         grid = network.backbone.image_size // network.backbone.patch
-        tensors, changed = fit(tensors, network.state_dict(), grid)
+        theirs = pixels_of(about | more, tensors[FILTERS].shape[1], label)
+        tensors, lines = fit(tensors, network.state_dict(), grid)
+        filters, bias, more_lines = take_pixels(
+            tensors[FILTERS], tensors.get(BIAS), theirs, network.backbone.pixels, label
+        )
+        tensors |= {FILTERS: filters} | ({} if bias is None else {BIAS: bias})
+        changed = ", ".join(lines + more_lines)
         in_file = {part: part for part in PARTS if part == "backbone" or select_part(tensors, part)}
         if "cls_head" in in_file:
             in_file.setdefault("reference_head", "cls_head")

@@ -17,7 +17,8 @@ from runtime.config import parse_config
 from runtime.errors import UserError, suggest
 from runtime.methods import evaluated
 
-SAVED = "model.safetensors"  # how transformers calls the weights in the folder of a model
+SAVED = "model.safetensors"  # how transformers and timm call the weights in the folder of a model
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"  # what lies beside them
 
 
 def read_file(source: str) -> tuple[dict, dict]:
@@ -29,6 +30,8 @@ def read_file(source: str) -> tuple[dict, dict]:
     path, found, about = Path(source), None, {}
     if (path / SAVED).is_file():
         path, about = path / SAVED, _about_folder(path)
+    elif path.name == SAVED and (path.parent / CONFIG).is_file():
+        about = _about_folder(path.parent)
     elif path.is_dir():
         is_run = (path / "config.yaml").is_file()
         found = latest_valid(path / "checkpoints" if is_run else path)
@@ -59,12 +62,25 @@ def read_file(source: str) -> tuple[dict, dict]:
 
 
 def _about_folder(folder: Path) -> dict:
-    """What the config.json beside weights of Hugging Face says about them."""
+    """What the JSON files beside weights of Hugging Face or timm say about them."""
+    config, about = _read_json(folder / CONFIG), {}
+    if "num_attention_heads" in config:
+        about["heads"] = config["num_attention_heads"]
+    if isinstance(of_timm := config.get("pretrained_cfg"), dict):
+        about |= {name: of_timm.get(name) for name in ("mean", "std")}
+    if (folder / PREPROCESSOR).is_file():
+        prepared = _read_json(folder / PREPROCESSOR)
+        about |= {name: prepared.get(f"image_{name}") for name in ("mean", "std")}
+        if prepared.get("do_normalize") is False:
+            about |= {"mean": 0, "std": 1}
+    return about
+
+
+def _read_json(path: Path) -> dict:
     try:
-        about = json.loads((folder / "config.json").read_text())
-        return {"heads": about["num_attention_heads"]} if "num_attention_heads" in about else {}
+        return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder / 'config.json'}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def _about_config(text: str, source: str) -> dict:
@@ -75,6 +91,7 @@ def _about_config(text: str, source: str) -> dict:
     reference = config.reference
     return {
         **architecture(config.model).not_in_tensors(),
+        **config.pixels._asdict(),
         "attention": reference.attention,
         "border": reference.border,
         "locality": reference.locality,
@@ -107,8 +124,9 @@ def select_network(contents: dict, role: str, source: str) -> tuple[dict[str, Te
     """(one network's tensors with our names, metadata that follows from their names) of a file's contents.
 
     The other role's network if the file has only that, as the checkpoint of a method without a teacher. The metadata: the
-    file and its family for messages ("label"), the tensors that are not used ("unused"), and perhaps the "heads". Raises
-    UserError if there is no network, or if its tensors claim more bytes than the file has.
+    file and its family for messages ("label"), the pixels of this family ("pixels"), the tensors that are not used
+    ("unused"), and perhaps the "heads". Raises UserError if there is no network, or if its tensors claim more bytes than the
+    file has.
     """
     networks, others = _by_role(_unwrap(contents))
     tensors = networks.get(role) or next(iter(networks.values()))
@@ -131,7 +149,11 @@ def select_network(contents: dict, role: str, source: str) -> tuple[dict[str, Te
     inside = {bare(n).removeprefix(family.encoder): t for n, t in encoder.items()} if family.encoder else encoder
     # DenseCL's training checkpoints name the query backbone twice
     others += [bare(n) for n in tensors if n not in encoder and bare(n) not in inside]
-    about: dict = {"label": label, "unused": others + [timm_name(n) for n in inside if is_unused(n)]}
+    about: dict = {
+        "label": label,
+        "pixels": family.pixels,
+        "unused": others + [timm_name(n) for n in inside if is_unused(n)],
+    }
     if family.heads:
         about["heads"] = family.heads
     return remap_keys(inside, label), about

@@ -8,12 +8,12 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from model.architecture import ARCHS, ROTARY, Architecture, described, of_timm, refusal
 from model.rotary import Rotary
 from model.vit import ViT
 from runtime.errors import UserError, suggest
+from runtime.pixels import IMAGENET, Pixels
 
 TIMM = "timm:"
 _LOCAL = "local-dir:"
@@ -30,39 +30,34 @@ def read_timm(name: str) -> tuple[dict, dict]:
     if reason := refusal(theirs):
         raise UserError(f"timm:{name} can be evaluated, but not trained: {reason}")
     named = "" if name.startswith(_LOCAL) else name.partition(".")[0]
-    return {f"backbone.{n}": t for n, t in theirs.state_dict().items()}, described(theirs, named).not_in_tensors()
+    tensors = {f"backbone.{n}": t for n, t in theirs.state_dict().items()}
+    return tensors, described(theirs, named).not_in_tensors() | _pixels(theirs)._asdict()
 
 
 def rotary_of_timm(name: str) -> Rotary | None:
     """timm's pretrained ViT if its positions are rotary, else None. Raises UserError as `check_timm`."""
     check_timm(name)
-    return Rotary(_pretrained(name, dynamic_img_size=True)) if refusal(_empty(name)) == ROTARY else None
+    if refusal(_empty(name)) != ROTARY:
+        return None
+    theirs = _pretrained(name, dynamic_img_size=True)
+    return Rotary(theirs, _pixels(theirs))
+
+
+def _pixels(theirs: Any) -> Pixels:
+    return Pixels(*(tuple(theirs.pretrained_cfg[name]) for name in ("mean", "std")))
 
 
 def _pretrained(name: str, **options: Any) -> Any:
-    """timm's pretrained model, from timm's cache, the network or a folder (local-dir:PATH). Its patch filter is changed so
-    that it takes images normalized as ours are.
-
-    Raises UserError if the weights cannot be fetched.
-    """
+    """timm's pretrained model, from timm's cache, the network or a folder (local-dir:PATH). Raises UserError
+    if the weights cannot be fetched."""
     try:
-        theirs: Any = timm.create_model(name, pretrained=True, num_classes=0, **options)
+        return timm.create_model(name, pretrained=True, num_classes=0, **options)
     except Exception as error:  # the hub's client raises many types without a network
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"timm:{name}: its weights are not cached and cannot be downloaded ({reason}); "
             "download the file elsewhere and give its path instead"
         ) from None
-    # their colors (p - mean) / std are an affine map of ours, channel by channel; the patch filter absorbs it
-    theirs_cfg, filters = theirs.pretrained_cfg, theirs.patch_embed.proj
-    mean, std = (torch.tensor(theirs_cfg[key], dtype=torch.float64) for key in ("mean", "std"))
-    ours_mean, ours_std = (torch.tensor(c, dtype=torch.float64) for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    weight = filters.weight.data.double()
-    filters.weight.data = (weight * (ours_std / std).view(1, 3, 1, 1)).float()
-    if filters.bias is not None:  # without one, the means are equal (check_timm)
-        shift = (weight * ((ours_mean - mean) / std).view(1, 3, 1, 1)).sum((1, 2, 3))
-        filters.bias.data = (filters.bias.data.double() + shift).float()
-    return theirs
 
 
 def check_timm(name: str) -> None:
@@ -77,15 +72,8 @@ def check_timm(name: str) -> None:
         raise UserError(f"timm:{name}: timm has no such model{suggest(name, known)}")
     if not local and not timm.models.is_model_pretrained(name):
         raise UserError(f"timm:{name}: timm has no pretrained weights for it{suggest(name, known)}")
-    empty = _empty(name)
-    if (reason := refusal(empty)) and reason != ROTARY:
+    if (reason := refusal(_empty(name))) and reason != ROTARY:
         raise UserError(f"timm:{name}: not a ViT with [CLS] and learned positions: {reason}")
-    mean = tuple(empty.pretrained_cfg["mean"])
-    if empty.patch_embed.proj.bias is None and mean != IMAGENET_DEFAULT_MEAN:
-        raise UserError(
-            f"timm:{name}: its colors have the mean {mean}, ours {IMAGENET_DEFAULT_MEAN}, and its patch filter has no bias "
-            "that could make up for it"
-        )
     pretrained = None if local else timm.models.get_pretrained_cfg(name)
     if pretrained is None or not pretrained.hf_hub_id or _is_cached(str(pretrained.hf_hub_id)):
         return
@@ -148,7 +136,9 @@ def loading_lines(vit: ViT, path: Path) -> list[str]:
     other features."""
     if vit.attention == "all_query":  # its patches never attend to [CLS], those of a plain ViT do
         return ["from model.weights import load_backbone", f"vit = load_backbone({_literal(path)})"]
-    return ["import timm", f"vit = {timm_call(vit, path)}"]
+    mean, std = map(list, vit.pixels)
+    takes = [f"# vit takes (x - {mean}) / {std}, x from 0 to 1: not ImageNet's"] if vit.pixels != IMAGENET else []
+    return ["import timm", f"vit = {timm_call(vit, path)}", *takes]
 
 
 def _literal(path: Path) -> str:

@@ -16,15 +16,15 @@ from pipeline.augment.recipe import (
     CONTRAST,
     GRAY,
     HUE,
-    MEAN,
     ORDER,
     ORDERS,
     RADIUS,
     SATURATION,
     SIGMA,
     SOLARIZE,
-    STD,
+    luma,
 )  # fmt: skip
+from runtime.pixels import IMAGENET, Pixels
 
 try:
     from numba import njit
@@ -39,7 +39,6 @@ except ImportError:  # then nothing below is called
 
 _fast: Any = {"nogil": True, "fastmath": True, "cache": True, "error_model": "numpy"}
 _ORDERS = np.array(ORDERS, np.int64)
-_MEAN, _STD = np.array(MEAN, np.float32), np.array(STD, np.float32)
 _R, _G, _B = np.float32(0.299), np.float32(0.587), np.float32(0.114)
 _0, _1, _2, _4, _6 = (np.float32(i) for i in (0, 1, 2, 4, 6))
 
@@ -186,12 +185,16 @@ def _views(views, draws, out, x, padded, orders, mean, std):
             _view(views[b, v], draws[b, v], out[v, b], x, padded, orders, mean, std)
 
 
-def apply_color(views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """As recipe.apply_color: uint8 [B,V,H,W,3] and draws [B,V,8] on the CPU -> [V,B,3,H,W], normalized, in `dtype`."""
+def apply_color(views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float32, pixels: Pixels = IMAGENET) -> Tensor:
+    """As recipe.apply_color: uint8 [B,V,H,W,3] and draws [B,V,8] on the CPU -> [V,B,C,H,W], normalized, in `dtype`."""
     b, v, h, w, _ = views.shape
     assert draws.shape == (b, v, COLUMNS)  # numba reads out of bounds without an error
+    if pixels.channels == 1:  # not in the loop: any change in it changes the rounding of all views (fastmath)
+        colors = apply_color(views, draws, pixels=Pixels((0, 0, 0), (1, 1, 1)))
+        return ((luma(colors.unbind(2)) - pixels.mean[0]) / pixels.std[0]).to(dtype)[:, :, None]
     out = torch.empty(v, b, 3, h, w)
     x, padded = np.empty((3, h * w), np.float32), np.empty((h + 2 * RADIUS) * w + w + 2 * RADIUS, np.float32)
     flat = out.view(v, b, 3, h * w).numpy()
-    _views(views.contiguous().numpy(), draws.contiguous().numpy(), flat, x, padded, _ORDERS, _MEAN, _STD)
+    mean, std = (np.array(values, np.float32) for values in pixels)
+    _views(views.contiguous().numpy(), draws.contiguous().numpy(), flat, x, padded, _ORDERS, mean, std)
     return out.to(dtype)

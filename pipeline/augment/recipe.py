@@ -1,9 +1,10 @@
 """The color recipe of each view: its draws (NumPy), and their application to a batch on the device (torch).
 
 DINO's recipe (Caron et al. 2021, as in BYOL): with probability p a jitter of brightness, contrast, saturation and hue, in
-a random order; gray; Gaussian blur; solarization; ImageNet's mean and deviation. Both readers use it. numba_kernel.py is
-`apply_color` for a CPU.
-Letters: B images, V views, H x W pixels.
+a random order; gray; Gaussian blur; solarization; the mean and deviation of each channel. Both readers use it. For a network
+of one channel the gray of the finished view is taken, before mean and deviation: the recipe is the same for every network.
+numba_kernel.py is `apply_color` for a CPU.
+Letters: B images, V views, C channels of the network, H x W pixels.
 """
 
 import itertools
@@ -17,9 +18,8 @@ from torch import Tensor
 
 from pipeline.random import uniform
 from runtime.config import Data, Views
+from runtime.pixels import IMAGENET, Pixels
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 ORDERS = list(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
 # columns of the draws; any order and 1, 1, 1, 0, 0, 0, 0 change nothing
 ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, SIGMA, SOLARIZE = range(8)
@@ -57,8 +57,8 @@ def draw_color(key: NDArray[np.uint64], data: Data, views: list[Views]) -> NDArr
 Planes = tuple[Tensor, ...]  # red, green and blue, each [n,H,W] in [0,1]
 
 
-def _gray(x: Planes) -> Tensor:
-    """ITU-R 601 luma -> [n,H,W]."""
+def luma(x: Planes) -> Tensor:
+    """The gray of ITU-R 601 -> [n,H,W]."""
     return 0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]
 
 
@@ -87,7 +87,7 @@ def _blend(x: Planes, which: Tensor, draws: Tensor, mean: Tensor) -> Planes:
     factors = torch.cat([draws[:, BRIGHTNESS : SATURATION + 1], torch.ones_like(draws[:, :1])], 1)
     f = factors.gather(1, which[:, None]).view(-1, 1, 1)
     which = which.view(-1, 1, 1)
-    target = torch.where(which == 2, _gray(x), torch.where(which == 1, mean, 0.0)) * (1 - f)
+    target = torch.where(which == 2, luma(x), torch.where(which == 1, mean, 0.0)) * (1 - f)
     return tuple((channel * f + target).clamp(0, 1) for channel in x)
 
 
@@ -126,12 +126,13 @@ def _blur(x: Planes, sigma: Tensor) -> Planes:
 
 
 def apply_color(
-    views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float32, orders: Tensor | None = None
-) -> Tensor:
+    views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float32, orders: Tensor | None = None,
+    pixels: Pixels = IMAGENET,
+) -> Tensor:  # fmt: skip
     """Views of one size as the network takes them.
 
-    views uint8 [B,V,H,W,3] and draws [B,V,8] on the device -> [V,B,3,H,W], normalized, in `dtype`. orders: ORDERS on the
-    device, which avoids a copy from the host at every step.
+    views uint8 [B,V,H,W,3] and draws [B,V,8] on the device -> [V,B,C,H,W], normalized, in `dtype`. orders: ORDERS on the
+    device, which avoids a copy from the host at every step. pixels: what the network takes.
     """
     b, v, h, w, _ = views.shape
     red, green, blue = views.transpose(0, 1).reshape(v * b, h, w, 3).unbind(-1)
@@ -143,12 +144,12 @@ def apply_color(
     # Compiled, each time reads the pixels once and writes nothing in between.
     contrast_at = (order == 1).long().argmax(1)
     before = _jitter(x, order, draws, contrast_at, torch.zeros_like(draws[:, :1, None]))
-    x = _jitter(x, order, draws, 4, _gray(before).mean((1, 2), keepdim=True))
+    x = _jitter(x, order, draws, 4, luma(before).mean((1, 2), keepdim=True))
     to_gray, inverted = (draws[:, column].view(-1, 1, 1) > 0 for column in (GRAY, SOLARIZE))
-    gray = _gray(x)
+    gray = luma(x)
     x = _blur(tuple(torch.where(to_gray, gray, channel) for channel in x), draws[:, SIGMA])
-    planes = []
-    for channel, mean, std in zip(x, MEAN, STD, strict=True):
-        channel = torch.where(inverted & (channel > 127.5 / 255), 1 - channel, channel)  # Pillow's 128 and above
-        planes.append(((channel - mean) / std).to(dtype))
-    return torch.stack(planes, 1).view(v, b, 3, h, w)
+    x = tuple(torch.where(inverted & (channel > 127.5 / 255), 1 - channel, channel) for channel in x)  # Pillow's 128 up
+    if pixels.channels == 1:
+        x = (luma(x),)
+    planes = [((channel - mean) / std).to(dtype) for channel, mean, std in zip(x, *pixels, strict=True)]
+    return torch.stack(planes, 1).view(v, b, pixels.channels, h, w)

@@ -14,7 +14,7 @@ from runtime.files import write_atomic
 
 SHAPES = {  # keys whose values decide the names or shapes of a network's weights
     "method", "model.arch", "model.patch", "model.width", "model.depth", "head.hidden", "head.bottleneck",
-    "head.prototypes", "head.layers", "head.norm", "head.shared", "clustering.queue",
+    "head.prototypes", "head.layers", "head.norm", "head.shared", "clustering.queue", "data.channels",
 }  # fmt: skip
 
 

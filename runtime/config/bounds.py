@@ -58,6 +58,7 @@ def _is_method(name: str) -> bool:
 
 WINDOW = rule("two numbers 0 < low <= high <= 1", lambda pair: 0 < pair[0] <= pair[1] <= 1)
 RATIO = rule("two numbers 0 < low <= high", lambda pair: 0 < pair[0] <= pair[1])
+SIDE = rule("a whole number above 0: a view is a square", lambda side: side > 0)
 METHOD = rule(f"one of {', '.join(METHODS)}, or module:Class", _is_method, METHODS)
 ARCHITECTURE = rule(
     f"one of {', '.join(SIZES)}, or a name of timm's ViTs without its tag, such as vit_small_patch14_dinov2",
@@ -66,6 +67,8 @@ ARCHITECTURE = rule(
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Shares = Annotated[list[Share], BeforeValidator(as_list, json_schema_input_type=Share | list[Share])]
+Deviation = Annotated[float, Field(gt=0, le=1)]
+Deviations = Annotated[list[Deviation], BeforeValidator(as_list, json_schema_input_type=Deviation | list[Deviation])]
 Text = Annotated[str, BeforeValidator(as_text, json_schema_input_type=str | float)]
 Texts = Annotated[list[Text], BeforeValidator(as_list, json_schema_input_type=Text | list[Text])]
 Pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # yaml has no tuples

@@ -15,6 +15,7 @@ from runtime.config.messages import Problem
 from runtime.config.schema import BY_VIEW, TEACHERS, Config
 from runtime.errors import suggest_path
 from runtime.methods import METHODS
+from runtime.pixels import usual
 
 CLUSTERING = ("leopart", "swav")  # the methods that use the section
 BLUR_RADIUS = 3  # of the attention that makes Leopart's mask, in patches: its border is reflected (model/foreground.py)
@@ -25,7 +26,7 @@ MIN_TEMPERATURE = 1 / 80  # of k-NN: above it no vote, exp(similarity / temperat
 
 def check(c: Config) -> list[Problem]:
     """What is wrong with values that are each valid by themselves."""
-    return [*_optim(c), *_model(c), *_views(c), *_reference(c), *_clustering(c), *_contrast(c)]
+    return [*_optim(c), *_model(c), *_views(c), *_pixels(c), *_reference(c), *_clustering(c), *_contrast(c)]
 
 
 def _optim(c: Config) -> Iterator[Problem]:
@@ -105,6 +106,14 @@ def _views(c: Config) -> Iterator[Problem]:
             if len(values) not in (1, g.count):
                 text = f"expected one probability or {g.count} (count), found {len(values)}"
                 yield Problem(f"{at}.{name}", text, ("data.views",))
+
+
+def _pixels(c: Config) -> Iterator[Problem]:
+    for name in ("mean", "std"):
+        values, own = getattr(c.data, name), list(getattr(usual(c.data.channels), name))
+        if len(values) != c.data.channels:
+            text = f"{len(values)} given, data.channels: {c.data.channels} needs {c.data.channels} (such as {own})"
+            yield Problem(f"data.{name}", text, ("data.channels",))
 
 
 def _reference(c: Config) -> Iterator[Problem]:

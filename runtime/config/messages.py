@@ -122,7 +122,8 @@ def _bounds(metadata: list[Any]) -> str:
         return f" from {low:g} to {high:g}"
     if low is not None:
         return f", {low:g} or more" + (f" and below {below}" if "lt" in found else "")
-    return f" above {found['gt']:g}" if "gt" in found else ""
+    top = f", {high:g} or less" if high is not None else ""
+    return f" above {found['gt']:g}{top}" if "gt" in found else ""
 
 
 def found(value: Any) -> str:

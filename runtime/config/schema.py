@@ -16,7 +16,9 @@ from runtime.config.bounds import (
     METHOD,
     RATIO,
     SETTINGS,
+    SIDE,
     WINDOW,
+    Deviations,
     Pair,
     Share,
     ShareBelowOne,
@@ -28,6 +30,7 @@ from runtime.config.bounds import (
 )
 from runtime.config.objectives import Clustering, Contrast, Head, Loss, Reference
 from runtime.methods import uses_points
+from runtime.pixels import Pixels, usual
 
 TEACHERS = 2  # T: the method has two teacher views (eq. 2, eq. 3)
 # every key and section of Config is in one of the two; a resume refuses a changed value of the first
@@ -50,7 +53,7 @@ class Views:
 
     count: PositiveInt = 2
     """Number of views in this group."""
-    size: PositiveInt = 224
+    size: Annotated[PositiveInt, SIDE] = 224
     """Height and width of a view, in pixels. It must be a multiple of `model.patch`."""
     scale: Annotated[tuple[float, float], Pair, WINDOW] = (0.25, 1.0)
     """Smallest and largest area of a view's window, as a share of the image (Table 2: global views 0.4 to 1, local views
@@ -113,6 +116,14 @@ class Data:
     """Probability that a view loses its colors (DINO)."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How a window is resized to its view, antialiased (DINO: bicubic; Leopart and SwAV: bilinear)."""
+    channels: Literal[1, 3] = 3
+    """Channels that the network takes of a photo: 3 (red, green, blue), or 1, its gray after the color recipe. A gray photo
+    has three equal channels."""
+    mean: Shares = Field(default_factory=lambda values: list(usual(values["channels"]).mean))
+    """Mean of each channel, of values from 0 to 1. It is subtracted (ImageNet's; for one channel their mean, 0.449)."""
+    std: Deviations = Field(default_factory=lambda values: list(usual(values["channels"]).std))
+    """Standard deviation of each channel, which the difference is divided by (ImageNet's; for one channel their mean,
+    0.226)."""
     max_corrupt: Share = 0.001
     """Largest share of an epoch's samples that may be corrupt. The run stops when there are more."""
     max_missing: Share = 0.0
@@ -298,6 +309,11 @@ class Config:
         Raises UserError if `method` is a module:Class that cannot be imported.
         """
         return self.reference.points if uses_points(self.method) else 0
+
+    @property
+    def pixels(self) -> Pixels:
+        """What the network takes of a photo."""
+        return Pixels(tuple(self.data.mean), tuple(self.data.std))
 
     def steps(self, steps_per_epoch: int) -> int:
         """Length of the training, in steps."""

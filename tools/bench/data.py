@@ -32,6 +32,7 @@ from pipeline.shards import Shards
 from runtime.config import Config
 from runtime.distributed import reuse_memory
 from runtime.errors import UserError
+from runtime.pixels import IMAGENET
 from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
 
 ROUNDS = 5  # and one before, which is not counted
@@ -46,12 +47,10 @@ def pil_stages(config: Config, photos: list[bytes]) -> dict[str, Stage]:
     from PIL import Image, ImageFilter
     from torchvision import transforms as T
 
-    from pipeline.augment.recipe import MEAN, STD
-
     cubic = T.InterpolationMode.BICUBIC
     j = config.data.jitter
     blur = lambda image: image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))  # noqa: E731, NPY002
-    tensor = T.Compose([T.ToTensor(), T.Normalize(MEAN, STD)])
+    tensor = T.Compose([T.ToTensor(), T.Normalize(*IMAGENET)])
     crops, colors = [], []
     for v in config.views:
         crops.append(T.Compose([T.RandomResizedCrop(v.size, v.scale, interpolation=cubic), T.RandomHorizontalFlip()]))

@@ -57,7 +57,10 @@ def prepare(config: Config, batch: int, device: torch.device, dtype: torch.dtype
     config.optim.global_batch_size, config.optim.epochs = batch, 1
     draws = draw(config, 0, np.arange(batch), np.full(batch, 400), np.full(batch, 500))
     groups = [(size, views.stop - views.start) for size, views in size_groups(config)]
-    views = [torch.randn(count, batch, 3, size, size, device=device, dtype=dtype) for size, count in groups]
+    views = [
+        torch.randn(count, batch, config.data.channels, size, size, device=device, dtype=dtype)
+        for size, count in groups
+    ]
     ids = torch.arange(batch)
     made = Batch(0, ids, ids, views, **draws.tensors()).map(lambda t: t.to(device))
     return model, make_schedules(config, 1000), made

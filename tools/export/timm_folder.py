@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from eval.datasets import shorter_side
 from model.vit import ViT
 from model.weights import timm_model
-from pipeline.augment.recipe import MEAN, STD
 from runtime.checkpoint import save_tensors
 from runtime.errors import UserError
 from runtime.files import atomic_path
@@ -36,8 +35,10 @@ def hub_config(vit: ViT) -> dict[str, Any]:
     """The contents of config.json."""
     name, arguments = timm_model(vit)
     pretrained = {
-        "input_size": [3, vit.image_size, vit.image_size], "fixed_input_size": True, "interpolation": "bicubic",
-        "crop_pct": crop_pct(vit.image_size), "crop_mode": "center", "mean": list(MEAN), "std": list(STD),
+        "input_size": [vit.pixels.channels, vit.image_size, vit.image_size], "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": crop_pct(vit.image_size), "crop_mode": "center", "mean": list(vit.pixels.mean),
+        "std": list(vit.pixels.std),
         "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head",
     }  # fmt: skip
     about = {"architecture": name, "num_classes": 0, "num_features": vit.width, "global_pool": "token"}
@@ -63,7 +64,7 @@ class Tokens(nn.Module):
         return tokens[:, 0], tokens[:, self.model.num_prefix_tokens :]
 
 
-def export_onnx(model: nn.Module, size: int, path: Path) -> None:
+def export_onnx(model: nn.Module, size: int, path: Path, channels: int) -> None:
     """Write model.onnx atomically, for any batch size. Raises UserError if a package is missing."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
@@ -71,7 +72,7 @@ def export_onnx(model: nn.Module, size: int, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter warns about itself
         program = torch.onnx.export(
-            Tokens(model).eval(), (torch.zeros(2, 3, size, size),), dynamo=True, opset_version=OPSET, verbose=False,
+            Tokens(model).eval(), (torch.zeros(2, channels, size, size),), dynamo=True, opset_version=OPSET, verbose=False,
             input_names=["images"], output_names=["cls", "patches"],
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         )  # fmt: skip
@@ -85,14 +86,14 @@ def compare_features(vit: ViT, folder: Path, onnx: bool) -> dict[str, float]:
     """Write model.onnx if wanted, and compare features on random images: {"timm" and "ONNX Runtime": largest difference,
     as a share of the largest feature}."""
     torch.manual_seed(0)
-    images = torch.randn(3, 3, vit.image_size, vit.image_size)
+    images = torch.randn(3, vit.pixels.channels, vit.image_size, vit.image_size)
     out = vit(images)
     assert out.patches is not None
     ours = (out.cls, out.patches)
     model = load_with_timm(vit, folder / "model.safetensors")
     differences = {"timm": _largest_difference(Tokens(model)(images), ours)}
     if onnx:
-        export_onnx(model, vit.image_size, folder / "model.onnx")
+        export_onnx(model, vit.image_size, folder / "model.onnx", vit.pixels.channels)
         from onnxruntime import InferenceSession
 
         session = InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])

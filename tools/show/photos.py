@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
 
-from eval.features import tokens
+from eval import features
 from eval.masks import IGNORE, Palette, find_palette, read_mask
 from eval.target import EvalTarget, open_shards, subsample
 from eval.voc import IMAGE_SUFFIXES, scene_files
 from model.backbone import Backbone
-from pipeline.augment.recipe import MEAN, STD
 from pipeline.decode import DecodeError, decode
 from runtime.errors import UserError
 from tools.show.files import check_images
@@ -119,15 +117,13 @@ def resize_to_patches(photo: Tensor, size: int, patch: int) -> Tensor:
 
 
 def normalized(picture: Tensor, network: Backbone) -> Tensor:
-    """uint8 [3,H,W] -> a normalized batch [1,3,H,W] on the network's device."""
-    device = next(network.parameters()).device
-    mean, std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (MEAN, STD))
-    return ((picture.to(device).float() / 255 - mean) / std)[None]
+    """uint8 [3,H,W] -> a normalized batch [1,C,H,W] on the network's device."""
+    return features.normalized(picture[None].to(next(network.parameters()).device), network.pixels)
 
 
 def patch_tokens(network: Backbone, picture: Tensor) -> Tensor:
     """uint8 [3,h*p,w*p] -> patch tokens after the final norm on their grid [h,w,D], on the CPU."""
-    _, patches = tokens(network, picture[None].to(next(network.parameters()).device))
+    _, patches = features.tokens(network, picture[None].to(next(network.parameters()).device))
     return patches[0].cpu().unflatten(0, (picture.shape[1] // network.patch, -1))
 
 

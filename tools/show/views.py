@@ -27,7 +27,7 @@ from torch import Tensor
 
 from eval.provenance import Weights
 from eval.target import subsample
-from pipeline.augment.recipe import MEAN, STD, apply_color
+from pipeline.augment.recipe import apply_color
 from pipeline.batch import Draws, draw, size_groups
 from pipeline.decode import DecodeError, decode
 from pipeline.readers.worker import crop_resize
@@ -68,7 +68,7 @@ def valid_samples(shards: Shards, sample_ids: list[int] | None, count: int) -> l
 
 def render_views(config: Config, photo: Tensor, draws: Draws, i: int) -> list[NDArray[np.float32]]:
     """The V views [size,size,3] in [0,1] of image i of the draws, with the color augmentation."""
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
+    mean, std = (torch.tensor(c).view(-1, 1, 1) for c in config.pixels)
     views: list[NDArray[np.float32]] = []
     for size, group in size_groups(config):
         crops = torch.stack(
@@ -77,8 +77,10 @@ def render_views(config: Config, photo: Tensor, draws: Draws, i: int) -> list[ND
                 for window in draws.windows[i, group]
             ]
         )  # [Vg,S,S,3]
-        colored = apply_color(crops[None], torch.from_numpy(draws.color[i : i + 1, group]))[:, 0]  # [Vg,3,S,S]
-        views += list((colored * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy())
+        draws_of_views = torch.from_numpy(draws.color[i : i + 1, group])
+        colored = apply_color(crops[None], draws_of_views, pixels=config.pixels)[:, 0]  # [Vg,C,S,S]
+        shown = (colored * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)  # one channel: gray
+        views += list(shown.permute(0, 2, 3, 1).numpy())
     return views
 
 
