@@ -101,7 +101,7 @@ ERRORS = {  # what: (text of the config, or {what to replace in GOOD: by what}; 
     ),
     "unknown architecture": (
         {}, ["model.arch=vit_smal"],
-        ["model.arch: expected one of vit_tiny, vit_small, vit_base, custom, or a name of timm", "did you mean 'vit_small'?"],
+        ["model.arch: expected one of vit_tiny, vit_small, vit_base, custom, or a name of", "did you mean 'vit_small'?"],
     ),
     "missing file": (None, [], ["run.yml: no such config, did you mean ", "run.yaml'?"]),
     "empty": ("", [], ["a config is a mapping 'key: value', this file is empty"]),
