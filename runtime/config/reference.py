@@ -77,7 +77,7 @@ def _value(value: Any) -> str:
         return f"[{', '.join(f'{number:g}' for number in value)}]"
     if isinstance(value, float):
         return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _text(docstring: str | None) -> str:
