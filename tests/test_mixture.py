@@ -208,7 +208,7 @@ def test_wrong_sources(tiny_config, word, message):
 def test_a_missing_source_is_named(tiny_config, tiny_shards):
     with pytest.raises(UserError, match=r"data\.shards\.1: .*tinny: no such folder, did you mean '.*tiny'\?"):
         load_config(tiny_config, [f"data.shards=[{tiny_shards}, {tiny_shards.parent}/tinny]"], processes=1)
-    with pytest.raises(UserError, match=r"tiny:2: no such folder.*; a weight is given by data\.shards="):
+    with pytest.raises(UserError, match=r"tiny:2: no such folder.*; a weight is given by .*tiny, weight: 2}, …"):
         load_config(tiny_config, [f"data.shards=[{tiny_shards.parent}, '{tiny_shards}:2']"], processes=1)
 
 
@@ -220,6 +220,7 @@ def test_places_of_the_command_line(tmp_path):
     assert split_places(f"{b}") == [f"{b}"]  # a folder with a blank is one
     assert split_places(f"{a} s3://x/y") == [f"{a}", "s3://x/y"]
     assert split_places(f"{a} '{b}'") == [f"{a}", f"{b}"]
+    assert split_places(f"{a}:2 {tmp_path}:1") == [f"{a}:2", f"{tmp_path}:1"]  # the message says how weights are given
     assert split_places("no such photos") == ["no such photos"]  # the message names what was written
     assert split_places(f"{a} it's") == [f"{a} it's"]
 

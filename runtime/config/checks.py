@@ -222,8 +222,9 @@ def check_training(c: Config, processes: int) -> Iterator[Problem]:
             yield Problem("run.folder", text, (key,))
         elif problem := missing(place):
             without = "; eval.voc=null trains without scenes" if key == "eval.voc" else ""
-            if (weighted := re.fullmatch(r"(.+):[0-9.]+", place)) and key in shards and os.path.exists(weighted[1]):
-                without = "; a weight is given by data.shards='[{path: …, weight: …}, …]'"
+            if key in shards and (weighted := _with_weight(place)):
+                path, weight = weighted
+                without = f"; a weight is given by data.shards='[{{path: {path}, weight: {weight}}}, …]'"
             yield Problem(key, f"{place}: {problem}{without}")
 
 
@@ -239,9 +240,14 @@ def split_places(text: str) -> list[str]:
         words = shlex.split(text)
     except ValueError:  # a quotation mark that is part of a name
         return [text]
-    if os.path.exists(text) or not any("://" in word or os.path.exists(word) for word in words):
-        return [text]
-    return words
+    known = any("://" in word or os.path.exists(word) or _with_weight(word) for word in words)
+    return words if known and not os.path.exists(text) else [text]
+
+
+def _with_weight(place: str) -> tuple[str, str] | None:
+    """(path, weight) of a word path:2, if there is such a path; None otherwise. Only a message takes it so."""
+    path, _, weight = place.rpartition(":")
+    return (path, weight) if re.fullmatch(r"[0-9.]+", weight) and os.path.exists(path) else None
 
 
 def shards_word(text: str) -> str:
