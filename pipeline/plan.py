@@ -195,6 +195,6 @@ def _check_shares(folders: list[str], quotas: Sequence[int], trained: Sequence[i
         if math.ceil(share) > samples:
             raise UserError(
                 f"{folder}: {samples} samples to train on are fewer than its share of a global batch, {share:.1f} of "
-                f"{batch} images, so that every step would see photos twice; give it a smaller weight in data.shards, take a "
-                "smaller optim.global_batch_size or more photos"
+                f"{batch} images, so that every step would see photos twice; give it a smaller weight in data.shards, take "
+                "a smaller optim.global_batch_size or more photos"
             )
