@@ -71,7 +71,7 @@ Shares = Annotated[list[Share], BeforeValidator(as_list, json_schema_input_type=
 def as_sources(value: Any) -> Any:
     """Places by themselves are sources too; one source with a weight needs no list."""
     if isinstance(value, list):
-        return [place if isinstance(place, dict) else {"path": place} for place in value]
+        return [{"path": place} if isinstance(place, (str, int, float)) else place for place in value]
     return as_sources([value]) if isinstance(value, dict) else value
 
 
