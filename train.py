@@ -83,15 +83,14 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     before torch is loaded."""
     # ------------------------------------------------------------------------------- checks, before torch is loaded
     from eval import preflight
+    from pipeline.mixture import open_training
     from pipeline.plan import Plan
-    from pipeline.shards import Shards
     from runtime import checkpoint, watchdog
 
-    assert config.data.shards is not None  # load_config requires it
-    shards = Shards(config.data.shards, config.speed, config.data.max_missing)
+    shards = open_training(config)
     holdout = 0.0 if config.data.val else config.data.holdout
     plan = Plan(shards, batch=config.optim.global_batch_size, seed=config.seed, holdout=holdout)
-    folder, data = Path(config.run.folder or "run"), checkpoint.fingerprint(shards.manifest)
+    folder, data = Path(config.run.folder or "run"), checkpoint.identify(shards)
     resume, messages = checkpoint.find_resume(folder, config, data, allowed)
     before = parse_config(resume.config, str(resume.path)) if resume else None
     is_main = os.environ.get("RANK", "0") == "0"
@@ -112,8 +111,10 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     steps, start = len(schedules), resume.step if resume else 0
     messages += schedule.short_run_notes(config, plan.steps_per_epoch)
     if resume and before:
-        per_epoch = (plan.samples if resume.data == data else resume.data["samples"]) // before.optim.global_batch_size
+        same = checkpoint.same_data(resume.data, data)
+        per_epoch = (plan.samples if same else resume.data["samples"]) // before.optim.global_batch_size
         messages.append(schedule.describe_change(schedule.make_schedules(before, per_epoch), schedules, start))
+    messages += summary.describe_sources(shards, plan)
     if dry_run:
         summary.print_summary(config, plan, steps, count_cost(config), distributed.env_world_size(), messages)
         return 0

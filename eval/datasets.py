@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as transform
 from eval.masks import IGNORE, count_pixels, find_palette, read_mask
 from eval.voc import class_names, default_train_split, scene_files
 from pipeline.decode import DecodeError, decode
-from pipeline.shards import Shards
+from pipeline.mixture import AnyShards
 from runtime.errors import UserError, suggest
 
 NO_CLASS = -1  # label of a photo without a class, or of a damaged photo
@@ -98,7 +98,7 @@ class LabeledPhotos(Dataset[tuple[Tensor, int]]):
 
     def __init__(
         self,
-        shards: Shards,
+        shards: AnyShards,
         size: int,
         ids: NDArray[np.int64] | None = None,
         classes: Sequence[str] | None = None,
@@ -110,7 +110,8 @@ class LabeledPhotos(Dataset[tuple[Tensor, int]]):
         self.classes = list(shards.classes if classes is None else classes)
         label_of = {name: label for label, name in enumerate(self.classes)}
         self._label = [label_of.get(name, NO_CLASS) for name in shards.classes]
-        for label in np.unique(shards.index["label"][self.ids]).tolist():
+        self._of_shards = shards.labels(self.ids)  # [n] labels as the shards have them
+        for label in np.unique(self._of_shards).tolist():
             if label >= 0 and self._label[label] == NO_CLASS:
                 name = shards.classes[label]
                 raise UserError(f"{shards.folder}: class '{name}' is not in the train set{suggest(name, label_of)}")
@@ -120,7 +121,7 @@ class LabeledPhotos(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         sample = int(self.ids[i])
-        photo, label = self.shards.read(sample), int(self.shards.index["label"][sample])
+        photo, label = self.shards.read(sample), int(self._of_shards[i])
         if self.shards.is_valid(sample, photo):
             try:
                 crop = random_crop if self.augment else center_crop

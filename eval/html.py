@@ -34,7 +34,7 @@ from eval.tables import (
 from runtime.config import Config, load_config
 from runtime.errors import UserError
 from runtime.files import write_atomic
-from runtime.metrics import COLLAPSE_ROWS, is_collapsed, read_jsonl
+from runtime.metrics import COLLAPSE_ROWS, IMAGES_OF, is_collapsed, read_jsonl
 
 LEARNING: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Losses", "nats", ("loss", "cls_loss", "reference_loss")),
@@ -225,12 +225,27 @@ def metrics_sections(run: Path, rows: list[dict[str, float]], config: Config) ->
     if damaged:
         speed += f"<p>{damaged:,} damaged samples were replaced by others (damaged.jsonl).</p>"
     known = {"step", "epoch", *(name for *_, names in (*LEARNING, *SPEED) for name in names)}
-    others = dict.fromkeys(name for row in rows for name in row if name not in known)
+    others = dict.fromkeys(n for row in rows for n in row if n not in known and not n.startswith(IMAGES_OF))
     return (
         section("Learning", curves(LEARNING) or "<p>No metrics yet.</p>")
         + section("Speed", speed)
         + section("Other metrics", curves((name.replace("_", " "), "", (name,)) for name in others))
     )
+
+
+def sources_section(versions: list[dict[str, Any]], rows: list[dict[str, float]]) -> str:
+    """The sources of a mixture, and how many images the run took from each. versions: versions.jsonl, whose last row has the
+    sources of today; rows: of metrics.jsonl."""
+    sources = versions[-1].get("sources") if versions else None
+    if not isinstance(sources, list):
+        return ""
+    last = rows[-1] if rows else {}
+    lines = []
+    for source in sources:
+        seen = last.get(f"{IMAGES_OF}{source['name']}")
+        each = None if seen is None else f"{seen / source['samples']:.3g}"
+        lines.append([source["folder"], f"{source['samples']:,}", f"{100 * source['share']:.1f} %", seen, each])
+    return table(["", "photos to train on", "share of the images", "images so far", "times each photo"], lines)
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
@@ -258,6 +273,7 @@ def page(run: Path) -> str:
         f'<div class="tiles">{tiles(rows, config, results)}</div>',
         section("Results", learned),
         metrics_sections(run, rows, config),
+        section("Sources of photos", sources_section(versions, rows)),
         section("Pictures", pictures_section(run / "pictures", current)),
         section("Configuration", yaml),
         section("Versions", side_by_side([flatten(row) for row in versions], starts)),

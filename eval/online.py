@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eval.target import PhotoSets, check_classes, open_shards, same_folder, subsample, without
+from eval.target import PhotoSets, check_classes, is_part, open_shards, subsample, without
+from pipeline.mixture import AnyShards
 from pipeline.plan import Plan
-from pipeline.shards import Shards
 from runtime.config import Config
 from runtime.errors import UserError
 
@@ -37,18 +37,19 @@ class OnlineKnn:
 
     name = "the k-NN"
 
-    def __init__(self, config: Config, shards: Shards, plan: Plan, processes: "DistributedContext"):
+    def __init__(self, config: Config, shards: AnyShards, plan: Plan, processes: "DistributedContext"):
         self.config, self.processes = config, processes
         self.every = 0
         self.skipped: str | None = None
         if config.eval.every == 0:
             return
         held_out = plan.held_out()
-        other = config.data.val is not None and not same_folder(config.data.val, shards.folder)
+        other = config.data.val is not None and not is_part(config.data.val, shards)
         val = open_shards(config.data.val, config) if other and config.data.val else shards
         val_ids = np.arange(len(val)) if other else held_out
         if not shards.classes or not val.classes:
-            self.skipped = "k-NN while training is skipped: these shards have no classes"
+            reason = shards.incomparable or "these shards have no classes"
+            self.skipped = f"k-NN while training is skipped: {reason}"
         elif not len(val_ids):
             self.skipped = "k-NN while training is skipped: data.holdout keeps no photo out, and there is no data.val"
         if self.skipped:

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 
 from eval.masks import check_scenes
-from eval.target import check_classes, check_ignored, open_shards, same_folder
+from eval.target import check_classes, check_ignored, is_part, open_shards
+from pipeline.mixture import AnyShards
 from pipeline.plan import Plan
-from pipeline.shards import Shards
 from runtime.config import Config, is_path, missing
 from runtime.errors import UserError
 from runtime.files import refusal
@@ -19,7 +19,7 @@ FILES = ("backbone.safetensors", "config.yaml", "metrics.jsonl", "versions.jsonl
 FOLDERS = ("checkpoints", "tensorboard", "pictures")
 
 
-def check(config: Config, shards: Shards, plan: Plan, folder: Path, resuming: bool) -> list[str]:
+def check(config: Config, shards: AnyShards, plan: Plan, folder: Path, resuming: bool) -> list[str]:
     """Messages on what the report of a run will lack, empty ones among them.
 
     shards, plan: what it trains on. folder: the run's. resuming: whether there is a checkpoint, so that model.init is only
@@ -53,22 +53,23 @@ def check_weights(init: str | None, resuming: bool) -> str:
     return f"the report will have no untrained network: model.init: {init}: {problem}" if problem else ""
 
 
-def check_photos(config: Config, shards: Shards, plan: Plan) -> str:
+def check_photos(config: Config, shards: AnyShards, plan: Plan) -> str:
     """A message if the report will have no k-NN. Raises UserError if `data.val` cannot be opened, or if it has classes that
     the training shards lack."""
-    val = shards
-    if config.data.val and not same_folder(config.data.val, shards.folder):
+    val: AnyShards = shards
+    if config.data.val and not is_part(config.data.val, shards):
         val = open_shards(config.data.val, config)
     elif config.data.val or not len(plan.held_out()):
         return "the report will have no k-NN: all photos are trained on; data.val=FOLDER names others to test on"
     if not shards.classes or not val.classes:
-        return f"the report will have no k-NN: {(val if shards.classes else shards).folder} has no classes"
+        reason = shards.incomparable or f"{(val if shards.classes else shards).folder} has no classes"
+        return f"the report will have no k-NN: {reason}"
     check_ignored(shards, val, config.eval.ignore_classes)
     check_classes(shards, val, config.eval.ignore_classes, training=True)
     return ""
 
 
-def is_measurable(config: Config, shards: Shards, plan: Plan) -> bool:
+def is_measurable(config: Config, shards: AnyShards, plan: Plan) -> bool:
     """Whether the report can have a figure that needs labels: k-NN, or segmentation."""
     try:
         return bool(config.eval.voc) or not check_photos(config, shards, plan)

@@ -24,7 +24,7 @@ from rich.console import Console
 from eval.masks import IGNORE, check_scenes, count_pixels
 from eval.provenance import weights_of
 from eval.tables import read_object, result_notes, result_table
-from eval.target import EvalTarget, NothingToTestOn, PhotoSets, open_shards
+from eval.target import EvalTarget, NothingToTestOn, PhotoSets
 from runtime.errors import UserError
 from runtime.files import write_atomic
 
@@ -132,7 +132,8 @@ def measure(
     Raises UserError if the photos or the scenes cannot be used.
     """
     try:
-        sets, reason = target.photo_sets(limit=limit), "these shards have no classes"
+        sets = target.photo_sets(limit=limit)
+        reason = target.why_unlabeled()
     except NothingToTestOn as error:
         sets, reason = None, str(error)
     if voc is not None:
@@ -165,10 +166,9 @@ def _measure_rank(
     """Add the effective rank of [CLS] to the scores, and what it is of to the settings."""
     from eval.unlabeled import rank_of_photos
 
-    folder = target.place("data.shards")
-    if folder is None:
+    shards = target.training_shards()
+    if shards is None:
         return
-    shards = open_shards(folder, target.config)
     for name, network in networks.items():
         scores[name]["effective_rank"], photos = rank_of_photos(network, shards)
         settings["effective_rank"] = {"photos": photos, "width": network.width}
@@ -231,7 +231,7 @@ def _measure_segmentation(
 def most_frequent_class(sets: PhotoSets) -> float | None:
     """Top-1 in percent of the train set's most frequent class, given to every photo; None if no photo has a class."""
     (known, known_ids), (asked, asked_ids) = (sets.train, sets.train_ids), (sets.val, sets.val_ids)
-    labels, asked_labels = known.index["label"][known_ids], asked.index["label"][asked_ids]  # -1: without a class
+    labels, asked_labels = known.labels(known_ids), asked.labels(asked_ids)  # -1: without a class
     if not (labels >= 0).any() or not (asked_labels >= 0).any():
         return None
     name = known.classes[np.bincount(labels[labels >= 0]).argmax()]

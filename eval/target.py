@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.provenance import known_weights
-from pipeline.plan import Plan
+from pipeline.mixture import AnyShards, open_training
+from pipeline.order import held_out
 from pipeline.remote import is_address
 from pipeline.shards import Shards
 from runtime.command import again
@@ -41,9 +42,9 @@ MEASURES = ("knn", "linear", "linear_seg", "cluster_seg", "retrieval_seg", "poin
 class PhotoSets:
     """The photos of k-NN and linear classification: shards and sample ids [n] to train on and to test on."""
 
-    train: Shards
+    train: AnyShards
     train_ids: NDArray[np.int64]
-    val: Shards
+    val: AnyShards
     val_ids: NDArray[np.int64]
 
     def at_size(self, size: int) -> "tuple[LabeledPhotos, LabeledPhotos]":
@@ -93,9 +94,12 @@ class EvalTarget:
         Raises UserError if it is a folder that does not exist (any more).
         """
         value = flatten(self.config)[key] if self.config else None
+        self._check_place(key, value)
+        return value
+
+    def _check_place(self, key: str, value: str | None) -> None:
         if is_path(value) and (problem := missing(value)):
             raise UserError(f"{self.run}/config.yaml: {key}: {value}: {problem}; if it was moved, correct {key} there")
-        return value
 
     def network(self, untrained: bool = False) -> "Backbone":
         """The teacher's backbone, frozen, on the best device; `untrained`: the run's network at step 0. Prints what of a
@@ -123,23 +127,24 @@ class EvalTarget:
         Raises UserError if a set is missing, and if the validation set has a class that the train set lacks;
         NothingToTestOn if no photo is left to test on.
         """
-        train = train or self.place("data.shards")
-        if train is None:
+        train_shards = open_shards(train, self.config) if train else self.training_shards()
+        if train_shards is None:
             raise UserError(
                 f"{self.path}: in no run folder; name the shards to train on (--train) and to test on (--val)"
             )
-        train_shards = open_shards(train, self.config)
         held_out = self._held_out(train_shards)
         train_ids = np.setdiff1d(np.arange(len(train_shards)), held_out)
         val = val or self.place("data.val")
-        if val is not None and not same_folder(val, train):
+        val_shards: AnyShards
+        if val is not None and not is_part(val, train_shards):
             val_shards = open_shards(val, self.config)
             val_ids = np.arange(len(val_shards))
         elif len(held_out):
             val_shards, val_ids = train_shards, held_out
         else:
             raise NothingToTestOn(
-                f"{train}: all photos are in the train set, none is left to test on; name other shards with --val"
+                f"{train_shards.folder}: all photos are in the train set, none is left to test on; name other shards with "
+                "--val"
             )
         if not train_shards.classes or not val_shards.classes:
             return None
@@ -166,12 +171,29 @@ class EvalTarget:
             )
         return folder
 
-    def _held_out(self, shards: Shards) -> NDArray[np.int64]:
-        """The samples of these shards that training held out (as train.py does); none if it had other shards to test on."""
+    def training_shards(self) -> AnyShards | None:
+        """The shards that the run was trained on, of one source or several; None if there is no run, or if its config names
+        none. Raises UserError as `place` and `Shards`."""
+        if self.config is None or not self.config.data.sources:
+            return None
+        for source in self.config.data.sources:
+            self._check_place("data.shards", source.path)
+        return open_training(self.config)
+
+    def why_unlabeled(self) -> str:
+        """Why the run's photos have no classes that k-NN could measure."""
+        shards = self.training_shards()
+        return (shards.incomparable if shards else "") or "these shards have no classes"
+
+    def _held_out(self, shards: AnyShards) -> NDArray[np.int64]:
+        """The samples of these shards that training held out (as train.py does), also of one source of several; none if it
+        had other shards to test on."""
         c = self.config
-        if c is None or c.data.val or c.data.shards is None or not same_folder(c.data.shards, shards.folder):
+        trained = [source.path for source in c.data.sources] if c else []
+        known = all(any(same_folder(path, part.folder) for path in trained) for part in shards.parts)
+        if c is None or c.data.val or not known:
             return np.empty(0, np.int64)
-        return Plan(shards, batch=c.optim.global_batch_size, seed=c.seed, holdout=c.data.holdout).held_out()
+        return held_out(shards, seed=c.seed, holdout=c.data.holdout)
 
     def record(self, what: str, **results: Any) -> str:
         """Append a line to the run's evaluations.jsonl; returns the message for the user."""
@@ -228,10 +250,10 @@ def open_shards(folder: str | Path, config: Config | None = None) -> Shards:
     return Shards(folder, *((config.speed, config.data.max_missing) if config else ()))
 
 
-def check_classes(train: Shards, val: Shards, ignored: Sequence[str] = (), *, training: bool = False) -> None:
+def check_classes(train: AnyShards, val: AnyShards, ignored: Sequence[str] = (), *, training: bool = False) -> None:
     """Raises UserError for classes that only the validation set has, unless they are ignored. Classes without photos do not
     count. training: the command that leaves them out is train.py's."""
-    present = np.unique(val.index["label"])
+    present = np.unique(val.labels())
     names = {val.classes[label] for label in present[present >= 0].tolist()}
     for shards, classes in ((val, names), (train, set(train.classes))):
         if classes and classes <= {*ignored}:
@@ -261,7 +283,7 @@ def check_classes(train: Shards, val: Shards, ignored: Sequence[str] = (), *, tr
     raise UserError(f"{what}{near}; to leave out their photos: `{command}`")
 
 
-def check_ignored(train: Shards, val: Shards, ignored: Sequence[str]) -> None:
+def check_ignored(train: AnyShards, val: AnyShards, ignored: Sequence[str]) -> None:
     """Raises UserError for a name to ignore that is a class of neither set."""
     known = {*train.classes, *val.classes}
     folders = val.folder if same_folder(train.folder, val.folder) else f"{train.folder} or {val.folder}"
@@ -272,16 +294,30 @@ def check_ignored(train: Shards, val: Shards, ignored: Sequence[str]) -> None:
             )
 
 
-def without(shards: Shards, ids: NDArray[np.int64], ignored: Sequence[str]) -> NDArray[np.int64]:
+def without(shards: AnyShards, ids: NDArray[np.int64], ignored: Sequence[str]) -> NDArray[np.int64]:
     """The ids [n] of photos that are in none of the ignored classes."""
     labels = [label for label, name in enumerate(shards.classes) if name in ignored]
-    return ids[~np.isin(shards.index["label"][ids], labels)] if labels else ids
+    return ids[~np.isin(shards.labels(ids), labels)] if labels else ids
 
 
 def same_folder(a: str | Path, b: str | Path) -> bool:
     if is_address(a) or is_address(b):
         return str(a).rstrip("/") == str(b).rstrip("/")
     return Path(a).resolve() == Path(b).resolve()
+
+
+def is_part(place: str | Path, shards: AnyShards) -> bool:
+    """Whether a folder or address is that of these shards, or of one of their sources."""
+    return any(same_folder(place, part.folder) for part in shards.parts)
+
+
+def near_samples(shards: AnyShards, count: int) -> NDArray[np.int64]:
+    """Ids of at most about `count` samples that few shards hold: the first ones of each source."""
+    each = -(-count // len(shards.parts))
+    firsts = np.cumsum([0, *map(len, shards.parts)])
+    return np.concatenate(
+        [first + np.arange(min(each, len(p))) for first, p in zip(firsts, shards.parts, strict=False)]
+    )
 
 
 def subsample(ids: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from eval.datasets import LabeledPhotos
 from eval.features import batches, tokens
-from eval.target import subsample
+from eval.target import near_samples, subsample
 from model.backbone import Backbone
-from pipeline.shards import Shards
+from pipeline.mixture import AnyShards
 
 PHOTOS = 256  # of a run; more change the rank of a trained network by little
 
@@ -31,10 +31,10 @@ def effective_rank(features: Tensor) -> float:
     return float((-(shares * shares.log()).sum()).exp())
 
 
-def rank_of_photos(network: Backbone, shards: Shards, photos: int = PHOTOS, workers: int = 0) -> tuple[float, int]:
+def rank_of_photos(network: Backbone, shards: AnyShards, photos: int = PHOTOS, workers: int = 0) -> tuple[float, int]:
     """(effective rank of [CLS], number of photos it is of): evenly spaced photos, of remote shards the first ones. Photos
     that are damaged, and so are black, are left out."""
-    ids = np.arange(min(photos, len(shards))) if shards.is_remote else subsample(np.arange(len(shards)), photos)
+    ids = near_samples(shards, photos) if shards.is_remote else subsample(np.arange(len(shards)), photos)
     device = next(network.parameters()).device
     found = []
     for images, _ in batches(LabeledPhotos(shards, network.image_size, ids), 64, device, workers=workers):

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from pipeline.augment.recipe import draw_color
 from pipeline.geometry import draw_points, draw_windows
-from pipeline.plan import Plan
+from pipeline.mixture import AnyShards
 from pipeline.random import hash64
-from pipeline.shards import Shards
 from runtime.config import TEACHERS, Config
 
 
@@ -68,8 +67,9 @@ class Draws:
         return {x.name: torch.from_numpy(getattr(self, x.name)) for x in fields(self)}
 
 
-def draw(config: Config, epoch: int, ids: NDArray, height: NDArray, width: NDArray) -> Draws:
-    """Draws for images of the given ids and sizes [B]: a function of (seed, epoch, sample id) and the photo's size."""
+def draw(config: Config, epoch: int | NDArray, ids: NDArray, height: NDArray, width: NDArray) -> Draws:
+    """Draws for images of the given ids and sizes [B]: a function of (seed, epoch, sample id) and the photo's size.
+    epoch: of all images, or of each [B]."""
     key = hash64(config.seed, epoch, ids)
     views = config.views
     windows = draw_windows(
@@ -85,9 +85,11 @@ def draw(config: Config, epoch: int, ids: NDArray, height: NDArray, width: NDArr
     return Draws(windows, draw_points(key, windows, config.points, TEACHERS), draw_color(key, config.data, views))
 
 
-def draw_for(config: Config, shards: Shards, plan: Plan, step: int, ids: NDArray, rows: NDArray) -> Draws:
-    """Draws of a step: keyed by the planned `ids`, made for the sizes of the photos that are read (`rows`)."""
-    return draw(config, plan.epoch(step), ids, shards.index["height"][rows], shards.index["width"][rows])
+def draw_for(config: Config, shards: AnyShards, passes: NDArray, ids: NDArray, rows: NDArray) -> Draws:
+    """Draws of a step's images: keyed by the planned `ids` and their `passes` (`Plan.passes_of`), made for the sizes of the
+    photos that are read (`rows`): each [B]."""
+    photos = shards.records(rows)
+    return draw(config, passes, ids, photos["height"], photos["width"])
 
 
 def size_groups(config: Config) -> list[tuple[int, slice]]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pipeline.augment import numba_kernel, recipe
 from pipeline.batch import Batch, size_groups
+from pipeline.mixture import AnyShards
 from pipeline.plan import Plan
-from pipeline.shards import Shards
 from runtime.config import Config
 from runtime.errors import RunError, UserError
 
@@ -57,7 +57,7 @@ class Loader:
     """
 
     def __init__(
-        self, config: Config, shards: Shards, plan: Plan, *, device: torch.device, dtype: torch.dtype,
+        self, config: Config, shards: AnyShards, plan: Plan, *, device: torch.device, dtype: torch.dtype,
         start: int, stop: int, rank: int = 0, world_size: int = 1, compile: bool = False,
     ):  # fmt: skip
         self.config, self.device = config, device

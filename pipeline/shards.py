@@ -22,6 +22,7 @@ import shlex
 import stat
 import threading
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,6 +62,9 @@ class Shards:
     lost.
     """
 
+    weights = None  # of the sources of a Mixture
+    incomparable = ""  # why the labels of several sources are not comparable
+
     def __init__(self, folder: str | Path | Remote, speed: Speed | None = None, max_missing: float | None = 0.0):
         if isinstance(folder, str) and is_address(folder):
             folder = Remote(folder, speed)
@@ -96,6 +100,23 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def parts(self) -> "list[Shards]":
+        """The sources that these shards consist of: one. A Mixture has several."""
+        return [self]
+
+    def folder_of(self, sample: int) -> Path | str:
+        """The folder or address that a sample is in."""
+        return self.folder
+
+    def records(self, ids: np.ndarray) -> np.ndarray:
+        """INDEX records [n] of samples [n]."""
+        return self.index[ids]
+
+    def labels(self, ids: np.ndarray | None = None) -> np.ndarray:
+        """Labels of samples [n], of all without `ids`; -1: none."""
+        return self.index["label"] if ids is None else self.index["label"][ids]
 
     def __reduce__(self):  # a worker process opens the folder by itself
         return Shards, (self._remote or self.folder, None, None)
@@ -173,11 +194,14 @@ class Shards:
         except OSError:  # missing, or a disk error: for the reader the sample is damaged
             return b""
 
-    def prefetch(self, current: list[int], upcoming: list[int], distinct_ranks: int) -> None:
+    def prefetch(
+        self, current: list[int], upcoming: list[int], distinct_ranks: int, others: Sequence[int] = ()
+    ) -> None:
         """Download shards in the background, if they are remote. current: the shards that this process reads now; upcoming:
-        those that it reads next; distinct_ranks: processes that read other shards than this one. See Plan.prefetch."""
+        those that it reads next; distinct_ranks: processes that read other shards than this one; others: bytes that each
+        other source of a mixture needs in the cache now. See Plan.prefetch."""
         if self._prefetcher is not None:
-            self._prefetcher.request(self.shards, current, upcoming, distinct_ranks)
+            self._prefetcher.request(self.shards, current, upcoming, distinct_ranks, others)
 
     def release_pages(self) -> None:
         """Release the resident pages of the index; they stay in the kernel's cache and come back on access. Without this, an

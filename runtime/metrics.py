@@ -33,6 +33,7 @@ PACKAGES = (
     "numpy",
 )
 
+IMAGES_OF = "images/"  # before the name of a source of a mixture: its images since the run began
 COLLAPSE_ROWS = 5  # rows of metrics in a row with an entropy at 0 or log K: then the teacher has collapsed
 PRINT_SECONDS = 10  # between two lines where there is no live screen
 UNKNOWN_TIME = "-:--"

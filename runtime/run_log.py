@@ -13,7 +13,7 @@ from runtime.distributed import DistributedContext, precision_warning
 from runtime.errors import RunError, UserError
 from runtime.files import write_atomic
 from runtime.metric_sums import Interval, MetricSums
-from runtime.metrics import MetricLogger, append_jsonl, command_line, read_jsonl, versions
+from runtime.metrics import IMAGES_OF, MetricLogger, append_jsonl, command_line, read_jsonl, versions
 from runtime.summary import describe
 
 
@@ -32,12 +32,13 @@ class RunLog:
     ):  # fmt: skip
         self.folder, self.config, self.plan, self.start = folder, config, plan, start
         self.context, self.flops = context, flops
+        self.names = shards.names if len(shards.parts) > 1 else []
         self.samples = CorruptSamples(folder, shards, plan, start, context.rank)
         self.logger: MetricLogger | None = None
         if context.is_main:
             self.logger = MetricLogger(folder, steps, plan.steps_per_epoch, start, config.head.prototypes)
             write_atomic(folder / "config.yaml", dump_run_config(config))
-            row = {"step": start, "command": command_line(), **versions()}
+            row = {"step": start, "command": command_line(), **versions(), **_sources(shards, plan)}
             append_jsonl(folder / "versions.jsonl", row)
 
     def start_steps(self, checkpoint: Path | None, messages: list[str], compiled: str = "") -> None:
@@ -89,6 +90,7 @@ class RunLog:
         epoch are corrupt.
         """
         row = interval.row(self.config.optim.global_batch_size, lr, self.context, self.flops) | extra
+        row |= {f"{IMAGES_OF}{name}": n for name, n in zip(self.names, self.plan.images_before(done), strict=False)}
         if self.logger:
             self.logger.write(done, row)
         if interval.nonfinite_in_a_row >= self.config.run.max_nonfinite_steps:
@@ -111,6 +113,19 @@ class RunLog:
             f"(run.max_nonfinite_steps: {self.config.run.max_nonfinite_steps}); no weight has changed since, the last "
             f"checkpoint is kept; {self.folder}/replay.json lists the steps and their samples"
         )
+
+
+def _sources(shards: Any, plan: Any) -> dict[str, list[dict[str, Any]]]:
+    """What versions.jsonl says of the sources of a mixture; nothing of one source."""
+    if len(shards.parts) == 1:
+        return {}
+    rows = zip(shards.names, shards.parts, plan.orders, plan.quotas, strict=True)
+    return {
+        "sources": [
+            {"name": name, "folder": str(part.folder), "samples": order.samples, "share": quota / sum(plan.quotas)}
+            for name, part, order, quota in rows
+        ]
+    }
 
 
 class CorruptSamples:

@@ -46,6 +46,19 @@ def print_summary(
         print(message)
 
 
+def describe_sources(shards: Any, plan: Any) -> list[str]:
+    """A line for each source of a mixture: its share of the images, and how often its photos come. shards, plan: the
+    pipeline's Mixture and Plan; of one source no line."""
+    if len(shards.parts) == 1:
+        return []
+    images, width = sum(plan.quotas), max(map(len, shards.names))
+    return [
+        f"source       {name:{width}}  {order.samples:,} samples to train on, {100 * quota / images:.1f} % of the images "
+        f"({plan.batch * quota / images:.1f} of a batch), each photo {quota / order.samples:.3g} times an epoch"
+        for name, order, quota in zip(shards.names, plan.orders, plan.quotas, strict=True)
+    ]
+
+
 def describe_finished(folder: Path, checkpoint: Path, steps: int, *, trained: float, asked: float) -> str:
     """What is said of a run that has nothing left to train. trained, asked: epochs of the run, and of the command."""
     less = f" ({asked:g} epochs asked for, the run already has {trained:g})" if asked < trained else ""

@@ -34,7 +34,7 @@ from runtime.config import (
     yaml,
 )  # fmt: skip
 from runtime.config.reference import FILES
-from runtime.config.schema import BY_VIEW
+from runtime.config.schema import BY_VIEW, Data, Source
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -360,7 +360,8 @@ def test_every_value_is_documented():
     """A full sentence for each, by `make docs-reference`."""
     rows = [line.split(" | ") for line in FILES["docs/reference/config.md"]().splitlines() if line.startswith("| `")]
     described = {row[0].strip("| `").replace(".N.", ".0.") for row in rows}
-    assert {key.replace("views.1.", "views.0.") for key in flatten(Config())} | {"data.views"} == described
+    keys = flatten(Config(data=Data(shards=[Source()])))
+    assert {key.replace("views.1.", "views.0.") for key in keys} | {"data.views", "data.shards"} == described
     for row in rows:
         assert row[-1].rstrip(" |").endswith("."), row[0]
         assert len(row[-1]) > 20, row[0]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.plan import MAX_TRIES, SAME_SHARD_TRIES, Plan
+from pipeline.order import SAME_SHARD_TRIES
+from pipeline.plan import MAX_TRIES, Plan
 from pipeline.random import hash64, permute, uniform
 from runtime.errors import UserError
 
@@ -11,11 +12,15 @@ from runtime.errors import UserError
 class Folder:
     """What a Plan needs of Shards."""
 
-    folder = "shards"
+    weights = None
 
-    def __init__(self, counts):
-        self.counts = np.array(counts, np.int64)
+    def __init__(self, counts, folder="shards"):
+        self.folder, self.counts = folder, np.array(counts, np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+
+    @property
+    def parts(self):
+        return [self]
 
     def __len__(self):
         return int(self.starts[-1])

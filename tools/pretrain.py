@@ -3,10 +3,10 @@
     python -m tools.pretrain [--run FOLDER] [--method NAME] [--shards SHARDS] [--val SHARDS] [--gpus N|all] [--restarts N]
         CONFIG [words of train.py ...]
 
-An empty value is as if it were not given. Paths are taken as they are, not as YAML. SHARDS may be a folder of photos: its
-shards are made first, once, into the cache (photo_shards.py). Several processes are started after
-`train.py --check` has found nothing wrong, so that a wrong input is reported once and in seconds. The trainer replaces this
-program, so that signals reach it.
+An empty value is as if it were not given. Paths are taken as they are, not as YAML; SHARDS may be several, with blanks
+between them, and a folder of photos: its shards are made first, once, into the cache (photo_shards.py). Several processes
+are started after `train.py --check` has found nothing wrong, so that a wrong input is reported once and in seconds. The
+trainer replaces this program, so that signals reach it.
 """
 
 import argparse
@@ -62,8 +62,12 @@ def positive(name: str, word: str, alternative: str = "") -> int:
 
 def overrides(args: argparse.Namespace) -> list[str]:
     """The words a.b=c of the options. In JSON, which is YAML too: a folder 2026, or a: b, stays text."""
-    values = {"run.folder": args.run, "method": args.method, "data.shards": args.shards, "data.val": args.val}
+    values = {"run.folder": args.run, "method": args.method, "data.val": args.val}
     words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value]
+    if args.shards:
+        from runtime.config import shards_word
+
+        words.append(shards_word(args.shards))
     if args.shards and not args.val:  # the config's own validation shards belong to its own data
         words.append("data.val=null")
     return words

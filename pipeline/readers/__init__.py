@@ -10,7 +10,8 @@ It yields this process's batches of the global steps start..stop-1, in order. Fo
   starts at step i yields the same batches from there on as one that starts at step 0.
 - `rows` are the samples whose pixels these are: `plan.read_valid` returns the planned sample, or a replacement if it is
   damaged. A photo that the decoder refuses is replaced in the same way, with the next `attempt`.
-- `windows`, `view_points` and `color` are those of `pipeline.batch.draw_for(config, shards, plan, step, ids, rows)`.
+- `windows`, `view_points` and `color` are those of `pipeline.batch.draw_for(config, shards, passes, ids, rows)`,
+  `passes` those of `plan.passes_of(step, rank, world_size)`.
 - `views` are uint8 [B,Vg,H,W,3], one tensor for each size (`pipeline.batch.size_groups`), on the CPU or on a GPU: the
   decoded photo, cropped to the signed window, resized antialiased by `data.interpolation`, flipped if the window is
   (`worker.crop_resize`).

@@ -22,9 +22,9 @@ from nvidia.dali import fn, pipeline_def, types
 
 from pipeline.batch import Batch, draw_for, size_groups
 from pipeline.decode import for_dali
+from pipeline.mixture import AnyShards
 from pipeline.plan import Plan
 from pipeline.readers.worker import BatchBuilder, init_worker
-from pipeline.shards import Shards
 from runtime.config import Config
 from runtime.errors import RunError, UserError
 
@@ -56,7 +56,9 @@ def check_version() -> None:
 class _Source:
     """What a worker process gives DALI for iteration i: all of step start + i except the pixels. Picklable."""
 
-    def __init__(self, config: Config, shards: Shards, plan: Plan, rank: int, world_size: int, start: int, stop: int):
+    def __init__(
+        self, config: Config, shards: AnyShards, plan: Plan, rank: int, world_size: int, start: int, stop: int
+    ):
         self.config, self.shards, self.plan = config, shards, plan
         self.rank, self.world_size, self.start, self.stop = rank, world_size, start, stop
         self.initialized = False
@@ -83,7 +85,8 @@ class _Source:
                 photos.append(np.frombuffer(for_dali(photo), np.uint8))
         except UserError:
             rows[:], photos = -1, [np.zeros(1, np.uint8)] * len(ids)
-        draws = draw_for(self.config, self.shards, self.plan, step, ids, np.maximum(rows, 0))
+        passes = self.plan.passes_of(step, self.rank, self.world_size)
+        draws = draw_for(self.config, self.shards, passes, ids, np.maximum(rows, 0))
         regions = draws.windows[..., [1, 0, 3, 2]].reshape(*draws.windows.shape[:2], 2, 2).astype(np.float32)
         arrays = regions, np.full_like(ids, step), ids, rows, draws.windows, draws.view_points, draws.color
         return photos, *(np.ascontiguousarray(a) for a in arrays)  # DALI takes no strides
@@ -176,7 +179,7 @@ class _Pipeline:
 
 def read(
     config: Config,
-    shards: Shards,
+    shards: AnyShards,
     plan: Plan,
     *,
     start: int,

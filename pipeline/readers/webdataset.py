@@ -11,15 +11,15 @@ from functools import partial
 import webdataset
 
 from pipeline.batch import Batch
+from pipeline.mixture import AnyShards
 from pipeline.plan import Plan
 from pipeline.readers.worker import BatchBuilder, init_worker
-from pipeline.shards import Shards
 from runtime.config import Config
 from runtime.errors import UserError
 
 
 def read(
-    config: Config, shards: Shards, plan: Plan, *, start: int, stop: int, rank: int = 0, world_size: int = 1
+    config: Config, shards: AnyShards, plan: Plan, *, start: int, stop: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """This process's batches of the global steps start..stop-1, in order, for any number of workers (see
     pipeline/readers/__init__.py). Raises UserError if no valid sample is left."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pipeline.batch import Batch, draw_for, size_groups
 from pipeline.decode import DecodeError, decode
+from pipeline.mixture import AnyShards
 from pipeline.plan import Plan
-from pipeline.shards import Shards
 from runtime.config import Config
 from runtime.errors import UserError
 
@@ -67,6 +67,7 @@ class Fetched(NamedTuple):
 
     step: int
     ids: NDArray[np.int64]  # [B] planned
+    passes: NDArray[np.int64]  # [B] of the planned samples, see Plan.passes_of
     rows: NDArray[np.int64]  # [B] read: another sample where the planned one is damaged
     photos: list[bytes]
 
@@ -74,7 +75,7 @@ class Fetched(NamedTuple):
 class BatchBuilder:
     """Makes this process's batch of a step on the CPU. Worker processes get it by pickling config, shards and plan."""
 
-    def __init__(self, config: Config, shards: Shards, plan: Plan, rank: int, world_size: int):
+    def __init__(self, config: Config, shards: AnyShards, plan: Plan, rank: int, world_size: int):
         self.config, self.shards, self.plan, self.rank, self.world_size = config, shards, plan, rank, world_size
 
     def batch(self, step: int) -> Batch | UserError:
@@ -92,12 +93,12 @@ class BatchBuilder:
         for i, sample in enumerate(ids):
             rows[i], photo = self.plan.read_valid(self.shards, int(sample), step)
             photos.append(photo)
-        return Fetched(step, ids, rows, photos)
+        return Fetched(step, ids, self.plan.passes_of(step, self.rank, self.world_size), rows, photos)
 
     def views(self, fetched: Fetched) -> Batch:
         """Decode each photo once, and cut all its views."""
-        step, ids, rows, photos = fetched
-        draws = draw_for(self.config, self.shards, self.plan, step, ids, rows)
+        step, ids, passes, rows, photos = fetched
+        draws = draw_for(self.config, self.shards, passes, ids, rows)
         groups = size_groups(self.config)
         views = [torch.empty(len(ids), g.stop - g.start, size, size, 3, dtype=torch.uint8) for size, g in groups]
         for i, photo in enumerate(photos):
@@ -109,7 +110,8 @@ class BatchBuilder:
                 except DecodeError:  # valid bytes that the decoder refuses count as damaged too
                     attempt += 1
                 rows[i], photo = self.plan.read_valid(self.shards, int(ids[i]), step, attempt)
-                again = draw_for(self.config, self.shards, self.plan, step, ids[i : i + 1], rows[i : i + 1])
+                one = slice(i, i + 1)
+                again = draw_for(self.config, self.shards, passes[one], ids[one], rows[one])
                 draws.windows[i], draws.view_points[i] = again.windows[0], again.view_points[0]
             for (size, group), out in zip(groups, views, strict=True):
                 for place, v in enumerate(range(group.start, group.stop)):

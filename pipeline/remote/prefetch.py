@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from pipeline.remote.cache import Remote, stat_or_none
 from pipeline.remote.download import METADATA
@@ -23,34 +24,47 @@ class Prefetcher:
         self._lock = threading.Lock()
         self._requested, self._last_mark = b"", 0.0
 
-    def request(self, shards: list[dict], current: list[int], upcoming: list[int], distinct_ranks: int) -> None:
+    def request(
+        self,
+        shards: list[dict],
+        current: list[int],
+        upcoming: list[int],
+        distinct_ranks: int,
+        others: Sequence[int] = (),
+    ) -> None:
         """Download the current and then the upcoming shards, as far as the cache can hold them, and mark them as in use.
 
         shards: the manifest's; current, upcoming: positions in it; distinct_ranks: processes that read other shards than
-        this one. Raises UserError if the cache cannot hold the current shards of this machine's processes.
+        this one; others: bytes that each other source of a mixture needs in the same cache now. Raises UserError if the
+        cache cannot hold the current shards of this machine's processes.
         """
-        requested = repr((current, upcoming)).encode()
+        requested = repr((current, upcoming, others)).encode()
         if requested != self._requested:
-            self._replace_queue(shards, current, upcoming, distinct_ranks)
+            self._replace_queue(shards, current, upcoming, distinct_ranks, others)
             self._requested = requested
         if time.monotonic() - self._last_mark > MARK_SECONDS:
             self._last_mark = time.monotonic()
             names = (*(shards[i]["name"] for i in [*upcoming, *current]), *METADATA)
             self.remote.mark_used(self.remote.folder / name for name in names)
 
-    def _replace_queue(self, shards: list[dict], current: list[int], upcoming: list[int], distinct_ranks: int) -> None:
+    def _replace_queue(
+        self, shards: list[dict], current: list[int], upcoming: list[int], distinct_ranks: int, others: Sequence[int]
+    ) -> None:
         remote = self.remote
         ranks = min(distinct_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # this machine's share its cache
         sizes = {i: shards[i]["bytes"] for i in [*current, *upcoming]}
         metadata = sum(status.st_size for name in METADATA if (status := stat_or_none(remote.folder / name)))
-        needed = metadata + ranks * sum(sizes[i] for i in current)
+        needed = metadata + ranks * sum(sizes[i] for i in current) + sum(others)
         if needed > remote.bound:
             raise UserError(
                 f"speed.cache_gb: {remote.speed.cache_gb:g} GB cannot hold the shards that are read at the same time, "
                 f"{len(current) * ranks} of up to {max(sizes.values()) / 1e6:.3g} MB; set "
                 f"speed.cache_gb={1.01 * needed / 1e9:.3g}, or make smaller shards (make shards SHARD_MB=…)"
             )
-        queue, left = deque[dict](), (remote.bound - metadata) // ranks
+        spare = (remote.bound - needed) // (
+            1 + len(others)
+        )  # each source downloads ahead into its part of what is left
+        queue, left = deque[dict](), sum(sizes[i] for i in current) + spare // ranks
         for i in [*current, *upcoming]:
             left -= sizes[i]
             if left < 0:

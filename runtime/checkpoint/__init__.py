@@ -22,13 +22,16 @@ from runtime.checkpoint.resume import (
     environment_changes,
     find_resume,
     fingerprint,
+    identify,
     latest_valid,
+    same_data,
     update_evaluation,
 )
 from runtime.checkpoint.writer import Writer
 
 __all__ = [
-    "Checkpoint", "CorruptCheckpoint", "Writer", "environment_changes", "find_resume", "fingerprint", "latest_valid",
-    "open_checkpoint", "read_header", "read_tensors", "restore", "save_backbone", "save_tensors", "training_state",
-    "update_evaluation",
+    "Checkpoint", "CorruptCheckpoint", "Writer", "environment_changes", "find_resume", "fingerprint", "identify",
+    "latest_valid", "open_checkpoint", "read_header", "read_tensors", "restore", "same_data", "save_backbone",
+    "save_tensors", "training_state",
+"update_evaluation",
 ]  # fmt: skip

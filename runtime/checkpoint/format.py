@@ -138,7 +138,7 @@ class Checkpoint:
     path: Path
     step: int  # steps done
     config: str  # resolved, as yaml
-    data: dict[str, Any]  # `resume.fingerprint` of the data set
+    data: dict[str, Any]  # `resume.identify` of the data set
     environment: dict[str, str]  # processes, precision, versions
 
     def tensors(self) -> "dict[str, Tensor]":

@@ -37,11 +37,32 @@ def latest_valid(folder: Path) -> Checkpoint | None:
 
 
 def fingerprint(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What identifies a data set, wherever its folder is: samples, shards, a hash over the shards' sizes and hashes."""
+    """What identifies a folder of shards, wherever it is: samples, shards, a hash over the shards' sizes and hashes."""
     shards = manifest["shards"]
     rows = json.dumps([[s["samples"], s["bytes"], s.get("sha256")] for s in shards])
     samples = sum(s["samples"] for s in shards)
     return {"samples": samples, "shards": len(shards), "sha256": hashlib.sha256(rows.encode()).hexdigest()}
+
+
+def identify(shards: Any) -> dict[str, Any]:
+    """What identifies the data of a run: the `fingerprint` of its shards. Of a mixture also those of its sources, in their
+    order, with their weights; and their folders, for messages. shards: the pipeline's Shards or Mixture."""
+    found = [fingerprint(part.manifest) for part in shards.parts]
+    if len(found) == 1:
+        return found[0]
+    weights = shards.weights or [None] * len(found)
+    rows = json.dumps([[source["sha256"], weight] for source, weight in zip(found, weights, strict=True)])
+    sources = [
+        {"folder": str(part.folder), "weight": weight, **source}
+        for part, weight, source in zip(shards.parts, weights, found, strict=True)
+    ]
+    total = {key: sum(source[key] for source in found) for key in ("samples", "shards")}
+    return {**total, "sha256": hashlib.sha256(rows.encode()).hexdigest(), "sources": sources}
+
+
+def same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two runs train on the same data: `identify` of each. Where it is does not count."""
+    return all(a[key] == b[key] for key in ("samples", "shards", "sha256"))
 
 
 def find_resume(
@@ -49,7 +70,7 @@ def find_resume(
 ) -> tuple[Checkpoint | None, list[str]]:
     """(the checkpoint from which a run folder resumes, or None; a message for each difference that was allowed).
 
-    data: `fingerprint` of the data set to train on. allowed: keys whose values may differ ("loss.alpha", "data.shards").
+    data: `identify` of the data set to train on. allowed: keys whose values may differ ("loss.alpha", "data.shards").
     Raises UserError that lists every other difference between the saved run and this one.
     """
     found = latest_valid(folder / "checkpoints")
@@ -60,10 +81,8 @@ def find_resume(
     else:
         return None, []
     changes = diff(saved, config)
-    if found and found.data != data:
-        old, new = (f"{d['samples']:,} samples in {_count(d['shards'], 'shard')}" for d in (found.data, data))
-        what = f"saved {old}, current {new}" if old != new else f"saved and current have {old}, but the photos differ"
-        changes["data.shards"] = f"data.shards: {what}"
+    if found and not same_data(found.data, data):
+        changes["data.shards"] = f"data.shards: {_difference(found.data, data)}"
     refused = {key: message for key, message in changes.items() if key not in allowed}
     if refused:
         what = f"{folder} holds another run ({'; '.join(refused.values())}); start a new run with RUN=another/folder"
@@ -101,6 +120,27 @@ def environment_changes(found: Checkpoint | None, environment: dict[str, str]) -
     names = [n for n in found.environment | environment if found.environment.get(n) != environment.get(n)]
     changes = [f"{n}: saved {found.environment.get(n, 'none')}, current {environment.get(n, 'none')}" for n in names]
     return [f"rounding differs from before step {found.step}: {'; '.join(changes)}"] if changes else []
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """In words, how the data of a checkpoint differs from that of today."""
+    if "sources" not in old and "sources" not in new:
+        saved, current = (f"{d['samples']:,} samples in {_count(d['shards'], 'shard')}" for d in (old, new))
+        same = f"saved and current have {saved}, but the photos differ"
+        return same if saved == current else f"saved {saved}, current {current}"
+    one = {"folder": "", "weight": None}  # what identifies one source does not name it
+    was, now = ({s["sha256"]: s for s in d.get("sources", [one | d])} for d in (old, new))
+    changes = [f"without {_source(was[key])}" for key in was if key not in now]
+    changes += [f"with {_source(now[key])}" for key in now if key not in was]
+    for key in was:
+        if key in now and (before := was[key]["weight"]) != (after := now[key]["weight"]):
+            place = now[key]["folder"] or was[key]["folder"]
+            changes.append(f"weight of {place}: saved {_word(before)}, current {_word(after)}")
+    return f"the mixture differs from the saved one: {', '.join(changes) or 'its sources are in another order'}"
+
+
+def _source(source: dict[str, Any]) -> str:
+    return f"{source['folder']} ({source['samples']:,} samples)".lstrip()
 
 
 def _count(n: int, noun: str) -> str:

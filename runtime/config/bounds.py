@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from runtime.methods import METHODS
 
@@ -69,6 +69,24 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Shares = Annotated[list[Share], BeforeValidator(as_list, json_schema_input_type=Share | list[Share])]
 Deviation = Annotated[float, Field(gt=0, le=1)]
 Deviations = Annotated[list[Deviation], BeforeValidator(as_list, json_schema_input_type=Deviation | list[Deviation])]
+
+
+def as_sources(value: Any) -> Any:
+    """Places by themselves are sources too; one source with a weight needs no list."""
+    if isinstance(value, list):
+        return [{"path": place} if isinstance(place, (str, int, float)) else place for place in value]
+    return as_sources([value]) if isinstance(value, dict) else value
+
+
+def one_or_several(source: type, one: Any) -> Any:
+    """The type of a place (`one`), or of a list of sources. TAGS are what pydantic puts into the path of an error."""
+    written = BeforeValidator(as_sources, json_schema_input_type=list[source | one] | source)  # type: ignore[valid-type]
+    several = Annotated[list[source], written, Tag(TAGS[1])]  # type: ignore[valid-type]
+    choose = Discriminator(lambda value: TAGS[isinstance(value, (list, dict))])
+    return Annotated[Annotated[one, Tag(TAGS[0])] | several, choose]
+
+
+TAGS = ("<one>", "<several>")
 Text = Annotated[str, BeforeValidator(as_text, json_schema_input_type=str | float)]
 Texts = Annotated[list[Text], BeforeValidator(as_list, json_schema_input_type=Text | list[Text])]
 Pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # yaml has no tuples

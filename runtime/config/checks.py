@@ -4,8 +4,10 @@ They are functions that list what is wrong, not pydantic's model validators: a v
 another value is wrong. Each Problem names the keys it depends on, so that it is left out where one of these is unknown.
 """
 
+import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeGuard
@@ -26,7 +28,28 @@ MIN_TEMPERATURE = 1 / 80  # of k-NN: above it no vote, exp(similarity / temperat
 
 def check(c: Config) -> list[Problem]:
     """What is wrong with values that are each valid by themselves."""
-    return [*_optim(c), *_model(c), *_views(c), *_pixels(c), *_reference(c), *_clustering(c), *_contrast(c)]
+    return [
+        *_sources(c), *_optim(c), *_model(c), *_views(c), *_pixels(c), *_reference(c), *_clustering(c), *_contrast(c),
+    ]  # fmt: skip
+
+
+def _sources(c: Config) -> Iterator[Problem]:
+    sources = c.data.sources
+    if isinstance(c.data.shards, list) and not sources:
+        yield Problem("data.shards", "this list is empty; name a folder of shards, or several")
+    without = [source.path for source in sources if source.weight is None]
+    if without and len(without) < len(sources):
+        text = f"{without[0]} has no weight, others have one; give all sources a weight, or none"
+        yield Problem("data.shards", text)
+    seen: dict[str, str] = {}
+    for i, source in enumerate(sources):
+        if not source.path:
+            yield Problem(f"data.shards.{i}", "a source needs a path: {path: folder, weight: 1}")
+        place = os.path.realpath(source.path) if is_path(source.path) else source.path.rstrip("/")
+        if place in seen:
+            text = f"{seen[place]} and {source.path} are the same place; name it once, with a larger weight"
+            yield Problem("data.shards", text)
+        seen[place] = source.path
 
 
 def _optim(c: Config) -> Iterator[Problem]:
@@ -198,7 +221,9 @@ def check_training(c: Config, processes: int) -> Iterator[Problem]:
         text = f"{c.eval.temperature:g} lets a vote of k-NN overflow float32 (at least {MIN_TEMPERATURE:g})"
         yield Problem("eval.temperature", text)
     run = Path(c.run.folder or "run").resolve()
-    for key, place in {"data.shards": c.data.shards, "data.val": c.data.val, "eval.voc": c.eval.voc}.items():
+    several = isinstance(c.data.shards, list)
+    shards = {f"data.shards.{i}" if several else "data.shards": s.path for i, s in enumerate(c.data.sources) if s.path}
+    for key, place in {**shards, "data.val": c.data.val, "eval.voc": c.eval.voc}.items():
         if not is_path(place) or "\0" in place + os.fspath(run):
             continue
         folder = Path(place).resolve()
@@ -208,12 +233,38 @@ def check_training(c: Config, processes: int) -> Iterator[Problem]:
             yield Problem("run.folder", text, (key,))
         elif problem := missing(place):
             without = "; eval.voc=null trains without scenes" if key == "eval.voc" else ""
+            if key in shards and (weighted := _with_weight(place)):
+                path, weight = weighted
+                without = f"; a weight is given by data.shards='[{{path: {path}, weight: {weight}}}, …]'"
             yield Problem(key, f"{place}: {problem}{without}")
 
 
 def is_path(place: str | None) -> TypeGuard[str]:
     """Whether the value of one of PLACES is a path, and not an address or timm:NAME."""
     return place is not None and "://" not in place and not place.startswith("timm:")
+
+
+def split_places(text: str) -> list[str]:
+    """The folders or addresses that SHARDS='a b' names: one, if there is a folder of this name, blanks and all, or if there
+    is none by any of the words; else one by each word, quoted as in a shell if it has blanks."""
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quotation mark that is part of a name
+        return [text]
+    known = any("://" in word or os.path.exists(word) or _with_weight(word) for word in words)
+    return words if known and not os.path.exists(text) else [text]
+
+
+def _with_weight(place: str) -> tuple[str, str] | None:
+    """(path, weight) of a word path:2, if there is such a path; None otherwise. Only a message takes it so."""
+    path, _, weight = place.rpartition(":")
+    return (path, weight) if re.fullmatch(r"[0-9.]+", weight) and os.path.exists(path) else None
+
+
+def shards_word(text: str) -> str:
+    """The word `data.shards=…` for SHARDS=text. In JSON, which is YAML too: a folder 2026, or a: b, stays text."""
+    places = split_places(text)
+    return f"data.shards={json.dumps(places if len(places) > 1 else text, ensure_ascii=False)}"
 
 
 def missing(place: str, what: str = "folder") -> str:

@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from runtime.config import yaml
+from runtime.config.bounds import TAGS
 from runtime.config.checks import check, check_training, is_path
-from runtime.config.messages import COMMAND_LINE, ConfigErrors, dotted, explain, flatten, found, suggest_key
+from runtime.config.messages import COMMAND_LINE, ConfigErrors, dotted, explain, flatten, found, is_inside, suggest_key
 from runtime.config.schema import NON_RESULT_KEYS, PLACES, RESULT_SECTIONS, Config
 from runtime.errors import UserError, suggest
 
@@ -40,7 +41,7 @@ def load_config(
         config.run.folder = str(folder or Path("runs") / path.stem)
     keys = flatten(config)
     for key in allowed:
-        if key not in keys:
+        if key not in keys and key not in PLACES:
             near = f", did you mean '{suggest_key(key)}'?" if suggest_key(key) in keys else ""
             listed.messages.append(f"{COMMAND_LINE}: --allow-change {key}: no such key{near}")
     listed.add_problems(check(config), sources)
@@ -88,9 +89,14 @@ def _with_absolute_places(config: Config) -> Config:
     config = copy.deepcopy(config)
     for key in PLACES:
         section, _, name = key.partition(".")
-        place = getattr(getattr(config, section), name)
-        if is_path(place) and not place.startswith("~"):
-            setattr(getattr(config, section), name, os.path.abspath(place))
+        value = getattr(getattr(config, section), name)
+        several = isinstance(value, list)  # sources
+        for inside, attribute in (
+            [(source, "path") for source in value] if several else [(getattr(config, section), name)]
+        ):
+            place = getattr(inside, attribute)
+            if is_path(place) and not place.startswith("~"):
+                setattr(inside, attribute, os.path.abspath(place))
     return config
 
 
@@ -102,7 +108,8 @@ def diff(saved: Config, current: Config) -> dict[str, str]:
         a = {key: value for key, value in a.items() if key not in ARCHITECTURE}
         b = {key: value for key, value in b.items() if key not in ARCHITECTURE}
     for key in a | b:
-        if key.split(".")[0] in RESULT_SECTIONS and key not in NON_RESULT_KEYS and a.get(key) != b.get(key):
+        changes_results = key.split(".")[0] in RESULT_SECTIONS and not any(is_inside(key, k) for k in NON_RESULT_KEYS)
+        if changes_results and a.get(key) != b.get(key):
             changed[key] = f"{key}: saved {a.get(key, 'nothing')}, current {b.get(key, 'nothing')}"
     if bool(saved.data.val) != bool(current.data.val) and current.data.holdout:  # then other images are held out
         old, new = (c.data.val or f"{c.data.holdout:g} of the training shards" for c in (saved, current))
@@ -246,7 +253,8 @@ def _validate(tree: dict[str, Any], sources: Sources, errors: ConfigErrors) -> C
         except ValidationError as error:
             details = error.errors(include_url=False)
             # a default that depends on a wrong value is no error of its own
-            wrong = [(d["loc"], *explain(d)) for d in details if d["type"] != "default_factory_not_called"]
+            details = [d for d in details if d["type"] != "default_factory_not_called"]
+            wrong = [(tuple(step for step in d["loc"] if step not in TAGS), *explain(d)) for d in details]
         for loc, key, text, meant in sorted(wrong, key=lambda item: order.get(item[1], -1)):
             if not loc:
                 raise UserError(f"{errors.config}: {text}")

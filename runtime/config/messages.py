@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator
 from pydantic_core import ErrorDetails
 
-from runtime.config.schema import Config
+from runtime.config.bounds import TAGS
+from runtime.config.schema import Config, Source, Views
 from runtime.config.yaml import NUMBER
 from runtime.errors import UserError, suggest
 
@@ -45,7 +46,7 @@ class ConfigErrors:
         """Problems of values that are each valid, but not those that may only follow from an error found before."""
         for problem in problems:
             keys = (*problem.key.split(", "), *problem.uses)
-            if not any(_inside(a, b) or _inside(b, a) for a in keys for b in self.unknown):
+            if not any(is_inside(a, b) or is_inside(b, a) for a in keys for b in self.unknown):
                 self.messages.append(f"{where(keys[0])}: {problem.key}: {problem.text}")
 
     def raise_any(self) -> None:
@@ -56,11 +57,21 @@ class ConfigErrors:
             raise UserError("\n  ".join([f"{self.config}: {len(self.messages)} errors", *self.messages]))
 
 
-def _inside(key: str, section: str) -> bool:
+def is_inside(key: str, section: str) -> bool:
+    """Whether a key is that of a section, or of a value in it."""
     return key == section or key.startswith(f"{section}.")
 
 
 # ----------------------------------------------------------------------------------------------- what a key expects
+
+
+def choices(hint: Any) -> list[Any]:
+    """The types that a type without Annotated and `| None` may be: several for a union."""
+    while typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return [hint]
+    return [kind for inner in typing.get_args(hint) if inner is not type(None) for kind in choices(inner)]
 
 
 def unwrap(hint: Any) -> tuple[Any, list[Any]]:
@@ -82,6 +93,7 @@ def hint_of(path: Iterable[str | int]) -> Any:
     for step in path:
         inner, _ = unwrap(hint)
         if isinstance(step, int):
+            inner = next(kind for kind in choices(hint) if typing.get_origin(kind) in (list, tuple))
             hint = typing.get_args(inner)[0]
         else:
             hint = typing.get_type_hints(inner, include_extras=True)[step]
@@ -90,6 +102,8 @@ def hint_of(path: Iterable[str | int]) -> Any:
 
 def expected(hint: Any) -> str:
     """A type and its bounds in words: "a number from 0 to 1", "one of auto, cuda, cpu"."""
+    if len(kinds := choices(hint)) > 1:
+        return " or ".join(map(expected, kinds))
     kind, metadata = unwrap(hint)
     for rule in metadata:
         if isinstance(rule, AfterValidator):  # the schema's own bounds, see bounds.rule
@@ -103,8 +117,8 @@ def expected(hint: Any) -> str:
         return f"{len(inner)} numbers{_bounds(unwrap(inner[0])[1])}"
     if typing.get_origin(kind) is list:
         element, bounds = unwrap(inner[0])
-        kinds = "groups" if dataclasses.is_dataclass(element) else "texts" if element is str else ""
-        return f"a list of {kinds}" if kinds else f"numbers{_bounds(bounds)}"
+        plural = {Views: "groups", Source: "sources", str: "texts"}.get(element)
+        return f"a list of {plural}" if plural else f"numbers{_bounds(bounds)}"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     return names[kind] + _bounds(metadata)
 
@@ -146,10 +160,11 @@ def found(value: Any) -> str:
 
 def explain(error: ErrorDetails) -> tuple[str, str, str]:
     """(key, text, the key that was probably meant) of one error that pydantic found."""
-    path = error["loc"]
+    path = tuple(step for step in error["loc"] if step not in TAGS)
     key, value = ".".join(map(str, path)), error["input"]
     if error["type"] == "unexpected_keyword_argument":
-        meant = suggest_key(key)
+        names = [f.name for f in dataclasses.fields(unwrap(hint_of(path[:-1]))[0])]
+        meant = suggest_key(key) or next(iter(difflib.get_close_matches(str(path[-1]), names, 1)), "")
         return key, "no such key" + (f", did you mean '{meant}'?" if meant else ""), meant
     if not path:
         return key, "a text has half a character (\\ud800 to \\udfff)", ""  # the one thing that JSON refuses

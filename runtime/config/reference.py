@@ -12,7 +12,7 @@ from pydantic_core import core_schema
 
 from runtime.config.bounds import ARCH, SIZES
 from runtime.config.load import adapter
-from runtime.config.messages import expected, unwrap
+from runtime.config.messages import choices, expected, unwrap
 from runtime.config.schema import RESULT_SECTIONS, Config
 from runtime.methods import METHODS
 
@@ -54,8 +54,9 @@ def _sections(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
         kind, _ = unwrap(hint)
         if dataclasses.is_dataclass(kind):
             yield from _sections(kind, f"{prefix}.{name}".lstrip("."))  # type: ignore[arg-type]
-        elif get_origin(kind) is list and dataclasses.is_dataclass(get_args(kind)[0]):
-            yield from _sections(get_args(kind)[0], f"{prefix}.{name}.N")
+        for inner in choices(hint):
+            if get_origin(inner) is list and dataclasses.is_dataclass(element := get_args(inner)[0]):
+                yield from _sections(element, f"{prefix}.{name}.N")  # type: ignore[arg-type]
 
 
 def _rows(prefix: str, section: Any) -> Iterator[tuple[str, str, str, str]]:
@@ -76,7 +77,7 @@ def _value(value: Any) -> str:
         return f"[{', '.join(f'{number:g}' for number in value)}]"
     if isinstance(value, float):
         return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _text(docstring: str | None) -> str:

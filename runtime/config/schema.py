@@ -26,6 +26,7 @@ from runtime.config.bounds import (
     Text,
     Texts,
     as_list,
+    one_or_several,
     patch_of,
 )
 from runtime.config.objectives import Clustering, Contrast, Head, Loss, Reference
@@ -86,11 +87,24 @@ class Jitter:
 
 
 @dataclass(config=SETTINGS)
+class Source:
+    """One of several sources of photos: a mixture. A place by itself, without `path:`, is a source without a weight."""
+
+    path: Text = ""
+    """A folder of shards, or an address."""
+    weight: PositiveFloat | None = None
+    """Share of the images that come from this source, up to a factor that all sources have in common: with 2 and 1, two of
+    three images. Either all sources have one or none; without weights every photo comes once an epoch."""
+
+
+@dataclass(config=SETTINGS)
 class Data:
     """Images, views and augmentation."""
 
-    shards: Text | None = None
-    """Shards to train on: a folder, or an address such as s3://bucket/path or https://host/path."""
+    shards: one_or_several(Source, Text) | None = None  # type: ignore[valid-type]
+    """Shards to train on: a folder, or an address such as s3://bucket/path or https://host/path; or a list of these, each
+    with a weight if you like: `[{path: data/a, weight: 2}, {path: data/b, weight: 1}]`. An epoch has as many images as all
+    sources have samples; no photo comes again before all of its source were seen."""
     val: Text | None = None
     """Shards to evaluate on: a folder or an address. Without it, `data.holdout` of the training shards is held out."""
     holdout: ShareBelowOne = 0.02
@@ -127,7 +141,15 @@ class Data:
     max_corrupt: Share = 0.001
     """Largest share of an epoch's samples that may be corrupt. The run stops when there are more."""
     max_missing: Share = 0.0
-    """Largest share of the samples that missing or truncated shards may hold. The run does not start when it is more."""
+    """Largest share of the samples, of each source, that missing or truncated shards may hold. The run does not start when
+    it is more."""
+
+    @property
+    def sources(self) -> list[Source]:
+        """What `shards` names, as a list."""
+        if isinstance(self.shards, list):
+            return self.shards
+        return [] if self.shards is None else [Source(self.shards)]
 
 
 @dataclass(config=SETTINGS)

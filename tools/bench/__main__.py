@@ -12,7 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from runtime.config import load_config
+from runtime.config import load_config, split_places
 from runtime.errors import UserError, require_positive, run_cli
 from tools.docstring import add_command, make_parser
 
@@ -29,7 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
         if config:
             command.add_argument("--config", default=config, help="default: %(default)s")
         if shards:
-            command.add_argument("--shards", default=SCENES, help="a folder of shards (default: the painted scenes)")
+            command.add_argument(
+                "--shards", default=SCENES, help="shards: a folder, or several (default: the painted scenes)"
+            )
         command.add_argument("--out", type=Path, help="append the rows as JSON lines")
         return command
 
@@ -51,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     leak = add("leak", "memory, threads and open files over many steps", shards=True, config="configs/demo.yaml")
     leak.add_argument("--reader", choices=("wds", "dali"), help="only this one")
     leak.add_argument("--steps", type=int, default=2000, help="default %(default)s")
-    add("plan", "index and plan at 1.28 and 100 million samples")
+    plan = add("plan", "index and plan at 1.28 and 100 million samples")
+    plan.add_argument("--sources", type=int, default=1, help="folders that the samples are in (default %(default)s)")
     _add_shards_options(add("shards", "making shards, beside decoding alone"))
     _add_knn_options(add("knn", "k-NN at ImageNet's size, beside the bare product and top-k"))
     checkpoint = add("checkpoint", "how long a checkpoint delays the step", config="configs/densedino_vits16.yaml")
@@ -122,6 +125,7 @@ def check(args: argparse.Namespace) -> None:
         "minutes",
         "images",
         "sigma",
+        "sources",
         "batch",
     )
     require_positive(args, *(name for name in positive if isinstance(getattr(args, name, None), int | float)))
@@ -131,9 +135,10 @@ def check(args: argparse.Namespace) -> None:
         if not Path(args.src).exists():
             raise UserError(f"{args.src}: no such folder or tar")
     elif "shards" in args:
-        from eval.target import open_shards
+        from pipeline.shards import Shards
 
-        open_shards(args.shards)
+        for place in split_places(args.shards):
+            Shards(place)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,10 +26,10 @@ import torch
 from pipeline.batch import Batch, size_groups
 from pipeline.decode import decode
 from pipeline.loader import choose_reader, select_augment
+from pipeline.mixture import AnyShards, open_training
 from pipeline.plan import Plan
 from pipeline.readers.worker import BatchBuilder
-from pipeline.shards import Shards
-from runtime.config import Config
+from runtime.config import Config, Source, split_places
 from runtime.distributed import reuse_memory
 from runtime.errors import UserError
 from runtime.pixels import IMAGENET
@@ -79,7 +79,7 @@ def pil_stages(config: Config, photos: list[bytes]) -> dict[str, Stage]:
     return {"decode": decode_all, "views": views, "all": all_stages}
 
 
-def reader_stages(reader: str, config: Config, shards: Shards, plan: Plan, steps: int) -> dict[str, Stage]:
+def reader_stages(reader: str, config: Config, shards: AnyShards, plan: Plan, steps: int) -> dict[str, Stage]:
     """{name: stage} of one reader over the plan's first `steps` steps."""
     groups = [group for _, group in size_groups(config)]
     device = torch.device("cuda", 0) if reader == "dali_gpu" else torch.device("cpu")
@@ -130,7 +130,8 @@ def serve_reader(reader: str, folder: str, pipe: Connection) -> None:
     gpu = reader == "dali_gpu"
     torch.set_num_threads(1)  # CPU-seconds are the measure
     config = Config()
-    shards = Shards(folder)
+    config.data.shards = [Source(place) for place in split_places(folder)]
+    shards = open_training(config)
     config.speed.workers = 4 if gpu else 0
     config.speed.dali_threads = (os.cpu_count() or 1) if gpu else 1
     config.optim.global_batch_size = min(256 if gpu else 64, len(shards))
@@ -172,7 +173,6 @@ def cpu_seconds() -> float:
 
 def run(args: argparse.Namespace) -> None:
     """Measure each stage of each reader in turns: ROUNDS rounds after a first one that is not counted."""
-    Shards(args.shards)  # raises if it is no folder of shards
     readers = ["pil", "wds"]
     try:
         choose_reader("dali", torch.device("cpu"))

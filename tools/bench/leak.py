@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from pipeline.loader import choose_reader
+from pipeline.mixture import open_training
 from pipeline.plan import Plan
-from pipeline.shards import Shards
-from runtime.config import load_config
+from runtime.config import load_config, shards_word
 from runtime.errors import UserError
 from runtime.metrics import read_jsonl
 from tools.bench.rows import cpu_name, make_table, report_rows
@@ -57,11 +57,13 @@ def process_usage(pid: int) -> dict[str, float]:
 def measure_reader(path: str, shards: str, reader: str, steps: int, folder: Path) -> list[dict[str, Any]]:
     """Train for `steps` steps; a row for each quarter of them after the warm-up. Medians, because memory varies within a
     step. Raises UserError if the run fails."""
-    config = load_config(path, [f"data.shards={shards}"])
-    plan = Plan(Shards(shards), batch=config.optim.global_batch_size, seed=config.seed, holdout=config.data.holdout)
+    config = load_config(path, [shards_word(shards)])
+    plan = Plan(
+        open_training(config), batch=config.optim.global_batch_size, seed=config.seed, holdout=config.data.holdout
+    )
     epochs = (steps + LOG_EVERY) / plan.steps_per_epoch
     overrides = [
-        f"data.shards={shards}", "data.val=null", f"optim.epochs={epochs}", f"speed.reader={reader}",
+        shards_word(shards), "data.val=null", f"optim.epochs={epochs}", f"speed.reader={reader}",
         f"run.folder={folder}", f"run.log_every={LOG_EVERY}",
     ]  # fmt: skip
     ends = [WARMUP, *(steps * quarter // 4 for quarter in (1, 2, 3, 4))]

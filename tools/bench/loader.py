@@ -19,11 +19,11 @@ import torch
 from model.methods import build
 from pipeline.batch import Batch
 from pipeline.loader import Loader
+from pipeline.mixture import open_training
 from pipeline.plan import Plan
-from pipeline.shards import Shards
 from runtime import distributed, schedule
 from runtime.compile import compile_parts
-from runtime.config import load_config
+from runtime.config import load_config, shards_word
 from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
 from train import train_step
 
@@ -31,8 +31,8 @@ ROUNDS, STEPS = 5, 30  # and one round before, which is not counted
 
 
 def run(args: argparse.Namespace) -> None:
-    config = load_config(args.config, [f"data.shards={args.shards}", "data.val=null"])
-    shards = Shards(args.shards)
+    config = load_config(args.config, [shards_word(args.shards), "data.val=null"])
+    shards = open_training(config)
     plan = Plan(shards, batch=config.optim.global_batch_size, seed=0, holdout=config.data.holdout)
     context = distributed.start(config.speed)
     method = build(config)

@@ -1,8 +1,9 @@
 """Index and plan at 1.28 and 100 million simulated samples: load time, memory, time per step, and the plan's guarantees.
 
-    python -m tools.bench plan [--out rows.jsonl]
+    python -m tools.bench plan [--sources N] [--out rows.jsonl]
 
-Checks that an epoch is a permutation that any number of processes shares. `make bench WHAT=plan`.
+Checks that no sample comes twice in an epoch, and that any number of processes shares its steps. With --sources the samples
+are in N folders without weights, so that every sample comes once an epoch too. `make bench WHAT=plan`.
 """
 
 import argparse
@@ -13,12 +14,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runtime.errors import UserError
 from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
+
+if TYPE_CHECKING:
+    from pipeline.mixture import AnyShards
 
 SAMPLES = (1_281_167, 100_000_000)
 BATCHES = (256, 1024)
@@ -41,14 +45,30 @@ def simulate(folder: Path, samples: int) -> None:
     (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "classes": [], "shards": shards}))
 
 
+def simulate_sources(folder: Path, samples: int, sources: int) -> None:
+    """`simulate` so many folders, 0, 1, ..., with `samples` in all: source i has i + 1 shares of them."""
+    ends = [samples * i * (i + 1) // (sources * (sources + 1)) for i in range(sources + 1)]
+    for i in range(sources):
+        (folder / str(i)).mkdir()
+        simulate(folder / str(i), ends[i + 1] - ends[i])
+
+
+def open_simulated(folder: Path) -> "AnyShards":
+    """What `simulate_sources` wrote, without looking for the tars."""
+    from pipeline.mixture import Mixture
+    from pipeline.shards import Shards
+
+    parts = [Shards(source, max_missing=None) for source in sorted(folder.iterdir(), key=lambda path: int(path.name))]
+    return Mixture(parts) if len(parts) > 1 else parts[0]
+
+
 def measure_plan(folder: Path, batch: int) -> dict[str, Any]:
     """The cost of loading and planning, for a row. Asserts the plan's guarantees. Needs a process of its own."""
     from pipeline.plan import Plan
-    from pipeline.shards import Shards
 
     before = resident_mb()
     start = time.perf_counter()
-    shards = Shards(folder, max_missing=None)
+    shards = open_simulated(folder)
     plan = Plan(shards, batch=batch, seed=0)
     plan.samples_of(0)
     loaded = time.perf_counter() - start
@@ -57,7 +77,8 @@ def measure_plan(folder: Path, batch: int) -> dict[str, Any]:
     for step in range(first, first + min(1000, plan.steps_per_epoch // 2)):  # as a reader does
         start = time.perf_counter()
         ids = plan.samples_of(step)
-        _ = shards.index["height"][ids], shards.index["crc32"][ids]
+        plan.passes_of(step)
+        shards.records(ids)
         if (step - first) * batch % 65_536 < batch:  # as Shards.read does
             shards.release_pages()
         times.append(time.perf_counter() - start)
@@ -72,17 +93,19 @@ def measure_plan(folder: Path, batch: int) -> dict[str, Any]:
     for world in (1, 2, 8, 64):
         parts = np.stack([plan.samples_of(7, rank, world) for rank in range(world)], 1)
         assert np.array_equal(parts.ravel(), plan.samples_of(7)), f"{world} processes do not share the same step"
-    # a node of 8 (of 64 processes): the shards that it reads in a part of the epoch, at most those of its streams
+    # a node of 8 (of 64 processes): the shards that it reads in a part of the epoch; of one source those of its streams
     touched = {
         int(s) for step in steps.tolist() for r in range(8) for s in plan.samples_of(step, r * 8, 64) // PER_SHARD
     }
-    bound = len(shards.shards) / 8 + plan.streams
-    assert len(touched) <= bound, f"a node of 8 reads {len(touched)} shards, more than {bound}"
+    count = sum(len(part.shards) for part in shards.parts)
+    bound = count / 8 + plan.orders[0].streams
+    assert len(plan.orders) > 1 or len(touched) <= bound, f"a node of 8 reads {len(touched)} shards, more than {bound}"
     ms = [1000 * t for t in times]
     return {
         "samples": len(shards), "batch": batch, "load_s": round(loaded, 3), "resident_mb": round(memory, 1),
         "added_mb": round(memory - before, 1), **median_and_range("ms_per_step", ms),
-        "ms_per_step_p99": float(np.quantile(ms, 0.99)), "node_share_shards": len(touched), "shards": len(shards.shards),
+        "ms_per_step_p99": float(np.quantile(ms, 0.99)), "node_share_shards": len(touched), "shards": count,
+        "sources": len(plan.orders),
     }  # fmt: skip
 
 
@@ -99,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for samples in SAMPLES:
         with tempfile.TemporaryDirectory() as folder:
-            simulate(Path(folder), samples)
+            simulate_sources(Path(folder), samples, args.sources)
             for batch in BATCHES:
                 command = [sys.executable, "-c", code, folder, str(batch)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -108,6 +131,7 @@ def run(args: argparse.Namespace) -> None:
                 rows.append({"what": "plan", **json.loads(done.stdout), "device": cpu_name()})
     names = (
         "samples",
+        "sources",
         "batch",
         "load_s",
         "resident_mb",

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
+from pipeline.mixture import open_training
 from pipeline.plan import Plan
-from pipeline.shards import Shards
-from runtime.config import load_config
+from runtime.config import load_config, shards_word
 from runtime.errors import UserError
 from runtime.metrics import read_jsonl
 from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
@@ -48,16 +48,16 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"GPUS={args.processes}: at least 2, and this machine has {gpus} GPUs, {cores} cores")
     if not gpus:
         os.environ["OMP_NUM_THREADS"] = str(cores // n)
-    config = load_config(args.config, [f"data.shards={args.shards}"])
+    config = load_config(args.config, [shards_word(args.shards)])
     batch = args.batch or max(1, config.optim.global_batch_size // n)
     metrics: dict[int, list[dict]] = {1: [], n: []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.rounds):
             for processes in metrics:
-                plan = Plan(Shards(args.shards), batch=batch * processes, seed=config.seed)
+                plan = Plan(open_training(config), batch=batch * processes, seed=config.seed)
                 epochs = args.steps / plan.steps_per_epoch
                 overrides = [
-                    f"data.shards={args.shards}", "data.val=null", f"optim.global_batch_size={batch * processes}",
+                    shards_word(args.shards), "data.val=null", f"optim.global_batch_size={batch * processes}",
                     f"optim.epochs={epochs}", "optim.warmup_epochs=0", "eval.every=0",
                 ]  # fmt: skip
                 metrics[processes] += train(args.config, overrides, processes, Path(folder, f"{turn}-{processes}"))

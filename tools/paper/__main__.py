@@ -191,6 +191,8 @@ def read_scale(args: argparse.Namespace, table: str, processes: int) -> "Scale":
         words.append(f"eval.voc={json.dumps(args.voc, ensure_ascii=False)}")
     words += values
     base = load_config(config, words, processes=processes)
+    if isinstance(base.data.shards, list):
+        raise UserError("data.shards: the paper's tables are made on one folder of shards, not on a mixture")
     scenes = os.path.abspath(base.eval.voc) if base.eval.voc else None
     return Scale(name, config, words, scenes, args.runs / name, base)
 

@@ -17,10 +17,9 @@ from eval.html import read_metrics
 from eval.masks import check_scenes
 from eval.provenance import TIMM, known_weights
 from eval.tables import read_object
-from eval.target import open_shards
+from pipeline.mixture import AnyShards, open_training
 from pipeline.plan import Plan
-from pipeline.shards import Shards
-from runtime.checkpoint import fingerprint, latest_valid
+from runtime.checkpoint import identify, latest_valid, same_data
 from runtime.command import again
 from runtime.config import Config, diff, dump_config, load_config
 from runtime.config.messages import COMMAND_LINE
@@ -221,7 +220,7 @@ def check(runs: Sequence[Run], scale: Scale) -> list[str]:
 
     Raises UserError if data or weights are missing, or if a folder holds something else than its run. Writes nothing.
     """
-    opened: dict[str, tuple[Shards, dict[str, Any]]] = {}
+    opened: dict[str, tuple[AnyShards, dict[str, Any]]] = {}
     for run in runs:
         if run.row.untrained:
             continue
@@ -232,8 +231,8 @@ def check(runs: Sequence[Run], scale: Scale) -> list[str]:
         config, place = run.config, str(run.config.data.shards)
         first = place not in opened
         if first:
-            shards = open_shards(place, config)
-            opened[place] = shards, fingerprint(shards.manifest)
+            shards = open_training(config)
+            opened[place] = shards, identify(shards)
         shards, data = opened[place]
         holdout = 0.0 if config.data.val else config.data.holdout
         plan = Plan(shards, batch=config.optim.global_batch_size, seed=config.seed, holdout=holdout)
@@ -264,7 +263,7 @@ def _check_same(run: Run, data: dict[str, Any]) -> None:
             old, new = getattr(saved.eval, key), getattr(run.config.eval, key)
             changes += [f"eval.{key}: saved {old}, current {new}"] if old != new else []
     checkpoint = latest_valid(run.folder / "checkpoints")
-    if checkpoint and checkpoint.data != data:
+    if checkpoint and not same_data(checkpoint.data, data):
         changes.append(f"data.shards: it trained on {checkpoint.data['samples']:,} photos that are not today's")
     if changes:
         raise UserError(

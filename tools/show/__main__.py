@@ -116,10 +116,9 @@ def show_views(args: argparse.Namespace) -> None:
         return
     file = run / "config.yaml" if is_run else args.config
     config = load_config(file) if file else Config()
-    folder = EvalTarget(run).place("data.shards") if is_run else args.source
-    if folder is None:
+    shards = EvalTarget(run).training_shards() if is_run else open_shards(args.source, config)
+    if shards is None:
         raise UserError(f"{run}/config.yaml: data.shards names no folder")
-    shards = open_shards(folder, config)
     from tools.show import views
 
     views.show(shards, config, args, weights, out)

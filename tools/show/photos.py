@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as transform
 
 from eval import features
 from eval.masks import IGNORE, Palette, find_palette, read_mask
-from eval.target import EvalTarget, open_shards, subsample
+from eval.target import EvalTarget, near_samples, open_shards, subsample
 from eval.voc import IMAGE_SUFFIXES, scene_files
 from model.backbone import Backbone
 from pipeline.decode import DecodeError, decode
@@ -84,12 +84,12 @@ def find_photos(
 
 def _photos_of_run(target: EvalTarget, count: int, scattered: bool) -> Iterator[Photo]:
     """`count` photos of the run's validation shards, else of its training shards; corrupt ones are left out."""
-    folder = target.place("data.val") or target.place("data.shards")
-    if folder is None:
+    val = target.place("data.val")
+    shards = open_shards(val, target.config) if val else target.training_shards()
+    if shards is None:
         raise UserError(f"{target.path}: not in a run folder; name the images to show")
-    shards = open_shards(folder, target.config)
     found, near = False, shards.is_remote and not scattered
-    for sample in range(min(count, len(shards))) if near else subsample(np.arange(len(shards)), count).tolist():
+    for sample in (near_samples(shards, count) if near else subsample(np.arange(len(shards)), count)).tolist():
         photo = shards.read(sample)
         if shards.is_valid(sample, photo):
             try:
@@ -98,6 +98,7 @@ def _photos_of_run(target: EvalTarget, count: int, scattered: bool) -> Iterator[
             except DecodeError:
                 continue
     if not found:
+        folder = shards.folder_of(sample)
         raise UserError(f"{folder}: every photo that was read is corrupt; `make verify DST={folder}` lists the damage")
 
 

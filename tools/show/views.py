@@ -30,8 +30,8 @@ from eval.target import subsample
 from pipeline.augment.recipe import apply_color
 from pipeline.batch import Draws, draw, size_groups
 from pipeline.decode import DecodeError, decode
+from pipeline.mixture import AnyShards
 from pipeline.readers.worker import crop_resize
-from pipeline.shards import Shards
 from runtime.config import TEACHERS, Config
 from runtime.errors import UserError
 from tools.show.figures import COLORS, DARK, save
@@ -44,7 +44,7 @@ def color_of(view: int) -> str:
     return COLORS[view % len(COLORS)]
 
 
-def valid_samples(shards: Shards, sample_ids: list[int] | None, count: int) -> list[tuple[int, Tensor]]:
+def valid_samples(shards: AnyShards, sample_ids: list[int] | None, count: int) -> list[tuple[int, Tensor]]:
     """(sample id, photo uint8 [3,H,W]) of the given samples, or of `count` evenly spaced ones, without corrupt photos.
 
     Raises UserError for an id that the shards do not have, and if all photos are corrupt.
@@ -61,7 +61,8 @@ def valid_samples(shards: Shards, sample_ids: list[int] | None, count: int) -> l
                 continue
     if not samples:
         raise UserError(
-            f"{shards.folder}: all of these samples are corrupt; `make verify DST={shards.folder}` lists the damage"
+            f"{shards.folder}: all of these samples are corrupt; "
+            f"`make verify DST={shards.folder_of(sample)}` lists the damage"
         )
     return samples
 
@@ -153,7 +154,7 @@ def _draw_legend(figure: Figure, views: int, with_points: bool) -> None:
     figure.legend(handles=legend, loc="outside lower center", ncols=min(3, 1 + views // 2), fontsize=8, frameon=False)
 
 
-def show(shards: Shards, config: Config, args: argparse.Namespace, weights: list[Weights], out: Path) -> None:
+def show(shards: AnyShards, config: Config, args: argparse.Namespace, weights: list[Weights], out: Path) -> None:
     """Draw some samples of the shards and write the figure to `out`. weights: of the run whose config it is, if any."""
     save(make_figure(config, valid_samples(shards, args.samples, args.images), args.epoch), out, weights, dpi=130)
     print(f"views written to {out}")
