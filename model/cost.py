@@ -53,7 +53,9 @@ def count_memory(config: Config, dtype: torch.dtype = torch.float32, device: str
     def count(config: Config) -> dict[str, int]:
         (few, *rest), (many, *_) = (_peak(config, images, dtype, device) for images in BATCHES)
         image = (many - few) // (BATCHES[1] - BATCHES[0])
-        return dict(zip(("fixed", "image", "state", "gradients"), (few - BATCHES[0] * image, image, *rest), strict=True))
+        return dict(
+            zip(("fixed", "image", "state", "gradients"), (few - BATCHES[0] * image, image, *rest), strict=True)
+        )
 
     return Memory(**_over_depths(config, count))
 

@@ -19,16 +19,17 @@ tools/plan/recipe.py, each with its source.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from runtime.config import Config, load_config, unknown_option
-from runtime.errors import UserError, require_positive, run_cli
+from runtime.errors import UserError, run_cli
 from tools.docstring import make_parser
 from tools.plan import photos as about_photos
 from tools.plan import recipe
 from tools.plan.counted import Counted, count, known
 from tools.plan.hours import Device, find_device
-from tools.plan.page import Plan
+from tools.plan.page import Plan, line, precision
 
 OPTIONS = ("--images", "--shards", "--src", "--config", "--gpu", "--gpus", "--shard-mb", "--write", "--help")
 
@@ -82,20 +83,21 @@ def main(argv: list[str] | None = None) -> int:
     values = [] if args.config else recipe.scale(load_config(name, args.words), photos.count, name)
     values = [v for v in values if v.key not in given]  # what the user says goes before the rules
     config = load_config(name, [*recipe.words(values), *args.words])
+    place = shlex.quote(args.shards or "data/mine")
     shard_mb = number("SHARD_MB", args.shard_mb, "256") if args.shard_mb else about_photos.SHARD_MB
-    plan = Plan(name, why, values, args.words, config, photos, device, gpus, _counted(config, device), shard_mb)
-    plan.check()
+    plan = Plan(name, why, values, args.words, config, photos, device, gpus, _counted(config, device), shard_mb, place)
     print("\n".join(plan.lines()))
     if args.write:
-        recipe.write(Path(args.write), name, values, args.words, photos.count, plan.hours_line())
-        print(f"written      {args.write}: make pretrain CONFIG={args.write} SHARDS={args.shards or 'data/mine'}")
+        recipe.write(
+            Path(args.write), name, values, [*args.words, *plan.fitting_words()], photos.count, plan.hours_text()
+        )
+        print(line("written", f"{args.write}: make pretrain CONFIG={args.write} SHARDS={place}"))
     return 0
 
 
 def _counted(config: Config, device: Device | None) -> Counted:
-    kind, dtype = (device.kind if device else "cuda"), config.speed.precision
-    if dtype == "auto":
-        dtype = "bfloat16" if kind == "cuda" else "float32"
+    kind = device.kind if device else "cuda"
+    dtype = precision(config, kind)
     if found := known(config, kind, dtype):
         return found
     print("counting the arithmetic of this config: up to a minute ...", flush=True)

@@ -23,7 +23,10 @@ CONFIGS = (
     "configs/photos64.yaml", "configs/demo.yaml", "configs/densedino_vitti16.yaml", "configs/dino_vits16.yaml",
     "configs/dino_vits16_multicrop.yaml", "configs/continue_dinov2_vits14.yaml",
 )  # fmt: skip
-PRECISIONS = (("cuda", "bfloat16"), ("cpu", "float32"))  # what is trained with on a GPU that is on the list, and on a CPU
+PRECISIONS = (
+    ("cuda", "bfloat16"),
+    ("cpu", "float32"),
+)  # what is trained with on a GPU that is on the list, and on a CPU
 SECTIONS = ("method", "model", "reference", "head", "clustering", "contrast", "data.views", "loss.cls_views")
 NOT_COUNTED = ("scale", "blur", "solarize", "init")  # last parts of keys in these that no count depends on
 

@@ -4,17 +4,20 @@ The measured rows are docs/benchmarks.jsonl, a line for each: device, kind (cpu 
 device, gflop of an image. A row of another network is scaled by the counted arithmetic.
 """
 
+import difflib
 import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 from runtime.cards import CARDS, Card, card_of
-from runtime.errors import UserError, suggest
+from runtime.errors import UserError
 
 ROWS = Path(__file__).parents[2] / "docs" / "benchmarks.jsonl"
 SHARE = 0.23  # of the peak, for a card without a row
-SHARE_SOURCE = "23 % of the maker's peak, published for a supervised ViT-S on an H100 (NVIDIA BioNeMo, nvSubquadratic: 22.9 %)"
+SHARE_SOURCE = (
+    "23 % of the maker's peak, published for a supervised ViT-S on an H100 (NVIDIA, nvSubquadratic, benchmarks: 22.9 %)"
+)
 RESERVE = 0.08  # of a card's memory, for CUDA itself and what its allocator cannot use: our choice
 
 
@@ -26,15 +29,10 @@ class Device(NamedTuple):
     memory: float  # GB; 0: that of the machine
     cards: tuple[Card, ...]
 
-    @property
-    def usable(self) -> float:
-        """Bytes for tensors."""
-        return self.memory * (1 - RESERVE) * 2**30
-
 
 class Speed(NamedTuple):
     images_per_second: float
-    source: str
+    source: str  # "": an estimate
 
 
 def find_device(word: str) -> Device:
@@ -49,9 +47,13 @@ def find_device(word: str) -> Device:
         return Device(f"a GPU of {memory} GB", "cuda", memory, tuple(c for c in CARDS if c.memory == memory))
     found = [c for c in CARDS if _plain(c.name) == plain] or [c for c in CARDS if plain and plain in _plain(c.name)]
     if len(found) != 1:
-        known = [_plain(c.name) for c in found or CARDS] + [_plain(c.name.split()[-1]) for c in CARDS]
-        meant = f"; is it {' or '.join(c.name for c in found)}?" if found else suggest(plain, known)
-        raise UserError(f"GPU={word}: not on the list{meant} The list: {', '.join(c.name for c in CARDS)}; or a memory, GPU=24GB; or cpu")
+        if found:
+            raise UserError(f"GPU={word}: is it {' or '.join(card.name for card in found)}?")
+        known = {_plain(name): card.name for card in CARDS for name in (card.name, card.name.split()[-1])}
+        close = difflib.get_close_matches(plain, known, 1, 0.5)
+        near = f", did you mean '{known[close[0]]}'?" if close else "."
+        names = ", ".join(card.name for card in CARDS)
+        raise UserError(f"GPU={word}: not on the list{near} The list: {names}; or a memory, GPU=24GB; or cpu")
     return Device(found[0].name, "cuda", found[0].memory, (found[0],))
 
 
@@ -73,4 +75,4 @@ def speed(card: Card | None, gflop: float, dtype: str) -> Speed:
             source += f" of {near['gflop']:g} GFLOP, scaled to {gflop:.3g}"
         return Speed(near["images_per_second"] * near["gflop"] / gflop, source)
     assert card is not None  # there are rows of CPUs
-    return Speed(SHARE * 1e3 * card.bfloat16 / gflop, "estimate")
+    return Speed(SHARE * 1e3 * card.bfloat16 / gflop, "")

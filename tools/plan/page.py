@@ -1,25 +1,34 @@
 """A plan as lines of text."""
 
+import re
 import shlex
 from dataclasses import dataclass
 
 from model.memory import Memory
-from runtime.cards import CARDS
+from pipeline.shards import plural
+from runtime.cards import CARDS, Card
 from runtime.config import Config
 from runtime.errors import UserError
 from runtime.methods import accumulates
-from tools.plan import photos as about_photos
 from tools.plan import recipe
 from tools.plan.counted import Counted, memory_key
-from tools.plan.hours import RESERVE, SHARE_SOURCE, Device, speed
-from tools.plan.photos import Photos
+from tools.plan.hours import RESERVE, SHARE_SOURCE, Device, Speed, speed
+from tools.plan.photos import Photos, describe
 
 PIECES = (1, 2, 4, 8)
+PROCESS = 0.9  # GiB of a process on a CPU without tensors: torch and what it loads (docs/howto/memory.md)
+PLAIN = re.compile(r"[\w@%+=:,./\[\]-]+")  # words that a shell leaves alone
+SMALL = 20e9  # FLOPs of an image, well below a ViT-S (130e9): the published share is not that of such a network
+SHOWN = ("H100", "A100", "RTX 4090")  # in a written config, if no card was named
+NO_WEIGHTS = f"published weights learn faster on photos like those of the web: CONFIG={recipe.CONTINUE_CONFIG}"
+NO_TRAINING = (
+    "published features may do already: make features RUN=timm:vit_small_patch14_dinov2.lvd142m SRC=photos/ OUT=…"
+)
 
 
 @dataclass
 class Plan:
-    """All that a plan is made of. values: those that differ from the config's file; words: the user's own."""
+    """All that a plan is made of. name: the config's file; values: those that differ from it; words: the user's own."""
 
     name: str
     why: str
@@ -27,175 +36,174 @@ class Plan:
     words: list[str]
     config: Config
     photos: Photos
-    device: Device | None
+    device: Device | None  # None: any GPU
     gpus: int
     counted: Counted
     shard_mb: float
+    place: str  # of the shards, for commands
 
-    @property
-    def kind(self) -> str:
-        return self.device.kind if self.device else "cuda"
-
-    @property
-    def dtype(self) -> str:
-        given = self.config.speed.precision
-        return given if given != "auto" else "bfloat16" if self.kind == "cuda" else "float32"
-
-    @property
-    def trained(self) -> int:
-        """Photos that are trained on: without data.val some are held out."""
-        return round(self.photos.count * (1 - (0 if self.config.data.val else self.config.data.holdout)))
-
-    @property
-    def steps(self) -> int:
-        return self.config.steps(self.trained // self.config.optim.global_batch_size)
-
-    def check(self) -> None:
-        """Raise UserError where the photos or devices do not fit the config."""
-        batch = self.config.optim.global_batch_size
-        if self.trained < batch:
-            held = f", {self.photos.count - self.trained} of them held out" if self.trained < self.photos.count else ""
+    def __post_init__(self) -> None:
+        """Raises UserError where the photos or devices do not fit the config."""
+        held = self.config.data.holdout if not self.config.data.val else 0
+        self.trained, self.batch = round(self.photos.count * (1 - held)), self.config.optim.global_batch_size
+        self.per_epoch = self.trained // self.batch
+        self.kind = self.device.kind if self.device else "cuda"
+        self.dtype = precision(self.config, self.kind)
+        self.many = f"{self.gpus} x " if self.gpus > 1 else ""
+        if not self.per_epoch:
+            left = f", of which {self.trained} are trained on (data.holdout)" if held else ""
             raise UserError(
-                f"{self.photos.count:,} photos{held}: a step of {self.name} takes {batch} (optim.global_batch_size)"
+                f"{self.photos.count:,} photos{left}: a step of {self.name} takes {self.batch}; "
+                f"optim.global_batch_size={max(1, self.trained // 4)} makes four steps an epoch"
             )
-        if batch % self.gpus:
-            nearest = max(1, round(batch / self.gpus)) * self.gpus
-            raise UserError(f"GPUS={self.gpus}: {batch} images of a step are not divisible by it (optim.global_batch_size={nearest})")
         if self.kind == "cpu" and self.gpus > 1:
             raise UserError(f"GPUS={self.gpus}: with GPU=cpu there is one device")
-
-    # ------------------------------------------------------------------------------------------------------- lines
+        if self.batch % self.gpus:
+            near = max(1, round(self.batch / self.gpus)) * self.gpus
+            raise UserError(
+                f"GPUS={self.gpus}: a step of {self.batch} images cannot be divided by it; nearest: "
+                f"optim.global_batch_size={near}"
+            )
+        steps = self.config.steps(self.per_epoch)
+        self.steps, self.images = steps, steps * self.batch
+        self.choices = self._choices()
 
     def lines(self) -> list[str]:
-        where = f"{self.gpus} x {self.device.word}" if self.device else "any GPU"
-        rate = self._rates()[0][1] if self.device and self._rates() else None
+        speeds, where = self._speeds(), self.many + (self.device.word if self.device else "any GPU")
+        rate = speeds[0][1].images_per_second if self.device and speeds else None
+        advice = NO_WEIGHTS if self.name == recipe.SMALL_CONFIG else ""
+        if self.photos.count < recipe.FEW and self.kind != "cpu":
+            advice = NO_TRAINING
         return [
-            f"{self.photos.count:,} photos on {where}, {self.dtype}",
-            f"config       {self.name}: {self.why}",
-            *self._recipe(), *self._memory(), *self._hours(),
-            *about_photos.describe(self.photos, self.config, rate, self.shard_mb),
-            *self._advice(), *self._commands(),
+            f"{plural(self.photos.count, 'photo')} on {where}, {self.dtype}",
+            line("config", f"{self.name}: {self.why}"),
+            *self._recipe(), *self._memory(), *self._hours(speeds),
+            *(line(*pair) for pair in describe(self.photos, self.config, rate, self.shard_mb)),
+            *([line("weights", advice)] if advice else []),
+            line("start", self._command()),
         ]  # fmt: skip
 
     def _recipe(self) -> list[str]:
         o = self.config.optim
-        lines = [f"             {word:44} {v.why}" for word, v in zip(recipe.words(self.values), self.values, strict=True)]
-        peak = o.lr * o.global_batch_size / 256
+        rate = f"{o.lr * self.batch / 256:.2g} = optim.lr {o.lr:g} x {self.batch} / 256 (linear rule: Goyal 2017, DINO)"
+        length = f"{o.epochs:g} epochs of {self.per_epoch:,}, {_million(self.images)} images seen"
         return [
-            *lines,
-            f"rate         {peak:.2g} = optim.lr {o.lr:g} x {o.global_batch_size} / 256 (linear rule: Goyal et al. 2017; DINO)",
-            f"length       {o.epochs:g} epochs of {self.trained // o.global_batch_size:,} steps: {self.steps:,} steps, "
-            f"{_million(self.steps * o.global_batch_size)} images",
-        ]  # fmt: skip
+            *(line("", f"{word:44} {v.why}") for word, v in zip(recipe.words(self.values), self.values, strict=True)),
+            line("rate", rate),
+            line("steps", f"{self.steps:,}: {length}"),
+        ]
+
+    # ------------------------------------------------------------------------------------------------------ memory
 
     def peak(self, pieces: int, checkpointing: bool) -> int:
         """Bytes of tensors on one device."""
         memory = Memory(**self.counted.memory[memory_key(self.kind, self.dtype, checkpointing)])
-        return memory.peak(self.config.optim.global_batch_size // self.gpus, pieces, self.gpus)
+        return memory.peak(self.batch // self.gpus, pieces, self.gpus)
 
-    def choices(self) -> list[tuple[int, bool]]:
+    def _choices(self) -> list[tuple[int, bool]]:
         """(pieces, checkpointing) that the config allows, the cheapest first."""
-        images, c = self.config.optim.global_batch_size // self.gpus, self.config
-        several = c.head.norm != "batch" and accumulates(c.method)
-        pieces = [n for n in PIECES if images % n == 0 and (n == 1 or several)]
+        several = self.config.head.norm != "batch" and accumulates(self.config.method)
+        pieces = [n for n in PIECES if n == 1 or (several and self.batch // self.gpus % n == 0)]
         return [(n, False) for n in pieces] + [(n, True) for n in pieces]
 
-    def _memory(self) -> list[str]:
-        images, choices = self.config.optim.global_batch_size // self.gpus, self.choices()
-        lines = [f"memory       GiB of tensors on each device, {images} images of a step, by speed.grad_accum_steps"]
-        lines.append(" " * 13 + " " * 34 + "".join(f"{n:>9}" for n, checkpointing in choices if not checkpointing))
-        for checkpointing in (False, True):
-            row = [f"{self.peak(n, c) / 2**30:9.2f}" for n, c in choices if c == checkpointing]
-            lines.append(f"             {'speed.activation_checkpointing' if checkpointing else 'as it is':34}{''.join(row)}")
-        if self.kind == "cpu":
-            lines.append("             and about 0.9 GiB of the process itself: torch and what it loads")
-            return lines
-        fits = [(d, self._fit(d)) for d in self._memories()]
-        for memory, fit in fits:
-            lines.append(f"             {memory:>4} GB  {self._cards_of(memory):44} {fit}")
-        lines.append(f"             ({100 * RESERVE:.0f} % of a card is left for CUDA itself and its allocator: our choice, not measured)")
-        return lines
-
-    def _memories(self) -> list[int]:
-        if self.device:
-            return [int(self.device.memory)]
-        return sorted({card.memory for card in CARDS})
-
-    def _cards_of(self, memory: int) -> str:
-        cards = self.device.cards if self.device else [card for card in CARDS if card.memory == memory]
-        return ", ".join(card.name for card in cards)
-
-    def _fit(self, memory: int) -> str:
+    def _fitting(self, memory: float) -> tuple[int, bool] | None:
+        """The cheapest choice whose tensors fit into so many GB of a card."""
         usable = memory * (1 - RESERVE) * 2**30
-        for pieces, checkpointing in self.choices():
-            if self.peak(pieces, checkpointing) <= usable:
-                return "fits with " + " ".join(_speed_words(pieces, checkpointing)) if pieces > 1 or checkpointing else "fits"
-        return "does not fit: a smaller optim.global_batch_size, a smaller network, or more devices"
+        return next((choice for choice in self.choices if self.peak(*choice) <= usable), None)
 
-    def _rates(self) -> list[tuple[str, float, str]]:
-        """(card, images per second of all devices, where that comes from) of each card that may be meant."""
-        gflop = self.counted.flops / 1e9
+    def fitting_words(self) -> list[str]:
+        """The overrides with which it fits the card that was named."""
+        return speed_words(self._fitting(self.device.memory) if self.device and self.kind == "cuda" else None)
+
+    def _memory(self) -> list[str]:
+        title = f"GiB of tensors on each device, {plural(self.batch // self.gpus, 'image')} of a step, not compiled"
+        head = "".join(f"{n:9}" for n, checkpointing in self.choices if not checkpointing)
+        lines = [line("memory", title), line("", f"{'speed.grad_accum_steps':36}{head}")]
+        for name, checkpointing in (("as it is", False), ("speed.activation_checkpointing=true", True)):
+            row = "".join(f"{self.peak(n, c) / 2**30:9.2f}" for n, c in self.choices if c == checkpointing)
+            lines.append(line("", f"{name:36}{row}"))
         if self.kind == "cpu":
-            found = speed(None, gflop, self.dtype)
-            return [("CPU", found.images_per_second, found.source)]
-        cards = self.device.cards if self.device else CARDS
-        found_all = [(card.name, speed(card, gflop, self.dtype)) for card in cards]
-        return [(name, self.gpus * s.images_per_second, s.source) for name, s in found_all]
+            return [*lines, line("", f"and {PROCESS} GiB of the process itself: torch and what it loads")]
+        for memory in [self.device.memory] if self.device else sorted({card.memory for card in CARDS}):
+            cards = self.device.cards if self.device else [card for card in CARDS if card.memory == memory]
+            choice = self._fitting(memory)
+            fits = " ".join(["fits", *(["with"] if choice != (1, False) else []), *speed_words(choice)]) if choice else (
+                "does not fit: more devices, a smaller network or optim.global_batch_size"
+            )  # fmt: skip
+            lines.append(line("", f"{memory:4g} GB {', '.join(card.name for card in cards):34} {fits}"))
+        left = f"({100 * RESERVE:.0f} % of a card is left to CUDA and its allocator: our choice, not measured)"
+        return [*lines, line("", left)]
 
-    def _hours(self) -> list[str]:
-        images, rates = self.steps * self.config.optim.global_batch_size, self._rates()
-        lines = [f"arithmetic   {self.counted.flops / 1e9:.3g} GFLOP for an image of a step, forward and backward"]
-        if not rates:
-            return [*lines, f"hours        not known: no card of {self.device.memory:g} GB is on the list" if self.device else ""]
-        for i, (name, rate, source) in enumerate(rates):
-            many = f"{self.gpus} x " if self.gpus > 1 else ""
+    # ------------------------------------------------------------------------------------------------------- hours
+
+    def _speeds(self) -> list[tuple[str, Speed]]:
+        """The speed of all devices together, for each card that may be meant."""
+        cards: tuple[Card | None, ...] = (
+            (self.device.cards if self.device else CARDS) if self.kind == "cuda" else (None,)
+        )
+        speeds = [(card, speed(card, self.counted.flops / 1e9, self.dtype)) for card in cards]
+        return [
+            (c.name if c else "a CPU", s._replace(images_per_second=self.gpus * s.images_per_second)) for c, s in speeds
+        ]
+
+    def _hours(self, speeds: list[tuple[str, Speed]]) -> list[str]:
+        arithmetic = f"{self.counted.flops / 1e9:.3g} GFLOP for an image of a step, forward and backward"
+        lines = [line("arithmetic", arithmetic)]
+        for name, s in speeds:
+            measured = f" ({s.source})" if s.source else ""
+            rate = f"{_count(s.images_per_second)} images/s"
+            label = "hours" if len(lines) == 1 else ""
             lines.append(
-                f"{'hours' if not i else '':12} {hours(images / rate):>12} on {many}{name}, {_count(rate)} images/s"
-                + ("" if source == "estimate" else f" ({source})")
+                line(label, f"{_time(self.images / s.images_per_second):>12} on {self.many}{name}, {rate}{measured}")
             )
-        if any(source == "estimate" for *_, source in rates):
-            lines.append(f"             estimates, no GPU was measured: {SHARE_SOURCE}")
+        if not speeds:
+            lines.append(
+                line("hours", f"not known: no card of this memory is on the list; GPU={CARDS[-1].name} names one")
+            )
+        elif not all(s.source for _, s in speeds):
+            lines.append(line("", f"estimates, no GPU was measured: {SHARE_SOURCE}"))
+            if self.counted.flops < SMALL:
+                lines.append(line("", "a network so small reaches less, and decoding may be slower than the step"))
         if self.gpus > 1:
-            lines.append("             devices are assumed to add up")
+            lines.append(line("", "devices are assumed to add up"))
         return lines
 
-    def hours_line(self) -> str:
+    def hours_text(self) -> str:
         """For the head of a written config."""
-        images, rates = self.steps * self.config.optim.global_batch_size, self._rates()
-        shown = [r for r in rates if r[0] in ("H100", "A100", "RTX 4090")] if not self.device else rates
-        parts = [f"{hours(images / rate)} on {self.gpus} x {name}" for name, rate, _ in shown]
-        return ", ".join(parts) + ": `make plan`'s estimate" if parts else "not known"
+        shown = [(name, s) for name, s in self._speeds() if self.device or name in SHOWN]
+        parts = [f"{_time(self.images / s.images_per_second)} on {self.many}{name}" for name, s in shown]
+        return f"{', '.join(parts)}, estimated by `make plan`" if parts else "not known"
 
-    def _advice(self) -> list[str]:
-        if self.name == recipe.SMALL_CONFIG:
-            return [
-                f"weights      photos like those of the web learn faster from published weights: CONFIG={recipe.CONTINUE_CONFIG} "
-                "(docs/howto/which-config.md)"
-            ]  # fmt: skip
-        if self.name == recipe.CONTINUE_CONFIG and self.photos.count < recipe.FEW:
-            return ["weights      published features may already do: make features RUN=timm:vit_small_patch14_dinov2.lvd142m SRC=photos/ OUT=features"]
-        return []
-
-    def _commands(self) -> list[str]:
-        words = [*recipe.words(self.values), *self.words]
-        if self.device and self.kind == "cuda":
-            fit = next((c for c in self.choices() if self.peak(*c) <= self.device.usable), None)
-            words += _speed_words(*fit) if fit else []
-        args = f" ARGS={shlex.quote(' '.join(words))}" if words else ""
-        gpus = f" GPUS={self.gpus}" if self.gpus > 1 else ""
-        return [f"start        make pretrain CONFIG={self.name} SHARDS=data/mine{gpus}{args}"]
+    def _command(self) -> str:
+        words = [*recipe.words(self.values), *self.words, *self.fitting_words()]
+        args = [f"ARGS={shlex.quote(' '.join(word if PLAIN.fullmatch(word) else shlex.quote(word) for word in words))}"]
+        gpus = [f"GPUS={self.gpus}"] * (self.gpus > 1)
+        return " ".join(
+            ["make pretrain", f"CONFIG={self.name}", f"SHARDS={self.place}", *gpus, *(args if words else [])]
+        )
 
 
-def _speed_words(pieces: int, checkpointing: bool) -> list[str]:
+def precision(config: Config, kind: str) -> str:
+    """What speed.precision means on a device of this kind."""
+    given = config.speed.precision
+    return given if given != "auto" else "bfloat16" if kind == "cuda" else "float32"
+
+
+def line(label: str, text: str) -> str:
+    return f"{label:13}{text}"
+
+
+def speed_words(choice: tuple[int, bool] | None) -> list[str]:
+    """The overrides of (pieces, checkpointing)."""
+    pieces, checkpointing = choice or (1, False)
     return [f"speed.grad_accum_steps={pieces}"] * (pieces > 1) + ["speed.activation_checkpointing=true"] * checkpointing
 
 
-def hours(seconds: float) -> str:
-    """A length of time, to two digits."""
+def _time(seconds: float) -> str:
+    """Minutes, hours or days, to two digits."""
     if seconds < 5400:
-        return f"{max(1, round(seconds / 60))} minutes"
-    value, unit = (seconds / 3600, "hours") if seconds < 72 * 3600 else (seconds / 86400, "days")
-    return f"{_count(value)} {unit}"
+        return plural(max(1, round(seconds / 60)), "minute")
+    return f"{_count(seconds / 3600)} hours" if seconds < 72 * 3600 else f"{_count(seconds / 86400)} days"
 
 
 def _count(x: float) -> str:
@@ -205,4 +213,3 @@ def _count(x: float) -> str:
 
 def _million(n: int) -> str:
     return f"{n / 1e6:.3g} million" if n >= 1e6 else f"{n:,}"
-

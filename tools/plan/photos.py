@@ -15,7 +15,7 @@ from pipeline.decode import read_header
 from pipeline.prepare.skipped import Skipped
 from pipeline.prepare.tar import members
 from pipeline.prepare.walk import photos_in_folder, photos_in_tar
-from pipeline.shards import Shards
+from pipeline.shards import Shards, plural
 from runtime.config import Config
 from runtime.errors import UserError, suggest_path
 
@@ -27,6 +27,7 @@ MS_PER_MEGAPIXEL, MS_PER_MB = 1.7, 8.1  # of decoding a JPEG: least squares over
 MS_PER_VIEW = 0.3  # of a view of 224: cut, resized and colored
 RESIZE_MS_PER_MEGAPIXEL = 14  # of `make shards --resize-short`: decoded, resized, encoded, decoded again
 RESIZED_BYTES_PER_PIXEL = 0.35  # of a JPEG of quality 90 that `make shards --resize-short 448` wrote
+WORTH = 0.3  # the share of a photo's time from which --resize-short pays: our choice
 SHARD_MB = 256  # the default of `make shards`
 
 
@@ -59,7 +60,7 @@ class Photos(NamedTuple):
 
 def assumed(images: int) -> Photos:
     """So many photos of ImageNet's size."""
-    return Photos(images, MEGAPIXELS, BYTES, np.empty((0, 2)), "assumed to be of ImageNet's size, 0.19 megapixels and 110 kB")
+    return Photos(images, MEGAPIXELS, BYTES, np.empty((0, 2)), "which is ImageNet's mean: yours are not known")
 
 
 def of_shards(place: str) -> Photos:
@@ -70,7 +71,7 @@ def of_shards(place: str) -> Photos:
     rows = shards.index[np.linspace(0, len(shards) - 1, min(len(shards), 100_000)).astype(int)]
     sides = np.stack([rows["height"], rows["width"]], 1).astype(float)  # [n,2]
     pixels, size = sides.prod(1).mean() / 1e6, float(rows["size"].mean())
-    return Photos(len(shards), pixels, size, sides, f"measured from the index of {place}", len(shards.shards))
+    return Photos(len(shards), pixels, size, sides, "the mean of the index", len(shards.shards))
 
 
 def of_source(place: str) -> Photos:
@@ -90,7 +91,7 @@ def of_source(place: str) -> Photos:
             f"SRC={place}: {len(found):,} photos, and none of {len(chosen)} is a JPEG, PNG or WebP with a size in its header"
         )
     sides = np.array([size for size, _ in read], float)
-    source = f"measured from {len(read)} of their headers"
+    source = f"the mean of {plural(len(read), 'header')}"
     if len(read) < len(chosen):
         source += f" ({len(chosen) - len(read)} are no JPEG, PNG or WebP, or damaged)"
     return Photos(len(found), sides.prod(1).mean() / 1e6, total / len(found), sides, source)
@@ -124,52 +125,55 @@ def short_side(config: Config) -> int:
     return math.ceil(longest / 32) * 32
 
 
-def describe(photos: Photos, config: Config, images_per_second: float | None, shard_mb: float) -> list[str]:
-    """Lines on disk, shards, decoding, and whether `--resize-short` pays. images_per_second: of the step, over all
+def describe(photos: Photos, config: Config, images_per_second: float | None, shard_mb: float) -> list[tuple[str, str]]:
+    """(label, text) on disk, shards, decoding, and whether `--resize-short` pays. images_per_second: of the step, over all
     devices."""
-    total, ms = photos.count * photos.bytes, photos.decode_ms + MS_PER_VIEW * _views_of_224(config)
-    disk = f"{_gb(total)} GB"
-    made = f"{photos.shards:,} shards" if photos.shards else f"{_shards(total, shard_mb):,} shards of at most {shard_mb:g} MB"
-    lines = [
-        f"photos       {photos.count:,}, {photos.source}: {photos.megapixels:.2g} megapixels, {photos.bytes / 1000:,.0f} kB each",
-        f"disk         {disk} in {made}",
-        f"decoding     {ms:.1f} ms of a core for a photo's {len(config.views)} views, {photos.decode_ms:.1f} of them its "
-        f"JPEG: {1000 / ms:,.0f} photos/s a core" + _cores(ms, images_per_second),
-    ]  # fmt: skip
-    short = short_side(config)
+    total, views = photos.count * photos.bytes, MS_PER_VIEW * _views_of_224(config)
+    size = f"{photos.megapixels:.2g} megapixels and {photos.bytes / 1000:,.0f} kB each, {photos.source}"
+    made = f"{plural(max(1, math.ceil(total / (shard_mb * 1e6))), 'shard')} of at most {shard_mb:g} MB"
+    return [
+        ("photos", size),
+        ("disk", f"{_gb(total)} in {plural(photos.shards, 'shard') if photos.shards else made}"),
+        ("decoding", _decoding(photos.decode_ms, views, images_per_second)),
+        ("", _resizing(photos, short_side(config), views, images_per_second)),
+    ]
+
+
+def _decoding(decode: float, views: float, images_per_second: float | None) -> str:
+    """decode, views: milliseconds of a core for the JPEG of a photo, and for its views."""
+    ms = decode + views
+    rate = f"{ms:.1f} ms of a core for a photo ({decode:.1f} for its JPEG): {1000 / ms:,.0f} photos/s"
+    if images_per_second is None:
+        return rate
+    cores = max(1, math.ceil(images_per_second * ms / 1000))
+    return f"{rate}, so {plural(cores, 'core')} for {images_per_second:,.0f} images/s"
+
+
+def _resizing(photos: Photos, short: int, views: float, images_per_second: float | None) -> str:
     smaller = photos.resized(short)
     saved = photos.decode_ms - smaller.decode_ms
     if not len(photos.sides):
-        lines.append("             SRC=photos/ or SHARDS=folder reads the sizes of yours")
-    elif saved < 0.3 * ms:
-        lines.append(f"             --resize-short {short} would save {max(0, 100 * saved / ms):.0f} % of that: not worth it")
-    else:
-        once = RESIZE_MS_PER_MEGAPIXEL * photos.megapixels / 1000 * photos.count / 3600
-        after = ms - saved
-        lines.append(
-            f"             make shards … ARGS='--resize-short {short} --quality 90' pays: {after:.1f} ms, {_gb(photos.count * smaller.bytes)} GB; it "
-            f"takes {_hours(once)} of a core, once. Windows of {short}-pixel photos are never enlarged"
+        return (
+            "SRC=photos/ or SHARDS=folder reads the sizes of yours: those of 12 megapixels take 30 to 40 times as long"
         )
-    return lines
-
-
-def _cores(ms: float, images_per_second: float | None) -> str:
-    if not images_per_second:
-        return ""
-    return f"; {max(1, math.ceil(images_per_second * ms / 1000))} cores keep the step supplied"
+    share = saved / (photos.decode_ms + views)
+    if share < WORTH:
+        return f"--resize-short {short} would save {max(0.0, 100 * share):.0f} %: it does not pay"
+    once = RESIZE_MS_PER_MEGAPIXEL * photos.megapixels / 1000 * photos.count / 60
+    then = f"{_gb(photos.count * smaller.bytes)}, {_decoding(smaller.decode_ms, views, images_per_second)}"
+    core = plural(max(1, round(once)), "minute")
+    return f"`make shards … ARGS='--resize-short {short} --quality 90'` pays, {core} of a core once: then {then}"
 
 
 def _views_of_224(config: Config) -> float:
     return sum((view.size / 224) ** 2 for view in config.views)
 
 
-def _shards(total: float, shard_mb: float) -> int:
-    return max(1, math.ceil(total / (shard_mb * 1e6)))
-
-
 def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f}" if size < 1e11 else f"{size / 1e9:,.0f}"
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{max(1, round(60 * hours))} minutes"
+    return (
+        f"{size / 1e9:,.1f} GB"
+        if 1e8 <= size < 1e11
+        else f"{size / 1e6:,.0f} MB"
+        if size < 1e8
+        else f"{size / 1e9:,.0f} GB"
+    )

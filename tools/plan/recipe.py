@@ -5,6 +5,7 @@ The sources: the paper (Yuan et al. 2023) and DINO (Caron et al. 2021); lightly-
 was tuned or run by us.
 """
 
+import json
 import math
 import os
 from pathlib import Path
@@ -16,7 +17,11 @@ from runtime.errors import UserError, suggest_path
 
 IMAGENET = 1_281_167
 LARGE = 500_000  # photos from which the paper's own recipe is proposed
-SMALL_CONFIG, LARGE_CONFIG, CPU_CONFIG = "configs/photos_10k.yaml", "configs/densedino_vits16.yaml", "configs/photos64.yaml"
+SMALL_CONFIG, LARGE_CONFIG, CPU_CONFIG = (
+    "configs/photos_10k.yaml",
+    "configs/densedino_vits16.yaml",
+    "configs/photos64.yaml",
+)
 CONTINUE_CONFIG = "configs/continue_dino_vits16.yaml"
 FEW = 2_000  # photos below which training from random weights is not proposed
 STEPS_OF_IMAGENET = {"warmup": 12_500, "frozen": 1_250}  # 10 epochs and one, at DINO's batch of 1,024
@@ -47,6 +52,8 @@ def scale(config: Config, images: int, name: str) -> list[Value]:
     """The values that differ from the config's for so many photos. name: the config's file. Only a config that `choose`
     proposes is scaled: of others the recipe is their own."""
     batch = _batch(images) if name == SMALL_CONFIG else min(config.optim.global_batch_size, _batch(images))
+    if images < 8 * batch:
+        batch = max(2, 2 ** int(math.log2(max(1, images / 8.2))))  # of a power of 2; 2 % may be held out
     steps = max(1, images // batch)  # an epoch
     if name == SMALL_CONFIG:
         values = _small(images, batch, steps)
@@ -54,7 +61,7 @@ def scale(config: Config, images: int, name: str) -> list[Value]:
         epochs = _round(min(100, max(20, 1_000_000 / images)))
         values = [
             Value("optim.epochs", epochs, "1 M images seen, between 20 and 100 epochs: our choice"),
-            Value("optim.warmup_epochs", epochs / 10, "a tenth of the run"),
+            Value("optim.warmup_epochs", _round(epochs / 10), "a tenth of the run"),
         ]
     else:
         values = []
@@ -68,7 +75,8 @@ def _batch(images: int) -> int:
 
 
 def _why_batch(batch: int) -> str:
-    return {128: "lightly-train's default", 256: "DINO's reference batch"}.get(batch, "the paper's (section 4.1)")
+    published = {128: "lightly-train's default", 256: "DINO's reference batch", 512: "the paper's (section 4.1)"}
+    return published.get(batch, "eight steps an epoch, at least: our choice")
 
 
 def _small(images: int, batch: int, steps: int) -> list[Value]:
@@ -82,8 +90,8 @@ def _small(images: int, batch: int, steps: int) -> list[Value]:
         Value("optim.epochs", epochs, "solo-learn: 1,000 for CIFAR, 400 for ImageNet-100; the paper: 300 for ImageNet"),
         Value("optim.warmup_epochs", warmup, "12,500 steps, at most a tenth of the run (lightly-train)"),
         Value("optim.freeze_last_layer_epochs", frozen, "1,250 steps, one epoch of ImageNet (DINO, lightly-train)"),
-        Value("optim.teacher_momentum", round(0.99 + 0.006 * share, 4), "0.99 for 20,000 photos to 0.996 for ImageNet (lightly-train)"),
-        Value("loss.teacher_temperature", [temperature, temperature], "0.02 for 20,000 photos (lightly-train) to the paper's 0.04"),
+        Value("optim.teacher_momentum", round(0.99 + 0.006 * share, 4), "0.99 (20,000 photos) to 0.996 (lightly-train)"),
+        Value("loss.teacher_temperature", [temperature] * 2, "0.02 (20,000 photos, lightly-train) to the paper's 0.04"),
         Value("head.prototypes", k, "fewer than photos: 1,024 up to 20,000 photos, then more (lightly-train)"),
     ]  # fmt: skip
 
@@ -115,18 +123,21 @@ def _current(config: Config, key: str) -> Any:
 
 def words(values: list[Value]) -> list[str]:
     """The values as the overrides a.b=c of a command line."""
-    return [f"{v.key}={'[' + ','.join(map(str, v.value)) + ']' if isinstance(v.value, list) else v.value}" for v in values]
+    return [f"{v.key}={json.dumps(v.value, separators=(',', ':'))}" for v in values]
 
 
 def write(path: Path, base: str, values: list[Value], words: list[str], images: int, hours: str) -> None:
-    """A config of these values and the user's words over `base`. Raises UserError if there is a file already, or it cannot be
-    written."""
-    tree: dict[str, Any] = {"base": os.path.relpath(base, path.parent)}
+    """Write a config of these values and the user's words over `base`. Raises UserError if there is a file already, or it
+    cannot be written."""
+    inside = path.absolute().is_relative_to(Path.cwd())
+    tree: dict[str, Any] = {"base": os.path.relpath(base, path.parent) if inside else os.path.abspath(base)}
     given = [(key, parse(text, key)[0]) for key, _, text in (word.partition("=") for word in words)]
     for key, value in [*((v.key, v.value) for v in values), *given]:
         *sections, name = key.split(".")
         if name.isdecimal() or any(section.isdecimal() for section in sections):
-            raise UserError(f"WRITE={path}: {key} is a place in a list, which a file gives whole; write it without, and edit it")
+            raise UserError(
+                f"WRITE={path}: {key} is a place in a list, which a file gives whole; write it without, and edit it"
+            )
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
