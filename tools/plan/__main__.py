@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         raise UserError(unknown_option(unknown[0], OPTIONS))
     if args.write:
-        recipe.refuse_path(Path(args.write))
+        recipe.refuse(Path(args.write), args.words)
     device = find_device(args.gpu) if args.gpu else None
     gpus = number("GPUS", args.gpus, "2") if args.gpus else 1
     photos = photos_of(args)

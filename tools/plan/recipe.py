@@ -134,10 +134,6 @@ def write(path: Path, base: str, values: list[Value], words: list[str], images: 
     given = [(key, parse(text, key)[0]) for key, _, text in (word.partition("=") for word in words)]
     for key, value in [*((v.key, v.value) for v in values), *given]:
         *sections, name = key.split(".")
-        if name.isdecimal() or any(section.isdecimal() for section in sections):
-            raise UserError(
-                f"WRITE={path}: {key} is a place in a list, which a file gives whole; write it without, and edit it"
-            )
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
@@ -158,11 +154,16 @@ def write(path: Path, base: str, values: list[Value], words: list[str], images: 
     load_config(path)  # a written config is a valid one
 
 
-def refuse_path(path: Path) -> None:
-    """Raise UserError, before any work, if a config cannot be written there."""
+def refuse(path: Path, words: list[str]) -> None:
+    """Raise UserError, before any work, if a config with these words cannot be written there."""
     if path.exists():
         raise UserError(f"WRITE={path}: there is a file already, and it stays; name another")
     if path.suffix != ".yaml":
         raise UserError(f"WRITE={path}: a config ends with .yaml, for example WRITE={path.with_suffix('.yaml')}")
     if not path.parent.is_dir():
         raise UserError(f"WRITE={path}: no such folder{suggest_path(path.parent)}")
+    for key in (word.partition("=")[0] for word in words):
+        if any(part.isdecimal() for part in key.split(".")):
+            raise UserError(
+                f"WRITE={path}: {key} is a place in a list, which a file has whole; write it without, and edit it"
+            )
