@@ -79,7 +79,7 @@ def _with_depth(config: Config, depth: int) -> Config:
 
 
 def _count_cost(config: Config) -> dict[str, int]:
-    with _fake(config, images=2) as (method, batch):
+    with _fake(config, BATCHES[0]) as (method, batch):
         counter = FlopCounterMode(display=False)
         for suffix in "", "_backward":  # torch 2.11 counts a GPU's fused attention, but not a CPU's
             gpu_op, cpu_op = (
@@ -91,7 +91,7 @@ def _count_cost(config: Config) -> dict[str, int]:
             method(batch, StepValues()).loss.backward()
     parameters = sum(p.numel() for p in method.student.parameters())
     backbone = sum(p.numel() for p in method.backbone.parameters())
-    return {"flops": counter.get_total_flops() // 2, "parameters": parameters, "backbone": backbone}
+    return {"flops": counter.get_total_flops() // BATCHES[0], "parameters": parameters, "backbone": backbone}
 
 
 def _peak(config: Config, images: int, dtype: torch.dtype, device: str) -> tuple[int, int, int]:

@@ -306,7 +306,7 @@ def test_cost_counts_the_matrix_products():
     more = count_memory(with_points)
     with_points.speed.activation_checkpointing = True
     less = count_memory(with_points)
-    assert less.image < 0.7 * more.image
+    assert less.image < 0.8 * more.image  # the batch and one block stay
     assert less.state == more.state
 
 

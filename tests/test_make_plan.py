@@ -159,7 +159,7 @@ def test_large_photos_are_resized(tmp_path, capsys):
     for i in range(3):
         Image.new("RGB", (4000, 3000), (i, 9, 9)).save(tmp_path / f"{i}.jpg")
     found = photos.of_source(str(tmp_path))
-    assert (found.count, found.megapixels) == (3, 12)
+    assert (found.images, found.megapixels) == (3, 12)
     assert photos.short_side(load_config("configs/photos_10k.yaml")) == 448  # 224 px of a quarter of the area
     text = plan(capsys, "--src", str(tmp_path), "--config", "configs/photos_10k.yaml", "optim.global_batch_size=2")
     assert "--resize-short 448 --quality 90'` pays" in text
@@ -171,9 +171,9 @@ def test_large_photos_are_resized(tmp_path, capsys):
 
 def test_shards_are_read_from_their_index(tiny_shards, capsys):
     found = photos.of_shards(str(tiny_shards))
-    assert found.count > 0
+    assert found.images > 0
     assert found.shards > 0
-    assert found.sides.shape == (found.count, 2)
+    assert found.sides.shape == (found.images, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -221,6 +221,7 @@ def test_memory_is_what_a_run_measures(name, batch, tiny_shards, tmp_path):
         f"data.shards={tiny_shards}", f"run.folder={tmp_path / 'run'}", "data.val=null", "data.holdout=0", "eval.voc=null",
         f"optim.global_batch_size={batch}", f"optim.epochs={3 / per_epoch}", "optim.warmup_epochs=0", "run.log_every=1",
         "optim.freeze_last_layer_epochs=0", "run.checkpoint_every=1000", "speed.compile=false", "speed.device=cpu",
+        "speed.workers=1",
     ]  # fmt: skip
     subprocess.run([sys.executable, "train.py", name, *words], check=True, cwd=ROOT, capture_output=True)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

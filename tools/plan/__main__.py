@@ -78,9 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     photos = photos_of(args)
     name, why = args.config, "as asked for"
     if not name:
-        name, why = recipe.choose(photos.count, device.kind if device else "cuda")
+        name, why = recipe.choose(photos.images, device.kind if device else "cuda")
     given = {word.partition("=")[0] for word in args.words}
-    values = [] if args.config else recipe.scale(load_config(name, args.words), photos.count, name)
+    values = [] if args.config else recipe.scale(load_config(name, args.words), photos.images, name)
     values = [v for v in values if v.key not in given]  # what the user says goes before the rules
     config = load_config(name, [*recipe.words(values), *args.words])
     place = shlex.quote(args.shards or "data/mine")
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(plan.lines()))
     if args.write:
         recipe.write(
-            Path(args.write), name, values, [*args.words, *plan.fitting_words()], photos.count, plan.hours_text()
+            Path(args.write), name, values, [*args.words, *plan.fitting_words()], photos.images, plan.hours_text()
         )
         print(line("written", f"{args.write}: make pretrain CONFIG={args.write} SHARDS={place}"))
     return 0

@@ -45,7 +45,7 @@ class Plan:
     def __post_init__(self) -> None:
         """Raises UserError where the photos or devices do not fit the config."""
         held = self.config.data.holdout if not self.config.data.val else 0
-        self.trained, self.batch = round(self.photos.count * (1 - held)), self.config.optim.global_batch_size
+        self.trained, self.batch = round(self.photos.images * (1 - held)), self.config.optim.global_batch_size
         self.per_epoch = self.trained // self.batch
         self.kind = self.device.kind if self.device else "cuda"
         self.dtype = precision(self.config, self.kind)
@@ -53,7 +53,7 @@ class Plan:
         if not self.per_epoch:
             left = f", of which {self.trained} are trained on (data.holdout)" if held else ""
             raise UserError(
-                f"{self.photos.count:,} photos{left}: a step of {self.name} takes {self.batch}; "
+                f"{self.photos.images:,} photos{left}: a step of {self.name} takes {self.batch}; "
                 f"optim.global_batch_size={max(1, self.trained // 4)} makes four steps an epoch"
             )
         if self.kind == "cpu" and self.gpus > 1:
@@ -72,10 +72,10 @@ class Plan:
         speeds, where = self._speeds(), self.many + (self.device.word if self.device else "any GPU")
         rate = speeds[0][1].images_per_second if self.device and speeds else None
         advice = NO_WEIGHTS if self.name == recipe.SMALL_CONFIG else ""
-        if self.photos.count < recipe.FEW and self.kind != "cpu":
+        if self.photos.images < recipe.FEW and self.kind != "cpu":
             advice = NO_TRAINING
         return [
-            f"{plural(self.photos.count, 'photo')} on {where}, {self.dtype}",
+            f"{plural(self.photos.images, 'photo')} on {where}, {self.dtype}",
             line("config", f"{self.name}: {self.why}"),
             *self._recipe(), *self._memory(), *self._hours(speeds),
             *(line(*pair) for pair in describe(self.photos, self.config, rate, self.shard_mb)),

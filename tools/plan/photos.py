@@ -34,7 +34,7 @@ SHARD_MB = 256  # the default of `make shards`
 class Photos(NamedTuple):
     """So many photos of a mean size. sides [n,2]: height and width of a sample; empty: assumed, not measured."""
 
-    count: int
+    images: int
     megapixels: float
     bytes: float  # of one
     sides: np.ndarray
@@ -128,7 +128,7 @@ def short_side(config: Config) -> int:
 def describe(photos: Photos, config: Config, images_per_second: float | None, shard_mb: float) -> list[tuple[str, str]]:
     """(label, text) on disk, shards, decoding, and whether `--resize-short` pays. images_per_second: of the step, over all
     devices."""
-    total, views = photos.count * photos.bytes, MS_PER_VIEW * _views_of_224(config)
+    total, views = photos.images * photos.bytes, MS_PER_VIEW * _views_of_224(config)
     size = f"{photos.megapixels:.2g} megapixels and {photos.bytes / 1000:,.0f} kB each, {photos.source}"
     made = f"{plural(max(1, math.ceil(total / (shard_mb * 1e6))), 'shard')} of at most {shard_mb:g} MB"
     return [
@@ -159,8 +159,8 @@ def _resizing(photos: Photos, short: int, views: float, images_per_second: float
     share = saved / (photos.decode_ms + views)
     if share < WORTH:
         return f"--resize-short {short} would save {max(0.0, 100 * share):.0f} %: it does not pay"
-    once = RESIZE_MS_PER_MEGAPIXEL * photos.megapixels / 1000 * photos.count / 60
-    then = f"{_gb(photos.count * smaller.bytes)}, {_decoding(smaller.decode_ms, views, images_per_second)}"
+    once = RESIZE_MS_PER_MEGAPIXEL * photos.megapixels / 1000 * photos.images / 60
+    then = f"{_gb(photos.images * smaller.bytes)}, {_decoding(smaller.decode_ms, views, images_per_second)}"
     core = plural(max(1, round(once)), "minute")
     return f"`make shards … ARGS='--resize-short {short} --quality 90'` pays, {core} of a core once: then {then}"
 
