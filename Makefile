@@ -8,12 +8,13 @@ SCENES   := data/scenes
 
 # ---------------------------------------------------------------------------------------- words of the command line
 
-TARGETS  := help setup scenes shards verify index pretrain table1 tables eval features export bench test test-slow faults check lock docs-reference clean
+TARGETS  := help setup plan scenes shards verify index pretrain table1 tables eval features export bench test test-slow faults check lock docs-reference clean
 
 # the variables that a target takes, besides those of the installation
 takes_shards    := SRC DST SHARD_MB ARGS
 takes_verify    := DST ARGS
 takes_index     := DST ARGS
+takes_plan      := IMAGES SHARDS SRC CONFIG GPU GPUS SHARD_MB WRITE ARGS
 takes_pretrain  := CONFIG SHARDS VAL GPUS RUN RESTARTS METHOD ARGS
 takes_table1    := SCALE SEEDS ARGS
 takes_tables    := TABLE SCALE SEEDS ARGS
@@ -114,6 +115,11 @@ verify: ready ## DST=folder: check the hash of every shard
 index: ready ## DST=folder: write manifest and index for WebDataset tars made elsewhere
 	$(call need,DST,a folder of WebDataset tars)
 	@$(PY) -m tools.make_shards index "$$DST" $(ARGS)
+
+# without CONFIG, one is proposed
+plan: ready ## IMAGES=10000|SHARDS=…|SRC=photos/ [CONFIG=… GPU=h100|4090|24GB|cpu GPUS=n WRITE=configs/mine.yaml ARGS='a.b=c …']: which config, memory, hours, disk
+	@$(PY) -m tools.plan --images="$$IMAGES" --shards="$$SHARDS" --src="$$SRC" --gpu="$$GPU" --gpus="$$GPUS" --shard-mb="$$SHARD_MB" \
+	  --write="$$WRITE" $(if $(filter CONFIG,$(given)),--config="$$CONFIG") $(ARGS)
 
 scenes: ready # the demo's data: painted scenes and their shards
 	@$(PY) -m tools.make_scenes $(SCENES)

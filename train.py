@@ -102,7 +102,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     import torch
 
     from model import weights
-    from model.cost import count_cost
+    from model.cost import count_cost, count_memory
     from runtime import distributed, metrics, schedule, summary
 
     preflight.check_scene_size(config)
@@ -116,7 +116,8 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         messages.append(schedule.describe_change(schedule.make_schedules(before, per_epoch), schedules, start))
     messages += summary.describe_sources(shards, plan)
     if dry_run:
-        summary.print_summary(config, plan, steps, count_cost(config), distributed.env_world_size(), messages)
+        cost, memory = count_cost(config), count_memory(config)
+        summary.print_summary(config, plan, steps, cost, memory, distributed.env_world_size(), messages)
         return 0
 
     # ----------------------------------------------------------------------------------------------------- build

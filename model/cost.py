@@ -1,27 +1,35 @@
-"""Cost of a training step for one image: arithmetic and memory, counted with torch's fake tensors."""
+"""Cost of a training step: arithmetic and memory, counted on torch's fake tensors (real shapes, no data, no memory)."""
 
+import contextlib
 import copy
 import itertools
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.architecture import architecture
+from model.losses.cross_entropy import CrossEntropy
+from model.memory import Memory
 from model.methods import METHODS, Method, build
 from pipeline.batch import Batch
 from runtime.config import TEACHERS, Config
 from runtime.schedule import StepValues
 
+BATCHES = (4, 8)  # images of the two steps whose peaks are compared. Batch normalization of one view needs two
 
-@dataclass
+
+@dataclass(frozen=True)
 class Cost:
-    """Cost of one image of a step, and the size of the networks."""
+    """Arithmetic of one image of a step, and the size of the networks."""
 
     flops: int  # forward and backward; a multiplication and an addition of a matrix product count as two
-    activations: int  # bytes kept for the backward pass, in float32
     parameters: int  # of the student
     backbone: int  # of the backbone alone
 
@@ -32,11 +40,33 @@ def count_cost(config: Config) -> Cost:
     Counted for networks of two and of three blocks: a block more costs the same each time, so a deep network takes no longer
     to count. Methods outside this repository need not be so regular: they are counted at their own depth.
     """
+    return Cost(**_over_depths(config, _count_cost))
+
+
+def count_memory(config: Config, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Memory:
+    """The memory of a config's step, uncompiled. dtype: of the forward pass. device: "cpu" or "cuda", which process the
+    losses in chunks of other sizes; what is counted needs neither.
+
+    A compiled step keeps less (docs/howto/memory.md). What a process needs besides tensors is not counted.
+    """
+
+    def count(config: Config) -> dict[str, int]:
+        (few, *rest), (many, *_) = (_peak(config, images, dtype, device) for images in BATCHES)
+        image = (many - few) // (BATCHES[1] - BATCHES[0])
+        return dict(
+            zip(("fixed", "image", "state", "gradients"), (few - BATCHES[0] * image, image, *rest), strict=True)
+        )
+
+    return Memory(**_over_depths(config, count))
+
+
+def _over_depths(config: Config, count: Any) -> dict[str, int]:
+    """`count` of a config at its own depth, from two and three blocks where a block costs the same each time."""
     depth = architecture(config.model).depth
     if config.method not in METHODS or depth <= 3:
-        return _count(config)
-    two, three = (vars(_count(_with_depth(config, n))) for n in (2, 3))
-    return Cost(**{name: two[name] + (depth - 2) * (three[name] - two[name]) for name in two})
+        return count(config)
+    two, three = (count(_with_depth(config, n)) for n in (2, 3))
+    return {name: two[name] + (depth - 2) * (three[name] - two[name]) for name in two}
 
 
 def _with_depth(config: Config, depth: int) -> Config:
@@ -45,14 +75,12 @@ def _with_depth(config: Config, depth: int) -> Config:
     return config
 
 
-def _count(config: Config) -> Cost:
-    """Run a step on torch's fake tensors (real shapes, no data, no memory) and count."""
-    with torch.device("meta"):
-        method = build(config)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        method.to_empty(device="cpu")
-        batch = _two_images(config)
-        counter, saved = FlopCounterMode(display=False), _SavedTensors(method, batch)
+# --------------------------------------------------------------------------------------------------------- fake steps
+
+
+def _count_cost(config: Config) -> dict[str, int]:
+    with _fake(config, BATCHES[0]) as (method, batch):
+        counter = FlopCounterMode(display=False)
         for suffix in "", "_backward":  # torch 2.11 counts a GPU's fused attention, but not a CPU's
             gpu_op, cpu_op = (
                 getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{device}{suffix}")
@@ -60,39 +88,79 @@ def _count(config: Config) -> Cost:
             )
             counter.flop_registry.setdefault(cpu_op, counter.flop_registry[gpu_op])
         with counter:
-            with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda t: t):
-                loss = method(batch, StepValues()).loss
-            loss.backward()
-    trained = [(n, p.numel()) for n, p in method.student.named_parameters() if p.requires_grad]
-    # the gradient of the prototypes is computed in the forward pass: once for a whole batch, not for each image
-    once = sum(4 * n for name, n in trained if "last_layer.weight_" in name)
+            method(batch, StepValues()).loss.backward()
     parameters = sum(p.numel() for p in method.student.parameters())
     backbone = sum(p.numel() for p in method.backbone.parameters())
-    return Cost(counter.get_total_flops() // 2, max(0, saved.total() - once) // 2, parameters, backbone)
+    return {"flops": counter.get_total_flops() // BATCHES[0], "parameters": parameters, "backbone": backbone}
 
 
-def _two_images(config: Config) -> Batch:
-    """A batch of two images, in the loader's form. Batch normalization of one view needs two."""
+def _peak(config: Config, images: int, dtype: torch.dtype, device: str) -> tuple[int, int, int]:
+    """(most bytes of tensors at one time in a step of so many images, those of networks and moments, of gradients)."""
+    with _fake(config, images) as (method, batch):
+        if device == "cuda":
+            for loss in (m for m in method.modules() if isinstance(m, CrossEntropy)):  # its default chunks on a GPU
+                loss.prototype_chunk, loss.sample_chunk = config.head.prototypes, max(1, 1024 // loss.terms.shape[1])
+        own = (*method.parameters(), *method.buffers())
+        gradients = sum(_bytes(p) for p in method.student.parameters() if p.requires_grad)
+        moments = 2 * gradients  # AdamW's
+        next_batch = sum(_bytes(t) for t in batch.views)  # the loader has it ready
+        with _LiveTensors((*own, *batch.views, batch.view_points)) as live:
+            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+                loss = method(batch, StepValues()).loss
+            loss.backward()
+        return live.most + moments + next_batch, sum(_bytes(t) for t in own) + moments, gradients
+
+
+def _bytes(t: torch.Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+@contextlib.contextmanager
+def _fake(config: Config, images: int) -> Iterator[tuple[Method, Batch]]:
+    """A config's method and a batch of fake tensors."""
+    with torch.device("meta"):
+        method = build(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        method.to_empty(device="cpu")
+        yield method, _batch(config, images)
+
+
+def _batch(config: Config, images: int) -> Batch:
+    """A batch in the loader's form."""
     sizes = itertools.groupby(view.size for view in config.views)
-    views = [torch.empty(len(list(group)), 2, config.data.channels, size, size) for size, group in sizes]
-    points = torch.empty(2, TEACHERS, len(config.views), max(1, config.reference.points), 2, 2)
-    ids, windows = torch.empty(2, dtype=torch.int64), torch.empty(2, len(config.views), 4, dtype=torch.int32)
+    views = [torch.empty(len(list(group)), images, config.data.channels, size, size) for size, group in sizes]
+    points = torch.empty(images, TEACHERS, len(config.views), max(1, config.reference.points), 2, 2)
+    ids, windows = torch.empty(images, dtype=torch.int64), torch.empty(images, len(config.views), 4, dtype=torch.int32)
     return Batch(0, ids, ids, views, windows, points, torch.empty(0))
 
 
-class _SavedTensors:
-    """The storages that autograd saves, except the method's own and the batch."""
+class _LiveTensors(TorchDispatchMode):
+    """Follows which storages are alive, from their first use to their end, and the most bytes at one time."""
 
-    def __init__(self, method: Method, batch: Batch):
-        own = (*method.parameters(), *method.buffers(), *batch.views, batch.view_points)
-        self._own = {t.untyped_storage()._cdata for t in own}
-        self._bytes: dict[int, int] = {}
+    def __init__(self, tensors: tuple[torch.Tensor, ...]):
+        super().__init__()
+        self._alive: set[int] = set()
+        self.now = self.most = 0
+        for t in tensors:
+            self._follow(t)
 
-    def add(self, t: Tensor) -> Tensor:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor):
+                self._follow(t)
+        return result
+
+    def _follow(self, t: torch.Tensor) -> None:
         storage = t.untyped_storage()
-        if storage._cdata not in self._own:
-            self._bytes[storage._cdata] = storage.nbytes()
-        return t
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._end, key, size)
 
-    def total(self) -> int:
-        return sum(self._bytes.values())
+    def _end(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size

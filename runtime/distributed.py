@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime.cards import card_of
 from runtime.compile import compile_failure, prefer_attention
 from runtime.config import Speed
 from runtime.errors import RunError, UserError
@@ -220,18 +221,12 @@ def precision_warning(context: DistributedContext) -> str:
     return "bfloat16 is not in this device's hardware, torch's emulation is slow: use speed.precision=float32"
 
 
-# dense matrix products, TFLOP/s as the manufacturer states them: (bfloat16, TF32)
-PEAK_TFLOPS = {"H200": (989, 494), "H100 PCIe": (756, 378), "H100": (989, 494), "A100": (312, 156), "L40S": (362, 183),
-               "RTX 4090": (165, 83), "B200": (2250, 1125)}  # fmt: skip
-
-
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The device's stated peak in a precision, FLOP/s; None if it is not known (every CPU)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    peaks = next((peaks for model, peaks in PEAK_TFLOPS.items() if model in name), None)
-    return 1e12 * peaks[0 if dtype == torch.bfloat16 else 1] if peaks else None
+    card = card_of(torch.cuda.get_device_name(device))
+    return 1e12 * (card.bfloat16 if dtype == torch.bfloat16 else card.tf32) if card else None
 
 
 # ------------------------------------------------------------------------------------------------------------ memory

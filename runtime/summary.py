@@ -21,20 +21,28 @@ def describe(config: Config, plan: Any, world_size: int, device: str, dtype: str
 
 
 def print_summary(
-    config: Config, plan: Any, steps: int, cost: Any, world_size: int, messages: list[str] | tuple[str, ...] = ()
+    config: Config,
+    plan: Any,
+    steps: int,
+    cost: Any,
+    memory: Any,
+    world_size: int,
+    messages: list[str] | tuple[str, ...] = (),
 ) -> None:
-    """Print what --dry-run reports. cost: `model.cost.Cost`; world_size: how many processes would train; messages: what the
-    run would say before its first step, empty ones among them."""
-    views, images = len(config.views), config.optim.global_batch_size // (world_size * config.speed.grad_accum_steps)
-    state = 4 * (2 + 3) * cost.parameters  # bytes: student, teacher; gradient and AdamW's two moments
+    """Print what --dry-run reports. cost: `model.cost.Cost`; memory: `model.memory.Memory`, in float32; world_size: how many
+    processes would train; messages: what the run would say before its first step, empty ones among them."""
+    views, pieces = len(config.views), config.speed.grad_accum_steps
+    images = config.optim.global_batch_size // (world_size * pieces)
+    peak = memory.peak(images * pieces, pieces, world_size)
     print(describe(config, plan, 1, "device", "dtype"))
     print(f"steps        {steps} ({plan.steps_per_epoch} an epoch)")
     print(f"parameters   {cost.parameters:,} in the student, {cost.backbone:,} of them in its backbone")
     print(f"arithmetic   {cost.flops / 1e9:.1f} GFLOP per image and step, forward and backward")
     print(
-        f"memory       {(state + images * cost.activations) / 2**30:.1f} GiB on each device in float32: {state / 2**30:.1f} "
-        f"for weights and optimizer, {images} images of {cost.activations / 2**20:.0f} MiB (about half of that in "
-        f"bfloat16); speed.grad_accum_steps or speed.activation_checkpointing: true need less"
+        f"memory       {peak / 2**30:.1f} GiB of tensors on each device in float32, not compiled: "
+        f"{(memory.state + memory.gradients) / 2**30:.1f} for weights and optimizer, {images} images of "
+        f"{memory.image / 2**20:.0f} MiB (fewer in bfloat16); speed.grad_accum_steps or speed.activation_checkpointing: "
+        f"true need less, and `make plan` compares them"
     )
     for group in config.data.views:
         patches = (group.size // config.model.patch) ** 2

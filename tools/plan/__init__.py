@@ -1,0 +1,1 @@
+"""`make plan`: what training on some photos takes, before they exist."""
