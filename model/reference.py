@@ -74,11 +74,24 @@ def resize_grid(grid: Tensor, h: int, w: int) -> Tensor:
     """The position grid [gh,gw,D] for h x w patches -> [h,w,D], bicubic as in DINO: the sampling scale is (h + 0.1) / gh,
     edges are clamped (published code, VT:189). A grid of the right size is returned unchanged."""
     gh, gw, _ = grid.shape
+    if torch.compiler.is_exporting():  # there h and w may have no values yet
+        return _resize_in_graph(grid, h, w)
     if (gh, gw) == (h, w):
         return grid
     scale = ((h + 0.1) / gh, (w + 0.1) / gw)
     resized = F.interpolate(grid.permute(2, 0, 1)[None], scale_factor=scale, mode="bicubic")
     return resized[0].permute(1, 2, 0)
+
+
+def _resize_in_graph(grid: Tensor, h: int, w: int) -> Tensor:
+    """`resize_grid` for any h and w in one graph: products with the weights of the cells."""
+    gh, gw, _ = grid.shape
+    rows, columns = (torch.arange(n, device=grid.device, dtype=torch.float64) for n in (h, w))
+    tall, wide = rows[-1] + 1, columns[-1] + 1
+    more = 0.1 * ((tall != gh) | (wide != gw))  # a grid of the right size is not resized
+    weights_y = _bicubic_weights((rows + 0.5) / (tall + more), gh, "border").to(grid.dtype)  # [h,gh]
+    weights_x = _bicubic_weights((columns + 0.5) / (wide + more), gw, "border").to(grid.dtype)  # [w,gw]
+    return torch.einsum("yg,xk,gkd->yxd", weights_y, weights_x, grid)
 
 
 QKV = tuple[Tensor, ...]  # q, k, v of some tokens, each [n,H,tokens,d]

@@ -19,6 +19,9 @@ from runtime.methods import evaluated
 
 SAVED = "model.safetensors"  # how transformers and timm call the weights in the folder of a model
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"  # what lies beside them
+HUGGING_FACE_ACTIVATIONS = {  # transformers' name: timm's
+    "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu",
+}  # fmt: skip
 
 
 def read_file(source: str) -> tuple[dict, dict]:
@@ -63,7 +66,11 @@ def read_file(source: str) -> tuple[dict, dict]:
 
 def _about_folder(folder: Path) -> dict:
     """What the JSON files beside weights of Hugging Face or timm say about them."""
-    config, about = _read_json(folder / CONFIG), {}
+    config = _read_json(folder / CONFIG)
+    about = dict(exported) if isinstance(exported := config.get("densedino"), dict) else {}  # an export of ours has all
+    activation = config.get("hidden_act")
+    if isinstance(activation, str) and not config.get("use_swiglu_ffn"):  # a gated MLP has SiLU whatever it says
+        about["activation"] = HUGGING_FACE_ACTIVATIONS.get(activation, activation)
     if "num_attention_heads" in config:
         about["heads"] = config["num_attention_heads"]
     if isinstance(of_timm := config.get("pretrained_cfg"), dict):
