@@ -20,7 +20,7 @@ takes_table1    := SCALE SEEDS ARGS
 takes_tables    := TABLE SCALE SEEDS ARGS
 takes_eval      := RUN CONFIG METHOD ARGS
 takes_features  := RUN CONFIG METHOD SRC OUT ARGS
-takes_export    := RUN CONFIG METHOD DST ARGS
+takes_export    := RUN CONFIG METHOD DST TO ARGS
 takes_bench     := WHAT METHODS GPUS CONFIG SHARDS SRC OUT ARGS
 takes_test      := ARGS
 takes_test-slow := ARGS
@@ -150,9 +150,9 @@ features: ready ## RUN=runs/… SRC=photos|shards OUT=folder [ARGS='--points FIL
 	$(call need,SRC,a folder of photos or a list of them or shards)$(call need,OUT,the folder to write)
 	@$(PY) -m eval embed "$$RUN" "$$SRC" "$$OUT" $(ARGS)
 
-export: ready ## RUN=runs/… DST=folder [ARGS=--onnx]: the backbone for timm, and ONNX
+export: ready ## RUN=runs/… DST=folder [TO=transformers,torch,onnx,card|all]: the backbone for timm, transformers, torch.export and ONNX
 	$(call need,DST,the folder to write)
-	@$(PY) -m tools.export "$$RUN" "$$DST" $(ARGS)
+	@$(PY) -m tools.export "$$RUN" "$$DST" $(if $(TO),--to "$$TO") $(ARGS)
 
 # WHAT=step with several GPUS measures the scaling of training
 measured = $(if $(and $(GPUS),$(filter step,$(WHAT))),scale,$(WHAT))

@@ -6,8 +6,8 @@
 
 A network is a run folder, a checkpoint, a backbone file, weights of DINO, DenseDINO, Leopart, SwAV, MoCo, DenseCL or timm
 (ViT or ResNet-50), or timm:NAME. All are measured on the same photos and scenes: the named ones, else those of the first run
-among the networks (photos it was not trained on). Each is measured at the size it was trained for, or
-all at --size; eval/<measure>.py describes the protocol.
+among the networks (photos it was not trained on). Each is measured at the size it was trained for, or all at --size;
+eval/<measure>.py describes the protocol. A run that started from weights (model.init) has a column of these beside its own.
 
 Writes measures.json (after every measure, so that an interruption loses only one), measures.md and measures.png. Each
 network's column carries the step and the hash of its weights; --skip-existing keeps the measures of these weights only.
@@ -151,7 +151,7 @@ def load_networks(
 ) -> tuple[dict[str, "Backbone"], dict[str, dict[str, Any]]]:
     """({name: network on the CPU}, {name: its column of measures.json}): every file is read before anything is measured, and
     names of timm's come first, because a network connection may be missing. stages: of each run, the network before training
-    (True), after it (False), or both."""
+    (True), after it (False), or both; of a run that started from weights, both in any case, if they are still there."""
     from eval.datasets import scene_sizes
     from eval.features import check_size
     from eval.measures import NEEDS_VIT
@@ -166,9 +166,17 @@ def load_networks(
     for label, target, stamp in zip(short_names(paths), targets, weights, strict=True):
         if False not in stages:
             target.check_untrained(True)
-        for at_start in stages if target.run else (False,):
-            name = f"{label}, untrained" if at_start else label
-            network = target.network(at_start).cpu()
+        by_itself = target.start is not None and True not in stages  # before and after, of a run that continued
+        for at_start in (*stages, *[True] * by_itself) if target.run else (False,):
+            before = f"start: {target.start}" if target.start else "untrained"
+            name = f"{label}, {before}" if at_start else label
+            try:
+                network = target.network(at_start).cpu()
+            except UserError as error:
+                if not (at_start and by_itself):
+                    raise
+                print(f"{name}: left out, the weights cannot be loaded ({error})")
+                continue
             twin = next((n for n in networks if same_weights(networks[n], network)), None) if at_start else None
             if twin:  # two methods with the same seed are initialized alike
                 print(f"{name}: the same network as {twin}")

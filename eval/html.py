@@ -23,11 +23,11 @@ from eval.curves import curve
 from eval.html_parts import STYLE, figure, grid, note, number, paragraphs, picture, section, side_by_side, table
 from eval.provenance import Weights, html_meta, known_weights, png_weights
 from eval.tables import (
-    RESULT_COLUMNS,
     measure_columns,
     measure_notes,
     measure_rows,
     read_object,
+    result_columns,
     result_notes,
     result_rows,
 )
@@ -110,7 +110,7 @@ def results_section(run: Path, results: dict[str, Any], current: Weights | None)
         notes = result_notes(results)
     except (KeyError, TypeError, AttributeError):  # of another version
         return note(f"results.json was written by another version: {command} writes it again")
-    shown = table(["%", *RESULT_COLUMNS], rows) if rows else ""
+    shown = table(["%", *result_columns(results)], rows) if rows else ""
     stale = note(f"results.json is {age(results.get('weights'), current)}: {command}") if current else ""
     stale = stale if results.get("weights") != current else ""
     time = f'<p class="dim">results.json, {escape(str(results.get("time", "")))}</p>'

@@ -70,6 +70,7 @@ def run(
         print(f"{file} is measured again: {difference(before.get('asked'), asked)}")
     results = measure(target, data or target.place("eval.voc"), palette, limit, workers)
     results |= {
+        "start": target.start,
         "network": str(target.path),
         "weights": weights,
         "asked": asked,

@@ -21,7 +21,7 @@ RESULT_ROWS = {  # of results.json
     "knn_top1_patches": "k-NN top-1, mean of the patch tokens",
     "miou": "mIoU, linear classifier on patch tokens",
 }
-RESULT_COLUMNS = ("trained", "untrained", "raw pixels", "chance")
+RESULT_COLUMNS = ("trained", "untrained", "raw pixels", "chance")  # "untrained" may have started from weights
 MEASURE_ROWS = {  # of measures.json
     "knn_top1": "k-NN top-1, [CLS]",
     "knn_top1_patches": "k-NN top-1, mean of the patch tokens",
@@ -56,6 +56,11 @@ def read_object(path: Path) -> Results:
 # ---------------------------------------------------------------------------------------------------------- results.json
 
 
+def result_columns(results: Results) -> list[str]:
+    """The headings of results.json's table: the weights that the run started from, if they were not random, by name."""
+    return [f"start: {results['start']}" if results.get("start") and c == "untrained" else c for c in RESULT_COLUMNS]
+
+
 def result_rows(results: Results) -> list[tuple[str, list[str]]]:
     """(label, cells of RESULT_COLUMNS) of results.json. What could not be measured has no row. Chance is the most frequent
     class of the train set, given to every photo or pixel.
@@ -81,7 +86,7 @@ def result_notes(results: Results) -> list[str]:
     if rank is not None and untrained is not None:
         of = results["settings"]["effective_rank"]
         notes.append(
-            f"Effective rank of [CLS]: {rank:.1f}, untrained {untrained:.1f}, of at most "
+            f"Effective rank of [CLS]: {rank:.1f}, {result_columns(results)[1]} {untrained:.1f}, of at most "
             f"{min(of['width'], of['photos'] - 1)} ({of['photos']} photos; 0 is a collapse)"
         )
     return notes
@@ -94,8 +99,8 @@ def result_table(results: Results, title: str) -> Table | None:
         return None
     table = Table(title=escape(title), title_justify="left")
     table.add_column("%")
-    for heading in RESULT_COLUMNS:
-        table.add_column(heading, justify="right")
+    for heading in result_columns(results):
+        table.add_column(escape(heading), justify="right")
     for label, cells in rows:
         table.add_row(escape(label), *cells)
     return table
@@ -109,7 +114,7 @@ def mean_over_seeds(networks: dict[str, Results]) -> dict[str, Results]:
     "of": how many they are, "spread": lowest and highest."""
     groups: dict[str, list[Results]] = {}
     for name, measures in networks.items():
-        groups.setdefault(re.sub(r"(?<=\D)[-_.]?\d+(?=(, untrained)?$)", "", name), []).append(measures)
+        groups.setdefault(re.sub(r"(?<=\D)[-_.]?\d+(?=(, (untrained|start: .*))?$)", "", name), []).append(measures)
     means: dict[str, Results] = {}
     for name, group in groups.items():
         if len(group) == 1:

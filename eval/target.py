@@ -77,6 +77,12 @@ class EvalTarget:
         self.settings = self.config.eval if self.config else Eval()
         self._names_given = False  # eval.ignore_classes may name classes of the run's own sets only
 
+    @property
+    def start(self) -> str | None:
+        """The name of the weights that the run started from (model.init); None if they were random or there is no run."""
+        init = self.config.model.init if self.config else None
+        return init and (init if init.startswith(TIMM) else Path(init).name)
+
     def check_untrained(self, untrained: bool) -> None:
         """Raises UserError if the untrained network is wanted of something that is no run."""
         if untrained and self.run is None:

@@ -83,7 +83,7 @@ def run_processes(*words: object, processes: int = 2) -> None:
 def env_without_make() -> dict[str, str]:
     """The environment without what the make that runs these tests has put there: a make that a test starts would take it."""
     variables = {
-        "ARGS", "CONFIG", "DST", "GPUS", "METHOD", "METHODS", "OUT", "RESTARTS", "RUN", "SHARDS", "SHARD_MB", "SRC",
+        "ARGS", "CONFIG", "DST", "TO", "GPUS", "METHOD", "METHODS", "OUT", "RESTARTS", "RUN", "SHARDS", "SHARD_MB", "SRC",
         "TORCH", "VAL", "WHAT", "TABLE", "SCALE", "SEEDS",
     }  # fmt: skip
     beginnings = ("MAKE", "MFLAGS", "GNUMAKE")

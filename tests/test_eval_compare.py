@@ -234,3 +234,23 @@ def test_wrong_options_are_refused_before_anything_is_measured(run, options, mes
     with pytest.raises(UserError, match=message):
         main([str(run), *(option.replace("RUN", str(run)) for option in options)])
     assert not (run / "measures.json").exists()
+
+
+def test_a_run_that_continued_is_shown_before_and_after(run, monkeypatch, capsys):
+    """By itself, under the name of the file; one line if the file is gone, an error if it was asked for."""
+    monkeypatch.setitem(measures.MEASURES, "knn", lambda *_: {"knn_top1": 9.0})
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("patch: 8}", f"patch: 8, init: {run.parent / 'dino.pth'}}}"))
+    options = [str(run), "--measures", "knn"]
+    assert main(options) == 0
+    networks = json.loads((run / "measures.json").read_text())["networks"]
+    assert {name: column["untrained"] for name, column in networks.items()} == {
+        "demo": False, "demo, start: dino.pth": True,
+    }  # fmt: skip
+    (run.parent / "untrained.safetensors").unlink()  # what the fixture loads for it
+    capsys.readouterr()
+    assert main(options) == 0
+    assert list(json.loads((run / "measures.json").read_text())["networks"]) == ["demo"]
+    assert "demo, start: dino.pth: left out, the weights cannot be loaded (" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such file"):
+        main([*options, "--untrained"])

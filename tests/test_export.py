@@ -1,4 +1,4 @@
-"""Exported weights: a process with torch and timm only gets the same features."""
+"""Exported weights: a process with torch and timm only gets the same features. Other formats: test_export_formats.py."""
 
 import json
 import subprocess
@@ -22,7 +22,9 @@ from model.weights import load_backbone, timm_model
 from runtime.checkpoint import save_backbone
 from runtime.errors import UserError
 from runtime.pixels import IMAGENET
-from tools.export.timm_folder import export, hub_config
+from tools.export.folder import export
+from tools.export.graph import run_torch
+from tools.export.timm_folder import hub_config
 
 # Evaluates each expression on the same images; imports torch and timm only.
 _ELSEWHERE = """
@@ -68,19 +70,21 @@ def test_vit_small(tmp_path):
     """ViT-S/16 at 224 px: the line in the README, unchanged."""
     width, depth, heads = ARCHS["vit_small"]
     vit = a_vit(width, depth, heads, 16, 224)
-    export(vit, tmp_path / "out", onnx=False)
+    export(vit, tmp_path / "out", [])
     load = 'timm.create_model("vit_small_patch16_224", num_classes=0, checkpoint_path="out/model.safetensors")'
     assert same_elsewhere(vit, tmp_path, load, 'timm.create_model("local-dir:out", pretrained=True)')
 
 
 def test_the_program_and_onnx(tmp_path):
-    """A custom network: the printed lines load it; ONNX takes any batch size."""
+    """A custom network: the printed lines load it; ONNX and torch.export take any batch and any size, by our rule."""
     import onnx
     from onnxruntime import InferenceSession
 
     vit = a_vit(attention="none")
     save_backbone(tmp_path / "b.safetensors", vit, {"heads": 2, "attention": "none"})
-    stdout = run_program("-m", "tools.export", tmp_path / "b.safetensors", tmp_path / "out", "--onnx").stdout
+    stdout = run_program(
+        "-m", "tools.export", tmp_path / "b.safetensors", tmp_path / "out", "--to", "torch,onnx"
+    ).stdout
     lines = [line for line in stdout.splitlines() if line.startswith("timm.create_model")]
     assert len(lines) == 2
     assert "embed_dim=64, depth=2, num_heads=2, patch_size=8, img_size=32" in lines[0]
@@ -89,17 +93,19 @@ def test_the_program_and_onnx(tmp_path):
     file = tmp_path / "out" / "model.onnx"
     onnx.checker.check_model(onnx.load(file), full_check=True)
     session = InferenceSession(file, providers=["CPUExecutionProvider"])
-    images = torch.randn(5, 3, 32, 32)
-    with torch.no_grad():
-        cls, patches = vit(images)[:2]
-    for n in (1, 3, 5):
-        got = session.run(["cls", "patches"], {"images": images[:n].numpy()})
-        assert np.allclose(got[0], cls[:n], atol=1e-4)
-        assert np.allclose(got[1], patches[:n], atol=1e-4)
-    # our own loader reads it too, and without --onnx no model of other weights is left
+    for n, h, w in ((1, 32, 32), (5, 40, 64), (2, 16, 24)):
+        images = torch.randn(n, 3, h, w)
+        with torch.no_grad():
+            ours = vit(images)[:2]
+        of_onnx = map(torch.from_numpy, session.run(["cls", "patches"], {"images": images.numpy()}))
+        of_torch = run_torch(tmp_path / "out" / "model.pt2", images)
+        for a, b, c in zip(ours, of_onnx, of_torch, strict=True):
+            assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
+            assert torch.allclose(a, c, atol=1e-4, rtol=1e-4)
+    # our own loader reads it too, and without --to no model of other weights is left
     again = load_backbone(tmp_path / "out" / "model.safetensors")
     assert (again.heads, again.attention) == (2, "none")
-    export(a_vit(heads=1), tmp_path / "out", onnx=False)
+    export(a_vit(heads=1), tmp_path / "out", [])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]["num_heads"] == 1
 
@@ -135,7 +141,7 @@ def test_a_file_of_any_architecture(name, options, named, tmp_path):
     vit = ViT(image_size=4 * shape["patch"], **shape).eval()
     for parameter in vit.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    export(vit, tmp_path / "out", onnx=False)  # it compares all features with those of timm
+    export(vit, tmp_path / "out", [])  # it compares all features with those of timm
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"].startswith(
         name if named else "vit"
     )
@@ -156,7 +162,7 @@ def test_names_of_standard_networks(arch):
 def test_at_another_size_the_rules_differ(tmp_path):
     """As documented: timm resizes the position grid by another rule, so features are close, not equal."""
     vit = a_vit()
-    export(vit, tmp_path / "out", onnx=False)
+    export(vit, tmp_path / "out", [])
     load = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True, img_size=48)
     theirs = load.pos_embed[0, 1:].detach()
     ours = resize_grid(vit.pos_embed[0, 1:].unflatten(0, (4, 4)), 6, 6).flatten(0, 1).detach()
@@ -166,16 +172,16 @@ def test_at_another_size_the_rules_differ(tmp_path):
 
 def test_what_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"reference\.attention: all_query, its patches never attend to \[CLS\]"):
-        export(a_vit(attention="all_query"), tmp_path / "out", onnx=False)
+        export(a_vit(attention="all_query"), tmp_path / "out", [])
     assert not (tmp_path / "out").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="mine is not empty and holds no export"):
-        export(a_vit(), tmp_path / "mine", onnx=False)
+        export(a_vit(), tmp_path / "mine", [])
     assert (tmp_path / "mine" / "config.json").read_text() == "{}"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file is not empty and holds no export"):
-        export(a_vit(), tmp_path / "file", onnx=False)
+        export(a_vit(), tmp_path / "file", [])
     error = run_program("-m", "tools.export", tmp_path / "nothing", tmp_path / "out", expect=2).stderr
     assert error.startswith("error: ")
     assert "nothing: no such run, checkpoint or backbone file" in error

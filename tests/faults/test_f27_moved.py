@@ -125,7 +125,7 @@ def test_pictures_and_exports_of_a_copy(copy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     show(["views", "b"])
     show(["pca", "b"])
-    export(["b", "exported"])
+    export(["b", "exported", "--to", "transformers"])
     assert (copy / "pictures" / "views.png").is_file()
     assert (copy / "pictures" / "pca.png").is_file()
     assert (tmp_path / "exported" / "model.safetensors").is_file()

@@ -220,7 +220,7 @@ def test_the_commands_work(finished, tmp_path):
     assert (ROOT / python).exists()
     assert "k-NN" in run_program(*words, "--measures", "knn").stdout
     _, _, given, _ = shlex.split(export)
-    run_program("-m", "tools.export", given.removeprefix("RUN="), tmp_path / "out")
+    run_program("-m", "tools.export", given.removeprefix("RUN="), tmp_path / "out", "--to", "card")
     assert (tmp_path / "out/model.safetensors").is_file()
     run_program("-m", "eval", "report", shlex.split(evaluate)[2].removeprefix("RUN="))
     assert (run / "results.json").is_file()

@@ -1,5 +1,5 @@
-"""The model card of an export: README.md, as model hubs show it. Data, recipe and measures come from the run; then how to load
-each format, and a line of the license for the user to fill in.
+"""The model card of an export: README.md, as model hubs show it. Data, recipe and measures come from the run; then how to
+load each format, and a line of the license for the user to fill in.
 
 The last line has a hash of the others, so that a card that was edited is never replaced.
 """
@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from eval.provenance import known_weights
-from eval.tables import RESULT_COLUMNS, read_object, result_notes, result_rows
+from eval.tables import read_object, result_columns, result_notes, result_rows
 from eval.target import EvalTarget
 from model.vit import ViT
 from model.weights import timm_call
@@ -73,17 +73,18 @@ def _of_run(target: EvalTarget, config: Config) -> list[str]:
     """Data, recipe and measures of a run."""
     assert target.run is not None
     found, weights = latest_valid(target.run / "checkpoints"), known_weights(target.path)
-    photos = f", {found.data['samples']:,} photos (sha256 of the shards {found.data['sha256'][:12]}…)" if found else ""
+    about = found.data if found else {}
+    photos = f", {about['samples']:,} photos (sha256 {about['sha256'][:12]}…)" if "samples" in about else ""
     data = [f"- Shards: `{'/'.join(str(config.data.shards).rstrip('/').split('/')[-2:])}`{photos}"]
     data += ["- Where the photos are from, and under which license: to be filled in"]
     views = " + ".join(f"{g.count} of {g.size} pixels" for g in config.data.views)
     step = f", {weights['step']:,} steps" if weights and weights["step"] is not None else ""
-    optim, start = config.optim, config.model.init
+    optim = config.optim
     decay = " to ".join(f"{w:g}" for w in optim.weight_decay)
     points = f", {config.points} reference points for a pair of views" if config.points else ""
     recipe = [
         f"- Method: {config.method}{points}",
-        f"- Started from: {start.rpartition('/')[2] if start else 'random weights'}",
+        f"- Started from: {target.start or 'random weights'}",
         f"- {optim.epochs:g} epochs of batches of {optim.global_batch_size} images{step}; views: {views}",
         f"- Learning rate {optim.lr:g} for 256 images, weight decay {decay}, seed {config.seed}",
     ]
@@ -91,13 +92,9 @@ def _of_run(target: EvalTarget, config: Config) -> list[str]:
     measures = "Not measured: `python -m eval report` writes results.json.\n"
     if results and results.get("weights") == weights:
         try:
-            header = ["%", *RESULT_COLUMNS]
-            rows = [
-                header,
-                ["---", *["---:"] * len(RESULT_COLUMNS)],
-                *([label, *cells] for label, cells in result_rows(results)),
-            ]
-            measures = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n" if rows[2:] else ""
+            rows = [["%", *result_columns(results)], *([label, *cells] for label, cells in result_rows(results))]
+            rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
+            measures = "".join(f"| {' | '.join(row)} |\n" for row in rows) if rows[2:] else ""
             measures += "".join(f"\n{note}\n" for note in result_notes(results))
         except (KeyError, TypeError, AttributeError):  # of another version
             pass

@@ -1,4 +1,4 @@
-"""An export: a folder with a network in several formats. Each is read again, and its features are compared, before it is used.
+"""An export: a folder with a network in several formats. Each is read again and its features are compared.
 
     FOLDER/config.json, model.safetensors    timm's (always)
     FOLDER/transformers/                     --to transformers
