@@ -90,7 +90,9 @@ def describe_end(folder: Path, steps: int, loading: list[str], measurable: bool 
         last = {shlex.join([str(python), "-m", "tools.show", "run", run]): "pictures, among them nearest neighbors"}
     commands = {
         shlex.join(["make", "eval", f"RUN={run}"]): f"{figures}, beside the untrained network",
-        shlex.join(["make", "export", f"RUN={run}", f"DST={export}"]): "for timm, transformers, torch; TO=all: ONNX too",
+        shlex.join(
+            ["make", "export", f"RUN={run}", f"DST={export}"]
+        ): "for timm, transformers, torch; TO=all: ONNX too",
         **last,
     }
     width = max(map(len, commands))

@@ -1,4 +1,4 @@
-"""A DINOv2 with registers (LayerScale, 4 registers, patches of 14 pixels, a 37 x 37 grid) is continued with points on scenes:
+"""A DINOv2 (LayerScale, 4 registers, patches of 14 pixels, a 37 x 37 grid) is continued with points on painted scenes:
 it trains, resumes bit-equal after a kill, is exported, and has the same features in timm and transformers."""
 
 import signal

@@ -72,14 +72,17 @@ def _devices(word: str) -> int | str:
 
 
 def _add_step_options(step: argparse.ArgumentParser) -> None:
-    from tools.bench.step import ARCHS, DTYPES, FORMS, PAPER
+    from tools.bench.step import DTYPES, FORMS, PAPER
 
     step.add_argument("--head", action="store_true", help="peak memory of heads and losses alone (with --batch 128)")
     step.add_argument("--check", action="store_true", help="losses of five steps of both, of arch tiny by default")
     step.add_argument(
         "--methods", default=",".join(PAPER), metavar="M,...|all", help="of runtime/methods.py (default: %(default)s)"
     )
-    for name, choices in (("arch", (*ARCHS, "tiny")), ("form", FORMS), ("dtype", DTYPES)):
+    step.add_argument(
+        "--arch", metavar="A,...", help="vit_small, vit_tiny, tiny, or timm's names (default: the first two)"
+    )
+    for name, choices in (("form", FORMS), ("dtype", DTYPES)):
         step.add_argument(f"--{name}", choices=choices, help="only this one")
     step.add_argument("--batch", type=int, nargs="+", default=[8], help="images; of several, a row has the fastest")
     step.add_argument("--steps", type=int, default=2, help="timed steps of each process (default %(default)s)")

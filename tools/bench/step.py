@@ -1,12 +1,15 @@
 """The training step of each method, and beside it the naive implementation of DINO and DenseDINO (tools/bench/naive.py).
 
-    python -m tools.bench step [--methods M,...|all] [--arch A] [--form naive|ours] [--dtype D] [--batch N ...] [...]
+    python -m tools.bench step [--methods M,...|all] [--arch A,...] [--form naive|ours] [--dtype D] [--batch N ...] [...]
     python -m tools.bench step --head [--batch 128]      peak memory of heads and losses alone
     python -m tools.bench step --check [--arch A]        five losses of both implementations
 
 A method is measured as configs/METHOD_vits16.yaml has it. Every combination runs in processes of its own (peak memory is a
 high-water mark), which take turns; a row is the median over all timed steps. Both implementations get the same images,
-points and weights; the data are ready before the clock starts. `make bench WHAT=step [METHODS=all OUT=rows.jsonl]`.
+points and weights; the data are ready before the clock starts. `--arch vit_small,vit_small_patch14_reg4_dinov2` measures the
+ViTs of two names in turns; the naive implementation is that of a plain ViT, so others have no row of it.
+
+`make bench WHAT=step [METHODS=all OUT=rows.jsonl]`.
 """
 
 import argparse
@@ -17,12 +20,14 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
+from runtime.config import ARCH, ARCHS_OF_TIMM
 from runtime.errors import UserError, suggest
 from runtime.methods import METHODS
 from runtime.metrics import append_jsonl
 from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
 
 ARCHS, PAPER = ("vit_small", "vit_tiny"), ("densedino", "dino")  # PAPER: the methods that have a naive implementation
+PLAIN = (*ARCHS, "tiny")  # those that have a naive implementation, if the method has one
 FORMS, DTYPES = ("naive", "ours"), ("float32", "bfloat16")
 
 
@@ -42,6 +47,15 @@ def read_methods(names: str) -> tuple[str, ...]:
     return methods
 
 
+def read_archs(names: str | None) -> tuple[str, ...]:
+    """The architectures of --arch. Raises UserError for a word that is no value of model.arch."""
+    archs = ARCHS if names is None else tuple(dict.fromkeys(names.split(",")))
+    for arch in archs:
+        if arch not in PLAIN and not ARCH.fullmatch(arch):
+            raise UserError(f"--arch {names}: no architecture '{arch}'{suggest(arch, (*PLAIN, *ARCHS_OF_TIMM))}")
+    return archs
+
+
 def measure(name: str, **arguments: Any) -> Any:
     """The result of a measurement in a process of its own. Raises UserError with the last line of its error."""
     command = [sys.executable, "-m", "tools.bench.step_worker", name, json.dumps(arguments)]
@@ -55,7 +69,7 @@ def run_check(args: argparse.Namespace) -> None:
     """Print the losses of five steps of both implementations."""
     if args.methods[0] not in PAPER:
         raise UserError(f"--check: {args.methods[0]} has no naive implementation, only {' and '.join(PAPER)} have one")
-    for losses in measure("check", arch=args.arch or "tiny", method=args.methods[0], batch=args.batch[0]):
+    for losses in measure("check", arch=args.arch[0], method=args.methods[0], batch=args.batch[0]):
         print(json.dumps(losses))
 
 
@@ -90,13 +104,12 @@ def choose_combinations(args: argparse.Namespace) -> list[Combination]:
 
     from runtime.distributed import has_bfloat16
 
-    archs = (args.arch,) if args.arch else ARCHS
     allowed = (args.form, args.dtype)
     combinations = [
         Combination(*c)
-        for c in itertools.product(archs, args.methods, FORMS, DTYPES)
+        for c in itertools.product(args.arch, args.methods, FORMS, DTYPES)
         if all(option in (None, value) for option, value in zip(allowed, c[2:], strict=True))
-        if c[1] in PAPER or c[2] == "ours"
+        if (c[0] in PLAIN and c[1] in PAPER) or c[2] == "ours"
     ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.dtype is None and not has_bfloat16(device):
@@ -180,7 +193,8 @@ def _significant(value: float) -> float:
 
 def run_steps(args: argparse.Namespace) -> None:
     combinations = choose_combinations(args)
-    side = 256 if args.arch == "tiny" else None
+    tiny = args.arch == ("tiny",)
+    side = 256 if tiny else None
     matmul = {dtype: measure("matmul", dtype=dtype, side=side) for dtype in sorted({c.dtype for c in combinations})}
     rows = make_rows(args, combinations, measure_all(args, combinations), matmul)
     names = [
@@ -196,7 +210,7 @@ def run_steps(args: argparse.Namespace) -> None:
         "tflops",
     ]
     names += [n for n in ("of_matmul_percent", "of_stated_percent", "host_waits") if any(n in row for row in rows)]
-    about = "tiny networks, views of 32" if args.arch == "tiny" else "views and heads of configs/METHOD_vits16.yaml"
+    about = "tiny networks, views of 32" if tiny else "views and heads of configs/METHOD_vits16.yaml"
     table = make_table(f"one step, {about}, {rows[0]['device'] if rows else ''}", names, left=4)
     for row in rows:
         table.add_row(*("" if row.get(name) is None else str(row[name]) for name in names))
@@ -205,4 +219,5 @@ def run_steps(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     args.methods = read_methods(args.methods)
+    args.arch = ("tiny",) if args.check and args.arch is None else read_archs(args.arch)
     (run_check if args.check else run_head if args.head else run_steps)(args)

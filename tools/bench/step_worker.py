@@ -22,7 +22,7 @@ from model.methods import build
 from pipeline.batch import Batch, draw, size_groups
 from runtime import distributed
 from runtime.compile import can_compile, compile_parts
-from runtime.config import Config, Model, load_config
+from runtime.config import Config, Model, load_config, patch_of
 from runtime.errors import run_cli
 from runtime.schedule import Optimizer, Schedules, make_schedules
 from tools.bench.naive import NaiveStep
@@ -33,7 +33,7 @@ from train import train_step
 def make_config(arch: str, method: str, compile: bool = False) -> Config:
     """A method's own config, configs/METHOD_vits16.yaml; arch "tiny": its views at 32 pixels, and a network whose step takes
     milliseconds."""
-    words = [] if arch == "tiny" else [f"model.arch={arch}"]
+    words = [] if arch == "tiny" else [f"model.arch={arch}", f"model.patch={patch_of(arch)}"]
     config = load_config(f"configs/{method}_vits16.yaml", words)
     config.model.init = None  # what the weights are costs nothing
     if arch == "tiny":
