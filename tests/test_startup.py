@@ -60,7 +60,7 @@ COMMANDS = {  # command line: exit code
     "tools.bench nothing": 2,
     "tools.bench step --form nothing": 2,
     "tools.bench step --methods dino,nothing": 2,
-    "tools.bench step --arch vit_small,vit_smal_patch14_dinov2 --check": 2,
+    "tools.bench step --arch vit_smal": 2,
     "tools.bench step --rounds 0": 2,
     "tools.bench data --shards no/such/shards": 2,
     "tools.bench all --config no/such.yaml": 2,

@@ -48,11 +48,16 @@ def read_methods(names: str) -> tuple[str, ...]:
 
 
 def read_archs(names: str | None) -> tuple[str, ...]:
-    """The architectures of --arch. Raises UserError for a word that is no value of model.arch."""
+    """The architectures of --arch. Raises UserError for a word that is no value of model.arch, or no model of timm."""
     archs = ARCHS if names is None else tuple(dict.fromkeys(names.split(",")))
     for arch in archs:
         if arch not in PLAIN and not ARCH.fullmatch(arch):
             raise UserError(f"--arch {names}: no architecture '{arch}'{suggest(arch, (*PLAIN, *ARCHS_OF_TIMM))}")
+    if named := [arch for arch in archs if arch not in PLAIN]:
+        from model.architecture import of_timm  # imports timm
+
+        for arch in named:
+            of_timm(arch)
     return archs
 
 
