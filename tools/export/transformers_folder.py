@@ -116,10 +116,10 @@ def tensors_of(vit: ViT) -> dict[str, Tensor]:
         theirs |= {"pooler.dense.weight": torch.eye(a.width), "pooler.dense.bias": torch.zeros(a.width)}
     else:
         theirs["embeddings.mask_token"] = torch.zeros(1, a.width)
-        for block in range(a.depth):
+        for i in range(a.depth):
             for branch in (1, 2):
-                gamma = own.get(f"blocks.{block}.ls{branch}.gamma", torch.ones(a.width))
-                theirs[f"encoder.layer.{block}.layer_scale{branch}.lambda1"] = gamma
+                gamma = own.get(f"blocks.{i}.ls{branch}.gamma", torch.ones(a.width))
+                theirs[f"encoder.layer.{i}.layer_scale{branch}.lambda1"] = gamma
     if a.registers:
         theirs["embeddings.register_tokens"] = own["reg_token"] + front[:, 1:]
     for name, tensor in own.items():
