@@ -21,7 +21,6 @@ from eval.datasets import shorter_side
 from model.architecture import Architecture
 from model.vit import ViT
 from model.weights.read import HUGGING_FACE_ACTIVATIONS
-from pipeline.augment.recipe import MEAN, STD
 from runtime.checkpoint import save_tensors
 from runtime.files import write_atomic
 
@@ -138,10 +137,10 @@ def preprocessor_of(vit: ViT) -> dict[str, Any]:
     """The contents of preprocessor_config.json: photos are cropped and normalized as eval/datasets.py does."""
     side = vit.image_size
     return {
-        "image_processor_type": "BitImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3,
+        "image_processor_type": "BitImageProcessor", "do_convert_rgb": vit.pixels.channels == 3, "do_resize": True, "resample": 3,
         "size": {"shortest_edge": shorter_side(side)}, "do_center_crop": True,
         "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD),
+        "do_normalize": True, "image_mean": list(vit.pixels.mean), "image_std": list(vit.pixels.std),
     }  # fmt: skip
 
 
