@@ -137,7 +137,8 @@ def preprocessor_of(vit: ViT) -> dict[str, Any]:
     """The contents of preprocessor_config.json: photos are cropped and normalized as eval/datasets.py does."""
     side = vit.image_size
     return {
-        "image_processor_type": "BitImageProcessor", "do_convert_rgb": vit.pixels.channels == 3, "do_resize": True, "resample": 3,
+        "image_processor_type": "BitImageProcessor", "do_convert_rgb": vit.pixels.channels == 3,
+        "do_resize": True, "resample": 3,
         "size": {"shortest_edge": shorter_side(side)}, "do_center_crop": True,
         "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": list(vit.pixels.mean), "image_std": list(vit.pixels.std),
