@@ -168,7 +168,7 @@ def test_in_transformers(tmp_path):
         assert torch.allclose(tokens[:, 0], out.cls, atol=1e-5, rtol=1e-5), name
         assert torch.allclose(tokens[:, vit.architecture.prefix :], out.patches, atol=1e-5, rtol=1e-5), name
         assert torch.allclose(pooled, out.cls, atol=1e-5, rtol=1e-5), name
-        ours = normalized(center_crop(torch.from_numpy(np.array(photo)).permute(2, 0, 1), 32)[None])
+        ours = normalized(center_crop(torch.from_numpy(np.array(photo)).permute(2, 0, 1), 32)[None], vit.pixels)
         assert (pixels - ours).abs().max() < 2.01 / 255 / 0.224  # two levels of gray
         saved = load_backbone(tmp_path / f"{folder}-saved")  # without the header of ours: config.json tells the rest
         assert torch.allclose(saved(images).patches, out.patches, atol=1e-5, rtol=1e-5), name
