@@ -75,7 +75,8 @@ def _of_run(target: EvalTarget, config: Config) -> list[str]:
     found, weights = latest_valid(target.run / "checkpoints"), known_weights(target.path)
     about = found.data if found else {}
     photos = f", {about['samples']:,} photos (sha256 {about['sha256'][:12]}…)" if "samples" in about else ""
-    data = [f"- Shards: `{'/'.join(str(config.data.shards).rstrip('/').split('/')[-2:])}`{photos}"]
+    names = [f"`{'/'.join(source.path.rstrip('/').split('/')[-2:])}`" for source in config.data.sources]
+    data = [f"- Shards: {', '.join(names)}{photos}"]
     data += ["- Where the photos are from, and under which license: to be filled in"]
     views = " + ".join(f"{g.count} of {g.size} pixels" for g in config.data.views)
     step = f", {weights['step']:,} steps" if weights and weights["step"] is not None else ""
@@ -109,18 +110,18 @@ def _of_run(target: EvalTarget, config: Config) -> list[str]:
 
 def _pixels(vit: ViT) -> str:
     return (
-        f"Images are RGB, normalized (mean and standard deviation: config.json). Features are [CLS], {vit.width} numbers "
+        f"Images are {'gray' if vit.architecture.channels == 1 else 'RGB'}, normalized (mean and standard deviation: config.json). Features are [CLS], {vit.width} numbers "
         f"for an image, and patch tokens, {vit.width} numbers for each {vit.patch} x {vit.patch} pixels."
     )
 
 
 def _load(vit: ViT, folder: str, formats: Collection[str]) -> str:
     """A block of Python for each format."""
-    prefix, side = vit.architecture.prefix, vit.image_size
+    prefix, side, channels = vit.architecture.prefix, vit.image_size, vit.architecture.channels
     lines = {
         "timm": f'import timm\n\nvit = timm.create_model("local-dir:{folder}", pretrained=True).eval()\n'
         f"# or, without config.json: {timm_call(vit, Path(folder, 'model.safetensors'))}\n"
-        f"tokens = vit.forward_features(images)  # [n,3,{side},{side}]\ncls, patches = tokens[:, 0], tokens[:, {prefix}:]",
+        f"tokens = vit.forward_features(images)  # [n,{channels},{side},{side}]\ncls, patches = tokens[:, 0], tokens[:, {prefix}:]",
         "transformers": "from transformers import AutoImageProcessor, AutoModel\n\n"
         f'processor = AutoImageProcessor.from_pretrained("{folder}/transformers")\n'
         f'model = AutoModel.from_pretrained("{folder}/transformers")  # {CLASSES[model_type(vit.architecture)]}\n'
@@ -128,10 +129,10 @@ def _load(vit: ViT, folder: str, formats: Collection[str]) -> str:
         f"cls, patches = tokens[:, 0], tokens[:, {prefix}:]",
         "torch": "import torch\n\n"
         f'model = torch.export.load("{folder}/model.pt2").module()\n'
-        f"cls, patches = model(images)  # [n,3,h,w]: any multiples of {vit.patch}, two patches at least",
+        f"cls, patches = model(images)  # [n,{channels},h,w]: any multiples of {vit.patch}, two patches at least",
         "onnx": "import onnxruntime\n\n"
         f'session = onnxruntime.InferenceSession("{folder}/model.onnx")\n'
-        f'cls, patches = session.run(["cls", "patches"], {{"images": images}})  # [n,3,h,w], as above',
+        f'cls, patches = session.run(["cls", "patches"], {{"images": images}})  # [n,{channels},h,w], as above',
     }  # fmt: skip
     chosen = [lines[kind] for kind in lines if kind in {*formats, "timm"}]
     return "".join(f"```python\n{text}\n```\n\n" for text in chosen).rstrip("\n") + "\n"
