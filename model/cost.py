@@ -25,6 +25,15 @@ class Cost:
     parameters: int  # of the student
     backbone: int  # of the backbone alone
 
+    @property
+    def state(self) -> int:
+        """Bytes of weights and optimizer: student, teacher; gradient and AdamW's two moments."""
+        return 4 * (2 + 3) * self.parameters
+
+    def memory(self, images: int, halved: bool = False) -> int:
+        """Bytes of a step of so many images at a time. halved: in bfloat16, whose activations are about half."""
+        return self.state + images * self.activations // (2 if halved else 1)
+
 
 def count_cost(config: Config) -> Cost:
     """The cost of a config's step.

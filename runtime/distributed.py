@@ -130,19 +130,26 @@ def start(speed: Speed, timeout: float = 1800) -> DistributedContext:
             raise UserError(f"process {local} of this machine has no device: torch finds {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        # the losses sum over all prototypes: partial sums of such a product stay float32
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        prefer_attention(torch.cuda.get_device_capability(device)[0])
     else:
         device = torch.device("cpu")
-        reuse_memory()
+    set_up_device(device)
     if world_size > 1:
         gpu = device.type == "cuda"
         dist.init_process_group(
             "nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout), device_id=device if gpu else None
         )
     return DistributedContext(rank, world_size, device, choose_precision(speed.precision, device))
+
+
+def set_up_device(device: torch.device) -> None:
+    """Torch's settings of this process for training on a device: products, fused attention, memory."""
+    if device.type == "cpu":
+        reuse_memory()
+        return
+    torch.set_float32_matmul_precision("high")
+    # the losses sum over all prototypes: partial sums of such a product stay float32
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    prefer_attention(torch.cuda.get_device_capability(device)[0])
 
 
 # --------------------------------------------------------------------------------------------------------------- DDP

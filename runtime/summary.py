@@ -26,13 +26,12 @@ def print_summary(
     """Print what --dry-run reports. cost: `model.cost.Cost`; world_size: how many processes would train; messages: what the
     run would say before its first step, empty ones among them."""
     views, images = len(config.views), config.optim.global_batch_size // (world_size * config.speed.grad_accum_steps)
-    state = 4 * (2 + 3) * cost.parameters  # bytes: student, teacher; gradient and AdamW's two moments
     print(describe(config, plan, 1, "device", "dtype"))
     print(f"steps        {steps} ({plan.steps_per_epoch} an epoch)")
     print(f"parameters   {cost.parameters:,} in the student, {cost.backbone:,} of them in its backbone")
     print(f"arithmetic   {cost.flops / 1e9:.1f} GFLOP per image and step, forward and backward")
     print(
-        f"memory       {(state + images * cost.activations) / 2**30:.1f} GiB on each device in float32: {state / 2**30:.1f} "
+        f"memory       {cost.memory(images) / 2**30:.1f} GiB on each device in float32: {cost.state / 2**30:.1f} "
         f"for weights and optimizer, {images} images of {cost.activations / 2**20:.0f} MiB (about half of that in "
         f"bfloat16); speed.grad_accum_steps or speed.activation_checkpointing: true need less"
     )
