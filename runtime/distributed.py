@@ -156,12 +156,12 @@ def set_up_device(device: torch.device) -> None:
 
 
 def wrap_ddp(model: nn.Module, context: DistributedContext) -> nn.Module:
-    """DDP around the model if there are several processes: gradients are averaged during the backward pass.
+    """DDP around the model if `start` made a process group, for several: gradients are averaged during the backward pass.
 
     No static_graph: torch 2.15 ends in an internal assertion of its reducer if the first backward pass is one of
     `no_sync`, as with speed.grad_accum_steps. Unused parameters, whose search it would save, are not looked for.
     """
-    if context.world_size == 1:
+    if not dist.is_initialized():
         return model
     with warnings.catch_warnings():  # torch 2.15 has a new name for it, which older versions do not know
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)

@@ -1,4 +1,7 @@
-"""Runs parts one after the other, each in a process group of its own with a time limit: whatever ends one, the next begins."""
+"""Runs parts one after the other, each in a process group of its own with a time limit.
+
+Whatever ends one part, the next begins.
+"""
 
 import contextlib
 import json
@@ -13,7 +16,7 @@ from typing import Any
 
 from runtime.metrics import append_jsonl
 from tools.gpu.part import NOT_HERE
-from tools.gpu.parts import Part, Setting
+from tools.gpu.parts import SLACK, Part, Setting
 
 DONE, FAILED, LACKING = "done", "failed", "not run"
 SHORTEST = 5  # seconds: with less time left no part is started
@@ -30,7 +33,7 @@ def run_parts(parts: Sequence[Part], setting: Setting, log: Path, seconds: float
         if left < SHORTEST:
             status, why = LACKING, f"the time was over; --parts {part.name} runs it alone"
         else:
-            status, why = _run_part(part, setting, log, min(part.seconds, left))
+            status, why = _run_part(part, setting, log, min(part.seconds * (SLACK if setting.tiny else 1), left))
         row: dict[str, Any] = {"part": part.name, "status": status, "seconds": round(time.monotonic() - start, 1)}
         row |= {"why": why} if why else {}
         append_jsonl(Path(setting.out), row)
