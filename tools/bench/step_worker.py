@@ -132,7 +132,7 @@ def step(
 def set_alternatives(attention: str | None, inductor: dict[str, Any]) -> None:
     """Settings of this process that the trainer does not have (arguments as those of `step`)."""
     if attention:
-        first = int(SDPBackend[f"{attention.upper()}_ATTENTION"].value)
+        first = int(getattr(SDPBackend, f"{attention.upper()}_ATTENTION").value)
         others = [kind for kind in torch._C._get_sdp_priority_order() if kind != first]
         torch._C._set_sdp_priority_order([first, *others])
     for name, value in inductor.items():

@@ -10,6 +10,7 @@ docs/howto/first-hour-on-a-gpu.md. `make gpu [SHARDS=folder OUT=file ARGS='--par
 """
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 import time
@@ -20,6 +21,13 @@ from runtime.errors import UserError, require_positive, run_cli, suggest
 from runtime.metrics import append_jsonl, read_jsonl, versions
 from tools.docstring import make_parser
 from tools.gpu.parts import PARTS, Part, Setting
+
+# what every part imports, by its module: a machine that was not set up with `make setup` may lack some
+PACKAGES = {
+    "torch": "torch", "torchvision": "torchvision", "timm": "timm", "pydantic": "pydantic", "yaml": "pyyaml",
+    "PIL": "pillow", "simplejpeg": "simplejpeg", "safetensors": "safetensors", "scipy": "scipy",
+    "tensorboard": "tensorboard",
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,6 +59,11 @@ def choose_parts(names: str | None) -> list[Part]:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError if an option is wrong, or if there is no GPU and --tiny is not given."""
+    if missing := [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]:
+        raise UserError(
+            f"not installed: {', '.join(missing)}; `{sys.executable} -m pip install {' '.join(missing)}`; on a machine "
+            "without network: docs/howto/first-hour-on-a-gpu.md"
+        )
     require_positive(args, "minutes")
     if args.shards:
         from eval.target import open_shards

@@ -23,6 +23,7 @@ from tools.bench.step_worker import best_device, make_config
 from tools.gpu.parts import NotHere, Report, Setting
 
 WANTED = 2500  # photos per second into 4 views
+COMPARED = 16  # photos of a batch whose pixels are compared
 FAR = 32  # a pixel that differs by more than this is another pixel
 FIELDS = ("ids", "rows", "windows", "view_points", "color")
 
@@ -59,7 +60,7 @@ def _compare(config: Config, shards: Shards, device: torch.device, report: Repor
         for name in FIELDS:
             equal[name] &= torch.equal(getattr(batch, name).cpu(), getattr(expected, name))
         for theirs, ours in zip(batch.views, expected.views, strict=True):
-            differences.append((theirs.cpu().float() - ours.float()).abs().flatten().numpy())
+            differences.append((theirs[:COMPARED].cpu().float() - ours[:COMPARED].float()).abs().flatten().numpy())
     for name, same in equal.items():
         report.row(f"{name}: equal to the CPU reader's", int(same), "(1: yes)", at_least=1, required=True)
     pixels = np.concatenate(differences)

@@ -31,6 +31,7 @@ def one_step(
 ) -> dict[str, Tensor]:
     """What a step from the same weights and images gives, in float64 on the CPU. products: torch's float32 precision."""
     torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = products != "highest"
     torch._dynamo.reset()
     config = make_config("tiny" if setting.tiny else "vit_tiny", "densedino")
     config.model.drop_path = 0.0  # its draws differ from device to device

@@ -44,7 +44,7 @@ PARTS = (
     _part("equal", "equal", 150, "one step: compiled = eager = float64 on the CPU"),
     _part("waits", "equal", 90, "recompilations, graph breaks, waits of the host"),
     _part("speed", "speed", 240, "ViT-S, ViT-Ti, ViT-B: the step beside the naive form, shares of the peak, memory"),
-    _part("decode", "decode", 90, "DALI on the GPU: the CPU reader's batches, photos per second"),
+    _part("decode", "decode", 120, "DALI on the GPU: the CPU reader's batches, photos per second"),
     _part("training", "training", 120, "train.py's loop: data wait and headspace"),
     _part("resume", "training", 150, "a killed run resumes with the same bits; a profile"),
     _part("pieces", "pieces", 90, "colors, losses by chunk, attention by kernel"),

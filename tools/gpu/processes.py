@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.batch import Batch
 from runtime import distributed
@@ -74,7 +73,7 @@ def step_of(batch: Batch, setting: Setting, context: distributed.DistributedCont
     if not can_compile(context.device):
         torch._dynamo.reset()
         compile_parts(model.compile_units(), context.device, setting.backend)
-    forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if ddp else model
+    forward = distributed.wrap_ddp(model, context) if ddp else model
     metrics = train_step(batch, model, forward, optimizer, schedules.at(0), context)
     moments = [optimizer.adamw.state[p]["exp_avg"].flatten() for p in optimizer.trained]
     (loss,) = context.all_reduce_mean([metrics["loss"].clone()])

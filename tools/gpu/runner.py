@@ -58,7 +58,7 @@ def _run_part(part: Part, setting: Setting, log: Path, limit: float) -> tuple[st
             _kill_group(process)
         output.seek(begin)
         lines = output.read().decode(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {code}, and no word")
     if code == 0:
         return DONE, ""
     if code == NOT_HERE:

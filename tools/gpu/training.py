@@ -1,7 +1,7 @@
 """Real runs of train.py: data wait and headspace; a run that is killed and resumed; its profile."""
 
 import importlib.util
-import itertools
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +17,8 @@ from runtime.metrics import read_jsonl
 from tools.gpu.parts import NotHere, Report, Setting
 
 WAIT, HEADSPACE = 1, 0.97  # targets: percent of the time, and of the speed with a batch kept ready
-STEPS, EVERY = 24, 8  # of a run that is killed, and between its checkpoints
+# of a run that is killed, and between its checkpoints: long enough not to end while the first one is written
+STEPS, EVERY, TINY_STEPS, TINY_EVERY = 96, 16, 24, 8
 
 TINY = """
 data: {views: [{count: 2, size: 32, scale: [0.4, 1.0], teacher: true}, {count: 2, size: 32, scale: [0.4, 1.0]}]}
@@ -54,7 +55,13 @@ def training(setting: Setting, report: Report) -> None:
     command = [sys.executable, "-m", "tools.bench", "all", "--config", str(config), "--shards", setting.shards]
     subprocess.run([*command, "--out", str(rows), *words], check=True)
     (row,) = read_jsonl(rows)
-    report.row("training", row["img_per_s"], "images/s", f"reader {row['reader']}, ViT-S, 128 images", bench=row)
+    report.row(
+        "training",
+        row["img_per_s"],
+        "images/s",
+        f"reader {row['reader']}, {'tiny' if setting.tiny else 'ViT-S, 128 images'}",
+        bench=row,
+    )
     report.row("data wait", row["data_wait_percent"], "%", at_most=WAIT)
     beside = f"{row['img_per_s_cached']} images/s with a batch kept ready"
     report.row("headspace", row["headspace"], "", beside, at_least=HEADSPACE)
@@ -66,18 +73,17 @@ def training(setting: Setting, report: Report) -> None:
 def resume(setting: Setting, report: Report) -> None:
     """Two undisturbed runs, and one that is killed after its first checkpoint and started again."""
     require_reader()
-    batch = 8 if setting.tiny else 64
-    epochs = STEPS / (len(Shards(setting.shards)) // batch)
+    batch, steps, every = (8, TINY_STEPS, TINY_EVERY) if setting.tiny else (64, STEPS, EVERY)
+    epochs = steps / (len(Shards(setting.shards)) // batch)
     words = [
         str(write_config(setting, batch)), f"data.shards={setting.shards}", "data.val=null", "data.holdout=0",
-        f"optim.epochs={epochs}", "eval.every=0", "run.log_every=4", f"run.checkpoint_every={EVERY}",
-        "run.keep_checkpoints=9",
+        f"optim.epochs={epochs}", "eval.every=0", "run.log_every=4", f"run.checkpoint_every={every}",
     ]  # fmt: skip
     folders = {name: Path(setting.scratch, "runs", name) for name in ("whole", "again", "killed")}
     command = [sys.executable, "train.py", *words]
     start = time.monotonic()
     _finish([*command, f"run.folder={folders['whole']}", "run.profile=true"])
-    report.row(f"an undisturbed run of {STEPS} steps", time.monotonic() - start, "s", "start and compilation included")
+    report.row(f"an undisturbed run of {steps} steps", time.monotonic() - start, "s", "start and compilation included")
     _report_profile(folders["whole"] / "profile" / "table.txt", report)
     killed = [*command, f"run.folder={folders['killed']}"]
     _kill_after_checkpoint(killed, folders["killed"])
@@ -86,7 +92,7 @@ def resume(setting: Setting, report: Report) -> None:
     begun = next(
         (line for line in output.splitlines() if line.startswith("resumed at step")), "no line says it resumed"
     )
-    report.row("the killed run, started again", time.monotonic() - start, "s", begun[:60])
+    report.row("the killed run, started again", time.monotonic() - start, "s", begun.partition(" from ")[0])
     report.row("it resumed", int(begun.startswith("resumed")), "(1: yes)", at_least=1, required=True)
     _finish([*command, f"run.folder={folders['again']}"])
     expected = _samples(folders["whole"])
@@ -142,10 +148,11 @@ def _report_profile(table: Path, report: Report) -> None:
     """The operations with the most time of their own, of three steps; the whole table goes into the log."""
     text = table.read_text()
     print(text)
-    body = [line for line in text.splitlines() if line.strip() and not line.startswith("-")][1:]
-    for line in itertools.islice(body, 5):
-        cells = [cell for cell in line.split("  ") if cell.strip()]
-        report.row(
-            "profile of three steps", cells[0].strip()[:60], "", " ".join(c.strip() for c in cells[1:4]), line=line
-        )
+    cells = [re.split(r" {2,}", line.strip()) for line in text.splitlines() if line.strip() and line[0] != "-"]
+    columns, *rows = cells
+    own = columns.index("Self CUDA" if "Self CUDA" in columns else "Self CPU")
+    share = columns.index(f"{columns[own]} %")
+    rows = [row for row in rows if len(row) == len(columns) and not row[0].startswith("ProfilerStep")]
+    for row in rows[:5]:
+        report.row("profile of three steps", row[own], "", f"{row[share]} {row[0][:80]}")
     report.row("profile, in full", "log.txt", "", "beside the rows")
