@@ -99,7 +99,7 @@ def print_table(rows: list[dict[str, Any]], statuses: list[dict[str, Any]]) -> N
     for row in rows:
         value = "" if row.get("value") is None else str(row["value"])
         words = (row["what"], f"{value} {row['unit']}".strip(), row.get("beside", ""), row.get("target", ""))
-        table.add_row(row["part"], *words, marks.get(row.get("reached"), ""))
+        table.add_row(row["part"], *words, marks[row["reached"]] if "reached" in row else "")
     console.print(table, markup=False)
     for status in statuses:
         if status["status"] != "done":

@@ -31,14 +31,14 @@ def pieces(setting: Setting, report: Report) -> None:
         measure(setting, report, device, dtype)
 
 
-def try_row(report: Report, what: str, run: Callable[[], object], beside: str = "", **details: object) -> None:
+def try_row(report: Report, what: str, run: Callable[[], object], beside: str = "") -> None:
     """A row of the milliseconds of `run`, or of why it does not run here: an alternative may not."""
     try:
         ms = 1e3 * seconds_of(run)
     except RuntimeError as error:
         report.row(what, None, "", f"does not run: {str(error).strip().splitlines()[0][:200]}")
         return
-    report.row(what, ms, "ms", beside, **details)
+    report.row(what, ms, "ms", beside)
 
 
 def color(setting: Setting, report: Report, device: torch.device, dtype: torch.dtype) -> None:

@@ -56,14 +56,20 @@ def _report_network(title: str, rows: dict[str, dict[str, Any]], report: Report)
     report.row(f"{title}: step", ours["img_per_s"], "images/s", about, bench=ours)
     if naive:
         beside = f"{naive['img_per_s']:.4g} images/s at batch {naive['batch']}"
-        target = {"at_least": TO_NAIVE} if judged else {}
-        report.row(f"{title}: over the naive form", ours["ratio_to_naive"], "times", beside, bench=naive, **target)
+        report.row(
+            f"{title}: over the naive form",
+            ours["ratio_to_naive"],
+            "times",
+            beside,
+            at_least=TO_NAIVE if judged else None,
+            bench=naive,
+        )
     stated = ours.get("of_stated_percent")
     report.row(f"{title}: arithmetic", ours["tflops"], "TFLOP/s", f"a product has {ours['matmul_tflops']:.4g}")
     report.row(
         f"{title}: share of the product's", ours["of_matmul_percent"], "%",
         f"{stated} % of the maker's figure" if stated else "the maker's figure is not known",
-        **({"at_least": OF_MATMUL} if judged else {}),
+        at_least=OF_MATMUL if judged else None,
     )  # fmt: skip
     cost = count_cost(make_config(ours["arch"], "densedino"))
     estimate = cost.memory(ours["batch"]) / 2**20, cost.memory(ours["batch"], halved=True) / 2**20
