@@ -31,6 +31,7 @@ from tools.gpu.parts import NotHere, Report, Setting
 from train import train_step
 
 IMAGES = 8  # of the global batch
+TIMEOUT = 300  # seconds of a reduction
 
 
 def processes(setting: Setting, report: Report) -> None:
@@ -83,11 +84,11 @@ def step_of(batch: Batch, setting: Setting, context: distributed.DistributedCont
 def main(setting: Setting) -> None:
     """One process: the reduction, then its part of a step and, in process 0, the whole step."""
     config = make_config("tiny" if setting.tiny else "vit_tiny", "densedino")
-    context = distributed.start(config.speed, 60)
+    context = distributed.start(config.speed, TIMEOUT)
     device, rank, count = context.device, context.rank, context.world_size
     if count == 1:  # `start` needs no group for one process; here it is what is measured
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=60), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT), rank=0, world_size=1)
     torch.set_float32_matmul_precision("highest")
     value = torch.full((1000,), float(rank), device=device)
     dist.all_reduce(value)
