@@ -8,7 +8,7 @@ SCENES   := data/scenes
 
 # ---------------------------------------------------------------------------------------- words of the command line
 
-TARGETS  := help setup plan scenes shards verify index pretrain table1 tables eval features export bench test test-slow faults check lock docs-reference clean
+TARGETS  := help setup plan scenes shards verify index pretrain table1 tables eval features export bench gpu test test-slow faults check lock docs-reference clean
 
 # the variables that a target takes, besides those of the installation
 takes_shards    := SRC DST SHARD_MB ARGS
@@ -22,6 +22,7 @@ takes_eval      := RUN CONFIG METHOD ARGS
 takes_features  := RUN CONFIG METHOD SRC OUT ARGS
 takes_export    := RUN CONFIG METHOD DST TO ARGS
 takes_bench     := WHAT METHODS GPUS CONFIG SHARDS SRC OUT ARGS
+takes_gpu       := SHARDS OUT ARGS
 takes_test      := ARGS
 takes_test-slow := ARGS
 takes_faults    := ARGS
@@ -160,6 +161,9 @@ measured = $(if $(and $(GPUS),$(filter step,$(WHAT))),scale,$(WHAT))
 bench: ready $(if $(SHARDS)$(SRC),,$(if $(filter data all scale leak shards,$(measured)),scenes)) ## WHAT=data|all|step|leak|plan|knn|checkpoint|gpu_code|shards|locality [METHODS=all or GPUS=n with step, SHARDS=…, SRC=… with shards, OUT=rows.jsonl]: images per second
 	@$(PY) -m tools.bench $(call quote,$(measured)) $(if $(GPUS),"$$GPUS") $(if $(METHODS),--methods "$$METHODS") $(if $(SHARDS),--shards "$$SHARDS") \
 	  $(if $(SRC),--src "$$SRC") $(if $(filter CONFIG,$(given)),--config "$$CONFIG") $(if $(OUT),--out "$$OUT") $(ARGS)
+
+gpu: ready ## the first minutes on a GPU: is all right, how fast is it? [SHARDS=… OUT=rows.jsonl ARGS='--parts speed --tiny']
+	@$(PY) -m tools.gpu $(if $(SHARDS),--shards "$$SHARDS") $(if $(OUT),--out "$$OUT") $(ARGS)
 
 test: ready ## the tests, on any machine (some minutes)
 	@$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)

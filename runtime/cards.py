@@ -2,8 +2,8 @@
 
 bfloat16 with sums in float32, and TF32, without sparsity: data sheets often print twice as much, with sparsity. Sources: the
 data sheets of B200 (HGX), H200, H100, A100, L40S, L4, A10, RTX 6000 Ada and A6000; the architecture papers of Blackwell
-(RTX 5090), Ada (RTX 40) and Ampere GA102 (RTX 30). Those of A100, H100 PCIe and RTX 4090 were compared with copies in
-2026-11; the others are as they are generally quoted.
+(RTX 5090), Ada (RTX 40) and Ampere GA102 (RTX 30). Those of A100, H100 PCIe and RTX 4090 were compared with pages
+of specifications in 2026-11; the others are as they are generally quoted.
 """
 
 import re

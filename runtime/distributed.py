@@ -131,13 +131,9 @@ def start(speed: Speed, timeout: float = 1800) -> DistributedContext:
             raise UserError(f"process {local} of this machine has no device: torch finds {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        # the losses sum over all prototypes: partial sums of such a product stay float32
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        prefer_attention(torch.cuda.get_device_capability(device)[0])
     else:
         device = torch.device("cpu")
-        reuse_memory()
+    set_up_device(device)
     if world_size > 1:
         gpu = device.type == "cuda"
         dist.init_process_group(
@@ -146,16 +142,27 @@ def start(speed: Speed, timeout: float = 1800) -> DistributedContext:
     return DistributedContext(rank, world_size, device, choose_precision(speed.precision, device))
 
 
+def set_up_device(device: torch.device) -> None:
+    """Torch's settings of this process for training on a device: products, fused attention, memory."""
+    if device.type == "cpu":
+        reuse_memory()
+        return
+    torch.set_float32_matmul_precision("high")
+    # the losses sum over all prototypes: partial sums of such a product stay float32
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    prefer_attention(torch.cuda.get_device_capability(device)[0])
+
+
 # --------------------------------------------------------------------------------------------------------------- DDP
 
 
 def wrap_ddp(model: nn.Module, context: DistributedContext) -> nn.Module:
-    """DDP around the model if there are several processes: gradients are averaged during the backward pass.
+    """DDP around the model if `start` made a process group, for several: gradients are averaged during the backward pass.
 
     No static_graph: torch 2.15 ends in an internal assertion of its reducer if the first backward pass is one of
     `no_sync`, as with speed.grad_accum_steps. Unused parameters, whose search it would save, are not looked for.
     """
-    if context.world_size == 1:
+    if not dist.is_initialized():
         return model
     with warnings.catch_warnings():  # torch 2.15 has a new name for it, which older versions do not know
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)

@@ -86,6 +86,7 @@ def echo(tmp_path) -> Clone:
         ("export", ["RUN", "DST"]),
         ("features", ["RUN", "SRC", "OUT"]),
         ("bench WHAT=data", ["SHARDS", "OUT"]),
+        ("gpu", ["SHARDS", "OUT"]),
         ("bench WHAT=shards", ["SRC", "OUT"]),
         ("bench WHAT=checkpoint", ["CONFIG", "OUT"]),
     ],

@@ -36,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     add("data", "photos per second of each reader, stage by stage", shards=True)
-    add("all", "training with the loader, beside training on a cached batch", shards=True, config="configs/demo.yaml")
+    loader = add("all", "training with the loader, beside a cached batch", shards=True, config="configs/demo.yaml")
+    loader.add_argument("--rounds", type=int, default=5, help="default %(default)s, after a first one")
+    loader.add_argument("--steps", type=int, default=30, help="of each round (default %(default)s)")
     _add_step_options(add("step", "the training step of each method, beside the naive implementation"))
     locality = add("locality", "the price of the locality prior, step by step in turns")
     locality.add_argument(

@@ -1,6 +1,6 @@
 """Training with the loader beside training on one batch kept in memory: images/s of both, headspace, and data wait.
 
-    python -m tools.bench all [--config FILE] [--shards FOLDER] [--out rows.jsonl]
+    python -m tools.bench all [--config FILE] [--shards FOLDER] [--rounds 5] [--steps 30] [--out rows.jsonl]
 
 Headspace (the term is SPDL's) is the step time with a perfect loader divided by the step time with this one: 1 means that
 the loader costs nothing. Both take turns, so that other load on the machine slows both.
@@ -27,8 +27,6 @@ from runtime.config import load_config, shards_word
 from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
 from train import train_step
 
-ROUNDS, STEPS = 5, 30  # and one round before, which is not counted
-
 
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, [shards_word(args.shards), "data.val=null"])
@@ -42,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)
     optimizer = schedule.Optimizer(method.student, config.optim.clip_grad, split_positions=method.clip_positions_apart)
     loader = Loader(
-        config, shards, plan, device=context.device, dtype=context.dtype, start=0, stop=(ROUNDS + 1) * STEPS + 1,
+        config, shards, plan, device=context.device, dtype=context.dtype, start=0, stop=(args.rounds + 1) * args.steps + 1,
         compile=config.speed.compile,
     )  # fmt: skip
     cached_batch = next(loader)
@@ -53,17 +51,17 @@ def run(args: argparse.Namespace) -> None:
             train_step(batch, method, method, optimizer, schedules.at(0), context)
         if context.device.type == "cuda":
             torch.cuda.synchronize()
-        return config.optim.global_batch_size * STEPS / (time.perf_counter() - start)
+        return config.optim.global_batch_size * args.steps / (time.perf_counter() - start)
 
     real: list[float] = []
     cached: list[float] = []
     waits: list[float] = []
-    for n in range(ROUNDS + 1):
+    for n in range(args.rounds + 1):  # the first round is not counted
         loader.waited()
         start = time.perf_counter()
-        real_speed = images_per_second(itertools.islice(loader, STEPS))
+        real_speed = images_per_second(itertools.islice(loader, args.steps))
         wait = 100 * loader.waited() / (time.perf_counter() - start)
-        cached_speed = images_per_second(itertools.repeat(cached_batch, STEPS))
+        cached_speed = images_per_second(itertools.repeat(cached_batch, args.steps))
         if n:
             real.append(real_speed)
             cached.append(cached_speed)

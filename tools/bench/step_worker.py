@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.config
+from torch.nn.attention import SDPBackend
 
 from model.methods import build
 from pipeline.batch import Batch, draw, size_groups
@@ -81,9 +83,15 @@ def peak_memory_mb() -> float:
 
 
 def step(
-    arch: str, method: str, form: str, dtype: str, batch: int, steps: int, warmup: int, eager: bool
-) -> dict[str, Any]:
-    """Time training steps, seconds each after the warm-up; peak memory; on a GPU, how often the host waits in a step."""
+    arch: str, method: str, form: str, dtype: str, batch: int, steps: int, warmup: int, eager: bool,
+    backend: str = "inductor", attention: str | None = None, inductor: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Time training steps, seconds each after the warm-up; peak memory; on a GPU, how often the host waits in a step.
+
+    backend: torch's name of the compiler.
+    attention: the fused attention that is asked first instead of the trainer's, of torch's SDPBackend (flash, cudnn).
+    inductor: settings of torch._inductor.config that differ from the trainer's.
+    """
     device, precision = best_device(), getattr(torch, dtype)
     compiled = form == "ours" and not eager and not can_compile(device)
     config = make_config(arch, method, compiled)
@@ -94,17 +102,15 @@ def step(
         def run_step(i: int) -> None:
             naive.step(data, i, precision)
     else:
-        if device.type == "cpu":
-            distributed.reuse_memory()
-        else:
-            torch.set_float32_matmul_precision("high")  # as distributed.start does
+        distributed.set_up_device(device)
+        set_alternatives(attention, inductor or {})
         optimizer = Optimizer(
             model.student, config.optim.clip_grad, groups=model.parameter_groups(),
             split_positions=model.clip_positions_apart,
         )  # fmt: skip
         context = distributed.DistributedContext(0, 1, device, precision)
         if compiled:
-            compile_parts(model.compile_units(), device)
+            compile_parts(model.compile_units(), device, backend)
 
         def run_step(i: int) -> None:
             train_step(data, model, model, optimizer, schedules.at(i), context)
@@ -121,6 +127,17 @@ def step(
         if gpu and i == warmup - 1:
             result["host_waits"] = count_host_waits(lambda: run_step(warmup + steps))
     return result | {"times": times[warmup:], "peak": peak_memory_mb()}
+
+
+def set_alternatives(attention: str | None, inductor: dict[str, Any]) -> None:
+    """Settings of this process that the trainer does not have (arguments as those of `step`)."""
+    if attention:
+        first = int(getattr(SDPBackend, f"{attention.upper()}_ATTENTION").value)
+        others = [kind for kind in torch._C._get_sdp_priority_order() if kind != first]
+        torch._C._set_sdp_priority_order([first, *others])
+    for name, value in inductor.items():
+        *groups, last = name.split(".")
+        setattr(functools.reduce(getattr, groups, torch._inductor.config), last, value)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -109,8 +109,9 @@ def _of_run(target: EvalTarget, config: Config) -> list[str]:
 
 
 def _pixels(vit: ViT) -> str:
+    colors = "gray" if vit.architecture.channels == 1 else "RGB"
     return (
-        f"Images are {'gray' if vit.architecture.channels == 1 else 'RGB'}, normalized (mean and standard deviation: config.json). Features are [CLS], {vit.width} numbers "
+        f"Images are {colors}, normalized (mean and standard deviation: config.json). Features are [CLS], {vit.width} numbers "
         f"for an image, and patch tokens, {vit.width} numbers for each {vit.patch} x {vit.patch} pixels."
     )
 
@@ -121,7 +122,8 @@ def _load(vit: ViT, folder: str, formats: Collection[str]) -> str:
     lines = {
         "timm": f'import timm\n\nvit = timm.create_model("local-dir:{folder}", pretrained=True).eval()\n'
         f"# or, without config.json: {timm_call(vit, Path(folder, 'model.safetensors'))}\n"
-        f"tokens = vit.forward_features(images)  # [n,{channels},{side},{side}]\ncls, patches = tokens[:, 0], tokens[:, {prefix}:]",
+        f"tokens = vit.forward_features(images)  # [n,{channels},{side},{side}]\n"
+        f"cls, patches = tokens[:, 0], tokens[:, {prefix}:]",
         "transformers": "from transformers import AutoImageProcessor, AutoModel\n\n"
         f'processor = AutoImageProcessor.from_pretrained("{folder}/transformers")\n'
         f'model = AutoModel.from_pretrained("{folder}/transformers")  # {CLASSES[model_type(vit.architecture)]}\n'
