@@ -111,8 +111,8 @@ def _of_run(target: EvalTarget, config: Config) -> list[str]:
 def _pixels(vit: ViT) -> str:
     colors = "gray" if vit.architecture.channels == 1 else "RGB"
     return (
-        f"Images are {colors}, normalized (mean and standard deviation: config.json). Features are [CLS], {vit.width} numbers "
-        f"for an image, and patch tokens, {vit.width} numbers for each {vit.patch} x {vit.patch} pixels."
+        f"Images are {colors}, normalized (mean and standard deviation: config.json). Features are [CLS], {vit.width} "
+        f"numbers for an image, and patch tokens, {vit.width} numbers for each {vit.patch} x {vit.patch} pixels."
     )
 
 
