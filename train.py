@@ -8,11 +8,13 @@ The same command resumes a stopped run from its newest checkpoint.
 
 import argparse
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.config import Config, dump_run_config, load_config, parse_config, unknown_option
-from runtime.errors import UserError, run_cli
+from runtime.errors import run_cli
 
 OPTIONS = ("--dry-run", "--check", "--allow-change", "--help")
 
@@ -87,15 +89,19 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     from pipeline.plan import Plan
     from runtime import checkpoint, watchdog
 
-    shards = open_training(config)
-    holdout = 0.0 if config.data.val else config.data.holdout
-    plan = Plan(shards, batch=config.optim.global_batch_size, seed=config.seed, holdout=holdout)
-    folder, data = Path(config.run.folder or "run"), checkpoint.identify(shards)
-    resume, messages = checkpoint.find_resume(folder, config, data, allowed)
-    before = parse_config(resume.config, str(resume.path)) if resume else None
+    # hundreds of processes may start at once on one shared disk: the first of each machine looks at the shards, process 0
+    # alone at the run folder and at files of weights; the others wait for it in `distributed.start`
     is_main = os.environ.get("RANK", "0") == "0"
-    messages += preflight.check(config, shards, plan, folder, resuming=bool(resume)) if is_main else []
-    if check:
+    is_first_of_node = is_main or os.environ.get("LOCAL_RANK", "0") == "0"
+    opened = open_training(config) if is_first_of_node else None
+    holdout = 0.0 if config.data.val else config.data.holdout
+    make_plan = partial(Plan, batch=config.optim.global_batch_size, seed=config.seed, holdout=holdout)
+    folder = Path(config.run.folder or "run")
+    resume, messages = None, list[str]()
+    if is_main and opened:
+        resume, messages = checkpoint.find_resume(folder, config, checkpoint.identify(opened), allowed)
+        messages += preflight.check(config, opened, make_plan(opened), folder, resuming=bool(resume))
+    if check or (dry_run and not is_main):
         return 0
     _lock = watchdog.lock(folder) if is_main and not dry_run else None  # held until exit
 
@@ -105,8 +111,19 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     from model.cost import count_cost, count_memory
     from runtime import distributed, metrics, schedule, summary
 
-    preflight.check_scene_size(config)
-    config = weights.with_architecture(config, before)
+    before = parse_config(resume.config, str(resume.path)) if resume else None
+    if is_main:
+        preflight.check_scene_size(config)
+        config = weights.with_architecture(config, before)
+    # the watchdog names a process that hangs before a reduction times out
+    timeout = watchdog.FIRST_STEP_FACTOR * config.run.step_timeout + config.run.grace
+    context = distributed.alone() if dry_run else distributed.start(config.speed, timeout)
+    shards = context.from_first_of_node(opened)
+    decided = resume, config.model
+    resume, model = context.from_main(lambda: decided)
+    config = replace(config, model=model)
+    plan, data = make_plan(shards), checkpoint.identify(shards)
+    before = parse_config(resume.config, str(resume.path)) if resume else None
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)
     steps, start = len(schedules), resume.step if resume else 0
     messages += schedule.short_run_notes(config, plan.steps_per_epoch)
@@ -126,29 +143,28 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     from pipeline.loader import Loader, choose_reader
     from pipeline.random import hash64
     from runtime.compile import compile_parts
+    from runtime.forward_time import ForwardTime
     from runtime.run_log import RunLog
 
-    # the watchdog names a process that hangs before a reduction times out
-    timeout = watchdog.FIRST_STEP_FACTOR * config.run.step_timeout + config.run.grace
-    context = distributed.start(config.speed, timeout)
     if start < steps:  # remote shards are downloaded while the network is built; too small a cache is refused here
         plan.prefetch(shards, start, context.rank, context.world_size)
     torch.manual_seed(weights.weights_seed(config.seed))
     method = methods.build(config)  # the same weights in every process
-    if config.model.init and not resume:
-        messages.append(weights.load_pretrained(method, config.model.init))
+    if init := config.model.init if not resume else None:
+        messages.append(context.from_main(lambda: weights.load_pretrained(method, init)))
     # counting takes seconds: not for a short run
     flops = count_cost(config).flops if context.is_main and steps > 200 else None
     context.to_device(method)
+    for t in method.state_dict().values() if init else ():
+        context.broadcast(t)
     optimizer = schedule.Optimizer(
         method.student, config.optim.clip_grad, groups=method.parameter_groups(),
         split_positions=method.clip_positions_apart, layer_decay=config.optim.layer_decay,
     )  # fmt: skip
     if resume:
-        checkpoint.restore(method, optimizer.adamw, resume.tensors())
-    if not context.all_equal(start):
-        raise UserError(f"{folder}: processes find different checkpoints; all machines must share this folder")
-    if resume and before and start >= steps and (folder / "backbone.safetensors").is_file():
+        tensors = ((name, context.broadcast(t)) for name, t in resume.stream(read=context.is_main))
+        checkpoint.restore(method, optimizer.adamw, resume, tensors)
+    if resume and before and start >= steps and context.from_main((folder / "backbone.safetensors").is_file):
         if context.is_main:
             for message in checkpoint.update_evaluation(folder, resume, config):
                 print(message)
@@ -163,7 +179,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         writer = checkpoint.Writer(folder / "checkpoints", keep, text, data, environment)
     run_log = RunLog(folder, config, shards, plan, steps, start, context, flops)
     compiled = compile_parts(method.compile_units(), context.device) if config.speed.compile else ""
-    forward = distributed.wrap_ddp(method, context)
+    forward, forward_time = distributed.wrap_ddp(method, context), ForwardTime(method, context.device)
     knn, rank = OnlineKnn(config, shards, plan, context), OnlineRank(config, steps, context)
     evaluations = (knn, OnlinePoints(config, plan, context))
     loader = Loader(
@@ -201,7 +217,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
             due = [evaluation for evaluation in evaluations if evaluation.due(done)]
             log_now = save_now or stop_now or bool(due) or done % config.run.log_every == 0
             if log_now:  # the only place where the host waits for the device
-                interval = run_log.read(done, stop.received, loader.damaged(), loader.waited())
+                interval = run_log.read(done, stop.received, loader.damaged(), loader.waited(), forward_time.read())
                 stop_now = interval.stop
                 extra: dict[str, float] = {}
                 for evaluation in due:

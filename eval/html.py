@@ -11,6 +11,7 @@ Imports neither torch nor matplotlib.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -51,6 +52,7 @@ LEARNING: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 SPEED = (
     ("Throughput", "images per second", ("images_per_second",)),
     ("Data wait", "% of the time", ("data_wait_percent", "slowest_data_wait_percent")),
+    ("Slowest process", "% more time for data and forward pass than the median process", ("slowest_rank_percent",)),
 )
 CAPTIONS = {
     "views": "The trainer's input: windows, views, and the points that they share",
@@ -220,11 +222,11 @@ def metrics_sections(run: Path, rows: list[dict[str, float]], config: Config) ->
             figure(curve(rows, title, unit, names, ceilings.get(title)), title) for title, unit, names in charts
         )
 
-    speed = curves(SPEED)
+    speed = curves(SPEED) + slowest_process(rows)
     damaged = sum(len(read_jsonl(file)) for file in run.glob("damaged*.jsonl"))
     if damaged:
         speed += f"<p>{damaged:,} damaged samples were replaced by others (damaged.jsonl).</p>"
-    known = {"step", "epoch", *(name for *_, names in (*LEARNING, *SPEED) for name in names)}
+    known = {"step", "epoch", "slowest_rank", *(name for *_, names in (*LEARNING, *SPEED) for name in names)}
     others = dict.fromkeys(n for row in rows for n in row if n not in known and not n.startswith(IMAGES_OF))
     return (
         section("Learning", curves(LEARNING) or "<p>No metrics yet.</p>")
@@ -246,6 +248,21 @@ def sources_section(versions: list[dict[str, Any]], rows: list[dict[str, float]]
         each = None if seen is None else f"{seen / source['samples']:.3g}"
         lines.append([source["folder"], f"{source['samples']:,}", f"{100 * source['share']:.1f} %", seen, each])
     return table(["", "photos to train on", "share of the images", "images so far", "times each photo"], lines)
+
+
+def slowest_process(rows: list[dict[str, float]]) -> str:
+    """Which process was the slowest in most rows of a run of several."""
+    slowest = Counter(int(row["slowest_rank"]) for row in rows if "slowest_rank" in row)
+    if not slowest:
+        return ""
+    (rank, times), behind = (
+        slowest.most_common(1)[0],
+        [row["slowest_rank_percent"] for row in rows if "slowest_rank" in row],
+    )
+    return (
+        f"<p>Process {rank} was the slowest in {times:,} of {slowest.total():,} rows. The slowest process needed "
+        f"{median(behind):.0f} % more time for data and forward pass than the median process (median of the rows).</p>"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- the page

@@ -45,7 +45,10 @@ class OnlineKnn:
             return
         held_out = plan.held_out()
         other = config.data.val is not None and not is_part(config.data.val, shards)
-        val = open_shards(config.data.val, config) if other and config.data.val else shards
+        val = shards
+        if other and config.data.val:  # a machine opens them once
+            opened = None if processes.local_rank else open_shards(config.data.val, config)
+            val = processes.from_first_of_node(opened)
         val_ids = np.arange(len(val)) if other else held_out
         if not shards.classes or not val.classes:
             reason = shards.incomparable or "these shards have no classes"

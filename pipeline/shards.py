@@ -118,8 +118,9 @@ class Shards:
         """Labels of samples [n], of all without `ids`; -1: none."""
         return self.index["label"] if ids is None else self.index["label"][ids]
 
-    def __reduce__(self):  # a worker process opens the folder by itself
-        return Shards, (self._remote or self.folder, None, None)
+    def __reduce__(self):  # another process of this machine maps the index by itself, and looks at no shard again
+        found = {"_actual_bytes": self._actual_bytes, "missing_summary": self.missing_summary}
+        return Shards, (self._remote or self.folder, None, None), found
 
     def _read_manifest(self, local: Path) -> dict:
         """The manifest of a folder on this machine. Raises UserError if it is missing or not a manifest of shards."""

@@ -3,11 +3,14 @@
 import contextlib
 import ctypes
 import os
+import pickle
 import resource
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,8 @@ from runtime.compile import compile_failure, prefer_attention
 from runtime.config import Speed
 from runtime.errors import RunError, UserError
 
+T = TypeVar("T")
+
 
 @dataclass
 class DistributedContext:
@@ -28,6 +33,7 @@ class DistributedContext:
     world_size: int
     device: torch.device
     dtype: torch.dtype  # of the forward pass; parameters are float32, or float64 with it (for comparisons)
+    local_rank: int = 0  # among the processes of its machine, which have consecutive ranks
 
     @property
     def is_main(self) -> bool:
@@ -67,13 +73,49 @@ class DistributedContext:
         peak = peak_flops(self.device, self.dtype)
         return {"tflops": achieved / 1e12} | ({"mfu_percent": 100 * achieved / peak} if peak else {})
 
-    def all_equal(self, number: int) -> bool:
-        """Whether all processes have the same number."""
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns on process 0, in every process; only process 0 calls it. If it raises a UserError, all
+        processes end, and process 0 says why."""
         if self.world_size == 1:
-            return True
-        numbers: list[int] = [0] * self.world_size
-        dist.all_gather_object(numbers, number)
-        return len(set(numbers)) == 1
+            return work()
+        sent: list[T | None] = [None]
+        refused = [""]
+        if self.is_main:
+            try:
+                sent = [work()]
+            except UserError as error:
+                refused = [str(error)]
+        both = [*refused, *sent]
+        dist.broadcast_object_list(both, 0, device=self.device)
+        if both[0]:
+            if self.is_main:
+                raise UserError(refused[0])
+            sys.exit(2)
+        return both[1]  # type: ignore[return-value]
+
+    def from_first_of_node(self, value: T | None) -> T:
+        """The value of the first process of this machine, in each of its processes. It travels by pickle."""
+        if self.world_size == 1:
+            return value  # type: ignore[return-value]
+        sent = [b""] * self.world_size
+        dist.all_gather_object(sent, b"" if self.local_rank else pickle.dumps(value))
+        first = self.rank - self.local_rank
+        if first < 0 or not sent[first]:
+            raise UserError(
+                f"LOCAL_RANK {self.local_rank} with RANK {self.rank}: the processes of a machine need consecutive ranks, as "
+                "torchrun gives them"
+            )
+        return pickle.loads(sent[first]) if self.local_rank else value  # type: ignore[return-value]
+
+    def broadcast(self, t: Tensor) -> Tensor:
+        """A tensor of process 0, bit for bit, on the device of every process. t: that tensor; in the others one of its shape
+        and dtype, which is written over if it is on the device."""
+        if self.world_size == 1:
+            return t
+        t = t.to(self.device)
+        if t.numel():
+            dist.broadcast(t.flatten().view(torch.uint8), 0)
+        return t
 
     def all_gather(self, rows: Tensor) -> Tensor:
         """The rows [n,*] of all processes, in order of rank, in each of them: [n_0 + n_1 + ..., *]. n may differ."""
@@ -105,6 +147,11 @@ def env_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def alone() -> DistributedContext:
+    """A process by itself, on the CPU. Nothing is set up."""
+    return DistributedContext(0, 1, torch.device("cpu"), torch.float32)
+
+
 def start(speed: Speed, timeout: float = 1800) -> DistributedContext:
     """Set up this process: its device, precision and process group.
 
@@ -112,7 +159,7 @@ def start(speed: Speed, timeout: float = 1800) -> DistributedContext:
     step may take, which compiles). Raises UserError if the device of the config does not exist, and if torchrun is set up
     so that its restarts would fail.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), env_world_size()
+    rank, local, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), env_world_size()
     shared, restarts = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("USE_AGENT_STORE", "MAX_RESTARTS"))
     # seen with gloo: after a restart, processes connect to one that has exited
     if shared == "True" and restarts != "0":
@@ -126,7 +173,6 @@ def start(speed: Speed, timeout: float = 1800) -> DistributedContext:
             "speed.device: cuda, but torch finds no CUDA device here (speed.device: auto uses the CPU then)"
         )
     if cuda and speed.device != "cpu":
-        local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} of this machine has no device: torch finds {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
@@ -139,7 +185,7 @@ def start(speed: Speed, timeout: float = 1800) -> DistributedContext:
         dist.init_process_group(
             "nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout), device_id=device if gpu else None
         )
-    return DistributedContext(rank, world_size, device, choose_precision(speed.precision, device))
+    return DistributedContext(rank, world_size, device, choose_precision(speed.precision, device), local)
 
 
 def set_up_device(device: torch.device) -> None:

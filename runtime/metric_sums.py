@@ -1,6 +1,7 @@
 """Metrics between two rows of the log: summed on the device step by step, read in one reduction."""
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Interval:
     stop: bool  # whether any process received a stop signal
     corrupt: int  # corrupt samples of one epoch
     data_waits: list[float]  # seconds of each process
+    forwards: list[float]  # the same of its forward passes
 
     def row(self, batch_size: int, lr: float, context: DistributedContext, flops: int | None) -> dict[str, float]:
         """A row of metrics. batch_size: of all processes; flops: of one image, None if they were not counted."""
@@ -36,6 +38,11 @@ class Interval:
         }
         if context.world_size > 1:
             row["slowest_data_wait_percent"] = 100 * max(self.data_waits) / self.seconds
+            # what a process needs before it can wait for others; the lower median: of two processes, the faster one
+            own = [wait + forward for wait, forward in zip(self.data_waits, self.forwards, strict=True)]
+            if (typical := statistics.median_low(own)) > 0:
+                row["slowest_rank"] = own.index(max(own))
+                row["slowest_rank_percent"] = 100 * (max(own) / typical - 1)
         if self.skipped:
             row["skipped_steps"] = self.skipped
         return row | context.throughput_metrics(flops, images_per_second)
@@ -58,19 +65,25 @@ class MetricSums:
             self._skipped = torch.zeros(2, device=applied.device)
         self._skipped = (self._skipped + 1 - applied) * torch.stack([torch.ones_like(applied), 1 - applied])
 
-    def read(self, context: DistributedContext, stop: bool, corrupt: int, data_wait: float, done: int) -> Interval:
-        """Read and reset, all processes together. stop, corrupt, data_wait: this process's; done: steps."""
+    def read(
+        self, context: DistributedContext, stop: bool, corrupt: int, data_wait: float, forward: float, done: int
+    ) -> Interval:  # fmt: skip
+        """Read and reset, all processes together. stop, corrupt, data_wait, forward: this process's; done: steps."""
         assert self._skipped is not None
-        steps, waits = done - self._last_log_step, [0.0] * context.world_size
-        waits[context.rank] = data_wait * context.world_size
-        own = torch.tensor([float(stop), float(corrupt), *waits], device=context.device)
+        world_size = context.world_size
+        steps, times = (
+            done - self._last_log_step,
+            [0.0] * 2 * world_size,
+        )  # the data wait of each process, then its forward
+        times[context.rank], times[world_size + context.rank] = data_wait * world_size, forward * world_size
+        own = torch.tensor([float(stop), float(corrupt), *times], device=context.device)
         means = torch.stack([total / (steps - self._skipped[0]) for total in self._sums.values()])
         reduced = context.all_reduce_mean([own, means, self._skipped.to(means.dtype)])
-        (stops, corrupts, *waits), values, (skipped, in_a_row) = (t.tolist() for t in reduced)
+        (stops, corrupts, *times), values, (skipped, in_a_row) = (t.tolist() for t in reduced)
         now = time.perf_counter()
         interval = Interval(
             steps, now - self._last_log_time, dict(zip(self._sums, values, strict=True)), int(skipped), int(in_a_row),
-            stops > 0, round(corrupts * context.world_size), waits,
+            stops > 0, round(corrupts * world_size), times[:world_size], times[world_size:],
         )  # fmt: skip
         self._sums, self._last_log_step, self._last_log_time = {}, done, now
         self._skipped[0] = 0

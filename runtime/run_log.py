@@ -75,13 +75,16 @@ class RunLog:
         """Write the samples of the steps so far. corrupt: see `CorruptSamples.flush_logs`."""
         self.samples.flush_logs(corrupt)
 
-    def read(self, done: int, stop: bool, corrupt: list[tuple[int, int, int]], data_wait: float) -> Interval:
+    def read(
+        self, done: int, stop: bool, corrupt: list[tuple[int, int, int]], data_wait: float, forward: float
+    ) -> Interval:  # fmt: skip
         """The steps since the last reading, up to `done`, of all processes together: here the host waits for the device.
 
-        stop: whether this process received a stop signal. corrupt: see `CorruptSamples.flush_logs`. data_wait: seconds.
+        stop: whether this process received a stop signal. corrupt: see `CorruptSamples.flush_logs`. data_wait, forward:
+        seconds (`Loader.waited`, `ForwardTime.read`).
         """
         self.flush(corrupt)
-        return self.metric_sums.read(self.context, stop, self.samples.most(), data_wait, done)
+        return self.metric_sums.read(self.context, stop, self.samples.most(), data_wait, forward, done)
 
     def write(self, done: int, interval: Interval, lr: float, extra: dict[str, float]) -> None:
         """Write a row of metrics after `done` steps.

@@ -98,6 +98,8 @@ class Watchdog:
         self._closed = threading.Event()
         self._ticks = 0
         self._store = _connect_store() if self._world_size > 1 else None
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE", "1") == str(self._world_size)
+        self._host = "" if one_machine else f" on {socket.gethostname()}"
         self._publish()
         faulthandler.enable()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -126,9 +128,9 @@ class Watchdog:
             return "process 0 or its machine is gone"  # it hosts the store
         return _join(
             [
-                f"process {rank} is silent or gone, last heard of {now.partition('|')[2] or BEFORE_FIRST_STEP}"
-                for rank, (was, now) in enumerate(zip(before, after, strict=True))
-                if was == now and rank != self._rank
+                f"process {rank}{host} is silent or gone, last heard of {where}"
+                for rank, (was, (ticks, where, host)) in enumerate(zip(before, after, strict=True))
+                if was[0] == ticks and rank != self._rank
             ]
         )
 
@@ -155,22 +157,29 @@ class Watchdog:
         self._ticks += 1
         if self._store is not None:
             with contextlib.suppress(Exception):  # the store's host is gone: a reduction between processes will fail
-                self._store.set(str(self._rank), f"{self._ticks}|{self._where}")
+                self._store.set(str(self._rank), f"{self._ticks}|{self._where}|{self._host}")
 
-    def _published(self) -> list[str]:
+    def _published(self) -> list[tuple[str, str, str]]:
+        """(ticks, where it is, " on <host>" if there are several machines) of each process."""
         assert self._store is not None
-        try:
-            names = [str(rank) for rank in range(self._world_size)]  # `get` of a name that is not set would wait
-            return [self._store.get(name).decode() if self._store.check([name]) else "" for name in names]
+        names = [str(rank) for rank in range(self._world_size)]
+        try:  # one request, not one for each of hundreds of processes; `get` of a name that is not set would wait
+            if self._store.check(names):
+                texts = [text.decode() for text in self._store.multi_get(names)]
+            else:
+                texts = [self._store.get(name).decode() if self._store.check([name]) else "" for name in names]
         except Exception:  # the store is gone
             return []
+        return [tuple(text.split("|")) if text else ("", BEFORE_FIRST_STEP, "") for text in texts]  # type: ignore[misc]
 
     def _elsewhere(self) -> str:
         """Which processes are somewhere else, if not all wait at the same place."""
         if self._store is None:
             return ""
-        places = [text.partition("|")[2] for text in self._published()]
-        return _join([f"process {rank} is {place}" for rank, place in enumerate(places) if place != self._where])
+        published = enumerate(self._published())
+        return _join(
+            [f"process {rank}{host} is {where}" for rank, (_, where, host) in published if where != self._where]
+        )
 
     def _end(self, reason: str, code: int) -> None:
         prefix = f"[process {self._rank}] " if self._rank else ""  # as in `run_cli`

@@ -59,7 +59,7 @@ def test_a_checkpoint_restores_model_and_optimizer(trained, tmp_path):
     assert (found.step, found.config, found.data, found.environment) == (5, *HEADER)
     again = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     adamw_again = torch.optim.AdamW(again.parameters(), fused=True)
-    restore(again, adamw_again, found.tensors())
+    restore(again, adamw_again, found)
     for one, other in ((model, adamw), (again, adamw_again)):
         other.zero_grad()
         one(torch.full((2, 5), 0.5)).square().sum().backward()
@@ -174,10 +174,10 @@ def test_safetensors_reads_every_dtype_that_is_written(tmp_path):
 
 def test_tensors_that_do_not_fit_are_named(trained, tmp_path):
     save(tmp_path, trained, 1)
-    tensors = latest_valid(tmp_path).tensors()
+    found = latest_valid(tmp_path)
     other = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 4), nn.Linear(4, 1))
     with pytest.raises(UserError, match=r"'2\.bias' is missing, .* \(and 1 more\)"):
-        restore(other, torch.optim.AdamW(other.parameters()), tensors)
+        restore(other, torch.optim.AdamW(other.parameters()), found)
 
 
 def test_a_changed_environment_is_reported(trained, tmp_path):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -29,6 +29,7 @@ DTYPES = {
     "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
     "torch.bool": "BOOL",
 }  # fmt: skip
+_TORCH_NAMES = {name: kind.removeprefix("torch.") for kind, name in DTYPES.items()}
 _DIGEST_KEY = b'"sha256":"'  # no text inside the header's JSON can contain it: its quotes would be escaped
 _EMPTY_DIGEST = b"0" * 64
 
@@ -140,9 +141,27 @@ class Checkpoint:
     config: str  # resolved, as yaml
     data: dict[str, Any]  # `resume.identify` of the data set
     environment: dict[str, str]  # processes, precision, versions
+    shapes: dict[str, tuple[str, list[int]]]  # of each tensor: safetensors' name of its dtype, its shape
 
     def tensors(self) -> "dict[str, Tensor]":
         return read_tensors(self.path)
+
+    def stream(self, read: bool = True) -> "Iterator[tuple[str, Tensor]]":
+        """The tensors with their names, one at a time. read: False makes tensors of the same shapes and reads nothing, to
+        receive another process's. Raises UserError if the file cannot be read."""
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        if not read:
+            for name, (dtype, shape) in self.shapes.items():
+                yield name, torch.empty(shape, dtype=getattr(torch, _TORCH_NAMES[dtype]))
+            return
+        try:
+            with safe_open(self.path, "pt") as file:
+                for name in self.shapes:
+                    yield name, file.get_tensor(name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"{self.path}: cannot be read any more ({error})") from None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -151,7 +170,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises CorruptCheckpoint if its bytes are not those that were written, UserError if it has another format.
     """
     try:
-        header = read_header(path)["__metadata__"]
+        tensors = read_header(path)
+        header = tensors.pop("__metadata__")
         step, config, version = int(header["step"]), str(header["config"]), int(header["format"])
     except UserError as error:
         raise CorruptCheckpoint(str(error)) from None
@@ -170,7 +190,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             actual = hashlib.file_digest(file, lambda: digest).hexdigest()  # type: ignore[arg-type, return-value]
         if actual != header["sha256"]:
             raise ValueError("sha256 differs")
-        return Checkpoint(path, step, config, json.loads(header["data"]), json.loads(header["environment"]))
+        shapes = {name: (t["dtype"], t["shape"]) for name, t in tensors.items()}
+        return Checkpoint(path, step, config, json.loads(header["data"]), json.loads(header["environment"]), shapes)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpoint(f"{path}: damaged, its content is not what was written ({error})") from None
 
@@ -192,26 +213,33 @@ def training_state(model: "nn.Module", adamw: "optim.Optimizer") -> "dict[str, T
     return tensors
 
 
-def restore(model: "nn.Module", adamw: "optim.Optimizer", tensors: "Mapping[str, Tensor]") -> None:
-    """Load a checkpoint's tensors. Raises UserError if names or shapes are not the model's."""
-    saved = {n: t for n, t in tensors.items() if not n.startswith("adamw.")}
-    wanted = model.state_dict()
+def restore(
+    model: "nn.Module", adamw: "optim.Optimizer", found: Checkpoint,
+    tensors: "Iterable[tuple[str, Tensor]] | None" = None,
+) -> None:  # fmt: skip
+    """Load a checkpoint. tensors: those of `found.stream()`, from wherever they come; by default they are read.
+
+    Raises UserError if names or shapes are not the model's, before the first tensor is taken.
+    """
+    saved = {n: tuple(shape) for n, (_, shape) in found.shapes.items() if not n.startswith("adamw.")}
+    wanted = {n: t.detach() for n, t in model.state_dict().items()}  # the model's own memory
     wrong = [f"'{n}' is missing" for n in sorted(wanted.keys() - saved.keys())]
     wrong += [f"'{n}' is unknown" for n in sorted(saved.keys() - wanted.keys())]
     wrong += [
-        f"'{n}': saved {tuple(saved[n].shape)}, current {tuple(wanted[n].shape)}"
+        f"'{n}': saved {saved[n]}, current {tuple(wanted[n].shape)}"
         for n in sorted(wanted.keys() & saved.keys())
-        if wanted[n].shape != saved[n].shape
+        if tuple(wanted[n].shape) != saved[n]
     ]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(
             f"the checkpoint does not fit the model, which --allow-change cannot change: {', '.join(wrong[:3])}{more}"
         )
-    model.load_state_dict(saved)
     parameters = dict(model.named_parameters())
-    for name, t in tensors.items():
-        if name.startswith("adamw."):
+    for name, t in found.stream() if tensors is None else tensors:
+        if name in wanted:
+            wanted[name].copy_(t)
+        else:
             parameter, _, key = name.removeprefix("adamw.").rpartition(".")
             p = parameters[parameter]
             if key == "step":  # fused AdamW counts on the parameter's device
