@@ -57,6 +57,15 @@ def build_parser() -> argparse.ArgumentParser:
     leak.add_argument("--steps", type=int, default=2000, help="default %(default)s")
     plan = add("plan", "index and plan at 1.28 and 100 million samples")
     plan.add_argument("--sources", type=int, default=1, help="folders that the samples are in (default %(default)s)")
+    ranks = add("ranks", "512 processes: what each plans, reads and decides")
+    ranks.add_argument("--ranks", type=int, default=512, help="default %(default)s")
+    ranks.add_argument("--per-node", type=int, default=8, help="on one machine (default %(default)s)")
+    ranks.add_argument("--steps", type=int, default=20, help="default %(default)s")
+    resume = add("resume", "what 16 processes that resume together read of a checkpoint")
+    resume.add_argument("--gigabytes", type=float, default=1.0, help="of the checkpoint (default %(default)s)")
+    resume.add_argument("--ranks", type=int, default=16, help="default %(default)s")
+    resume.add_argument("--per-node", type=int, default=4, help="on one simulated machine (default %(default)s)")
+    resume.add_argument("--dst", default=tempfile.gettempdir(), help="the disk to write to (default: %(default)s)")
     _add_shards_options(add("shards", "making shards, beside decoding alone"))
     _add_knn_options(add("knn", "k-NN at ImageNet's size, beside the bare product and top-k"))
     checkpoint = add("checkpoint", "how long a checkpoint delays the step", config="configs/densedino_vits16.yaml")
@@ -131,6 +140,9 @@ def check(args: argparse.Namespace) -> None:
         "images",
         "sigma",
         "sources",
+        "ranks",
+        "per_node",
+        "gigabytes",
         "batch",
     )
     require_positive(args, *(name for name in positive if isinstance(getattr(args, name, None), int | float)))
