@@ -158,7 +158,7 @@ export: ready ## RUN=runs/… DST=folder [TO=transformers,torch,onnx,card|all]: 
 # WHAT=step with several GPUS measures the scaling of training
 measured = $(if $(and $(GPUS),$(filter step,$(WHAT))),scale,$(WHAT))
 
-bench: ready $(if $(SHARDS)$(SRC),,$(if $(filter data all scale leak shards,$(measured)),scenes)) ## WHAT=data|all|step|leak|plan|knn|checkpoint|gpu_code|shards|locality [METHODS=all or GPUS=n with step, SHARDS=…, SRC=… with shards, OUT=rows.jsonl]: images per second
+bench: ready $(if $(SHARDS)$(SRC),,$(if $(filter data all scale leak shards,$(measured)),scenes)) ## WHAT=data|all|step|leak|plan|knn|checkpoint|resume|ranks|gpu_code|shards|locality [METHODS=all or GPUS=n with step, SHARDS=…, SRC=… with shards, OUT=rows.jsonl]: images per second
 	@$(PY) -m tools.bench $(call quote,$(measured)) $(if $(GPUS),"$$GPUS") $(if $(METHODS),--methods "$$METHODS") $(if $(SHARDS),--shards "$$SHARDS") \
 	  $(if $(SRC),--src "$$SRC") $(if $(filter CONFIG,$(given)),--config "$$CONFIG") $(if $(OUT),--out "$$OUT") $(ARGS)
 
@@ -171,7 +171,7 @@ test: ready ## the tests, on any machine (some minutes)
 test-slow: ready ## the tests that take minutes (compilation, benchmark rows, compiled training on two processes)
 	@$(PY) -m pytest -n 2 -m slow $(ARGS)
 
-faults: ready ## all 673 sub-cases of the fault plan (about 10 minutes)
+faults: ready ## all 679 sub-cases of the fault plan (about 10 minutes)
 	@FAULTS=all $(PY) -m pytest tests/faults -n 2 --dist worksteal $(ARGS)
 
 check: ready ## ruff and mypy

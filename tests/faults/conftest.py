@@ -1,4 +1,4 @@
-"""The fault plan: 35 cases with 673 sub-cases. Each runs the real program and asserts the outcome and the message.
+"""The fault plan: 36 cases with 679 sub-cases. Each runs the real program and asserts the outcome and the message.
 
 `make faults` runs all of them and prints a table; `make test` runs those marked `fast`. A sub-case is one test marked
 `@pytest.mark.fault("F07")`; tests without that mark are not counted.
@@ -45,6 +45,7 @@ PLAN = {  # case: (what is injected, sub-cases)
     "F33": ("odd words for make", 60),
     "F34": ("lists and reasons", 38),
     "F35": ("the first minutes", 25),
+    "F36": ("many processes, other numbers of them, slow and cut networks", 6),
 }
 WHOLE = os.environ.get("FAULTS") == "all"
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg, _uninstall_threaded_pg
 
 from pipeline.plan import Plan
 from pipeline.shards import Shards
@@ -77,6 +76,9 @@ def make_plan(shards: Shards, ranks: int) -> Plan:
 
 def simulate_ranks(folder: Path, ranks: int, per_node: int, steps: int) -> list[Rank]:
     """All ranks, each in a thread, after their last step. Raises RunError if one of them failed."""
+    # torch's own tests have it; it is in every version from 2.11 to 2.15
+    from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg, _uninstall_threaded_pg
+
     _install_threaded_pg()
     torch._C._distributed_c10d._set_thread_isolation_mode(True)  # each thread has process groups of its own
     try:
