@@ -86,4 +86,4 @@ def test_one_process_reads_a_checkpoint(tmp_path):
     each, main = read_jsonl(out)
     assert each["asked_gb"] >= 4 * each["gigabytes"]
     assert main["asked_gb"] < 1.1 * main["gigabytes"]
-    assert main["disk_gb"] < 1.1 * main["gigabytes"]
+    assert main["fetched_gb"] < 1.1 * main["gigabytes"]

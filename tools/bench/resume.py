@@ -4,12 +4,14 @@
 
 Each simulated machine has a copy of the checkpoint of its own, which is not in the page cache. `each` is every process for
 itself, as this trainer first did: it hashes the file, then reads its tensors. `main` is what train.py does: process 0 hashes
-and reads, and the others receive. Linux counts for each process (/proc/self/io) the bytes that it asks for with read(), and
-those that its machine fetches from the disk for it, memory maps included. `--dst` must be on a disk, not in memory.
+and reads, and the others receive. Counted are the bytes that processes ask for with read() (/proc/self/io), and how much of
+each machine's copy is in the page cache afterwards (mincore), whether it was read or mapped. `--dst` must be on a disk.
 """
 
 import argparse
+import ctypes
 import json
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -19,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from runtime.checkpoint import latest_valid, save_tensors
@@ -49,17 +52,29 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def counted() -> dict[str, int]:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return {name: int(value) for name, value in (line.split(": ") for line in lines)}
+def cached_bytes(path: Path) -> int:
+    """How much of a file is in the page cache."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        address = np.frombuffer(pages, np.uint8).ctypes.data
+        present = np.zeros(-(-len(pages) // mmap.PAGESIZE), np.uint8)
+        libc = ctypes.CDLL(None, use_errno=True)
+        wanted = (ctypes.c_void_p(address), ctypes.c_size_t(len(pages)), ctypes.c_void_p(present.ctypes.data))
+        if libc.mincore(*wanted):
+            raise OSError(ctypes.get_errno(), "mincore")
+    return int((present & 1).sum()) * mmap.PAGESIZE
+
+
+def asked_bytes() -> int:
+    """What this process has asked for with read(), of any file."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def resume(rank: int, form: str, folder: Path, environment: dict[str, str], out: Any) -> None:
-    """One process: find the checkpoint of its machine and take its tensors; puts its counts into `out`."""
+    """One process: finds the checkpoint, takes its tensors, puts (seconds, bytes asked, checksum) in `out`."""
     os.environ |= environment
     context = start(Speed(device="cpu"))
     context.from_main(lambda: None)  # all have begun
-    before, begun = counted(), time.perf_counter()
+    before, begun = asked_bytes(), time.perf_counter()
     found = latest_valid(folder) if form == "each" or context.is_main else None
     if form == "main":
         found = context.from_main(lambda: found)
@@ -67,9 +82,7 @@ def resume(rank: int, form: str, folder: Path, environment: dict[str, str], out:
     total = torch.zeros((), dtype=torch.int64)
     for _, t in found.stream(read=form == "each" or context.is_main):
         total += (context.broadcast(t) if form == "main" else t).view(torch.int32).sum()
-    seconds, after = time.perf_counter() - begun, counted()
-    reads = {name: after[name] - before[name] for name in ("rchar", "read_bytes")}
-    out.put((rank, seconds, reads, int(total)))
+    out.put((time.perf_counter() - begun, asked_bytes() - before, int(total)))
     context.from_main(lambda: None)  # none leaves while others receive
     context.close()
 
@@ -101,14 +114,11 @@ def measure(form: str, paths: list[Path], ranks: int, per_node: int) -> dict[str
         process.join()
     assert len({total for *_, total in done}) == 1, "processes have different tensors"
 
-    def of_nodes(name: str) -> list[int]:
-        return [sum(r[name] for rank, _, r, _ in done if rank // per_node == node) for node in range(len(paths))]
-
+    fetched = [cached_bytes(path) / 1e9 for path in paths]
     return {
         "what": "resume", "form": form, "ranks": ranks, "nodes": len(paths), "gigabytes": paths[0].stat().st_size / 1e9,
-        "asked_gb": sum(of_nodes("rchar")) / 1e9, "disk_gb": sum(of_nodes("read_bytes")) / 1e9,
-        "disk_gb_most_of_a_node": max(of_nodes("read_bytes")) / 1e9, "seconds": max(seconds for _, seconds, *_ in done),
-        "device": cpu_name(),
+        "asked_gb": sum(asked for _, asked, _ in done) / 1e9, "fetched_gb": sum(fetched),
+        "fetched_gb_most_of_a_node": max(fetched), "seconds": max(seconds for seconds, *_ in done), "device": cpu_name(),
     }  # fmt: skip
 
 
