@@ -79,8 +79,9 @@ def simulate_ranks(folder: Path, ranks: int, per_node: int, steps: int) -> list[
     # torch's own tests have it; it is in every version from 2.11 to 2.15
     from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg, _uninstall_threaded_pg
 
+    isolate: Any = torch._C._distributed_c10d
     _install_threaded_pg()
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)  # each thread has process groups of its own
+    isolate._set_thread_isolation_mode(True)  # each thread has process groups of its own
     try:
         store = dist.HashStore()
         all_ranks = [Rank(folder, rank, ranks, per_node, steps) for rank in range(ranks)]
@@ -92,7 +93,7 @@ def simulate_ranks(folder: Path, ranks: int, per_node: int, steps: int) -> list[
                 raise RunError(f"rank {failed.context.rank}: {failed.error!r}") from failed.error
             time.sleep(0.05)
     finally:
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        isolate._set_thread_isolation_mode(False)
         _uninstall_threaded_pg()
     return all_ranks
 

@@ -102,7 +102,7 @@ def measure(form: str, paths: list[Path], ranks: int, per_node: int) -> dict[str
         folder = paths[rank // per_node].parent
         processes.append(fork.Process(target=resume, args=(rank, form, folder, environment, out)))
         processes[-1].start()
-    done = []
+    done = list[tuple[float, int, int]]()
     while len(done) < ranks:
         if not out.empty():
             done.append(out.get())
