@@ -115,13 +115,13 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         simulate(folder, SAMPLES[0])
-        check = make_plan(Shards(folder, max_missing=None), args.ranks)
-        check.samples_of(0)  # what the first plan of a process imports and allocates is not a rank's
+        alone = Shards(folder, max_missing=None)
+        make_plan(alone, args.ranks).samples_of(0)  # what the first plan of a process imports and allocates is not a rank's
         before = resident_mb()
         all_ranks = simulate_ranks(folder, args.ranks, args.per_node, args.steps)
         added = (resident_mb() - before) / args.ranks
         check_ranks(all_ranks, folder)
-        shards = len(check._counts)
+        shards = len(alone.shards)
         nodes = [all_ranks[i : i + args.per_node] for i in range(0, args.ranks, args.per_node)]
         touched = [len(set().union(*(rank.shards for rank in node))) for node in nodes]
     step_ms = [ms for rank in all_ranks for ms in rank.step_ms]
