@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from model.methods import Method
     from pipeline.batch import Batch
+    from pipeline.mixture import Mixture
+    from pipeline.shards import Shards
     from runtime.distributed import DistributedContext
     from runtime.schedule import Optimizer, StepValues
 
@@ -118,7 +120,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     # the watchdog names a process that hangs before a reduction times out
     timeout = watchdog.FIRST_STEP_FACTOR * config.run.step_timeout + config.run.grace
     context = distributed.alone() if dry_run else distributed.start(config.speed, timeout)
-    shards = context.from_first_of_node(opened)
+    shards: Shards | Mixture = context.from_first_of_node(opened)
     decided = resume, config.model
     resume, model = context.from_main(lambda: decided)
     config = replace(config, model=model)
@@ -156,7 +158,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     flops = count_cost(config).flops if context.is_main and steps > 200 else None
     context.to_device(method)
     for t in method.state_dict().values() if init else ():
-        context.broadcast(t)
+        t.copy_(context.broadcast(t))
     optimizer = schedule.Optimizer(
         method.student, config.optim.clip_grad, groups=method.parameter_groups(),
         split_positions=method.clip_positions_apart, layer_decay=config.optim.layer_decay,

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -93,10 +93,10 @@ class DistributedContext:
             sys.exit(2)
         return both[1]  # type: ignore[return-value]
 
-    def from_first_of_node(self, value: T | None) -> T:
+    def from_first_of_node(self, value: Any) -> Any:
         """The value of the first process of this machine, in each of its processes. It travels by pickle."""
         if self.world_size == 1:
-            return value  # type: ignore[return-value]
+            return value
         sent = [b""] * self.world_size
         dist.all_gather_object(sent, b"" if self.local_rank else pickle.dumps(value))
         first = self.rank - self.local_rank
@@ -105,7 +105,7 @@ class DistributedContext:
                 f"LOCAL_RANK {self.local_rank} with RANK {self.rank}: the processes of a machine need consecutive ranks, as "
                 "torchrun gives them"
             )
-        return pickle.loads(sent[first]) if self.local_rank else value  # type: ignore[return-value]
+        return pickle.loads(sent[first]) if self.local_rank else value
 
     def broadcast(self, t: Tensor) -> Tensor:
         """A tensor of process 0, bit for bit, on the device of every process. t: that tensor; in the others one of its shape

@@ -71,10 +71,8 @@ class MetricSums:
         """Read and reset, all processes together. stop, corrupt, data_wait, forward: this process's; done: steps."""
         assert self._skipped is not None
         world_size = context.world_size
-        steps, times = (
-            done - self._last_log_step,
-            [0.0] * 2 * world_size,
-        )  # the data wait of each process, then its forward
+        steps = done - self._last_log_step
+        times = [0.0] * 2 * world_size  # the data wait of each process, then its forward
         times[context.rank], times[world_size + context.rank] = data_wait * world_size, forward * world_size
         own = torch.tensor([float(stop), float(corrupt), *times], device=context.device)
         means = torch.stack([total / (steps - self._skipped[0]) for total in self._sums.values()])

@@ -173,7 +173,7 @@ def test_dry_run_touches_nothing(tiny_config, tmp_path):
     assert "steps        20 (5 an epoch)" in stdout
     assert "1 + 16 patches + 6 reference tokens" in stdout
     assert "GFLOP per image and step" in stdout
-    assert "GiB on each device" in stdout
+    assert "GiB of tensors on each device" in stdout
     assert not (tmp_path / "run").exists()
 
 

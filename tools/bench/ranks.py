@@ -116,7 +116,9 @@ def run(args: argparse.Namespace) -> None:
         folder = Path(name)
         simulate(folder, SAMPLES[0])
         alone = Shards(folder, max_missing=None)
-        make_plan(alone, args.ranks).samples_of(0)  # what the first plan of a process imports and allocates is not a rank's
+        make_plan(alone, args.ranks).samples_of(
+            0
+        )  # what the first plan of a process imports and allocates is not a rank's
         before = resident_mb()
         all_ranks = simulate_ranks(folder, args.ranks, args.per_node, args.steps)
         added = (resident_mb() - before) / args.ranks
