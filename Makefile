@@ -171,7 +171,7 @@ test: ready ## the tests, on any machine (some minutes)
 test-slow: ready ## the tests that take minutes (compilation, benchmark rows, compiled training on two processes)
 	@$(PY) -m pytest -n 2 -m slow $(ARGS)
 
-faults: ready ## all 679 sub-cases of the fault plan (about 10 minutes)
+faults: ready ## all 681 sub-cases of the fault plan (about 10 minutes)
 	@FAULTS=all $(PY) -m pytest tests/faults -n 2 --dist worksteal $(ARGS)
 
 check: ready ## ruff and mypy
