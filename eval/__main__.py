@@ -38,7 +38,7 @@ from eval.target import (
     check_temperature,
     require_choice,
 )
-from runtime.errors import run_cli
+from runtime.errors import UserError, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,13 +226,25 @@ def run_report(network: str, args: Options) -> int:
 
 
 def add_html(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("network", metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="a run folder; several: their curves together"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="with several: the file to write (default: curves.html beside the runs)"
+    )
 
 
-def run_html(network: str, args: Options) -> int:
+def run_html(_: None, args: Options) -> int:
+    runs, out = args["runs"], args["out"]
+    if len(runs) > 1:
+        from eval import html_runs
+
+        return html_runs.run(runs, out)
+    if out:
+        raise UserError(f"--out {out}: the page of one run is RUN/report.html; --out is for several runs")
     from eval import html
 
-    return html.run(Path(network))
+    return html.run(runs[0])
 
 
 def add_embed(parser: argparse.ArgumentParser) -> None:
@@ -327,8 +339,9 @@ COMMANDS = {
         run_report,
     ),
     "html": Command(
-        "a run in one page, as report.html",
-        "Results, curves, pictures, configuration, versions.",
+        "a run in one page, as report.html; several runs: their curves, as curves.html",
+        "One run: results, curves, pictures, configuration, versions. Several: what differs in their configs, their newest\n"
+        "figures, every metric as one chart with a curve for each run.",
         add_html,
         run_html,
     ),

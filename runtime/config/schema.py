@@ -13,12 +13,14 @@ from pydantic.dataclasses import dataclass
 
 from runtime.config.bounds import (
     ARCHITECTURE,
+    DEFAULT_LOGGERS,
     METHOD,
     RATIO,
     SETTINGS,
     SIDE,
     WINDOW,
     Deviations,
+    Loggers,
     Pair,
     Share,
     ShareBelowOne,
@@ -263,6 +265,9 @@ class Run:
     long."""
     grace: NonNegativeFloat = 25
     """Seconds that a run has to save itself after a stop signal. torchrun kills its processes after 30."""
+    loggers: Loggers = Field(default_factory=lambda: [*DEFAULT_LOGGERS])
+    """Where metrics go: any of jsonl, tensorboard, wandb, mlflow. metrics.jsonl is always written, named or not:
+    resume and the run's page read it (docs/howto/follow-a-run.md)."""
     log_samples: bool = False
     """Whether samples.jsonl records the samples of each step (process r > 0: samples-r.jsonl)."""
     max_nonfinite_steps: PositiveInt = 10
