@@ -11,6 +11,7 @@ MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME.
 import json
 import os
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -77,7 +78,7 @@ class Wandb:
     def __init__(self, folder: Path, config: Config, id: str):
         import wandb
 
-        self.id = id or os.environ.get("WANDB_RUN_ID") or wandb.util.generate_id()
+        self.id = id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         place = os.environ.get("WANDB_DIR") or str(folder.absolute())
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT, name=os.environ.get("WANDB_NAME") or folder.name,
@@ -88,7 +89,7 @@ class Wandb:
         self.where = f"wandb: {upload if self._run.offline else self._run.url}"
 
     def write(self, step: int, values: Row) -> None:
-        self._run.log(values, step=step)
+        self._run.log(values, step=step, commit=True)
 
     def close(self, finished: bool) -> None:
         self._run.finish(exit_code=0 if finished else 1)

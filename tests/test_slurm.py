@@ -1,0 +1,171 @@
+"""The job script for Slurm: preempted twice, it ends with the undisturbed run's weights. Slurm itself is a stub of four
+programs, which do what its manual says: sbatch runs the script, and again after a requeue; srun starts a task for each node;
+scancel signals their processes; scontrol lists the nodes. Nodes are two network namespaces where the machine has them."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import NODES, ROOT, env_without_make, run_program
+
+from tests.faults.program import equal, final, steps
+
+STUBS = {
+    "sbatch": """
+        export SLURM_JOB_ID=4711 SLURM_JOB_NODELIST='node[0-1]' SLURM_JOB_NUM_NODES=2 SLURM_RESTART_COUNT=0
+        while :; do
+            rm -f "$STATE/requeue"
+            bash "$1" & echo $! > "$STATE/batch"
+            wait $!; code=$?
+            [ -e "$STATE/requeue" ] || exit $code
+            SLURM_RESTART_COUNT=$((SLURM_RESTART_COUNT + 1))
+        done""",
+    "srun": """
+        while [[ $1 == --* ]]; do [[ $1 == --ntasks=* ]] && tasks=${1#*=}; shift; done
+        mapfile -t prefixes < "$STATE/prefixes"
+        : > "$STATE/tasks"; pids=(); worst=0
+        for ((i = 0; i < tasks; i++)); do
+            SLURM_NODEID=$i setsid ${prefixes[i]} "$@" & pids+=($!); echo $! >> "$STATE/tasks"
+        done
+        for pid in "${pids[@]}"; do wait $pid; code=$?; ((code > worst)) && worst=$code; done
+        exit $worst""",
+    "scancel": """
+        [ "$*" = "--signal=TERM 4711" ] || exit 1
+        while read -r pid; do kill -TERM -- "-$pid"; done < "$STATE/tasks" """,
+    "scontrol": """
+        case $1 in
+            show) cat "$STATE/hosts" ;;
+            requeue) touch "$STATE/requeue" ;;
+        esac""",
+}
+
+
+@pytest.fixture
+def slurm(request, tmp_path) -> dict[str, str]:
+    """The environment of a machine with Slurm."""
+    state, programs = tmp_path / "state", tmp_path / "bin"
+    state.mkdir()
+    programs.mkdir()
+    try:
+        machines, hosts = request.getfixturevalue("machines"), NODES
+    except pytest.skip.Exception:  # no network namespaces: both nodes are this machine
+        machines, hosts = [["env"], ["env"]], ("127.0.0.1", "127.0.0.1")
+    node = tmp_path / "node"  # the stub splits a prefix at blanks
+    node.write_text(
+        "#!/bin/sh\nn=$1; shift\ncase $n in\n"
+        + "".join(f'{i}) exec {shlex.join(machine)} "$@" ;;\n' for i, machine in enumerate(machines))
+        + "esac\n"
+    )
+    node.chmod(0o755)
+    (state / "prefixes").write_text(f"{node} 0\n{node} 1\n")
+    (state / "hosts").write_text("\n".join(hosts) + "\n")
+    for name, body in STUBS.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    return env_without_make() | {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "STATE": str(state),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def preempt(job: subprocess.Popen, state: Path, run: Path, step: int) -> None:
+    """Signal the job script as Slurm does, when the run has trained so many steps."""
+    until = time.monotonic() + 600
+    while steps(run) < step and job.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    assert job.poll() is None, job.communicate()
+    os.kill(int((state / "batch").read_text()), signal.SIGUSR1)
+
+
+@pytest.mark.slow
+def test_preempted_twice_it_equals_the_undisturbed_run(slurm, tiny_config, tmp_path):
+    state, scripts = Path(slurm["STATE"]), {}
+    for name in ("whole", "cut"):
+        scripts[name] = tmp_path / f"{name}.sbatch"
+        words = ["-s", "slurm", "NODES=2", "GPUS=1", f"CONFIG={tiny_config}", f"RUN={tmp_path / name}"]
+        words += [f"OUT={scripts[name]}", "ARGS=--time 1:00:00 optim.epochs=80 run.checkpoint_every=50"]
+        made = subprocess.run(["make", *words], cwd=ROOT, env=slurm, capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr
+        assert f"submit it: sbatch {scripts[name]}" in made.stdout
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=slurm)
+    job = subprocess.Popen(["sbatch", scripts["cut"]], **pipes)  # type: ignore[call-overload]
+    try:
+        preempt(job, state, tmp_path / "cut", 60)
+        while not (state / "requeue").exists() and job.poll() is None:
+            time.sleep(0.005)
+        saved = steps(tmp_path / "cut")
+        assert 60 <= saved < 330
+        preempt(job, state, tmp_path / "cut", saved + 20)
+        out, _ = job.communicate(timeout=900)
+    finally:
+        job.kill()
+    assert job.returncode == 0, out
+    assert out.count("saved; back into the queue") == 2
+    assert "start 3 on node[0-1]" in out
+    assert out.count("resumed at step") == 2
+    whole = subprocess.run(["sbatch", scripts["whole"]], **pipes, check=False)  # type: ignore[call-overload]
+    assert whole.returncode == 0, whole.stdout
+    assert equal(final(tmp_path / "cut"), final(tmp_path / "whole"))
+    assert (tmp_path / "cut" / "report.html").is_file()
+
+
+def write_script(config: Path, out: Path, *words: object, expect: int = 0) -> str:
+    """Call the program; the script, or its error."""
+    done = run_program("-m", "tools.slurm", "--gpus", "2", "--out", out, *words, config, expect=expect)
+    return out.read_text() if expect == 0 else done.stderr
+
+
+def test_options_are_lines_of_the_script(tiny_config, tmp_path):
+    out = tmp_path / "a job.sbatch"
+    text = write_script(
+        tiny_config, out, "--nodes", 4, "--time", "2-12", "--partition", "gpu", "--account", "me", "--option", "qos=high",
+        "--setup", "module load cuda", "--setup", "source env/bin/activate", "--notice", 300,
+    )  # fmt: skip
+    lines = text.splitlines()
+    for line in (
+        "nodes=4", "ntasks-per-node=1", "gpus-per-node=2", "time=2-12", "partition=gpu", "account=me", "qos=high",
+        "requeue", "open-mode=append", "signal=B:USR1@300", f'output="{tmp_path}/a job-%j.log"',
+    ):  # fmt: skip
+        assert f"#SBATCH --{line}" in lines
+    assert "#SBATCH" not in text.partition("\n\n")[2]  # sbatch reads none after the first command
+    assert lines.index("module load cuda") < lines.index("source env/bin/activate") < lines.index("python=python")
+    assert subprocess.run(["bash", "-n", out], check=False).returncode == 0
+    if checker := shutil.which("shellcheck"):
+        assert subprocess.run([checker, out], check=False).returncode == 0
+    assert f"python={sys.executable}" in write_script(tiny_config, tmp_path / "b.sbatch")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "4x"], "NODES=4x: a whole number above 0, for example NODES=2"),
+        (["--nodes", "3"], "optim.global_batch_size: 16 is not divisible by 6 processes"),
+        (["--time", "a day"], "--time a day: expected minutes, hours:minutes:seconds or days-hours"),
+        (["--partition", "gpu\n#SBATCH --x"], "one word is expected"),
+        (["--option", "qos high"], "--option qos high: expected an option of sbatch"),
+        (["--tme=1"], "--tme=1: no such option, did you mean '--time'?"),
+        (["optim.lrr=1"], "optim.lrr: no such key, did you mean 'optim.lr'?"),
+    ],
+)
+def test_wrong_words_are_named(tiny_config, tmp_path, words, message):
+    out = tmp_path / "job.sbatch"
+    options = [word for word in words if not word.startswith("optim")]
+    done = run_program(
+        "-m", "tools.slurm", "--gpus", "2", "--out", out, *options, tiny_config, *words[len(options) :], expect=2
+    )
+    assert message in done.stderr
+    assert not out.exists()
+
+
+def test_a_script_is_never_overwritten(tiny_config, tmp_path):
+    out = tmp_path / "job.sbatch"
+    out.write_text("mine")
+    assert f"{out}: exists; remove it, or name another file" in write_script(tiny_config, out, expect=2)
+    assert out.read_text() == "mine"
