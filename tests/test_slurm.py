@@ -21,17 +21,16 @@ STUBS = {
         export SLURM_JOB_ID=4711 SLURM_JOB_NODELIST='node[0-1]' SLURM_JOB_NUM_NODES=2 SLURM_RESTART_COUNT=0
         while :; do
             rm -f "$STATE/requeue"
-            bash "$1" & echo $! > "$STATE/batch"
+            bash "$1" & echo $! > "$STATE/batch"; echo >> "$STATE/starts"
             wait $!; code=$?
             [ -e "$STATE/requeue" ] || exit $code
             SLURM_RESTART_COUNT=$((SLURM_RESTART_COUNT + 1))
         done""",
     "srun": """
         while [[ $1 == --* ]]; do [[ $1 == --ntasks=* ]] && tasks=${1#*=}; shift; done
-        mapfile -t prefixes < "$STATE/prefixes"
         : > "$STATE/tasks"; pids=(); worst=0
         for ((i = 0; i < tasks; i++)); do
-            SLURM_NODEID=$i setsid ${prefixes[i]} "$@" & pids+=($!); echo $! >> "$STATE/tasks"
+            SLURM_NODEID=$i setsid "$STATE/node" $i "$@" & pids+=($!); echo $! >> "$STATE/tasks"
         done
         for pid in "${pids[@]}"; do wait $pid; code=$?; ((code > worst)) && worst=$code; done
         exit $worst""",
@@ -56,14 +55,13 @@ def slurm(request, tmp_path) -> dict[str, str]:
         machines, hosts = request.getfixturevalue("machines"), NODES
     except pytest.skip.Exception:  # no network namespaces: both nodes are this machine
         machines, hosts = [["env"], ["env"]], ("127.0.0.1", "127.0.0.1")
-    node = tmp_path / "node"  # the stub splits a prefix at blanks
+    node = state / "node"  # runs a command on the node of a number
     node.write_text(
         "#!/bin/sh\nn=$1; shift\ncase $n in\n"
         + "".join(f'{i}) exec {shlex.join(machine)} "$@" ;;\n' for i, machine in enumerate(machines))
         + "esac\n"
     )
     node.chmod(0o755)
-    (state / "prefixes").write_text(f"{node} 0\n{node} 1\n")
     (state / "hosts").write_text("\n".join(hosts) + "\n")
     for name, body in STUBS.items():
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -98,7 +96,7 @@ def test_preempted_twice_it_equals_the_undisturbed_run(slurm, tiny_config, tmp_p
     job = subprocess.Popen(["sbatch", scripts["cut"]], **pipes)  # type: ignore[call-overload]
     try:
         preempt(job, state, tmp_path / "cut", 60)
-        while not (state / "requeue").exists() and job.poll() is None:
+        while len((state / "starts").read_text()) < 2 and job.poll() is None:
             time.sleep(0.005)
         saved = steps(tmp_path / "cut")
         assert 60 <= saved < 330
@@ -149,6 +147,7 @@ def test_options_are_lines_of_the_script(tiny_config, tmp_path):
         (["--nodes", "3"], "optim.global_batch_size: 16 is not divisible by 6 processes"),
         (["--time", "a day"], "--time a day: expected minutes, hours:minutes:seconds or days-hours"),
         (["--partition", "gpu\n#SBATCH --x"], "one word is expected"),
+        (["--notice", "0"], "--notice 0: must be more than 0"),
         (["--option", "qos high"], "--option qos high: expected an option of sbatch"),
         (["--tme=1"], "--tme=1: no such option, did you mean '--time'?"),
         (["optim.lrr=1"], "optim.lrr: no such key, did you mean 'optim.lr'?"),

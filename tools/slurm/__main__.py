@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from runtime.config import Config, load_config, unknown_option
-from runtime.errors import UserError, run_cli
+from runtime.errors import UserError, require_positive, run_cli
 from tools.docstring import make_parser
 from tools.pretrain import overrides, positive
 
@@ -32,25 +32,25 @@ OPTIONS = ("--time", "--partition", "--account", "--option", "--setup", "--notic
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for options that are no lines of a job script."""
-    for name in ("time", "partition", "account", "option", "setup"):
-        for text in [getattr(args, name) or ""] if name not in ("option", "setup") else getattr(args, name):
-            if "\n" in text or (name in ("partition", "account") and re.search(r"\s", text)):
-                raise UserError(
-                    f"--{name} {text!r}: one word is expected" if name != "setup" else "--setup: one line each"
-                )
+    require_positive(args, "notice", "cpus")
+    for name in ("partition", "account"):
+        if re.search(r"\s", getattr(args, name)):
+            raise UserError(f"--{name} {getattr(args, name)!r}: one word is expected")
+    for line in args.setup:
+        if "\n" in line:
+            raise UserError(f"--setup {line!r}: one line is expected; the option may be repeated")
     if args.time and not TIME.fullmatch(args.time):
-        raise UserError(
-            f"--time {args.time}: expected minutes, hours:minutes:seconds or days-hours, for example 24:00:00"
-        )
+        expected = "minutes, hours:minutes:seconds or days-hours, for example 24:00:00"
+        raise UserError(f"--time {args.time}: expected {expected}")
     for option in args.option:
-        if not re.fullmatch(r"-*[a-z][a-z-]*(=\S.*)?", option):
+        if not re.fullmatch(r"-*[a-z][a-z-]*(=\S+)?", option):
             raise UserError(f"--option {option}: expected an option of sbatch, for example --option qos=high")
 
 
 def directives(args: argparse.Namespace, nodes: int, gpus: int, cpus: int, name: str, log: Path) -> list[str]:
     """The #SBATCH lines."""
     lines = [
-        f"--job-name={shlex.quote(name)}", f"--nodes={nodes}", "--ntasks-per-node=1", f"--gpus-per-node={gpus}",
+        f"--job-name={_quoted(name)}", f"--nodes={nodes}", "--ntasks-per-node=1", f"--gpus-per-node={gpus}",
         f"--cpus-per-task={cpus * gpus}", f"--output={_quoted(log)}", "--open-mode=append", "--requeue",
         f"--signal=B:USR1@{args.notice}",
     ]  # fmt: skip
@@ -59,9 +59,9 @@ def directives(args: argparse.Namespace, nodes: int, gpus: int, cpus: int, name:
     return [f"#SBATCH {line}" for line in lines]
 
 
-def _quoted(path: Path) -> str:
+def _quoted(word: Path | str) -> str:
     """As sbatch reads it: no shell, but quotes around blanks."""
-    return f'"{path}"' if " " in str(path) else str(path)
+    return f'"{word}"' if " " in str(word) else str(word)
 
 
 def script(args: argparse.Namespace, config: Config, words: list[str], nodes: int, gpus: int, out: Path) -> str:
