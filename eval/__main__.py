@@ -38,7 +38,7 @@ from eval.target import (
     check_temperature,
     require_choice,
 )
-from runtime.errors import UserError, run_cli
+from runtime.errors import run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -235,16 +235,9 @@ def add_html(parser: argparse.ArgumentParser) -> None:
 
 
 def run_html(_: None, args: Options) -> int:
-    runs, out = args["runs"], args["out"]
-    if len(runs) > 1:
-        from eval import html_runs
+    from eval import html_runs
 
-        return html_runs.run(runs, out)
-    if out:
-        raise UserError(f"--out {out}: the page of one run is RUN/report.html; --out is for several runs")
-    from eval import html
-
-    return html.run(runs[0])
+    return html_runs.run(**args)
 
 
 def add_embed(parser: argparse.ArgumentParser) -> None:

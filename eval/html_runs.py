@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from eval import html
 from eval.curves import Rows, chart
 from eval.html import LEARNING, SPEED, read_metrics
 from eval.html_parts import document, figure, grid, section, table
@@ -89,7 +90,12 @@ def page(runs: list[Path]) -> str:
 
 
 def run(runs: list[Path], out: Path | None) -> int:
-    """The program: write the page. Raises UserError for what is not a run folder, and before another file is overwritten."""
+    """The program: write the page of several runs, or of one (html.py). Raises UserError for what is not a run folder, and
+    before another file is overwritten."""
+    if len(runs) == 1:
+        if out:
+            raise UserError(f"--out {out}: the page of one run is RUN/report.html; --out is for several runs")
+        return html.run(runs[0])
     out = out or Path(os.path.commonpath([run.absolute().parent for run in runs]), "curves.html")
     if out.is_dir() or (out.exists() and META not in out.read_text(encoding="utf-8", errors="replace")[:1000]):
         raise UserError(f"{out}: exists, and is no page of this program; --out FILE names another file")

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import run_program, write_config
+from conftest import ROOT, run_program, write_config
 
 from runtime.loggers import read_ids
 from runtime.metrics import read_jsonl
@@ -159,13 +159,13 @@ def test_a_logger_that_is_added_later_has_the_whole_curve(tiny_config, tmp_path)
 
 
 def test_a_logger_that_fails_says_so_once_and_is_completed_later(tiny_config, tmp_path):
-    """A disk fails under TensorBoard: a file is where its folder was. The run ends well, the next start sends the rest."""
+    """A disk is full under TensorBoard. The run ends well, and the next start sends the rest."""
     run = tmp_path / "run"
     script = tmp_path / "failing.py"
     script.write_text(
         f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.path.insert(0, {str(ROOT)!r})
 import train
 from runtime.loggers import TensorBoard
 
@@ -190,7 +190,7 @@ train.run_cli(train.main)
 
 
 def test_a_server_that_does_not_answer_delays_no_step(tiny_config, tmp_path):
-    """MLflow's file store is replaced by an address that accepts and is silent, when the run resumes."""
+    """An address that accepts and is silent, in the place of MLflow's file store when the run resumes."""
     pytest.importorskip("mlflow", reason="mlflow is not installed: pip install mlflow")
     words = ("train.py", tiny_config, "run.loggers=mlflow")
     run_program(*words, env=os.environ | store(tmp_path))
@@ -206,6 +206,33 @@ def test_a_server_that_does_not_answer_delays_no_step(tiny_config, tmp_path):
     run_program(*words, "optim.epochs=7", "--allow-change", "optim.epochs", env=os.environ | store(tmp_path))
     assert sorted(mlflow_curves(tmp_path / "run")["loss"])[-1] == 35
     assert len(mlflow_curves(tmp_path / "run")["loss"]) == len(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_the_process_of_wandb_dies(tmp_path):
+    """W&B sends from a process of its own, here killed: one message, and what it lacks is known."""
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
+    script = f"""
+import os, signal, sys, time
+from pathlib import Path
+from runtime.config import Config
+from runtime.loggers import Loggers
+config = Config()
+config.run.loggers = ["wandb"]
+loggers = Loggers(Path({str(tmp_path)!r}), config, 0, 0, [])
+messages = loggers.write({{"step": 1, "loss": 1.0}})
+for child in Path("/proc").glob("[0-9]*/stat"):
+    name, _, fields = child.read_text().partition("(")[2].rpartition(")")
+    if name == "wandb-core" and int(fields.split()[1]) == os.getpid():
+        os.kill(int(child.parent.name), signal.SIGKILL)
+for step in range(2, 1000):
+    messages += loggers.write({{"step": step, "loss": 1.0}})
+    time.sleep(0.01 if not messages else 0)
+messages += loggers.close(True)
+print(len(messages), *messages)
+"""
+    out = run_program("-c", script, env=os.environ | store(tmp_path) | {"PYTHONPATH": str(ROOT)}).stdout
+    assert out.startswith("1 warning: wandb failed after step ")
+    assert read_ids(tmp_path)["wandb"]["sent"] < 900
 
 
 def test_a_logger_that_cannot_be_opened_stops_a_new_run(tiny_config, tmp_path):

@@ -3,6 +3,7 @@ programs, which do what its manual says: sbatch runs the script, and again after
 scancel signals their processes; scontrol lists the nodes. Nodes are two network namespaces where the machine has them."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,8 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import NODES, ROOT, env_without_make, run_program
 
+from runtime.config import load_config
 from tests.faults.program import equal, final, steps
 
 STUBS = {
@@ -168,3 +171,23 @@ def test_a_script_is_never_overwritten(tiny_config, tmp_path):
     out.write_text("mine")
     assert f"{out}: exists; remove it, or name another file" in write_script(tiny_config, out, expect=2)
     assert out.read_text() == "mine"
+
+
+def test_the_howto_names_what_exists():
+    """The YAML of docs/howto/cluster.md is YAML, and its words are words of train.py and keys of the config."""
+    text = (ROOT / "docs/howto/cluster.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    replicas = yaml.safe_load(block)["spec"]["pytorchReplicaSpecs"]
+    assert replicas["Master"] == replicas["Worker"]
+    (container,) = replicas["Master"]["template"]["spec"]["containers"]
+    launcher, program, config, *words = container["command"] + container["args"]
+    assert (launcher, program) == ("torchrun", "train.py")
+    assert load_config(ROOT / config, words).run.folder == "/runs/vits16"
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in replicas["Master"]["template"]["spec"]["volumes"]}
+    options = set(
+        re.findall(r"(--[a-z-]+)", " ".join(re.findall(r"torch\.distributed\.run (.*?)train\.py", text, re.DOTALL)))
+    )
+    known = run_program("-m", "torch.distributed.run", "--help").stdout
+    assert options
+    assert all(option in known for option in options)
