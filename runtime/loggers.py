@@ -25,7 +25,8 @@ from runtime.errors import UserError
 from runtime.files import write_atomic
 
 IDS = "loggers.json"
-OPEN_SECONDS = 60  # to connect, at the start
+OPEN_SECONDS = 300  # to connect, when a run begins: its user waits
+RESUME_SECONDS = 30  # the same when it resumes; then rows wait for the logger, and training does not
 CLOSE_SECONDS = 60  # to send what is left, at the end of a run
 STOP_SECONDS = 5  # the same after a stop signal: run.grace is 25 s
 PROJECT = "densedino"  # at W&B and MLflow, unless the environment names one
@@ -159,9 +160,9 @@ class Sender:
             self.error = error
         self._opened.set()
 
-    def wait_open(self) -> bool:
-        """Whether it opened within OPEN_SECONDS."""
-        return self._opened.wait(OPEN_SECONDS) and self.error is None
+    def wait_open(self, seconds: float) -> bool:
+        """Whether it opened within so many seconds."""
+        return self._opened.wait(seconds) and self.error is None
 
     def write(self, row: Row) -> None:
         if not self.error:
@@ -212,8 +213,8 @@ class Loggers:
         return partial(Wandb if name == "wandb" else MLflow, self.folder, config, id)
 
     def _finish_opening(self, sender: Sender, start: int, rows: list[Row]) -> None:
-        name = sender.name
-        if not sender.wait_open() and name not in self._ids:
+        name, begun = sender.name, sender.name in self._ids
+        if not sender.wait_open(RESUME_SECONDS if begun else OPEN_SECONDS) and not begun:
             offline = "WANDB_MODE=offline keeps its curves on this disk; " if name == "wandb" else ""
             others = [other.name for other in self._senders if other is not sender]
             raise UserError(

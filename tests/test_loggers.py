@@ -109,7 +109,7 @@ def run(tiny_shards, tmp_path_factory) -> Path:
     command = ["train.py", str(config), f"run.loggers=[{loggers}]", "optim.epochs=60", "run.checkpoint_every=50"]
     env = os.environ | store(folder.parent)
     process = Forked(command, env=env)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while len(read_jsonl(folder / "metrics.jsonl")) < 40 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.002)
     process.kill()
