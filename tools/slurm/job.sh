@@ -5,6 +5,7 @@
 cd "$repository" || exit 1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it from the job since Slurm 22.05
 stop=
 
 signal() {  # to the steps of this job; torchrun saves on TERM, and does not know USR1
