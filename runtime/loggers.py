@@ -74,8 +74,6 @@ class TensorBoard:
 class Wandb:
     """A run at Weights & Biases, or with WANDB_MODE=offline in RUN/wandb. The screen stays ours."""
 
-    sent: int | None = None  # its own process keeps what it was given, even if this one is killed
-
     def __init__(self, folder: Path, config: Config, id: str):
         import wandb
 
@@ -86,6 +84,8 @@ class Wandb:
             id=self.id, resume="allow", dir=place, config=parse(dump_run_config(config), "config")[0],
             settings=wandb.Settings(console="off", silent=True),
         )  # fmt: skip
+        # the server knows it; offline no file tells: what was on its way to W&B's process at a kill -9 is lost
+        self.sent: int | None = self._run.step - 1 if id and not self._run.offline else None
         upload = f"offline in {place}/wandb; `wandb sync --append {place}/wandb/offline-run-*-{self.id}` uploads it"
         self.where = f"wandb: {upload if self._run.offline else self._run.url}"
 
