@@ -333,8 +333,7 @@ COMMANDS = {
     ),
     "html": Command(
         "a run in one page, as report.html; several runs: their curves, as curves.html",
-        "One run: results, curves, pictures, configuration, versions. Several: what differs in their configs, their newest\n"
-        "figures, every metric as one chart with a curve for each run.",
+        "One run: results, curves, pictures, configuration, versions. Several: newest figures, curves, what differs.",
         add_html,
         run_html,
     ),

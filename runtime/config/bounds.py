@@ -90,7 +90,10 @@ TAGS = ("<one>", "<several>")
 Text = Annotated[str, BeforeValidator(as_text, json_schema_input_type=str | float)]
 Texts = Annotated[list[Text], BeforeValidator(as_list, json_schema_input_type=Text | list[Text])]
 LoggerName = Literal["jsonl", "tensorboard", "wandb", "mlflow"]
-DEFAULT_LOGGERS: tuple[LoggerName, ...] = ("jsonl", "tensorboard")
 LOGGERS: tuple[str, ...] = get_args(LoggerName)
 Loggers = Annotated[list[LoggerName], BeforeValidator(as_list, json_schema_input_type=LoggerName | list[LoggerName])]
 Pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # yaml has no tuples
+
+
+def default_loggers() -> list[LoggerName]:
+    return ["jsonl", "tensorboard"]

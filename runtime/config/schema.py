@@ -13,7 +13,6 @@ from pydantic.dataclasses import dataclass
 
 from runtime.config.bounds import (
     ARCHITECTURE,
-    DEFAULT_LOGGERS,
     METHOD,
     RATIO,
     SETTINGS,
@@ -28,6 +27,7 @@ from runtime.config.bounds import (
     Text,
     Texts,
     as_list,
+    default_loggers,
     one_or_several,
     patch_of,
 )
@@ -265,9 +265,8 @@ class Run:
     long."""
     grace: NonNegativeFloat = 25
     """Seconds that a run has to save itself after a stop signal. torchrun kills its processes after 30."""
-    loggers: Loggers = Field(default_factory=lambda: [*DEFAULT_LOGGERS])
-    """Where metrics go: any of jsonl, tensorboard, wandb, mlflow. metrics.jsonl is always written, named or not:
-    resume and the run's page read it (docs/howto/follow-a-run.md)."""
+    loggers: Loggers = Field(default_factory=default_loggers)
+    """Where metrics go (docs/howto/follow-a-run.md). metrics.jsonl is always written, named or not."""
     log_samples: bool = False
     """Whether samples.jsonl records the samples of each step (process r > 0: samples-r.jsonl)."""
     max_nonfinite_steps: PositiveInt = 10
