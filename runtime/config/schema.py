@@ -261,8 +261,7 @@ class Run:
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints that are kept."""
     step_timeout: PositiveFloat = 600
-    """Seconds that one step, or one wait for a batch, may take before the run is ended. The first may take 10 times as
-    long."""
+    """Seconds that a step, or a wait for a batch, may take before the run is ended; the first may take 10 times as long."""
     grace: NonNegativeFloat = 25
     """Seconds that a run has to save itself after a stop signal. torchrun kills its processes after 30."""
     loggers: Loggers = Field(default_factory=default_loggers)

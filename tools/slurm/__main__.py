@@ -21,7 +21,7 @@ from pathlib import Path
 from runtime.config import Config, load_config, unknown_option
 from runtime.errors import UserError, require_positive, run_cli
 from tools.docstring import make_parser
-from tools.pretrain import overrides, positive
+from tools.pretrain import overrides, positive, resolve_folders
 
 BODY = Path(__file__).with_name("job.sh")
 REPOSITORY = Path(__file__).parents[2]
@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     check(args)
     nodes, gpus = positive("NODES", args.nodes or "1"), positive("GPUS", args.gpus)
     args.run = str(Path(args.run).absolute()) if args.run else ""
+    resolve_folders(args, trains=True)
     words = [*overrides(args), *args.words]
     config = load_config(args.config, words, processes=nodes * gpus)
     out = Path(args.out or f"{config.run.folder}.sbatch")
