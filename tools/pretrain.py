@@ -61,8 +61,8 @@ def positive(name: str, word: str, alternative: str = "") -> int:
 
 
 def resolve_folders(args: argparse.Namespace, trains: bool) -> None:
-    """Put shards in the place of folders of photos; they are made if it `trains`. Raises UserError, also for a run.folder among
-    the words."""
+    """Put shards in the place of folders of photos; they are made if it `trains`. Raises UserError, also for a run.folder
+    among the words."""
     for word in args.words:
         if word.startswith("run.folder="):
             raise UserError(f"ARGS='{word}': the run folder is given as RUN={word.partition('=')[2]}")
