@@ -135,7 +135,7 @@ class Sender:
         self.name, self.sent = name, sent
         self.logger: Logger | None = None
         self.error: BaseException | None = None
-        self.finished, self.reported = False, False
+        self.finished, self.opened, self.reported = False, False, False
         self._rows: queue.SimpleQueue[Row | None] = (
             queue.SimpleQueue()
         )  # about 1 kB a row: a day without network is little
@@ -221,34 +221,37 @@ class Loggers:
                 f"run.loggers: {name} cannot be opened ({sender.reason()}); {offline}"
                 f"run.loggers=[{','.join(['jsonl', *others])}] trains without it"
             )
-        self.notes += self._failures() if sender.error else [sender.logger.where if sender.logger else ""]
+        self.notes += self._news()
         if sender.sent > start and not sender.error:
             self.notes.append(f"{name} has steps {start + 1} to {sender.sent} already; they are not sent again")
         for row in rows:
             sender.write(row)
 
     def write(self, row: Row) -> list[str]:
-        """Send a row; returns messages, one for each logger that has failed since."""
+        """Send a row; returns messages, one for each logger that has opened or failed since."""
         for sender in self._senders:
             sender.write(row)
-        return self._failures()
+        return self._news()
 
     def close(self, finished: bool) -> list[str]:
         """Send what is left; returns messages."""
         until = time.monotonic() + (CLOSE_SECONDS if finished else STOP_SECONDS)
         late = [s for s in self._senders if not s.close(finished, max(0.0, until - time.monotonic())) and not s.error]
-        messages = self._failures()
+        messages = self._news()
         self._save({sender.name for sender in late})
         return messages + [f"warning: {sender.name} has not sent everything yet; {LATER}" for sender in late]
 
-    def _failures(self) -> list[str]:
-        """A message for each logger that has failed and was not reported."""
+    def _news(self) -> list[str]:
+        """A line for each logger that has opened since the last call, and a message for each that has failed."""
+        places = [s.logger.where for s in self._senders if s.logger and s.logger.where and not s.opened]
+        for sender in self._senders:
+            sender.opened = sender.logger is not None
         failed = [sender for sender in self._senders if sender.error and not sender.reported]
         for sender in failed:
             sender.reported = True
         if failed:
             self._save()
-        return [f"warning: {s.name} failed after step {s.sent} ({s.reason()}); {LATER}" for s in failed]
+        return places + [f"warning: {s.name} failed after step {s.sent} ({s.reason()}); {LATER}" for s in failed]
 
     def _save(self, late: set[str] | frozenset[str] = frozenset()) -> None:
         """Write loggers.json: for each logger its id, and its last step if later ones did not reach it."""
