@@ -4,7 +4,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import shutil
 import socket
 import subprocess
 import sys
@@ -168,42 +167,3 @@ run: {{folder: {run}, log_every: 2, checkpoint_every: 7}}
 @pytest.fixture
 def tiny_config(tiny_shards: Path, tmp_path: Path) -> Path:
     return write_config(tmp_path / "tiny.yaml", tiny_shards, tmp_path / "run")
-
-
-NODES = ("node0", "node1")  # the host names of `machines`
-
-
-@pytest.fixture
-def machines():
-    """[the prefix that runs a command on each machine]; skips if namespaces cannot be created."""
-    tag = f"dd{os.getpid()}"
-    spaces = [f"{tag}-{name}" for name in NODES]
-    hosts = "127.0.0.1 localhost\n" + "".join(f"10.77.0.{i + 1} {name}\n" for i, name in enumerate(NODES))
-    if not all(shutil.which(program) for program in ("ip", "unshare")):
-        pytest.skip("no ip (iproute2) or unshare (util-linux) here")
-
-    def ip(*words: str) -> None:
-        done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
-
-    try:
-        for space in spaces:
-            ip("netns", "add", space)
-            folder = Path("/etc/netns", space)  # `ip netns exec` mounts its files over /etc
-            folder.mkdir(parents=True)
-            (folder / "hosts").write_text(hosts)
-        ip("link", "add", f"{tag}a", "netns", spaces[0], "type", "veth", "peer", "name", f"{tag}b", "netns", spaces[1])
-        for i, (space, cable) in enumerate(zip(spaces, (f"{tag}a", f"{tag}b"), strict=True)):
-            ip("-n", space, "addr", "add", f"10.77.0.{i + 1}/24", "dev", cable)
-            ip("-n", space, "link", "set", cable, "up")
-            ip("-n", space, "link", "set", "lo", "up")
-        named = 'hostname "$0" && exec "$@"'
-        yield [
-            ["ip", "netns", "exec", s, "unshare", "--uts", "sh", "-c", named, n]
-            for s, n in zip(spaces, NODES, strict=True)
-        ]
-    finally:
-        for space in spaces:
-            subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
-            shutil.rmtree(Path("/etc/netns", space), ignore_errors=True)

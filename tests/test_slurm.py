@@ -10,14 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import NODES, ROOT, env_without_make, run_program
+from conftest import ROOT, env_without_make, run_program
 
 from runtime.config import load_config
 from tests.faults.program import equal, final, steps
+from tests.machines import NAMES, two_machines
 
 STUBS = {
     "sbatch": """
@@ -49,19 +52,24 @@ STUBS = {
 
 
 @pytest.fixture
-def slurm(request, tmp_path) -> dict[str, str]:
+def slurm(tmp_path) -> Iterator[dict[str, str]]:
     """The environment of a machine with Slurm."""
-    state, programs = tmp_path / "state", tmp_path / "bin"
+    with ExitStack() as stack:
+        try:
+            nodes, hosts = stack.enter_context(two_machines()).prefixes, NAMES
+        except pytest.skip.Exception:  # no network namespaces: both nodes are this machine
+            nodes, hosts = [["env"], ["env"]], ("127.0.0.1", "127.0.0.1")
+        yield write_stubs(tmp_path / "state", tmp_path / "bin", nodes, hosts)
+
+
+def write_stubs(state: Path, programs: Path, nodes: list[list[str]], hosts: Sequence[str]) -> dict[str, str]:
+    """Write the stubs; the environment that finds them. nodes: the prefix that runs a command on each node."""
     state.mkdir()
     programs.mkdir()
-    try:
-        machines, hosts = request.getfixturevalue("machines"), NODES
-    except pytest.skip.Exception:  # no network namespaces: both nodes are this machine
-        machines, hosts = [["env"], ["env"]], ("127.0.0.1", "127.0.0.1")
     node = state / "node"  # runs a command on the node of a number
     node.write_text(
         "#!/bin/sh\nn=$1; shift\ncase $n in\n"
-        + "".join(f'{i}) exec {shlex.join(machine)} "$@" ;;\n' for i, machine in enumerate(machines))
+        + "".join(f'{i}) exec {shlex.join(machine)} "$@" ;;\n' for i, machine in enumerate(nodes))
         + "esac\n"
     )
     node.chmod(0o755)
