@@ -8,7 +8,7 @@ SCENES   := data/scenes
 
 # ---------------------------------------------------------------------------------------- words of the command line
 
-TARGETS  := help setup plan scenes shards verify index pretrain table1 tables eval features export bench gpu test test-slow faults check lock docs-reference clean
+TARGETS  := help setup plan scenes shards verify index pretrain slurm table1 tables eval features export bench gpu test test-slow faults check lock docs-reference clean
 
 # the variables that a target takes, besides those of the installation
 takes_shards    := SRC DST SHARD_MB ARGS
@@ -16,6 +16,7 @@ takes_verify    := DST ARGS
 takes_index     := DST ARGS
 takes_plan      := IMAGES SHARDS SRC CONFIG GPU GPUS SHARD_MB WRITE ARGS
 takes_pretrain  := CONFIG SHARDS VAL GPUS RUN RESTARTS METHOD ARGS
+takes_slurm     := NODES GPUS CONFIG SHARDS VAL RUN METHOD OUT ARGS
 takes_table1    := SCALE SEEDS ARGS
 takes_tables    := TABLE SCALE SEEDS ARGS
 takes_eval      := RUN CONFIG METHOD ARGS
@@ -30,7 +31,7 @@ takes_install   := PYTHON TORCH
 VARIABLES := $(sort $(foreach target,install $(TARGETS),$(takes_$(target))))
 # variables of programs, which make passes on as it does those of the environment
 PASSED := %_NUM_THREADS OMP_% MKL_% GOMP_% KMP_% CUDA_% NVIDIA_% NCCL_% GLOO_% TORCH_% TORCHINDUCTOR_% PYTORCH_% PYTHON% AWS_% \
-  HF_% HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy PIP_% UV_% MAKE% SHELL PATH HOME TMPDIR XDG_% LANG LC_% \
+  HF_% WANDB_% MLFLOW_% HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy PIP_% UV_% MAKE% SHELL PATH HOME TMPDIR XDG_% LANG LC_% \
   COLUMNS TERM CC CXX ORACLE FAULTS
 
 # a word or path, for the shell
@@ -131,6 +132,10 @@ pretrain: export STARTED_BY := make pretrain
 pretrain: ready $(if $(SHARDS),,$(if $(filter configs/demo.yaml configs/%_scenes.yaml,$(config)),scenes)) ## train, evaluate, draw [CONFIG=… SHARDS=… VAL=… GPUS=n|all RESTARTS=n RUN=… METHOD=dino ARGS='a.b=c …']
 	@$(PY) -m tools.pretrain --run="$$RUN" --method="$$METHOD" --shards="$$SHARDS" --val="$$VAL" --gpus="$$GPUS" --restarts="$$RESTARTS" "$$CONFIG" $(ARGS)
 	@$(if $(filter --dry-run --check --help -h,$(ARGS)),,$(PY) -m tools.finish_run "$$RUN" --skip-existing)
+
+slurm: ready ## GPUS=n [NODES=n CONFIG=… SHARDS=… OUT=job.sbatch ARGS='--time 24:00:00 --partition NAME a.b=c …']: a job script for Slurm
+	$(call need,GPUS,how many for each node)
+	@$(PY) -m tools.slurm --nodes="$$NODES" --gpus="$$GPUS" --run="$$RUN" --method="$$METHOD" --shards="$$SHARDS" --val="$$VAL" --out="$$OUT" "$$CONFIG" $(ARGS)
 
 # without other photos, both are made on the painted scenes
 of_paper := $(if $(or $(filter paper,$(SCALE)),$(findstring --photos,$(ARGS)),$(findstring data.shards=,$(ARGS))),,scenes)

@@ -226,13 +226,18 @@ def run_report(network: str, args: Options) -> int:
 
 
 def add_html(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("network", metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="a run folder; several: their curves together"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="with several: the file to write (default: curves.html beside the runs)"
+    )
 
 
-def run_html(network: str, args: Options) -> int:
-    from eval import html
+def run_html(_: None, args: Options) -> int:
+    from eval import html_runs
 
-    return html.run(Path(network))
+    return html_runs.run(**args)
 
 
 def add_embed(parser: argparse.ArgumentParser) -> None:
@@ -327,8 +332,8 @@ COMMANDS = {
         run_report,
     ),
     "html": Command(
-        "a run in one page, as report.html",
-        "Results, curves, pictures, configuration, versions.",
+        "a run in one page, as report.html; several runs: their curves, as curves.html",
+        "One run: results, curves, pictures, configuration, versions. Several: newest figures, curves, what differs.",
         add_html,
         run_html,
     ),

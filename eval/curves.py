@@ -5,7 +5,7 @@ second without it. The page's style sheet gives the colors: currentColor and --c
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -19,18 +19,29 @@ COLORS = ("var(--c0)", "#e69f00", "#009e73", "#d55e00")  # Okabe & Ito's, safe f
 DASHES = ("", "6 2.5", "1.6 2.6", "9 2.5 1.6 2.5")  # line styles, so that curves differ without color too
 
 
-def curve(
-    rows: list[dict[str, float]], title: str, unit: str, names: Sequence[str], ceiling: float | None = None
-) -> str:
-    """An SVG of some metrics over epochs (steps, if epochs were not recorded); '' if none of them was recorded.
+Rows = list[dict[str, float]]  # of metrics.jsonl, by step
 
-    rows: of metrics.jsonl, by step; unit: label of the y axis; ceiling: the highest possible value, drawn as a line.
+
+def curve(rows: Rows, title: str, unit: str, names: Sequence[str], ceiling: float | None = None) -> str:
+    """An SVG of some metrics of a run, see `chart`."""
+    return chart({name.replace("_", " "): (rows, name) for name in names}, title, unit, ceiling)
+
+
+def chart(shown: Mapping[str, tuple[Rows, str]], title: str, unit: str, ceiling: float | None = None) -> str:
+    """An SVG of curves over epochs (steps, if epochs were not recorded); '' if none of them was recorded.
+
+    shown: {label: (rows, name of the metric)}, a label keeps its color if others were not recorded; unit: label of the
+    y axis; ceiling: the highest possible value, drawn as a line.
     """
-    names = [name for name in names if any(isinstance(row.get(name), int | float) for row in rows)]
-    if not names:
+    styles = {label: (COLORS[n % 4], DASHES[(n + n // 4) % 4]) for n, label in enumerate(shown)}  # 16 that differ
+    recorded = {
+        label: of for label, of in shown.items() if any(isinstance(row.get(of[1]), int | float) for row in of[0])
+    }
+    if not recorded:
         return ""
-    curves = [_Curve.of(rows, name) for name in names]
-    legend = [(name.replace("_", " "), COLORS[n % 4], DASHES[n % 4]) for n, name in enumerate(names)]
+    x_name = "epoch" if all("epoch" in rows[0] for rows, _ in recorded.values()) else "step"
+    curves = [_Curve.of(rows, name, x_name) for rows, name in recorded.values()]
+    legend = [(label, *styles[label]) for label in recorded]
     y_values = [edge for c in curves for edge in (c.low, c.high)]
     if ceiling is not None:
         legend.append((f"{ceiling:.1f}: uniform over all prototypes", "currentColor", "1 3"))
@@ -42,7 +53,7 @@ def curve(
         low = curves[0].low
         y_low = float(np.min(low, initial=0.0, where=np.isfinite(low)))
     plot = _Plot(x_low, x_high, y_low, y_high, legend_height, bool(unit))
-    parts = [legend_svg, *plot.axes("epochs" if "epoch" in rows[0] else "steps", unit)]
+    parts = [legend_svg, *plot.axes(f"{x_name}s", unit)]
     for c, (_, color, dash) in zip(curves, legend, strict=False):
         x = plot.x(c.x)
         if c.thinned:
@@ -51,7 +62,7 @@ def curve(
     if ceiling is not None:
         line = f"M{plot.left:.1f} {plot.y(np.array(ceiling)):.1f}H{plot.right:.1f}"
         parts.append(f'<path d="{line}" stroke="currentColor" stroke-width=".8" stroke-dasharray="1 3"/>')
-    label = escape(f"{title}: {', '.join(names)}", quote=True)
+    label = escape(f"{title}: {', '.join(recorded)}", quote=True)
     return (
         f'<svg role="img" aria-label="{label}" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" xmlns="http://www.w3.org/2000/svg" '
         f'fill="none" font-size="{FONT:g}">{"".join(parts)}</svg>'
@@ -60,7 +71,7 @@ def curve(
 
 @dataclass(frozen=True)
 class _Curve:
-    """A metric over a run, thinned: arrays [n]."""
+    """A metric over a run, thinned: arrays [n]. x: "epoch" or "step"."""
 
     x: NDArray
     mean: NDArray
@@ -69,8 +80,8 @@ class _Curve:
     thinned: bool
 
     @staticmethod
-    def of(rows: list[dict[str, float]], name: str) -> "_Curve":
-        points = [(row.get("epoch", row["step"]), row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    def of(rows: Rows, name: str, x_name: str) -> "_Curve":
+        points = [(row[x_name], row[name]) for row in rows if isinstance(row.get(name), int | float)]
         x, mean, low, high = thin(*np.array(points, float).T)
         return _Curve(x, mean, low, high, len(points) > len(x))
 

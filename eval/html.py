@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from eval.curves import curve
-from eval.html_parts import STYLE, figure, grid, note, number, paragraphs, picture, section, side_by_side, table
+from eval.html_parts import document, figure, grid, note, number, paragraphs, picture, section, side_by_side, table
 from eval.provenance import Weights, html_meta, known_weights, png_weights
 from eval.tables import (
     measure_columns,
@@ -64,9 +64,6 @@ CAPTIONS = {
     "segmentation": "Segmentation by a linear classifier on patch tokens, beside the ground truth",
     "misalignment": "How often two views hold different objects",
 }
-
-# nothing is loaded from anywhere, whatever a name or a value in the run may contain
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -295,13 +292,7 @@ def page(run: Path) -> str:
         section("Configuration", yaml),
         section("Versions", side_by_side([flatten(row) for row in versions], starts)),
     ]
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(run.name)}</title>'
-        f"{html_meta(current)}"
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
-    )
+    return document(run.name, "".join(body), html_meta(current))
 
 
 def run(path: Path) -> int:

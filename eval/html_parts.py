@@ -14,6 +14,7 @@ from typing import Any
 
 from eval.tables import NOT_YET
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MAX_COLUMNS = 6  # evaluations of a kind side by side, the newest
 
 STYLE = """
@@ -87,6 +88,16 @@ def side_by_side(rows: list[dict[str, Any]], heads: list[str], what: str = "") -
     rows, heads = rows[-MAX_COLUMNS:], heads[-MAX_COLUMNS:]
     keys = dict.fromkeys(key for row in rows for key in row)
     return table([what, *heads], ([key, *(row.get(key) for row in rows)] for key in keys)) if rows else ""
+
+
+def document(title: str, body: str, meta: str = "") -> str:
+    """A whole page. Its policy: nothing is loaded from anywhere, whatever a name or a value in a run may contain."""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>{meta}'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body>{body}</body></html>\n"
+    )
 
 
 def section(title: str, body: str) -> str:

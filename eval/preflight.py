@@ -15,7 +15,9 @@ from runtime.config import Config, is_path, missing
 from runtime.errors import UserError
 from runtime.files import refusal
 
-FILES = ("backbone.safetensors", "config.yaml", "metrics.jsonl", "versions.jsonl", "results.json", "report.html")
+FILES = (
+    "backbone.safetensors", "config.yaml", "metrics.jsonl", "versions.jsonl", "results.json", "report.html", "loggers.json",
+)  # fmt: skip
 FOLDERS = ("checkpoints", "tensorboard", "pictures")
 
 

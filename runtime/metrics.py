@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard and the live screen; the versions it was made with; its profile."""
+"""Metrics of a run: metrics.jsonl, its loggers and the live screen; the versions it was made with; its profile."""
 
 import json
 import math
@@ -20,6 +20,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from runtime.distributed import DistributedContext
+    from runtime.loggers import Loggers
 
 PACKAGES = (
     "torch",
@@ -131,22 +132,23 @@ def profile(folder: Path) -> Any:
 
 
 class MetricLogger:
-    """Writes a run's metrics to metrics.jsonl, TensorBoard and the screen. Only process 0 has one.
+    """Writes a run's metrics to metrics.jsonl, to `run.loggers` and to the screen. Only process 0 has one.
 
     Warns once if the teacher has collapsed: the entropy of its probabilities stays at 0 (the same prototype for every
     image) or at log `prototypes` (all prototypes alike).
 
     The time left is that of the steps after the first one, which compiles: `begin` before it, `first_step_done` after it.
 
-    steps: of the whole run. start: steps done before.
+    steps: of the whole run. start: steps done before. loggers: where the rows go besides.
     """
 
-    def __init__(self, folder: Path, steps: int, steps_per_epoch: int, start: int, prototypes: int):
-        from torch.utils.tensorboard import SummaryWriter  # heavy, and only needed here
-
+    def __init__(
+        self, folder: Path, steps: int, steps_per_epoch: int, start: int, prototypes: int,
+        loggers: "Loggers | None" = None,
+    ):  # fmt: skip
         self.folder, self.steps, self.steps_per_epoch = folder, steps, steps_per_epoch
         self._max_entropy, self._collapsed_rows = math.log(prototypes), 0  # nats
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._loggers, self._done = loggers, start
         self._console = Console()
         self._last_print = -1e9
         self._progress = Progress(
@@ -181,8 +183,9 @@ class MetricLogger:
         """Log the values after `step` steps."""
         row = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
         append_jsonl(self.folder / "metrics.jsonl", row)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._done = step
+        for message in self._loggers.write(row) if self._loggers else ():
+            self.log(message)
         self._progress.update(self._task, completed=step, left=self._left(step))
         if self._screen:
             self._screen.update(Group(self._progress, self._table(row)))
@@ -199,7 +202,8 @@ class MetricLogger:
     def close(self) -> None:
         if self._screen:
             self._screen.stop()
-        self._board.close()
+        for message in self._loggers.close(finished=self._done == self.steps) if self._loggers else ():
+            self.log(message)
 
     def _check_collapse(self, step: int, entropy: float) -> None:
         self._collapsed_rows = self._collapsed_rows + 1 if is_collapsed(entropy, self._max_entropy) else 0

@@ -12,6 +12,7 @@ from runtime.config import Config, dump_run_config
 from runtime.distributed import DistributedContext, precision_warning
 from runtime.errors import RunError, UserError
 from runtime.files import write_atomic
+from runtime.loggers import Loggers
 from runtime.metric_sums import Interval, MetricSums
 from runtime.metrics import IMAGES_OF, MetricLogger, append_jsonl, command_line, read_jsonl, versions
 from runtime.summary import describe
@@ -31,12 +32,16 @@ class RunLog:
         flops: int | None,
     ):  # fmt: skip
         self.folder, self.config, self.plan, self.start = folder, config, plan, start
-        self.context, self.flops = context, flops
+        self.context, self.flops, self.notes = context, flops, list[str]()
         self.names = shards.names if len(shards.parts) > 1 else []
+        rows = read_jsonl(folder / "metrics.jsonl") if context.is_main else []
         self.samples = CorruptSamples(folder, shards, plan, start, context.rank)
         self.logger: MetricLogger | None = None
         if context.is_main:
-            self.logger = MetricLogger(folder, steps, plan.steps_per_epoch, start, config.head.prototypes)
+            last, kept = rows[-1]["step"] if rows else 0, [row for row in rows if row["step"] <= start]
+            loggers = Loggers(folder, config, start, last, kept)
+            self.notes = loggers.notes
+            self.logger = MetricLogger(folder, steps, plan.steps_per_epoch, start, config.head.prototypes, loggers)
             write_atomic(folder / "config.yaml", dump_run_config(config))
             row = {"step": start, "command": command_line(), **versions(), **_sources(shards, plan)}
             append_jsonl(folder / "versions.jsonl", row)
@@ -50,7 +55,7 @@ class RunLog:
         context = self.context
         self.log(describe(self.config, self.plan, context.world_size, str(context.device), str(context.dtype)))
         self.log(f"resumed at step {self.start} from {checkpoint}" if checkpoint else f"a new run in {self.folder}")
-        for message in [*messages, compiled, precision_warning(context)]:
+        for message in [*messages, *self.notes, compiled, precision_warning(context)]:
             if message:
                 self.log(message)
         if self.logger:

@@ -83,8 +83,8 @@ def run_processes(*words: object, processes: int = 2) -> None:
 def env_without_make() -> dict[str, str]:
     """The environment without what the make that runs these tests has put there: a make that a test starts would take it."""
     variables = {
-        "ARGS", "CONFIG", "DST", "TO", "GPUS", "METHOD", "METHODS", "OUT", "RESTARTS", "RUN", "SHARDS", "SHARD_MB", "SRC",
-        "TORCH", "VAL", "WHAT", "TABLE", "SCALE", "SEEDS",
+        "ARGS", "CONFIG", "DST", "TO", "GPUS", "METHOD", "METHODS", "NODES", "OUT", "RESTARTS", "RUN", "SHARDS", "SHARD_MB",
+        "SRC", "TORCH", "VAL", "WHAT", "TABLE", "SCALE", "SEEDS",
     }  # fmt: skip
     beginnings = ("MAKE", "MFLAGS", "GNUMAKE")
     return {n: v for n, v in os.environ.items() if not n.startswith(beginnings) and n not in variables}

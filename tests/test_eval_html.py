@@ -221,3 +221,44 @@ def test_a_curve_has_a_gap_where_a_value_is_not_finite():
     assert "nan" not in drawing
     assert "inf" not in drawing
     assert curve([{"step": 1, "loss": float("nan")}], "Loss", "", ("loss",)).startswith("<svg")
+
+
+def test_several_runs_in_one_page(browser, run, tmp_path):
+    """Runs of one name, with other metrics and configs; one that has not trained yet; a file of the user's own."""
+    for n, name in enumerate(("one/run", "two/run", "new")):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        text = (run / "config.yaml").read_text().replace("prototypes: 40", f"prototypes: {40 + n}")
+        (folder / "config.yaml").write_text(text)
+        rows = [{"step": step, "epoch": step / 4, "loss": 5.0 - n, "own": 1} for step in (2, 4)]
+        if name != "new":
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "two/run/metrics.jsonl").write_text('{"step": 3, "loss": 2.5}\n')  # no epochs: then steps
+    runs = [tmp_path / "one/run", tmp_path / "two/run", tmp_path / "new"]
+    out = run_program("-m", "eval", "html", *runs).stdout
+    assert out == f"3 runs in one page: {tmp_path}/curves.html\n"
+    run_program("-m", "eval", "html", *runs)  # a page of ours is written again
+    for width in (320, 1200):
+        open_page(browser, tmp_path / "curves.html", width)
+        page_width = browser.execute_script("return document.documentElement.scrollWidth")
+        assert page_width <= width
+    text = browser.find_element("tag name", "body").text
+    assert "one/run, two/run, " in text
+    assert "head.prototypes 40 41 42" in text
+    assert "optim.epochs" not in text  # equal
+    loss, own = browser.find_elements("css selector", "figure > svg")
+    assert loss.text.split("\n")[:2] == ["one/run", "two/run"]
+    assert "steps" in loss.text
+    assert "epochs" in own.text
+    assert len(loss.find_elements("tag name", "polyline")) == 2
+
+    mine = tmp_path / "mine.html"
+    mine.write_text("<p>mine</p>")
+    for words, message in (
+        ((*runs, "--out", mine), f"{mine}: exists, and is no page of this program"),
+        ((runs[0], runs[0]), f"{runs[0]}: the same run twice"),
+        ((runs[0], tmp_path), f"{tmp_path}: not a run folder (no config.yaml)"),
+        ((runs[0], "--out", mine), "the page of one run is RUN/report.html"),
+    ):
+        assert message in run_program("-m", "eval", "html", *words, expect=2).stderr
+    assert mine.read_text() == "<p>mine</p>"

@@ -60,6 +60,21 @@ def positive(name: str, word: str, alternative: str = "") -> int:
     return int(word)
 
 
+def resolve_folders(args: argparse.Namespace, trains: bool) -> None:
+    """Put shards in the place of folders of photos; they are made if it `trains`. Raises UserError, also for a run.folder
+    among the words."""
+    for word in args.words:
+        if word.startswith("run.folder="):
+            raise UserError(f"ARGS='{word}': the run folder is given as RUN={word.partition('=')[2]}")
+    for name in ("shards", "val"):
+        given = getattr(args, name)
+        if given and os.path.isdir(given) and not os.path.exists(os.path.join(given, "manifest.json")):
+            from tools.photo_shards import is_photo_folder, shards_of
+
+            if is_photo_folder(given):
+                setattr(args, name, shards_of(name.upper(), given, make=trains))
+
+
 def overrides(args: argparse.Namespace) -> list[str]:
     """The words a.b=c of the options. In JSON, which is YAML too: a folder 2026, or a: b, stays text."""
     values = {"run.folder": args.run, "method": args.method, "data.val": args.val}
@@ -95,17 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     processes = count_processes(args.gpus.strip())
     restarts = positive("RESTARTS", args.restarts.strip()) if args.restarts else 0
-    for word in args.words:
-        if word.startswith("run.folder="):
-            raise UserError(f"ARGS='{word}': the run folder is given as RUN={word.partition('=')[2]}")
-    trains = not {"--dry-run", "--check", "--help", "-h"} & {*args.words}
-    for name in ("shards", "val"):
-        given = getattr(args, name)
-        if given and os.path.isdir(given) and not os.path.exists(os.path.join(given, "manifest.json")):
-            from tools.photo_shards import is_photo_folder, shards_of
-
-            if is_photo_folder(given):
-                setattr(args, name, shards_of(name.upper(), given, make=trains))
+    resolve_folders(args, trains=not {"--dry-run", "--check", "--help", "-h"} & {*args.words})
     words = [*overrides(args), *args.words]
     program = [sys.executable, "train.py", args.config, *words]
     if processes == 1 and not restarts:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
@@ -89,4 +89,11 @@ def one_or_several(source: type, one: Any) -> Any:
 TAGS = ("<one>", "<several>")
 Text = Annotated[str, BeforeValidator(as_text, json_schema_input_type=str | float)]
 Texts = Annotated[list[Text], BeforeValidator(as_list, json_schema_input_type=Text | list[Text])]
+LoggerName = Literal["jsonl", "tensorboard", "wandb", "mlflow"]
+LOGGERS: tuple[str, ...] = get_args(LoggerName)
+Loggers = Annotated[list[LoggerName], BeforeValidator(as_list, json_schema_input_type=LoggerName | list[LoggerName])]
 Pair = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)  # yaml has no tuples
+
+
+def default_loggers() -> list[LoggerName]:
+    return ["jsonl", "tensorboard"]

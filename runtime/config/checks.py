@@ -8,7 +8,9 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeGuard
 
@@ -30,6 +32,7 @@ def check(c: Config) -> list[Problem]:
     """What is wrong with values that are each valid by themselves."""
     return [
         *_sources(c), *_optim(c), *_model(c), *_views(c), *_pixels(c), *_reference(c), *_clustering(c), *_contrast(c),
+        *_loggers(c),
     ]  # fmt: skip
 
 
@@ -199,6 +202,12 @@ def _contrast(c: Config) -> Iterator[Problem]:
         yield Problem("contrast.queue", text, ("method", "optim.global_batch_size"))
 
 
+def _loggers(c: Config) -> Iterator[Problem]:
+    twice = [name for name in dict.fromkeys(c.run.loggers) if c.run.loggers.count(name) > 1]
+    if twice:
+        yield Problem("run.loggers", f"{', '.join(twice)}: named twice")
+
+
 def check_training(c: Config, processes: int) -> Iterator[Problem]:
     """What is wrong with a config that this many processes are going to train with."""
     if c.data.shards is None:
@@ -220,6 +229,10 @@ def check_training(c: Config, processes: int) -> Iterator[Problem]:
     if c.eval.temperature < MIN_TEMPERATURE:
         text = f"{c.eval.temperature:g} lets a vote of k-NN overflow float32 (at least {MIN_TEMPERATURE:g})"
         yield Problem("eval.temperature", text)
+    for name in c.run.loggers:
+        if name in ("wandb", "mlflow") and not find_spec(name):
+            text = f"{name} is not installed: `{sys.executable} -m pip install {name}`"
+            yield Problem("run.loggers", text)
     run = Path(c.run.folder or "run").resolve()
     several = isinstance(c.data.shards, list)
     shards = {f"data.shards.{i}" if several else "data.shards": s.path for i, s in enumerate(c.data.sources) if s.path}

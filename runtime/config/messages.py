@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator
 from pydantic_core import ErrorDetails
 
-from runtime.config.bounds import TAGS
+from runtime.config.bounds import LOGGERS, TAGS
 from runtime.config.schema import Config, Source, Views
 from runtime.config.yaml import NUMBER
 from runtime.errors import UserError, suggest
 
 COMMAND_LINE = "command line"
+NAMES_OF_LOGGERS = {*LOGGERS} - {"jsonl"}
 
 
 class Problem(NamedTuple):
@@ -117,6 +118,8 @@ def expected(hint: Any) -> str:
         return f"{len(inner)} numbers{_bounds(unwrap(inner[0])[1])}"
     if typing.get_origin(kind) is list:
         element, bounds = unwrap(inner[0])
+        if typing.get_origin(element) is Literal:
+            return f"a list of some of {', '.join(typing.get_args(element))}"
         plural = {Views: "groups", Source: "sources", str: "texts"}.get(element)
         return f"a list of {plural}" if plural else f"numbers{_bounds(bounds)}"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -225,6 +228,8 @@ def suggest_key(word: str) -> str:
     section, _, name = word.rpartition(".")
     if not name or name.isdecimal():
         return ""
+    if section in ("", "run") and set(name.split("_")) & NAMES_OF_LOGGERS:  # --wandb, run.use_tensorboard
+        return "run.loggers"
     place = re.search(r"\.(\d+)$", section)  # in a list: the schema knows places 0 and 1 only
     section = re.sub(r"\.\d+$", ".0", section)
     score, best = max(((_likeness(section, name, key), key) for key in all_keys()), key=lambda pair: pair[0])

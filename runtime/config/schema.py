@@ -19,6 +19,7 @@ from runtime.config.bounds import (
     SIDE,
     WINDOW,
     Deviations,
+    Loggers,
     Pair,
     Share,
     ShareBelowOne,
@@ -26,6 +27,7 @@ from runtime.config.bounds import (
     Text,
     Texts,
     as_list,
+    default_loggers,
     one_or_several,
     patch_of,
 )
@@ -259,10 +261,11 @@ class Run:
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints that are kept."""
     step_timeout: PositiveFloat = 600
-    """Seconds that one step, or one wait for a batch, may take before the run is ended. The first may take 10 times as
-    long."""
+    """Seconds that a step, or a wait for a batch, may take before the run is ended; the first may take 10 times as long."""
     grace: NonNegativeFloat = 25
     """Seconds that a run has to save itself after a stop signal. torchrun kills its processes after 30."""
+    loggers: Loggers = Field(default_factory=default_loggers)
+    """Where metrics go (docs/howto/follow-a-run.md). metrics.jsonl is always written, named or not."""
     log_samples: bool = False
     """Whether samples.jsonl records the samples of each step (process r > 0: samples-r.jsonl)."""
     max_nonfinite_steps: PositiveInt = 10
