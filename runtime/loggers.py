@@ -136,9 +136,7 @@ class Sender:
         self.logger: Logger | None = None
         self.error: BaseException | None = None
         self.finished, self.opened, self.reported = False, False, False
-        self._rows: queue.SimpleQueue[Row | None] = (
-            queue.SimpleQueue()
-        )  # about 1 kB a row: a day without network is little
+        self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()  # 1 kB a row: a day without network is little
         self._opened = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(open_logger,), name=f"logger {name}", daemon=True)
         self._thread.start()
