@@ -173,6 +173,11 @@ def _to_numpy(values: Tensor, dtype: np.dtype) -> NDArray:
     return values.to(torch.float16 if dtype == np.float16 else torch.float32).cpu().numpy()
 
 
+def workers_for(photos: int) -> int:
+    """Processes that read so many photos."""
+    return 0 if photos < FEW else min(16, (os.cpu_count() or 2) // 2)
+
+
 def _why(source: PhotoSource, row: int) -> str:
     try:
         source.pixels(row)
@@ -256,7 +261,7 @@ def run(
         print(f"{out}: continued, {folder.done:,} of {plural(len(source.names), 'photo')} are done")
     start, before = time.perf_counter(), folder.done
     if workers is None:
-        workers = 0 if len(source.names) - before < FEW else min(16, (os.cpu_count() or 2) // 2)
+        workers = workers_for(len(source.names) - before)
     points = Points.by_photo(listed, len(source.names)) if listed else None
     embed(network, source, folder, points, size=size, fit=fit, batch=batch, workers=workers)
     print("\n".join(summary(folder, source, time.perf_counter() - start, folder.done - before)))

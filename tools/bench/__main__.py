@@ -47,6 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
     locality.add_argument("--batch", type=int, default=8, help="images (default %(default)s)")
     locality.add_argument("--rounds", type=int, default=9, help="pairs of steps (default %(default)s)")
     locality.add_argument("--sigma", type=float, default=1.0, help="patches (default %(default)s)")
+    features = add("features", "features of photos as files, beside the bare forward pass", shards=True)
+    features.add_argument(
+        "--arch", choices=("vit_small", "vit_tiny", "tiny"), default="vit_small", help="default %(default)s"
+    )
+    features.add_argument("--size", type=int, default=224, help="of the images, pixels (default %(default)s)")
+    features.add_argument("--photos", type=int, default=600, help="of each round (default %(default)s)")
+    features.add_argument("--rounds", type=int, default=3, help="default %(default)s, after a first one")
     scale = add("scale", "training on several devices, beside one", shards=True, config="configs/demo.yaml")
     scale.add_argument("processes", type=_devices, metavar="N", help="number of devices, or all")
     scale.add_argument("--batch", type=int, help="images on each device (default: the config's batch divided by N)")
@@ -129,22 +136,9 @@ def _add_knn_options(knn: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Raise UserError if an option is out of its bounds, or if a path does not exist."""
     positive = (
-        "steps",
-        "rounds",
-        "processes",
-        "photos",
-        "queries",
-        "width",
-        "k",
-        "minutes",
-        "images",
-        "sigma",
-        "sources",
-        "ranks",
-        "per_node",
-        "gigabytes",
-        "batch",
-    )
+        "steps", "rounds", "processes", "photos", "queries", "width", "k", "minutes", "images", "sigma", "sources", "ranks",
+        "per_node", "gigabytes", "batch", "size",
+    )  # fmt: skip
     require_positive(args, *(name for name in positive if isinstance(getattr(args, name, None), int | float)))
     if "config" in args:
         load_config(args.config)
