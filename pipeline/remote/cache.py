@@ -23,17 +23,15 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, BinaryIO
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from pipeline.remote.client import Client
 from pipeline.remote.download import MAX_TRIES, METADATA, Download, backoff
 from runtime.config import Speed
-from runtime.errors import UserError, suggest
+from runtime.errors import UserError
 from runtime.files import sync
 
-SCHEMES = ("s3", "https", "http")
 POLL_SECONDS = 0.02  # between two looks at a lock that another process holds
 GRACE_SECONDS = 60  # on top of what a live process can need until it brings a byte or gives up
 MAX_FREE_SHARE = 0.95  # of the disk's free space that the cache may take
@@ -58,7 +56,6 @@ class Remote:
 
     def __init__(self, address: str, speed: Speed | None = None, folder: Path | None = None):
         self.given, self.speed = address, speed or Speed()
-        _check_address(address)
         self.client = Client(address, self.speed.read_timeout)
         self.address = self.client.address
         self.root = Path(self.speed.cache).expanduser() if self.speed.cache else default_cache()
@@ -234,21 +231,6 @@ class Remote:
                 f"{self.root}: {error.strerror or error} ({free}the cache of {self.address}, up to speed.cache_gb: "
                 f"{self.speed.cache_gb:g}); set another folder with speed.cache=another/folder"
             ) from None
-
-
-def _check_address(address: str) -> None:
-    """Raises UserError if this is not an address that shards can be read from."""
-    try:
-        parts = urlsplit(address)
-        valid = parts.scheme in SCHEMES and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # an invalid port or IPv6 address
-        valid = False
-    if not valid:
-        scheme = address.partition(":")[0]
-        close = "" if scheme in SCHEMES else suggest(scheme, SCHEMES)
-        raise UserError(
-            f"{address}: not an address of shards; give a folder, s3://bucket/path or https://host/path{close}"
-        )
 
 
 def _try_lock(lock: IO) -> bool:

@@ -1,7 +1,8 @@
-"""One request to a server: bytes of a file at an HTTP or S3 address, from a given byte on.
+"""One request to a server: bytes of a file at an address, from a given byte on.
 
-Connections, proxies and credentials are fsspec's. Errors are sorted into three kinds: FileNotFoundError, PermissionError,
-and `Client.retryable_errors()`, after which another request may succeed.
+A server that streams is read as the bytes arrive: HTTP and S3. Of the other stores (Google, Azure, Hugging Face) fsspec reads
+ranges, so a body is one range after another. Errors are sorted as in filesystem.py: FileNotFoundError, PermissionError, and
+`Client.retryable_errors()`, after which another request may succeed.
 """
 
 import asyncio
@@ -11,15 +12,13 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, urlunsplit
 
+from pipeline.remote.filesystem import NO_ACCESS, RetryableError, check_address, describe, open_filesystem, sorted_error
 from runtime.errors import UserError
 
 CHUNK_BYTES = 1 << 20
-
-
-class RetryableError(Exception):
-    """A request that failed and may succeed the next time."""
+RANGE_BYTES = 4 << 20  # of one request to a store that sends ranges
 
 
 class RangeNotSupported(RetryableError):
@@ -50,11 +49,12 @@ class Client:
     """
 
     def __init__(self, address: str, timeout: float):
-        parts = urlsplit(address)
+        parts = check_address(address)
         path = parts.path.rstrip("/")
         self.scheme, self.timeout = parts.scheme, timeout
         # what requests are made from, with user and password: never shown
-        self.base = parts.netloc + path if self.scheme == "s3" else urlunsplit((*parts[:2], path, "", ""))
+        is_http = self.scheme in ("http", "https")
+        self.base = urlunsplit((*parts[:2], path, "", "")) if is_http else parts.netloc + path
         self.query = f"?{parts.query}" if parts.query else ""  # may hold an access token: never shown
         self.address = urlunsplit((self.scheme, parts.netloc.rpartition("@")[2], path, "", ""))  # for messages
         self._filesystems: dict[int, Any] = {}  # by process id
@@ -67,6 +67,7 @@ class Client:
         PermissionError, UserError for an address that cannot be requested, and one of `retryable_errors()`.
         """
         fs, retryable = self.filesystem(), self.retryable_errors()
+        get = {"s3": self._get_s3, "http": self._get_http, "https": self._get_http}.get(self.scheme, self._get_ranges)
 
         async def read_chunk(response: _Response) -> _Chunk:
             # in the event loop and not in the thread that writes: once a connection breaks, aiohttp does not give the
@@ -85,11 +86,11 @@ class Client:
 
         async def request() -> tuple[_Response, _Chunk]:
             async with asyncio.timeout(self.timeout):
-                response = await (self._get_s3 if self.scheme == "s3" else self._get_http)(fs, name, start)
+                response = await get(fs, name, start)
             return response, await read_chunk(response)
 
         def submit(coroutine: Coroutine) -> Any:
-            return asyncio.run_coroutine_threadsafe(coroutine, fs.loop)
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop(fs))
 
         def chunks() -> Iterator[bytes]:
             chunk = first
@@ -110,13 +111,15 @@ class Client:
         try:
             yield chunks(), response.start, response.size
         finally:
-            fs.loop.call_soon_threadsafe(response.close)
+            self._loop(fs).call_soon_threadsafe(response.close)
 
     def retryable_errors(self) -> tuple[type[Exception], ...]:
         """Errors of a request after which another request may succeed."""
-        import aiohttp
+        errors: tuple[type[Exception], ...] = (RetryableError, OSError, TimeoutError)
+        if self.scheme in ("s3", "http", "https"):
+            import aiohttp
 
-        errors: tuple[type[Exception], ...] = (RetryableError, OSError, TimeoutError, aiohttp.ClientError)
+            errors += (aiohttp.ClientError,)
         if self.scheme == "s3":
             from botocore.exceptions import BotoCoreError, ClientError
 
@@ -127,46 +130,23 @@ class Client:
         """An error of a request in a few words."""
         if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
             return f"no byte for {self.timeout:g} s"
-        response = getattr(error.__cause__ or error, "response", None)
-        if isinstance(response, dict):  # botocore's
-            status, why = response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""), response.get("Error", {})
-            return f"{status} {why.get('Code', '')}: {why.get('Message', '')}".strip(" :")
-        return " ".join(str(error).split()) or type(error).__name__
+        return describe(error)
 
     def filesystem(self) -> Any:
         """fsspec's file system of this process. Raises UserError if a package is missing or a setting is wrong."""
         filesystem = self._filesystems.get(os.getpid())
-        if filesystem is None:
-            try:
-                filesystem = self._s3_filesystem() if self.scheme == "s3" else self._http_filesystem()
-            except ImportError as error:
-                raise UserError(
-                    f"{self.address}: a package for remote shards is missing ({error}): pip install -e '.[remote]'"
-                ) from None
-            except (TypeError, ValueError) as error:
-                where = "AWS_ENDPOINT_URL" if self.scheme == "s3" else "FSSPEC_HTTP"
-                raise UserError(f"{self.address}: {error}; see {where}, FSSPEC_* and ~/.config/fsspec") from None
+        if filesystem is None:  # retries are counted in one place: download.py
+            filesystem = open_filesystem(self.scheme, self.address, self.timeout, retries=False)
             self._filesystems[os.getpid()] = filesystem
         return filesystem
 
-    def _http_filesystem(self) -> Any:
-        import fsspec
-        from fsspec.config import conf
+    def _loop(self, fs: Any) -> asyncio.AbstractEventLoop:
+        """The event loop of a file system; fsspec's own for one that knows none."""
+        if fs.async_impl:
+            return fs.loop
+        from fsspec.asyn import get_loop
 
-        client = conf.get("http", {}).get("client_kwargs", {}) | conf.get("https", {}).get("client_kwargs", {})
-        return fsspec.filesystem(
-            "http", skip_instance_cache=True, use_listings_cache=False,
-            client_kwargs={"trust_env": True} | client,  # proxies and ~/.netrc, as in other programs
-        )  # fmt: skip
-
-    def _s3_filesystem(self) -> Any:
-        import fsspec
-
-        config = {"connect_timeout": self.timeout, "read_timeout": self.timeout, "retries": {"total_max_attempts": 1}}
-        filesystem = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
-        filesystem.retries = 1  # retries are counted in one place: download.py
-        filesystem.connect()
-        return filesystem
+        return get_loop()
 
     async def _get_http(self, fs: Any, name: str, start: int) -> _Response:
         import aiohttp
@@ -199,7 +179,7 @@ class Client:
         try:
             answer = await fs._call_s3("get_object", Bucket=bucket, Key=f"{folder}/{name}".lstrip("/"), **part)
         except Exception as error:
-            if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+            if type(error).__name__ in NO_ACCESS:
                 raise PermissionError(str(error)) from None
             raise
         begin, size, body = 0, answer.get("ContentLength"), answer["Body"]
@@ -210,6 +190,31 @@ class Client:
             body.close()
             raise
         return _Response(begin, size, body.read, body.close)
+
+    async def _get_ranges(self, fs: Any, name: str, start: int) -> _Response:
+        path = f"{self.base}/{name}"
+        size, at = int((await _call(fs, "info", path))["size"]), start
+
+        async def read(_: int) -> bytes:
+            nonlocal at
+            end = min(at + RANGE_BYTES, size)
+            data = await _call(fs, "cat_file", path, start=at, end=end) if at < end else b""
+            if len(data) > end - at:
+                raise RangeNotSupported(f"{end - at:,} bytes were requested, the response has {len(data):,}")
+            at += len(data)
+            return data
+
+        return _Response(start, size, read, lambda: None)
+
+
+async def _call(fs: Any, function: str, *words: Any, **options: Any) -> Any:
+    """What a function of fsspec returns, in its event loop; one that knows no event loop runs in a thread."""
+    try:
+        if fs.async_impl:
+            return await getattr(fs, f"_{function}")(*words, **options)
+        return await asyncio.to_thread(getattr(fs, function), *words, **options)
+    except Exception as error:
+        raise sorted_error(error) from error
 
 
 def _parse_content_range(header: str | None, start: int) -> tuple[int, int | None]:

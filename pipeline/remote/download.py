@@ -7,7 +7,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import BinaryIO
 
-from pipeline.remote.client import CHUNK_BYTES, Client, RangeNotSupported, RetryableError
+from pipeline.remote.client import CHUNK_BYTES, Client, RangeNotSupported
+from pipeline.remote.filesystem import SCHEMES, RetryableError
 from runtime.errors import UserError
 
 METADATA = ("manifest.json", "index.npy")
@@ -114,12 +115,7 @@ class Download:
         return f"{self.url}: is missing ({why}); upload it from the folder in which the shards were made"
 
     def _forbidden(self, why: str) -> str:
-        keys = "~/.netrc, or headers in FSSPEC_HTTP, if the server needs a login"
-        if self.client.scheme == "s3":
-            keys = (
-                "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; AWS_ENDPOINT_URL if the bucket is not at "
-                "Amazon; FSSPEC_S3_ANON=true for a public bucket"
-            )
+        keys = SCHEMES[self.client.scheme].credentials
         return f"{self.url}: access denied ({why}); check the credentials: {keys}"
 
     def _wrong_content(self) -> str:
