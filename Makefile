@@ -8,7 +8,7 @@ SCENES   := data/scenes
 
 # ---------------------------------------------------------------------------------------- words of the command line
 
-TARGETS  := help setup plan scenes shards verify index pretrain slurm table1 tables eval features export bench gpu test test-slow faults check lock docs-reference clean
+TARGETS  := help setup plan scenes shards verify index pretrain slurm table1 tables eval features export bench gpu test test-slow faults check lock docs-reference docs clean
 
 # the variables that a target takes, besides those of the installation
 takes_shards    := SRC DST SHARD_MB ARGS
@@ -27,11 +27,12 @@ takes_gpu       := SHARDS OUT ARGS
 takes_test      := ARGS
 takes_test-slow := ARGS
 takes_faults    := ARGS
+takes_docs      := ARGS
 takes_install   := PYTHON TORCH
 VARIABLES := $(sort $(foreach target,install $(TARGETS),$(takes_$(target))))
 # variables of programs, which make passes on as it does those of the environment
 PASSED := %_NUM_THREADS OMP_% MKL_% GOMP_% KMP_% CUDA_% NVIDIA_% NCCL_% GLOO_% TORCH_% TORCHINDUCTOR_% PYTORCH_% PYTHON% AWS_% \
-  HF_% WANDB_% MLFLOW_% HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy PIP_% UV_% MAKE% SHELL PATH HOME TMPDIR XDG_% LANG LC_% \
+  FSSPEC_% GOOGLE_% AZURE_% HF_% WANDB_% MLFLOW_% HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy PIP_% UV_% MAKE% SHELL PATH HOME TMPDIR XDG_% LANG LC_% \
   COLUMNS TERM CC CXX ORACLE FAULTS
 
 # a word or path, for the shell
@@ -106,7 +107,7 @@ ready: $(READY)
 	$(if $(filter-out $(TORCH),$(kind)),$(error TORCH=$(TORCH): .venv has torch for $(kind); `make setup TORCH=$(TORCH)` replaces it))
 	@[ ! requirements.lock -nt $(READY) ] || echo "requirements.lock is newer than .venv: \`make setup\` updates it" >&2
 
-shards: ready ## SRC='photos/ more.zip …' DST=folder [SHARD_MB=256 ARGS='--resize-short 256 --quality 90']: photos -> shards
+shards: ready ## SRC='photos/ more.zip …' DST=folder|s3://… [SHARD_MB=256 ARGS='--resize-short 256 --quality 90']: photos -> shards
 	$(call need,SRC,photos: a folder or tar or zip or Parquet or a table)$(call need,DST,the folder to write shards into)
 	@$(PY) -m tools.make_shards make "$$SRC" "$$DST" $(if $(SHARD_MB),--shard-mb "$$SHARD_MB") $(ARGS)
 
@@ -191,6 +192,17 @@ lock: ready # write requirements.lock from pyproject.toml
 docs-reference: ready # write docs/reference/config.md and configs/schema.json from runtime/config/schema.py
 	@$(PY) -m runtime.config.reference
 
+docs: .venv-docs/.ready ## the documentation as a site: site/index.html
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet $(ARGS)
+	@echo site/index.html
+
+# an environment of its own: what makes the site is no part of the trainer
+.venv-docs/.ready: pyproject.toml
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --upgrade pip
+	@.venv-docs/bin/python -m pip install --quiet --group docs
+	@touch $@
+
 clean: ## remove caches (runs, data and .venv are kept)
-	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	rm -rf site .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
