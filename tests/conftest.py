@@ -167,3 +167,24 @@ run: {{folder: {run}, log_every: 2, checkpoint_every: 7}}
 @pytest.fixture
 def tiny_config(tiny_shards: Path, tmp_path: Path) -> Path:
     return write_config(tmp_path / "tiny.yaml", tiny_shards, tmp_path / "run")
+
+
+@pytest.fixture
+def bucket(tiny_shards, monkeypatch):
+    """moto's S3 with the tiny shards in s3://photos/tiny."""
+    pytest.importorskip("moto")
+    from tests.bucket import Bucket
+
+    bucket = Bucket(tiny_shards)
+    for key, value in {
+        "AWS_ENDPOINT_URL": bucket.endpoint,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "word",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(key, value)
+    yield bucket
+    bucket.close()

@@ -16,7 +16,8 @@ all photos do, rounded up. --skip-broken leaves out tars that cannot be read, an
 
 Samples are shuffled, so every shard holds all classes; a tar is therefore read in random order, which needs an SSD.
 The same photos and settings give the same bytes, for any --processes. If the program is killed, the same command resumes:
-a shard gets its name only when it is complete, and manifest.json is written last.
+a shard gets its name only when it is complete, and manifest.json is written last. DST may be an address (s3://bucket/mine;
+gs://, az://, hf://): each shard is uploaded when it is made and then deleted here, and any machine resumes.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from pipeline.decode import MAX_PIXELS
 from pipeline.prepare.existing import index
 from pipeline.prepare.make import make
 from pipeline.prepare.verify import verify
+from pipeline.remote import is_address
 from runtime.errors import UserError, run_cli
 
 
@@ -54,7 +56,8 @@ def main() -> int | None:
                 "folders, tars, zips, Parquet, shards or tables of photos; docs/reference/formats.md lists all kinds"
             )
             one.add_argument("src", nargs="+", help=sources)
-        one.add_argument("dst", type=Path, help="the folder of the shards")
+        where = "the folder of the shards" + (", or an address that they are uploaded to" if command is make else "")
+        one.add_argument("dst", type=_destination if command is make else _folder, help=where)
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         one.add_argument("--processes", type=int, default=cpus, help="default: %(default)s, one per core")
         if command is not verify:
@@ -125,6 +128,19 @@ def _add_shard_options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--seed", type=int, default=0, help="of the shuffle; default 0")
     one.add_argument("--resize-short", type=int, help="resize photos whose short side has more pixels to this")
     one.add_argument("--quality", type=int, default=95, help="of every JPEG that is encoded here; default 95")
+
+
+def _destination(text: str) -> Path | str:
+    return text if is_address(text) else Path(text)
+
+
+def _folder(text: str) -> Path:
+    if is_address(text):
+        raise UserError(
+            f"DST {text}: an address; verify and index read a folder of this machine, and training checks each shard of an "
+            "address when it downloads it"
+        )
+    return Path(text)
 
 
 def _paths(text: str) -> list[Path]:

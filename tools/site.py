@@ -1,8 +1,8 @@
 """The documentation site: what MkDocs does with links that leave docs/ (`hooks` of mkdocs.yml; `make docs`).
 
 A link is written so that it works on GitHub: relative to the file that it is in. Here README.md becomes the first page,
-CONTRIBUTING.md and CHANGELOG.md become pages, and any other file of the repository that a page links to is copied to the site,
-under source/. A link to nothing stays as it is, and the strict build refuses it.
+CONTRIBUTING.md and CHANGELOG.md become pages, and any other file of the repository that a page links to is copied, under
+source/. A link to nothing stays as it is, and the strict build refuses it.
 """
 
 import posixpath
@@ -24,7 +24,9 @@ def on_files(files: Any, config: Any) -> Any:
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     texts = {of_repository(page.src_uri): page.content_string for page in files.documentation_pages()}
-    linked = {target for source, text in texts.items() for link in links(text) if (target := repository_path(source, link))}
+    linked = {
+        target for source, text in texts.items() for link in links(text) if (target := repository_path(source, link))
+    }
     for target in sorted(linked):
         uri = of_site(target)
         if uri.startswith("source/") and (ROOT / target).is_file() and files.get_file_from_path(uri) is None:

@@ -24,6 +24,7 @@ import numpy as np
 
 from pipeline.prepare.skipped import Skipped, counts
 from pipeline.prepare.work import MB
+from pipeline.remote import Upload
 from pipeline.shards import FORMAT, INDEX, ORIGIN, SOURCES, plural
 from runtime.errors import UserError
 from runtime.files import sync, try_lock, write_atomic
@@ -167,10 +168,16 @@ def _write_rows(path: Path, rows: Sequence[dict]) -> None:
 
 
 def write_folder(
-    dst: Path, records: Iterable[ShardRecord], head: dict, origin: str, skipped: Skipped, broken: list[dict]
+    dst: Path,
+    records: Iterable[ShardRecord],
+    head: dict,
+    origin: str,
+    skipped: Skipped,
+    broken: list[dict],
+    upload: Upload | None = None,
 ) -> None:
     """Write rejected.jsonl, skipped.jsonl, sources.txt, index.npy and, last, manifest.json from the records of all shards;
-    then print the summary.
+    upload them in this order if there is an `upload`; then print the summary.
 
     head: the manifest's source, settings and classes. origin: the folder or tar of the photos, if it is known. broken: rows
     of rejected.jsonl for tars that were left out; they are counted as skipped.
@@ -224,11 +231,16 @@ def write_folder(
         replace_file(dst / SOURCES, f"{ORIGIN}\t{origin}\n".encode() + sources)
     replace_file(dst / "index.npy", table.getvalue())
     replace_file(dst / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    if upload:
+        for name in ("rejected.jsonl", "skipped.jsonl", SOURCES, "index.npy", "manifest.json"):
+            if (dst / name).exists():
+                upload.put(dst / name, name)
+        upload.clear_work()
     shutil.rmtree(dst / WORK)
-    _print_summary(dst, manifest, skipped, broken)
+    _print_summary(upload.address if upload else dst, manifest, skipped, broken)
 
 
-def _print_summary(dst: Path, manifest: dict, skipped: Skipped, broken: list[dict]) -> None:
+def _print_summary(dst: Path | str, manifest: dict, skipped: Skipped, broken: list[dict]) -> None:
     shards, kept, converted = manifest["shards"], Counter(manifest["kept"]), Counter(manifest["converted"])
     size = sum(s["bytes"] for s in shards)
     classes = len(manifest["classes"])

@@ -1,4 +1,8 @@
-"""`make`: shards from the photos of a source. A killed `make` is resumed: what is finished is in DST/.make_shards."""
+"""`make`: shards from the photos of a source. A killed `make` is resumed: what is finished is in DST/.make_shards.
+
+DST may be an address (pipeline/remote/upload.py). Then `dst` is a folder of this machine for what is not uploaded yet; each
+process makes a shard there, uploads and deletes it.
+"""
 
 import argparse
 import itertools
@@ -38,6 +42,7 @@ from pipeline.prepare.record import Ask, Photo, Root, SourceIndex
 from pipeline.prepare.sources import describe, list_photos
 from pipeline.prepare.work import MB, Progress, parallel_map
 from pipeline.random import hash64, permute
+from pipeline.remote import Upload, is_address
 from pipeline.shards import Shards, plural
 from runtime.errors import UserError
 from runtime.files import sync
@@ -67,6 +72,7 @@ class Job(NamedTuple):
     photos: list[Photo]
     first: int  # number of its first photo; samples are named by their number
     settings: Settings
+    upload: Upload | None
 
 
 class Totals(NamedTuple):
@@ -103,7 +109,10 @@ def make_shard(job: Job) -> Totals:
             record.rows.append((offset, len(prepared.data), prepared.height, prepared.width, photo.label, crc))
             record.sources.append(f"{number:08d}\t{source.place(photo)}")
         shard.close()
-    if record.rows:
+    if record.rows and job.upload:
+        job.upload.put(draft, job.name)
+        draft.unlink()
+    elif record.rows:
         os.replace(draft, job.dst / job.name)
         sync(job.dst)
     else:  # DALI would read a sample from an empty tar: no file is written, and its number is left out
@@ -111,6 +120,8 @@ def make_shard(job: Job) -> Totals:
         (job.dst / job.name).unlink(missing_ok=True)
     record.bytes, record.sha256 = shard.at, shard.sha.hexdigest()
     replace_file(_record_path(job), json.dumps(vars(record)).encode())
+    if job.upload:
+        job.upload.put(_record_path(job), f"{WORK}/{_record_path(job).name}")
     return Totals(len(job.photos), sum(p.size for p in job.photos), len(record.rejected))
 
 
@@ -124,13 +135,18 @@ def _read_record(job: Job) -> ShardRecord:
 
 def make(options: argparse.Namespace) -> None:
     """Make DST's shards from SRC's photos, or resume making them."""
-    sources, dst = [src.resolve() for src in options.src], options.dst.resolve()
+    upload = Upload(options.dst, WORK) if is_address(options.dst) else None
+    sources, dst = [src.resolve() for src in options.src], upload.folder if upload else options.dst.resolve()
+    where = upload.address if upload else dst
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     for given, src in zip(options.src, sources, strict=True):
         if dst.is_relative_to(src) or src.is_relative_to(dst):
             raise UserError(f"DST {options.dst} is inside SRC {given}, or SRC inside DST; give a DST outside SRC")
     if not os.path.exists(dst / "manifest.json"):  # unlike Path's, also false in a folder that cannot be entered
-        require_writable(dst, "give another DST")  # before a million photos are listed
+        # before a million photos are listed
+        require_writable(dst, "XDG_CACHE_HOME names another" if upload else "give another DST")
+    if upload:
+        upload.check_writable()
     source = _list(options, sources, dst)
     total = sum(p.size for p in source.photos)
     print(f"{plural(len(source.photos), 'photo')}, {total / MB:,.0f} MB; {printable(source.summary)}")
@@ -142,18 +158,26 @@ def make(options: argparse.Namespace) -> None:
         "settings": asdict(settings),
     }
     with folder_lock(dst, KEPT):
+        if upload:
+            upload.begin(keep=UNPACKED)
         if (dst / "manifest.json").exists():
             shutil.rmtree(dst / WORK, ignore_errors=True)
-            complete = Shards(dst)  # raises if a shard is missing
-            _refuse_other(dst, complete.manifest, task)
+            complete = Shards(dst, max_missing=None if upload else 0.0)  # raises if a shard is missing
+            _refuse_other(where, complete.manifest, task)
+            if upload:
+                upload.check_complete(complete.shards)
+                upload.clear_work()
+                upload.remove_folder()
             print(
-                f"{dst}: already complete: {plural(len(complete), 'sample')} in {plural(len(complete.shards), 'shard')}"
+                f"{where}: already complete: {plural(len(complete), 'sample')} in {plural(len(complete.shards), 'shard')}"
             )
             return
-        jobs = plan_shards(source, dst, settings)
+        jobs = plan_shards(source, dst, settings, upload)
         missing = sum(not (dst / job.name).exists() for job in jobs)
-        require_writable(dst, "give a larger --shard-mb", files=2 * missing + 8)
-        _begin_or_resume(dst, task)
+        require_writable(dst, "give a larger --shard-mb", files=(1 if upload else 2) * missing + 8)
+        _begin_or_resume(dst, task, upload)
+        if upload:
+            print(f"uploading to {where}; on this machine: {dst}, at most a shard for each process", flush=True)
         write_skipped(dst, source.skipped)
         try:
             totals = _make_shards(jobs, options.processes, options.max_bad)
@@ -164,7 +188,9 @@ def make(options: argparse.Namespace) -> None:
             raise
         records = (_read_record(job) for job in jobs)
         head = {**task, "classes": source.classes}
-        write_folder(dst, records, head, printable(source.origin), source.skipped, source.broken)
+        write_folder(dst, records, head, printable(source.origin), source.skipped, source.broken, upload)
+        if upload:
+            upload.remove_folder()
 
 
 def _list(options: argparse.Namespace, sources: list[Path], dst: Path) -> SourceIndex:
@@ -185,7 +211,7 @@ def _list(options: argparse.Namespace, sources: list[Path], dst: Path) -> Source
         raise
 
 
-def _refuse_other(dst: Path, saved: dict, current: dict) -> None:
+def _refuse_other(dst: Path | str, saved: dict, current: dict) -> None:
     """Raise UserError if the folder's shards are of another source or other settings."""
     advice = "give another DST, or delete this one"
     if saved.get("source", {}).get("sha256") != current["source"]["sha256"]:
@@ -199,14 +225,17 @@ def _refuse_other(dst: Path, saved: dict, current: dict) -> None:
         raise UserError(f"{dst} holds shards made with other settings: {', '.join(diff)}; {advice}")
 
 
-def _begin_or_resume(dst: Path, task: dict) -> None:
+def _begin_or_resume(dst: Path, task: dict, upload: Upload | None) -> None:
     """Create the work folder, or check the one that a killed run left."""
     work, saved = dst / WORK, dst / WORK / "task"
+    where = upload.address if upload else dst
     if saved.exists():
-        _refuse_other(dst, json.loads(saved.read_bytes()), task)
+        _refuse_other(where, json.loads(saved.read_bytes()), task)
         for draft in work.glob("*.draft"):
             draft.unlink()
         return
+    if upload and any(name.endswith(".tar") for name in upload.names):
+        raise UserError(f"DST {where}: holds tars of another program; give another DST, or delete them")
     if list_tars(dst):
         raise UserError(
             f"{dst}: holds tars of another program; give another DST, or write their index with "
@@ -217,9 +246,11 @@ def _begin_or_resume(dst: Path, task: dict) -> None:
             stale.unlink()
     work.mkdir(exist_ok=True)
     replace_file(saved, json.dumps(task).encode())
+    if upload:
+        upload.put(saved, f"{WORK}/task")
 
 
-def plan_shards(source: SourceIndex, dst: Path, settings: Settings) -> list[Job]:
+def plan_shards(source: SourceIndex, dst: Path, settings: Settings, upload: Upload | None = None) -> list[Job]:
     """Shuffle the photos and split them into shards of about the same size, at most `shard_mb` plus one photo."""
     n = len(source.photos)
     shuffled = [source.photos[i] for i in permute(np.arange(n), n, hash64(settings.seed, "shards"))]
@@ -230,7 +261,7 @@ def plan_shards(source: SourceIndex, dst: Path, settings: Settings) -> list[Job]
     shard_of = (np.cumsum(in_tar) - in_tar) * shards // in_tar.sum()
     bounds = np.searchsorted(shard_of, np.arange(shards + 1))
     return [
-        Job(source.roots, dst, f"shard-{i:06d}.tar", shuffled[a:b], int(a), settings)
+        Job(source.roots, dst, f"shard-{i:06d}.tar", shuffled[a:b], int(a), settings, upload)
         for i, (a, b) in enumerate(itertools.pairwise(bounds))
         if a < b
     ]
@@ -260,12 +291,17 @@ def _finished(job: Job) -> Totals | None:
     """The totals of this job if an earlier run has finished it."""
     try:
         record = _read_record(job)
-        size = (job.dst / job.name).stat().st_size if record.rows else record.bytes
+        size = _size(job) if record.rows else record.bytes
     except (OSError, ValueError, TypeError):  # TypeError: a record of another version
         return None
     if record.unread or size != record.bytes or len(record.sources) != len(record.rows):
         return None
     return Totals(len(job.photos), sum(p.size for p in job.photos), len(record.rejected))
+
+
+def _size(job: Job) -> int:
+    """Bytes of a shard where it belongs; -1 or OSError if it is not there."""
+    return job.upload.names.get(job.name, -1) if job.upload else (job.dst / job.name).stat().st_size
 
 
 def _rejected(jobs: list[Job]) -> list[dict]:

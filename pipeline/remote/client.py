@@ -1,7 +1,7 @@
 """One request to a server: bytes of a file at an address, from a given byte on.
 
-A server that streams is read as the bytes arrive: HTTP and S3. Of the other stores (Google, Azure, Hugging Face) fsspec reads
-ranges, so a body is one range after another. Errors are sorted as in filesystem.py: FileNotFoundError, PermissionError, and
+HTTP and S3 are read as the bytes arrive. Of the other stores (Google, Azure, Hugging Face) fsspec reads ranges, so a body is
+one range after another. Errors are sorted as in filesystem.py: FileNotFoundError, PermissionError, and
 `Client.retryable_errors()`, after which another request may succeed.
 """
 

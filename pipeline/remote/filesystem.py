@@ -32,7 +32,8 @@ SCHEMES = {
     ),
     "gs": Scheme(
         "gcsfs", "gs", "GOOGLE_APPLICATION_CREDENTIALS",
-        "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`; FSSPEC_GS_TOKEN=anon for a public bucket",
+        "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`; "
+        "FSSPEC_GS_TOKEN=anon for a public bucket",
     ),
     "az": Scheme(
         "adlfs", "az", "AZURE_STORAGE_ACCOUNT_NAME",
@@ -79,9 +80,7 @@ def open_filesystem(scheme: str, address: str, timeout: float, retries: bool) ->
             f"{address}: a package for remote shards is missing ({error}): pip install -e '.[{SCHEMES[scheme].extra}]'"
         ) from None
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{address}: {error}; see {SCHEMES[scheme].settings}, FSSPEC_* and ~/.config/fsspec"
-        ) from None
+        raise UserError(f"{address}: {error}; see {SCHEMES[scheme].settings}, FSSPEC_* and ~/.config/fsspec") from None
 
 
 def _http() -> Any:
@@ -101,7 +100,10 @@ def _s3(timeout: float, retries: bool) -> Any:
     config: dict[str, Any] = {"connect_timeout": timeout, "read_timeout": timeout}
     if not retries:
         config["retries"] = {"total_max_attempts": 1}
-    filesystem = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
+    filesystem = fsspec.filesystem(
+        "s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=config,
+        max_concurrency=2,  # parts of 50 MB of an upload, which are in memory
+    )  # fmt: skip
     if not retries:
         filesystem.retries = 1
     filesystem.connect()

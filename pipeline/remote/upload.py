@@ -48,7 +48,7 @@ class Upload:
         self._filesystems: dict[int, Any] = {}  # by process id: none survives a fork
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"_filesystems": {}}
+        return vars(self) | {"_filesystems": {}, "names": {}}
 
     def list(self) -> None:
         """Find out which files are there."""
@@ -80,18 +80,33 @@ class Upload:
         if any(name.startswith(f"{self.work}/") for name in self.names):
             self._do("rm", f"{self.base}/{self.work}", recursive=True)
 
-    def fetch_work(self, names: Iterable[str]) -> None:
-        """Copy small files of work/ into the folder of this machine."""
-        (self.folder / self.work).mkdir(parents=True, exist_ok=True)
-        for name in names:
+    def begin(self, keep: str) -> None:
+        """Make the folder of this machine what the address says: its manifest and index if it is complete, otherwise the
+        task and records in work/. keep: the file or folder of work/ that stays."""
+        self.list()
+        work = self.folder / self.work
+        for path in (*self.folder.glob("*"), *work.glob("*")):
+            if path.is_file() and path.name != keep:
+                path.unlink()
+        work.mkdir(parents=True, exist_ok=True)
+        complete = "manifest.json" in self.names
+        for name in ("manifest.json", "index.npy") if complete else [n for n in self.names if n.startswith(self.work)]:
             (self.folder / name).write_bytes(self.get(name))
+
+    def check_complete(self, shards: Iterable[dict]) -> None:
+        """Raise UserError unless all shards of a manifest are there, with its sizes."""
+        missing = [s["name"] for s in shards if self.names.get(s["name"]) != s["bytes"]]
+        if missing:
+            raise UserError(
+                f"DST {self.address}: {len(missing)} shards are missing or of another size, {missing[0]} first; delete "
+                "manifest.json there, and the same command makes all shards again"
+            )
 
     def remove_folder(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _do(self, function: str, *words: Any, missing: bool = False, **options: Any) -> Any:
-        """What a function of fsspec returns. Raises FileNotFoundError (with missing=True, UserError: the bucket is not there)
-        or UserError."""
+        """What a function of fsspec returns. Raises UserError; and FileNotFoundError, unless `missing` makes it one."""
         filesystem = self._filesystems.get(os.getpid())
         if filesystem is None:
             filesystem = open_filesystem(self.scheme, self.address, TIMEOUT, retries=True)
