@@ -21,6 +21,7 @@ from runtime.config import Speed
 from runtime.errors import UserError
 from tests import faulty_store as faulty
 from tests.conftest import ROOT, run_program
+from tests.fake_hub import fake_hub
 from tests.faulty_store import AsyncStore, FaultyStore
 from tools import make_shards
 
@@ -99,6 +100,25 @@ def test_a_store_that_does_not_answer_or_refuses(tmp_path, tiny_shards):
     assert FaultyStore.starts(name)[-len(range(0, first_shard(tiny_shards)["bytes"], RANGE)) :][0] == 0
     with pytest.raises(UserError, match=r"gs://bucket/nowhere: no shards here \(no manifest.json: "):
         open_store(tmp_path, "gs://bucket/nowhere")
+
+
+def test_a_data_set_on_hugging_face(monkeypatch, tmp_path, tiny_shards):
+    """huggingface_hub's own file system, against a server on loopback."""
+    shard = first_shard(tiny_shards)
+    with fake_hub(tiny_shards) as hub:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": hub.endpoint})
+        hub.failures[shard["name"]] = [500]
+        check_bytes(open_store(tmp_path, "hf://datasets/name/set/mine"), tiny_shards)
+        assert sorted({start for name, start in hub.starts if name == shard["name"]}) == list(
+            range(0, shard["bytes"], RANGE)
+        )
+        hub.failures[shard["name"]] = [403]
+        with pytest.raises(
+            UserError, match=r"access denied \(403 .*\); check the credentials: HF_TOKEN, or `hf auth login`"
+        ):
+            open_store(tmp_path / "2", "hf://datasets/name/set/mine").read(0)
+        with pytest.raises(UserError, match=r"hf://datasets/name/set/nowhere: no shards here \(no manifest.json: "):
+            open_store(tmp_path, "hf://datasets/name/set/nowhere")
 
 
 MISSING = """
