@@ -131,7 +131,8 @@ CHECKED = [block for block in BLOCKS if not block.mark.startswith("no")]
 def clone(folder: Path, python: str) -> Path:
     """The repository as `make` sees it, in another folder; `python`: the script that programs are started with."""
     folder.mkdir()
-    for name in ("configs", "eval", "model", "pipeline", "runtime", "tools", "train.py", "docs"):
+    shutil.copytree(ROOT / "configs", folder / "configs")  # a command may write there
+    for name in ("eval", "model", "pipeline", "runtime", "tools", "train.py", "docs"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
@@ -275,6 +276,8 @@ def test_commands_that_take_seconds_run(source, tmp_path):
     rows = [f"{kind}/{n:03d}.jpg,{kind}" for n, kind in enumerate(("cats", "dogs") * 6)]
     for name, first in (("chosen.csv", ""), ("labels.csv", ""), ("photos.csv", "photos/")):
         (folder / name).write_text("path,label\n" + "".join(f"{first}{row}\n" for row in rows))
+    shards = ["-m", "tools.make_shards", "make", str(folder / "photos"), str(folder / "data/mine")]
+    run_program(*shards, "--processes", "1")
     (folder / "synset_words.txt").write_text("cats the cats\ndogs the dogs\n")
     env = env_without_make() | {"OMP_NUM_THREADS": "1"}
     for block in blocks(source):

@@ -104,7 +104,7 @@ class Data:
     """Images, views and augmentation."""
 
     shards: one_or_several(Source, Text) | None = None  # type: ignore[valid-type]
-    """Shards to train on: a folder, or an address such as s3://bucket/path or https://host/path; or a list of these, each
+    """Shards to train on: a folder, or an address (s3://, gs://, az://, hf://, https://); or a list of these, each
     with a weight if you like: `[{path: data/a, weight: 2}, {path: data/b, weight: 1}]`. An epoch has as many images as all
     sources have samples; no photo comes again before all of its source were seen."""
     val: Text | None = None
@@ -241,7 +241,7 @@ class Speed:
     hw_decoder_load: Share = 0.65
     """Share of the images that the GPU's JPEG engine decodes, on a GPU that has one. Only for DALI."""
     cache: Text | None = None
-    """Folder for shards from s3:// or https:// addresses. By default it is ~/.cache/densedino."""
+    """Folder for shards from addresses (s3://, https://, ...). By default it is ~/.cache/densedino."""
     cache_gb: PositiveFloat = 100
     """Largest size of `speed.cache`, in GB. All processes of a machine share it."""
     read_timeout: PositiveFloat = 30
