@@ -192,8 +192,9 @@ lock: ready # write requirements.lock from pyproject.toml
 docs-reference: ready # write docs/reference/config.md and configs/schema.json from runtime/config/schema.py
 	@$(PY) -m runtime.config.reference
 
+# not --quiet: it would make dead links no errors
 docs: .venv-docs/.ready ## the documentation as a site: site/index.html
-	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build $(ARGS)
 	@echo site/index.html
 
 # an environment of its own: what makes the site is no part of the trainer

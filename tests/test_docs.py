@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -81,7 +80,6 @@ def test_every_page_has_one_place_on_the_site():
 
     config = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)
     assert sorted(pages(config["nav"])) == sorted(of_site(source) for source in SOURCES)
-    assert all(of_site(page).removesuffix(".md") for page in PAGES)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -97,14 +95,15 @@ def test_lists_look_the_same_on_github_and_on_the_site(source):
 
 
 @pytest.mark.slow
-def test_the_site_is_built():
+def test_the_site_is_built(tmp_path):
     mkdocs = ROOT / ".venv-docs/bin/mkdocs"
     if not mkdocs.exists():
         pytest.skip("no .venv-docs: `make docs` makes it")
+    command = [mkdocs, "build", "--site-dir", tmp_path]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run([mkdocs, "build", "--quiet"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert all((ROOT / "site" / of_site(s)).with_suffix(".html").is_file() for s in SOURCES)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / of_site(source)).with_suffix(".html").is_file() for source in SOURCES)
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -140,8 +139,7 @@ def clone(folder: Path, python: str) -> Path:
     (folder / ".venv/bin/python").write_text(python)
     (folder / ".venv/bin/python").chmod(0o755)
     (folder / ".venv/.ready").write_text("cpu\n")
-    later = time.time() + 1000
-    os.utime(folder / ".venv/.ready", (later, later))
+    os.utime(folder / "requirements.lock", (0, 0))  # older than .venv
     return folder
 
 

@@ -40,7 +40,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
     def on_site(link: re.Match) -> str:
         target = repository_path(source, link[0])
-        if target is None:
+        if target is None or not (ROOT / target).is_file():
             return link[0]
         fragment = urlsplit(link[0]).fragment
         return posixpath.relpath(of_site(target), folder or ".") + (f"#{fragment}" if fragment else "")
