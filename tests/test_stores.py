@@ -219,14 +219,16 @@ def test_a_killed_upload_to_s3_is_resumed(bucket, photos, tiny_shards, tmp_path)
     command = [sys.executable, "-m", "tools.make_shards", "make", str(photos), "s3://photos/mine", "--shard-mb", "0.05"]
     s3 = bucket.client("s3")
 
+    def names() -> list[str]:
+        return [o["Key"][5:] for o in s3.list_objects_v2(Bucket="photos", Prefix="mine/").get("Contents", [])]
+
     def objects() -> dict[str, bytes]:
-        found = s3.list_objects_v2(Bucket="photos", Prefix="mine/").get("Contents", [])
-        return {o["Key"][5:]: s3.get_object(Bucket="photos", Key=o["Key"])["Body"].read() for o in found}
+        return {name: s3.get_object(Bucket="photos", Key=f"mine/{name}")["Body"].read() for name in names()}
 
     expected = {p.name: p.read_bytes() for p in tiny_shards.iterdir()}
     most = 0
     with subprocess.Popen([*command, "--processes", "2"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and sum(name.endswith(".tar") for name in objects()) < 3:
+        while process.poll() is None and sum(name.endswith(".tar") for name in names()) < 3:
             most = max(most, len([*(tmp_path / "xdg").rglob("*.draft"), *(tmp_path / "xdg").rglob("*.tar")]))
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
