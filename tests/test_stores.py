@@ -185,7 +185,9 @@ def test_an_upload_that_fails_is_resumed_from_any_machine(monkeypatch, photos, t
         original(self, lpath, rpath, **kwargs)
 
     monkeypatch.setattr(FaultyStore, "put_file", failing)
-    with pytest.raises(UserError, match=r"DST gs://bucket/mine: 503; the same command resumes"):
+    with pytest.raises(
+        UserError, match=r"DST gs://bucket/mine: 503; check .* the same command resumes"
+    ):
         make(monkeypatch, photos, "gs://bucket/mine")
     assert "manifest.json" not in files_at("bucket/mine")
     with pytest.raises(UserError, match=r"gs://bucket/mine: no shards here"):
@@ -208,6 +210,8 @@ def test_addresses_that_cannot_be_written(monkeypatch, photos):
         make(monkeypatch, photos, "s3://bucket")
     with pytest.raises(UserError, match=r"not an address of shards"):
         make(monkeypatch, photos, "ftp://bucket/x")
+    with pytest.raises(UserError, match=r"DST gs:/bucket/x: did you mean gs://bucket/x\?"):
+        make(monkeypatch, photos, "gs:/bucket/x")
     monkeypatch.setattr(sys, "argv", ["make_shards", "verify", "s3://bucket/mine"])
     with pytest.raises(UserError, match=r"DST s3://bucket/mine: an address; verify and index read a folder"):
         make_shards.main()

@@ -33,6 +33,7 @@ from pipeline.prepare.existing import index
 from pipeline.prepare.make import make
 from pipeline.prepare.verify import verify
 from pipeline.remote import is_address
+from pipeline.remote.filesystem import WRITABLE
 from runtime.errors import UserError, run_cli
 
 
@@ -131,6 +132,9 @@ def _add_shard_options(one: argparse.ArgumentParser) -> None:
 
 
 def _destination(text: str) -> Path | str:
+    scheme, _, rest = text.partition(":/")
+    if scheme in WRITABLE and not rest.startswith("/"):
+        raise UserError(f"DST {text}: did you mean {scheme}://{rest}? (a folder of this name: ./{text})")
     return text if is_address(text) else Path(text)
 
 

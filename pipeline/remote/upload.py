@@ -117,9 +117,11 @@ class Upload:
             kind = sorted_error(error)
             if isinstance(kind, FileNotFoundError) and not missing:
                 raise kind from None
-            advice = "the same command resumes"
+            advice = "check the address and the server; the same command resumes"
             if isinstance(kind, FileNotFoundError):
                 advice = "is there such a bucket?"
+            elif isinstance(kind, ValueError):
+                advice = "correct the address"
             elif isinstance(kind, PermissionError):
                 advice = f"check the credentials: {SCHEMES[self.scheme].credentials}"
             raise UserError(f"DST {self.address}: {describe(error)}; {advice}") from None
