@@ -32,8 +32,8 @@ SOURCES = [*PAGES, *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs
 WITH_COMMANDS = [s for s in SOURCES if s in ("README.md", "CONTRIBUTING.md", "docs/quickstart.md") or "/howto/" in s]
 BLOCK = re.compile(r"(?:<!-- test: ([^>]*?) -->\s*)?^ *```bash\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 KEY = re.compile(r"[a-z_]+(\.\w+)*=.*", re.DOTALL)
-SHELL = ("export", "cp", "cd")  # commands that need no check
-PASSED_ON = {"tools.pretrain": "train.py", "torchrun": "train.py"}  # options of these belong to that program, too
+SHELL = ("export", "cp", "cd", "sbatch")  # commands that need no check
+PASSED_ON = {"tools.pretrain": "train.py", "tools.slurm": "train.py"}  # what they do not know is that program's
 
 
 def text_of(source: str) -> str:
@@ -206,7 +206,7 @@ def check_program(words: list[str]) -> None:
     assert [o for o in options if not re.search(rf"(?<![\w-]){o}(?![\w-])", known)] == [], f"{program} {command}"
     configs = [word for word in rest if word.startswith("configs/") and rest[rest.index(word) - 1] != "--write"]
     assert all((ROOT / config).is_file() for config in configs), configs
-    if program in ("train.py", "tools.pretrain"):
+    if program == "train.py" or program in PASSED_ON:
         keys = [w for w in rest if KEY.fullmatch(w) and "…" not in w]
         allowed = [rest[i + 1] for i, word in enumerate(rest) if word == "--allow-change"]
         load_config(ROOT / (configs[0] if configs else "configs/demo.yaml"), keys, allowed=allowed)
