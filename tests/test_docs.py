@@ -207,7 +207,8 @@ def check_program(words: list[str]) -> None:
     configs = [word for word in rest if word.startswith("configs/") and rest[rest.index(word) - 1] != "--write"]
     assert all((ROOT / config).is_file() for config in configs), configs
     if program == "train.py" or program in PASSED_ON:
-        keys = [w for w in rest if KEY.fullmatch(w) and "…" not in w]
+        of_sbatch = {rest[i + 1] for i, word in enumerate(rest) if word == "--option"}
+        keys = [w for w in rest if KEY.fullmatch(w) and "…" not in w and w not in of_sbatch]
         allowed = [rest[i + 1] for i, word in enumerate(rest) if word == "--allow-change"]
         load_config(ROOT / (configs[0] if configs else "configs/demo.yaml"), keys, allowed=allowed)
 
