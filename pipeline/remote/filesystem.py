@@ -4,6 +4,7 @@ fsspec brings connections, proxies, credentials, listings and uploads. Errors ar
 PermissionError, and those after which another request may succeed (RetryableError, or the package's own).
 """
 
+import logging
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
@@ -74,6 +75,8 @@ def open_filesystem(scheme: str, address: str, timeout: float, retries: bool) ->
             return _http()
         if scheme == "s3":
             return _s3(timeout, retries)
+        # gcsfs writes the traceback of each failed request; here it is one message
+        logging.getLogger(SCHEMES[scheme].package).setLevel(logging.CRITICAL)
         return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
     except ImportError as error:
         raise UserError(
