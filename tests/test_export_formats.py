@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import run_program
 from PIL import Image
+from runs import write_run
 
 from eval.datasets import center_crop
 from eval.features import normalized
@@ -21,7 +22,6 @@ from model.architecture import Architecture
 from model.methods import build
 from model.vit import ViT
 from model.weights import load_backbone, load_pretrained, with_architecture
-from runs import write_run
 from runtime.config import parse_config
 from runtime.errors import UserError
 from tools.export import folder as export_folder

@@ -185,9 +185,7 @@ def test_an_upload_that_fails_is_resumed_from_any_machine(monkeypatch, photos, t
         original(self, lpath, rpath, **kwargs)
 
     monkeypatch.setattr(FaultyStore, "put_file", failing)
-    with pytest.raises(
-        UserError, match=r"DST gs://bucket/mine: 503; check .* the same command resumes"
-    ):
+    with pytest.raises(UserError, match=r"DST gs://bucket/mine: 503; check .* the same command resumes"):
         make(monkeypatch, photos, "gs://bucket/mine")
     assert "manifest.json" not in files_at("bucket/mine")
     with pytest.raises(UserError, match=r"gs://bucket/mine: no shards here"):
