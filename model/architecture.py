@@ -57,15 +57,16 @@ class Architecture:
         return 1 + self.registers
 
     def for_timm(self) -> dict[str, Any]:
-        """timm's own arguments, but for the module of the MLP and the norms' eps, which are no plain values."""
+        """timm's own arguments, but for the module of the MLP and the norms' eps, which are no plain values. None of
+        them is None, which timm.create_model would leave out."""
         hidden = self.hidden or 4 * self.width
         return {
             "embed_dim": self.width, "depth": self.depth, "num_heads": self.heads, "patch_size": self.patch,
-            "in_chans": self.channels, "act_layer": None if self.activation == "gelu" else self.activation,
+            "in_chans": self.channels, "act_layer": self.activation,
             # timm takes int(D * ratio), which must not be one less than `hidden`
             "mlp_ratio": hidden / self.width if hidden % self.width == 0 else (hidden + 0.5) / self.width,
             "reg_tokens": self.registers, "no_embed_class": not self.class_position, "pre_norm": self.pre_norm,
-            "init_values": LAYER_SCALE if self.layer_scale else None, "qkv_bias": self.qkv_bias, "qk_norm": self.qk_norm,
+            "init_values": LAYER_SCALE * self.layer_scale, "qkv_bias": self.qkv_bias, "qk_norm": self.qk_norm,
             "scale_attn_norm": self.scale_norms, "scale_mlp_norm": self.scale_norms,
         }  # fmt: skip
 
