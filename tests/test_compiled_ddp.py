@@ -9,7 +9,7 @@ from tests.faults.program import Program, final, log
 
 # train.py with a torch.compile that also writes one line for each graph: its nodes and symbolic sizes
 SCRIPT = """
-import functools, json, os, sys
+import json, os, sys
 sys.path.insert(0, {root!r})
 import train
 
@@ -27,7 +27,8 @@ def backend(graph, inputs, **options):
 
 def main():
     import torch
-    torch.compile = functools.partial(torch.compile, backend=backend)
+    compile = torch.compile
+    torch.compile = lambda *args, **options: compile(*args, **options | {{"backend": backend}})
     return train.main()
 
 if __name__ == "__main__":  # worker processes import this file

@@ -12,7 +12,6 @@ mapped file's pages as the process's), with the answers of all queries.
 
 import argparse
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.knn import BLOCK_ROWS, NearestNeighbors
-from runtime.distributed import reuse_memory
+from runtime.distributed import peak_memory, reuse_memory
 from tools.bench.rows import cpu_name, make_table, report_rows
 
 
@@ -40,7 +39,7 @@ def simulate(path: Path, photos: int, width: int) -> None:
 
 
 def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_memory(torch.device("cpu"))
 
 
 def time_bare(queries: Tensor, train: Tensor, k: int, rows: int) -> float:

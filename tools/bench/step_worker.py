@@ -7,7 +7,6 @@ Peak memory is a high-water mark of a process, so every measurement has one of i
 
 import functools
 import json
-import resource
 import statistics
 import sys
 import time
@@ -74,9 +73,7 @@ def best_device() -> torch.device:
 
 def peak_memory_mb() -> float:
     """Of the GPU if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return distributed.peak_memory(best_device())
 
 
 # ------------------------------------------------------------------------------------------------------ measurements
