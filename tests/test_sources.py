@@ -181,7 +181,7 @@ def test_shards_as_a_source(tool: Callable[..., tuple[str, str]], tmp_path: Path
     tool("make", folder(tmp_path), tmp_path / "made")
     output, error = tool("make", tmp_path / "made", tmp_path / "again", "--shard-mb", "0.05", "--seed", "3")
     assert error == ""
-    assert "1 shard, which keep names and 4 classes" in output
+    assert "1 shard: names are kept, 4 classes" in output
     assert samples(tmp_path / "again") == expected(PHOTOS)
     assert len(Shards(tmp_path / "again").shards) > 2
     assert Shards(tmp_path / "again").source(0).startswith(f"{tmp_path}/photos/")
