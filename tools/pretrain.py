@@ -79,7 +79,7 @@ def resolve_folders(args: argparse.Namespace, trains: bool) -> None:
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Raise UserError for what is wrong with the config, the run folder or the weights: the photos' shards may take hours."""
+    """Raise UserError for what is wrong with the config, the run folder or the weights: shards may take hours to make."""
     from eval import preflight
     from runtime.config import is_path, load_config
 

@@ -265,7 +265,11 @@ def describe(index: SourceIndex, dst: Path) -> list[str]:
     lines = []
     if index.classes:
         lines.append(describe_classes(index.classes, Counter(p.label for p in index.photos)))
-    endings = Counter(ending(p.name) or "no ending" for p in index.photos if not has_photo_ending(p.name))
+    in_shards = {
+        i for i, root in enumerate(index.roots) if (root.path / "manifest.json").is_file()
+    }  # JPEG, whatever their name
+    apart = [p for p in index.photos if p.root not in in_shards and not has_photo_ending(p.name)]
+    endings = Counter(ending(p.name) or "no ending" for p in apart)
     converted = Counter({e: n for e, n in endings.items() if e in CONVERTED_ENDINGS})
     if converted:
         lines.append(f"to be converted to JPEG: {counts(converted)}")

@@ -91,7 +91,13 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(plan.lines()))
     if args.write:
         recipe.write(
-            Path(args.write), name, values, [*args.words, *plan.fitting_words()], photos.images, plan.hours_text(), place
+            Path(args.write),
+            name,
+            values,
+            [*args.words, *plan.fitting_words()],
+            photos.images,
+            plan.hours_text(),
+            place,
         )
         print(line("written", f"{args.write}: make pretrain CONFIG={args.write} SHARDS={place}"))
     return 0

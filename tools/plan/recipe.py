@@ -127,8 +127,8 @@ def words(values: list[Value]) -> list[str]:
 
 
 def write(path: Path, base: str, values: list[Value], words: list[str], images: int, hours: str, place: str) -> None:
-    """Write a config of these values and the user's words over `base`, for photos at `place`. Raises UserError if there is a file already, or it
-    cannot be written."""
+    """Write a config of these values and the user's words over `base`, for photos at `place`. Raises UserError if there is a
+    file already, or it cannot be written."""
     inside = path.absolute().is_relative_to(Path.cwd())
     tree: dict[str, Any] = {"base": os.path.relpath(base, path.parent) if inside else os.path.abspath(base)}
     given = [(key, parse(text, key)[0]) for key, _, text in (word.partition("=") for word in words)]
