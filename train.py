@@ -109,7 +109,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
 
     import torch
 
-    from model import weights
+    from model import methods, weights
     from model.cost import count_cost, count_memory
     from runtime import distributed, metrics, schedule, summary
 
@@ -135,13 +135,14 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         messages.append(schedule.describe_change(schedule.make_schedules(before, per_epoch), schedules, start))
     messages += summary.describe_sources(shards, plan)
     if dry_run:
+        if config.model.init and not resume:
+            messages.append(weights.load_pretrained(methods.build(config), config.model.init))
         cost, memory = count_cost(config), count_memory(config)
         summary.print_summary(config, plan, steps, cost, memory, distributed.env_world_size(), messages)
         return 0
 
     # ----------------------------------------------------------------------------------------------------- build
     from eval.online import OnlineKnn, OnlinePoints, OnlineRank
-    from model import methods
     from pipeline.loader import Loader, choose_reader
     from pipeline.random import hash64
     from runtime.compile import compile_parts
@@ -191,6 +192,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     messages += [
         shards.missing_summary,
         f"reader: {loader.reader}, {loader.why}",
+        loader.note,
         knn.skipped or "",
     ]
     profiler = metrics.profile(folder / "profile") if config.run.profile and context.is_main else None

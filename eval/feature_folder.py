@@ -46,11 +46,10 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         if state["format"] == FORMAT:
             return state
     except FileNotFoundError:
-        ours = {NAMES, POINTS, *(f"{name}.npy" for name in ARRAYS)}
-        others = sorted({p.name for p in folder.iterdir()} - ours) if folder.is_dir() else []
-        if [name for name in others if not name.endswith(".tmp")]:
+        others = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        if others := [name for name in others if not name.endswith(".tmp")]:
             raise UserError(
-                f"{folder}: not empty, and not a folder of features (no {STATE}); name another one"
+                f"{folder}: not empty ({others[0]} …), and not a folder of features (no {STATE}); name another one"
             ) from None
         return None
     except (OSError, ValueError, KeyError, TypeError):
@@ -79,12 +78,11 @@ class FeatureFolder:
                 raise UserError(f"{folder}: another program writes features there; name another folder, or wait for it")
             time.sleep(0.1)
         try:
-            if state := read_state(folder):
+            if (state := read_state(folder)) and state["done"]:
                 _refuse_other(folder, state["settings"], self.settings)
         except UserError:
             self.close()
             raise
-        self.begun = state is not None
         self.done: int = state["done"] if state else 0
         self.damaged: list[dict[str, Any]] = state["damaged"] if state else []
         self.arrays: dict[str, NDArray] = {}
@@ -94,13 +92,9 @@ class FeatureFolder:
         """Open the arrays of these shapes for writing; make them if nothing was begun. Raises UserError if the disk is too
         small."""
         paths = {name: self.folder / f"{name}.npy" for name in shapes}
-        if not self.begun:
-            write_atomic(self.folder / NAMES, "".join(f"{name}\n" for name in names))
-            if points_csv:
-                write_atomic(self.folder / POINTS, points_csv)
-            self._make(paths, shapes, dtype)
-            self._write_state()
-            self.begun = True
+        if not self.done:
+            texts = {NAMES: "".join(f"{name}\n" for name in names)} | ({POINTS: points_csv} if points_csv else {})
+            self._begin(paths, shapes, dtype, texts)
         for name, path in paths.items():
             try:
                 array = np.lib.format.open_memmap(path, "r+")
@@ -110,18 +104,20 @@ class FeatureFolder:
                 raise UserError(f"{path}: not the array that was begun; remove {self.folder} to begin again")
             self.arrays[name] = array
 
-    def _make(self, paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
-        """Make the arrays and take their space on the disk: a full one would end the program in the middle, without a
-        word."""
+    def _begin(
+        self, paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], dtype: str, texts: Mapping[str, str]
+    ) -> None:
+        """Write features.json, which says whose the folder is, then the other files. The arrays take their space on the
+        disk: a full one would end the program in the middle, without a word. If there is too little, nothing stays."""
         try:
+            self._write_state()
+            for name, text in texts.items():
+                write_atomic(self.folder / name, text)
             for name, path in paths.items():
                 np.lib.format.open_memmap(path, "w+", dtype, shapes[name])
-                with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                _reserve(path)
         except OSError as error:
-            if error.errno in CANNOT_RESERVE:
-                return
-            for path in paths.values():
+            for path in (self.folder / STATE, *(self.folder / name for name in texts), *paths.values()):
                 path.unlink(missing_ok=True)
             need = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(dtype).itemsize / 1e9
             raise UserError(
@@ -155,6 +151,16 @@ class FeatureFolder:
     def _write_state(self) -> None:
         state = {"format": FORMAT, "settings": self.settings, **self.about, "done": self.done, "damaged": self.damaged}
         write_atomic(self.folder / STATE, json.dumps(state, indent=1, ensure_ascii=False) + "\n")
+
+
+def _reserve(path: Path) -> None:
+    """Take the space of a file on the disk, where the disk can reserve any. Raises OSError if it is too small."""
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in CANNOT_RESERVE:
+                raise
 
 
 def _refuse_other(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

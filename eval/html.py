@@ -33,7 +33,7 @@ from eval.tables import (
     result_rows,
 )
 from runtime.config import Config, load_config
-from runtime.errors import UserError
+from runtime.errors import UserError, suggest_path
 from runtime.files import write_atomic
 from runtime.metrics import COLLAPSE_ROWS, IMAGES_OF, is_collapsed, read_jsonl
 
@@ -269,7 +269,7 @@ def page(run: Path) -> str:
     """The whole page. Raises UserError if `run` is not a run folder."""
     file = run / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{run}: not a run folder (no config.yaml)")
+        raise UserError(f"{run}: not a run folder (no config.yaml){suggest_path(run)}")
     config = load_config(file)
     rows, results, current = read_metrics(run), read_object(run / "results.json"), known_weights(run)
     views = " + ".join(f"{group.count}×{group.size}" for group in config.data.views)

@@ -20,7 +20,7 @@ from eval.html import LEARNING, SPEED, read_metrics
 from eval.html_parts import document, figure, grid, section, table
 from eval.tables import read_object
 from runtime.config import flatten, load_config
-from runtime.errors import UserError
+from runtime.errors import UserError, suggest_path
 from runtime.files import write_atomic
 
 META = '<meta name="generator" content="densedino eval html">'  # in a page of ours, which may be written again
@@ -32,7 +32,7 @@ def labels(runs: list[Path]) -> dict[str, Path]:
     """{label: run}: the folders' names, or as much of their paths as tells them apart. Raises UserError."""
     for n, run in enumerate(runs):
         if not (run / "config.yaml").is_file():
-            raise UserError(f"{run}: not a run folder (no config.yaml)")
+            raise UserError(f"{run}: not a run folder (no config.yaml){suggest_path(run)}")
         if run.resolve() in [other.resolve() for other in runs[:n]]:
             raise UserError(f"{run}: the same run twice")
     parts = [run.absolute().parts for run in runs]

@@ -85,8 +85,9 @@ def result_notes(results: Results) -> list[str]:
     rank, untrained = results.get("effective_rank"), (results.get("untrained") or {}).get("effective_rank")
     if rank is not None and untrained is not None:
         of = results["settings"]["effective_rank"]
+        before = f"at the start ({results['start']})" if results.get("start") else "untrained"
         notes.append(
-            f"Effective rank of [CLS]: {rank:.1f}, {result_columns(results)[1]} {untrained:.1f}, of at most "
+            f"Effective rank of [CLS]: {rank:.1f} trained, {untrained:.1f} {before}, of at most "
             f"{min(of['width'], of['photos'] - 1)} ({of['photos']} photos; 0 is a collapse)"
         )
     return notes

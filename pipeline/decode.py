@@ -71,6 +71,7 @@ _MEANINGS = {  # of what decoders say
     "subsampling": "its header is damaged, or its chroma subsampling is one that the decoder does not support",
     "Premature end of JPEG file": "truncated: Premature end of JPEG file",
     "could not create decoder": "damaged: libwebp does not accept its header",
+    "cannot identify image file": "no picture that Pillow knows: its first bytes are damaged, or what follows them",
     "failed to read next frame": "damaged: libwebp cannot decode its pixels",
 }
 

@@ -3,10 +3,12 @@
 import contextlib
 import importlib.util
 import multiprocessing
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -38,6 +40,15 @@ def choose_reader(wanted: str, device: torch.device) -> tuple[str, str]:
     if device.type != "cuda":
         return "wds", "the faster reader without a GPU"
     return ("dali", "decoding on the GPU") if has_dali else ("wds", "DALI is not installed: pip install -e '.[dali13]'")
+
+
+def count_workers(wanted: int) -> tuple[int, str]:
+    """(data workers to start, a message if they are fewer than wanted). No more than cores: each takes seconds of a core to
+    start and memory, and no worker makes a batch sooner for having to wait for a core. The batches are the same."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted <= cores:
+        return wanted, ""
+    return cores, f"speed.workers: {wanted}, but this process may use {cores} cores, so {cores} are started"
 
 
 def select_augment(device: torch.device, compile: bool) -> Callable[..., Tensor]:
@@ -72,6 +83,8 @@ class Loader:
         self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.reader, self.why = choose_reader(config.speed.reader, device)
+        workers, self.note = count_workers(config.speed.workers)
+        config = replace(config, speed=replace(config.speed, workers=workers))
         self._batches: Iterator[Batch]
         if self.reader == "dali":
             from pipeline.readers import dali  # heavy, and not on every machine

@@ -170,10 +170,27 @@ def test_other_features_in_the_folder_are_refused(network, folder, tmp_path):
     with pytest.raises(UserError, match="photos: saved 12, now 13"):
         main(words)
     assert files(out) == before
-    with pytest.raises(UserError, match="not empty, and not a folder of features"):
+    with pytest.raises(UserError, match=r"not empty \(.*\), and not a folder of features"):
         main(["embed", str(network), str(folder), str(tmp_path)])
     with pytest.raises(UserError, match="lies in the photos' folder"):
         main(["embed", str(network), str(folder), str(folder / "features")])
+
+
+def test_an_array_of_the_users_stays(tmp_path):
+    """A name of ours is not ours without features.json."""
+    (tmp_path / "cls.npy").write_text("mine")
+    with pytest.raises(UserError, match=r"not empty \(cls.npy …\), and not a folder of features \(no features.json\)"):
+        FeatureFolder(tmp_path, {}, {})
+    assert (tmp_path / "cls.npy").read_text() == "mine"
+
+
+def test_killed_before_the_first_photo(tmp_path):
+    """features.json is first, so whatever else is there can be made again; with other settings, too."""
+    for state in ({"size": 48}, {"size": 64}):
+        folder = FeatureFolder(tmp_path / "features", state, {})
+        folder.open(["a"], {"cls": (1, 4)}, "float32")
+        (tmp_path / "features/cls.npy").unlink()
+        folder.close()
 
 
 def test_a_folder_has_one_writer(tmp_path, monkeypatch):
@@ -186,7 +203,7 @@ def test_a_folder_has_one_writer(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_too_small_is_said_at_once(tmp_path):
-    """Nothing but names is left, and the same folder can be begun with less."""
+    """Nothing is left, and the same folder can be begun with less."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     folder = FeatureFolder(tmp_path / "features", {}, {})
     try:
@@ -196,7 +213,7 @@ def test_a_disk_that_is_too_small_is_said_at_once(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         folder.close()
-    assert [path.name for path in (tmp_path / "features").iterdir()] == ["names.txt"]
+    assert list((tmp_path / "features").iterdir()) == []
     folder = FeatureFolder(tmp_path / "features", {}, {})
     folder.open(["a"], {"cls": (10, 10)}, "float32")
     folder.close()

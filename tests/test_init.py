@@ -237,7 +237,7 @@ def test_another_network_is_refused_with_the_differences(tmp_path):
     assert refused(other, source) == (
         f"{source} (DenseDINO) does not fit this model (model.width: 64 saved, 32 current; "
         "model.depth: 2 saved, 3 current; head.prototypes: 5 saved, 6 current); "
-        "model.arch=null takes the architecture of the weights"
+        "model.arch=null takes the architecture of the weights; head.prototypes=5 takes the heads' sizes"
     )
     save_backbone(tmp_path / "b.safetensors", theirs.teacher.backbone, {"heads": 2, "attention": "all_query"})
     assert "(model.heads: 2 saved, 1 current; reference.attention: all_query saved, patches+self current)" in refused(

@@ -163,6 +163,7 @@ def test_large_photos_are_resized(tmp_path, capsys):
     assert photos.short_side(load_config("configs/photos_10k.yaml")) == 448  # 224 px of a quarter of the area
     text = plan(capsys, "--src", str(tmp_path), "--config", "configs/photos_10k.yaml", "optim.global_batch_size=2")
     assert "--resize-short 448 --quality 90'` pays" in text
+    assert f"CONFIG=configs/photos_10k.yaml SHARDS={tmp_path}" in text  # a folder of photos, as it is
     for path in tmp_path.iterdir():
         Image.new("RGB", (500, 375)).save(path)
     text = plan(capsys, "--src", str(tmp_path), "--config", "configs/photos_10k.yaml", "optim.global_batch_size=2")

@@ -50,3 +50,21 @@ def test_a_check_makes_nothing(tmp_path: Path) -> None:
     photos = tree(tmp_path / "photos", {"0.jpg": photo(0)})
     done = run_program("-m", "tools.pretrain", "--shards", photos, "configs/demo.yaml", "--dry-run", expect=2)
     assert f"SHARDS={photos}: 1 photo, and no shards of them yet; `make shards SRC=" in done.stderr
+
+
+def test_what_is_wrong_with_the_run_is_said_before_shards_are_made(tmp_path: Path) -> None:
+    photos = tree(tmp_path / "photos", {"0.jpg": photo(0)})
+    (tmp_path / "text.pth").write_text("no weights")
+    text = tmp_path / "text.pth"
+    for word, message in {
+        "optim.epoch=3": "optim.epoch: no such key, did you mean 'optim.epochs'?",
+        "model.init=nowhere.pth": "model.init: nowhere.pth: no such file",
+        f"model.init={text}": str(text),
+    }.items():
+        done = run_program(
+            "-m", "tools.pretrain", "--shards", photos, "--run", tmp_path / "run", "configs/demo.yaml", word,
+            expect=2, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+        assert message in done.stderr
+        assert not (tmp_path / "cache").exists()
+        assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipeline.batch import Batch, draw
-from pipeline.loader import Loader
+from pipeline.loader import Loader, count_workers
 from pipeline.plan import Plan
 from pipeline.readers import webdataset
 from pipeline.shards import Shards
@@ -67,6 +67,15 @@ def test_a_batch_follows_the_plan_and_the_draws(config):
                 ours = batch.views[v // 2][i, v % 2].numpy().astype(int)
                 assert np.abs(ours - expected).mean() < 0.5
     assert (batch.windows[..., 0] > batch.windows[..., 2]).any()
+
+
+def test_no_more_workers_than_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert count_workers(0) == (0, "")
+    assert count_workers(2) == (2, "")
+    workers, note = count_workers(8)
+    assert workers == 2
+    assert note.startswith("speed.workers: 8, but this process may use 2 cores")
 
 
 def test_workers_and_restarts_change_nothing(config):

@@ -181,7 +181,7 @@ def test_shards_as_a_source(tool: Callable[..., tuple[str, str]], tmp_path: Path
     tool("make", folder(tmp_path), tmp_path / "made")
     output, error = tool("make", tmp_path / "made", tmp_path / "again", "--shard-mb", "0.05", "--seed", "3")
     assert error == ""
-    assert "1 shard, which keep names and 4 classes" in output
+    assert "1 shard: names are kept, 4 classes" in output
     assert samples(tmp_path / "again") == expected(PHOTOS)
     assert len(Shards(tmp_path / "again").shards) > 2
     assert Shards(tmp_path / "again").source(0).startswith(f"{tmp_path}/photos/")
@@ -286,6 +286,8 @@ def test_avif_jpeg_2000_and_heic(tool: Callable[..., tuple[str, str]], tmp_path:
     assert error == ""
     assert f"converted {len(files)} (" in output
     assert all(data.startswith(b"\xff\xd8\xff") for data, _ in samples(tmp_path / "dst").values())
+    output, _ = tool("make", tmp_path / "dst", tmp_path / "again")
+    assert "to be converted" not in output  # they are JPEG by now, under their old names
 
 
 # ---- hostile and damaged sources: a line each, and nothing is left
@@ -325,6 +327,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "7z": (lambda at: write(at / "x.7z", b"7z\xbc\xaf\x27\x1c" + bytes(600)), "x.7z: compressed (7z), and photos are read"),
     "cut Parquet": (lambda at: cut(parquet_of(FEW, at / "x.parquet")), "cut, damaged, or not Parquet; copy"),
     "a missing photo": (lambda at: write(at / "l.csv", b"path\nno.jpg\n"), "l.csv:2: no.jpg: no such file in"),
+    "one picture": (lambda at: write(at / "p.png", encoded(pixels(0), "PNG")), "p.png: one picture (PNG); give the folder"),
     "two labels": (lambda at: write(at / "l.csv", b"path,label\nx,a\nx,b\n"), "x has two labels: a (line 2) and b (line 3)"),
     "JSON of numbers": (lambda at: write(at / "l.json", b"[1]"), "l.json: not a table of photos: entry 1 names no photo: 1"),
     "an empty table": (lambda at: write(at / "l.txt", b"# none\n"), "l.txt: no photo in this table"),

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from runtime.errors import UserError, run_cli
 from tools.docstring import make_parser
@@ -72,7 +73,25 @@ def resolve_folders(args: argparse.Namespace, trains: bool) -> None:
             from tools.photo_shards import is_photo_folder, shards_of
 
             if is_photo_folder(given):
+                if trains:
+                    check_run(args)
                 setattr(args, name, shards_of(name.upper(), given, make=trains))
+
+
+def check_run(args: argparse.Namespace) -> None:
+    """Raise UserError for what is wrong with the config, the run folder or the weights: shards may take hours to make."""
+    from eval import preflight
+    from runtime.config import is_path, load_config
+
+    config = load_config(args.config, [*overrides(args), *(word for word in args.words if not word.startswith("-"))])
+    folder = Path(config.run.folder or "run")
+    preflight.check_writable(folder)
+    resuming, init = (folder / "checkpoints").is_dir(), config.model.init
+    preflight.check_weights(init, resuming)
+    if is_path(init) and not resuming:
+        from model import methods, weights
+
+        weights.load_pretrained(methods.build(weights.with_architecture(config)), init)
 
 
 def overrides(args: argparse.Namespace) -> list[str]:

@@ -210,7 +210,10 @@ def check_compatible(network: Any, tensors: Mapping[str, Tensor], about: dict, s
         wrong.append(f"{key}: {saved} saved, {current} current")
     advice = "; model.arch=null takes the architecture of the weights" if wrong else ""
     own, saved = _head_dimensions(network.state_dict()), _head_dimensions(tensors)
-    wrong += [f"{key}: {n} saved, {own[key]} current" for key, n in saved.items() if n != own.get(key, n)]
+    heads = {key: n for key, n in saved.items() if n != own.get(key, n)}
+    wrong += [f"{key}: {n} saved, {own[key]} current" for key, n in heads.items()]
+    if heads:
+        advice += f"; {' '.join(f'{key}={n}' for key, n in heads.items())} takes the heads' sizes"
     if (about.get("attention") == "all_query") != (network.backbone.attention == "all_query") and "attention" in about:
         wrong.append(f"reference.attention: {about['attention']} saved, {network.backbone.attention} current")
     if wrong:

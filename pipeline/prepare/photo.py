@@ -142,6 +142,8 @@ def _open_other(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=OTHER_FORMATS)
     except UnidentifiedImageError:
+        if not data:
+            raise decode.DecodeError("empty") from None
         formats = ", ".join(("JPEG", "PNG", "WEBP", *OTHER_FORMATS))
         raise decode.DecodeError(f"not a {formats}: it begins with {data[:16]!r}") from None
 

@@ -17,7 +17,7 @@ def list_shards(src: Path, ask: Ask) -> Listing:
     ]
     classes = [] if ask.labels == "no" else shards.classes
     count = f"{len(classes):,} {'class' if len(classes) == 1 else 'classes'}"
-    summary = f"{plural(len(shards.shards), 'shard')}, which keep names and {count}"
+    summary = f"{plural(len(shards.shards), 'shard')}: names are kept, {count}"
     return Listing(sorted(photos), summary, classes, _origin(src))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from pipeline.prepare import class_tars, hints, tables
 from pipeline.prepare.archives import AGAIN, READ, fault, stream_kind
 from pipeline.prepare.classes import describe_classes, label_photos, refuse_devkit
-from pipeline.prepare.kinds import ARCHIVE
+from pipeline.prepare.kinds import ARCHIVE, HEAD, PHOTOS, PICTURES, kind_of
 from pipeline.prepare.names import CONVERTED_ENDINGS, ending, has_photo_ending, matches, printable
 from pipeline.prepare.parquet import ENDINGS, MAGIC, list_parquet
 from pipeline.prepare.record import Ask, Listing, Photo, Root, SourceIndex
@@ -84,11 +84,13 @@ def list_source(src: Path, ask: Ask, skipped: Skipped) -> Listing:
     if kind in READ:
         return _list_tar(src, unpack_tar(src, kind, ask.work), ask, skipped)
     with src.open("rb") as file:
-        magic = file.read(len(MAGIC))
-    if magic == MAGIC or src.suffix == ".arrow":
+        head = file.read(HEAD)
+    if head.startswith(MAGIC) or src.suffix == ".arrow":
         return list_parquet(src, [""], ask, skipped)
     if tables.is_table(src):
         return _list_table(src, skipped)
+    if (kind := kind_of(head, src.name)) in PHOTOS + PICTURES:
+        raise UserError(f"{src}: one picture ({kind}); give the folder that it is in: {src.parent}")
     return _list_tar(src, src, ask, skipped)
 
 
@@ -263,7 +265,11 @@ def describe(index: SourceIndex, dst: Path) -> list[str]:
     lines = []
     if index.classes:
         lines.append(describe_classes(index.classes, Counter(p.label for p in index.photos)))
-    endings = Counter(ending(p.name) or "no ending" for p in index.photos if not has_photo_ending(p.name))
+    in_shards = {
+        i for i, root in enumerate(index.roots) if (root.path / "manifest.json").is_file()
+    }  # JPEG, whatever their name
+    apart = [p for p in index.photos if p.root not in in_shards and not has_photo_ending(p.name)]
+    endings = Counter(ending(p.name) or "no ending" for p in apart)
     converted = Counter({e: n for e, n in endings.items() if e in CONVERTED_ENDINGS})
     if converted:
         lines.append(f"to be converted to JPEG: {counts(converted)}")

@@ -163,11 +163,8 @@ def refuse_missing(path: Path, rows: Sequence[Row], found: Match, names: Sequenc
     """Raise UserError if no photo is in the table; all_rows: or if a row names no photo."""
     if len(found.unused) == len(rows) or (all_rows and found.unused):
         row = found.unused[0]
-        what = (
-            "none of its photos is"
-            if len(found.unused) == len(rows)
-            else f"{len(found.unused):,} of its photos are not"
-        )
+        n = len(found.unused)
+        what = "none of its photos is" if n == len(rows) else f"{n:,} of its photos {'is' if n == 1 else 'are'} not"
         near = suggest(row.photo, names[:5000]) or f"; the first photo in SRC is {printable(names[0])}"
         raise UserError(f"{path}:{row.line}: {what} in SRC: {printable(row.photo)}{near}")
 

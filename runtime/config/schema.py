@@ -233,7 +233,7 @@ class Speed:
     """Program that reads and decodes images: NVIDIA DALI, or WebDataset on the CPU. `auto` takes DALI for a GPU,
     where it is installed."""
     workers: NonNegativeInt = 1
-    """Data workers (processes that read and decode) for each device. 0 means a thread of the training process."""
+    """Processes that read and decode, for each device; at most one for each core. 0: a thread of the training process."""
     prefetch: PositiveInt = 2
     """Batches that each worker keeps ready."""
     dali_threads: PositiveInt = 4

@@ -63,7 +63,8 @@ def test_the_effective_rank_is_a_curve_and_a_figure(unlabeled):
     assert "<figcaption>Effective rank of the teacher&#x27;s features</figcaption>" in html
     results = json.loads((unlabeled / "results.json").read_text())
     assert 1 <= results["effective_rank"] <= 24 != results["untrained"]["effective_rank"]
-    assert f"Effective rank of [CLS]: {results['effective_rank']:.1f}, untrained" in html
+    ranks = f"{results['effective_rank']:.1f} trained, {results['untrained']['effective_rank']:.1f} untrained"
+    assert f"Effective rank of [CLS]: {ranks}" in html
 
 
 @pytest.mark.fault("F35")

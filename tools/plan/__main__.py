@@ -25,6 +25,7 @@ from pathlib import Path
 from runtime.config import Config, load_config, unknown_option
 from runtime.errors import UserError, run_cli
 from tools.docstring import make_parser
+from tools.photo_shards import is_photo_folder
 from tools.plan import photos as about_photos
 from tools.plan import recipe
 from tools.plan.counted import Counted, count, known
@@ -83,13 +84,20 @@ def main(argv: list[str] | None = None) -> int:
     values = [] if args.config else recipe.scale(load_config(name, args.words), photos.images, name)
     values = [v for v in values if v.key not in given]  # what the user says goes before the rules
     config = load_config(name, [*recipe.words(values), *args.words])
-    place = shlex.quote(args.shards or "data/mine")
+    ready = args.shards or (args.src if args.src and is_photo_folder(args.src) else "")  # what SHARDS= takes as it is
+    place = shlex.quote(ready or "data/mine")
     shard_mb = number("SHARD_MB", args.shard_mb, "256") if args.shard_mb else about_photos.SHARD_MB
     plan = Plan(name, why, values, args.words, config, photos, device, gpus, _counted(config, device), shard_mb, place)
     print("\n".join(plan.lines()))
     if args.write:
         recipe.write(
-            Path(args.write), name, values, [*args.words, *plan.fitting_words()], photos.images, plan.hours_text()
+            Path(args.write),
+            name,
+            values,
+            [*args.words, *plan.fitting_words()],
+            photos.images,
+            plan.hours_text(),
+            place,
         )
         print(line("written", f"{args.write}: make pretrain CONFIG={args.write} SHARDS={place}"))
     return 0

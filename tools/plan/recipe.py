@@ -126,9 +126,9 @@ def words(values: list[Value]) -> list[str]:
     return [f"{v.key}={json.dumps(v.value, separators=(',', ':'))}" for v in values]
 
 
-def write(path: Path, base: str, values: list[Value], words: list[str], images: int, hours: str) -> None:
-    """Write a config of these values and the user's words over `base`. Raises UserError if there is a file already, or it
-    cannot be written."""
+def write(path: Path, base: str, values: list[Value], words: list[str], images: int, hours: str, place: str) -> None:
+    """Write a config of these values and the user's words over `base`, for photos at `place`. Raises UserError if there is a
+    file already, or it cannot be written."""
     inside = path.absolute().is_relative_to(Path.cwd())
     tree: dict[str, Any] = {"base": os.path.relpath(base, path.parent) if inside else os.path.abspath(base)}
     given = [(key, parse(text, key)[0]) for key, _, text in (word.partition("=") for word in words)]
@@ -140,7 +140,7 @@ def write(path: Path, base: str, values: list[Value], words: list[str], images: 
         node[name] = value
     reasons = "".join(f"#   {v.key}: {v.why}\n" for v in values)
     text = (
-        f"# {images:,} photos. Written by `make plan`.\n#\n#   make pretrain CONFIG={path} SHARDS=data/mine\n#\n"
+        f"# {images:,} photos. Written by `make plan`.\n#\n#   make pretrain CONFIG={path} SHARDS={place}\n#\n"
         f"# Hours: {hours}. Expected: not known.\n{'# Where values come from:' + chr(10) if values else ''}{reasons}\n"
         f"{dump(tree)}"
     )
