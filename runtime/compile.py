@@ -35,15 +35,15 @@ def can_compile(device: torch.device) -> str | None:
     return None
 
 
-def compile_parts(parts: list[nn.Module], device: torch.device, backend: str = "inductor") -> str:
-    """Compile each module by itself, in place. Returns one line for the log. backend: torch's name of the compiler."""
+def compile_parts(parts: list[nn.Module], device: torch.device, backend: str | None = None) -> str:
+    """Compile each module by itself, in place. Returns one line for the log. backend: torch's name of another compiler."""
     missing = can_compile(device)
     if missing:
         return f"running eagerly: {missing}; speed.compile: false silences this"
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for part in parts:
         # static shapes: a run has few, and Dynamo's DDP optimizer cannot split a graph with symbolic ones
-        part.compile(dynamic=False, backend=backend)
+        part.compile(dynamic=False, **({"backend": backend} if backend else {}))
     return "compiling: the first step takes a while, minutes for a large network; the time left does not count it"
 
 
