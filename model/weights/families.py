@@ -5,9 +5,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from model.architecture import ROTARY
 from runtime.pixels import Pixels
-
-ROTARY = "its positions are rotary: there is no grid of learned ones that a point could be read from"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.architecture import architecture
 from model.weights.families import recognize
 from model.weights.names import CENTERS, PARTS, ROLES, bare, is_unused, remap_keys, timm_name
 from runtime.checkpoint import latest_valid, open_checkpoint, read_header, read_tensors
@@ -92,8 +93,6 @@ def _read_json(path: Path) -> dict:
 
 def _about_config(text: str, source: str) -> dict:
     """What a checkpoint's config says about its backbone."""
-    from model.architecture import architecture  # imports timm
-
     config = parse_config(text, source)
     reference = config.reference
     return {
