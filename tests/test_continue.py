@@ -115,7 +115,7 @@ def test_its_features_in_timm_and_its_card(exported):
 def test_its_features_in_transformers(exported):
     images = torch.randn(2, 3, 56, 56)
     Image.fromarray(np.zeros((70, 60, 3), np.uint8)).save(exported / "photo.png")
-    ((kind, tokens, _, _, told),) = in_transformers(exported, images, "out/transformers")
+    ((kind, tokens, _, _, loading),) = in_transformers(exported, images, "out/transformers")
     assert kind == "Dinov2WithRegistersModel"
-    assert not any(told.values())
+    assert not any(loading.values())
     check_tokens(tokens, exported, images)

@@ -67,13 +67,13 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 images = torch.load("images.pt")
 for n, folder in enumerate(sys.argv[1:]):
-    model, told = AutoModel.from_pretrained(folder, output_loading_info=True)
+    model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
     processor = AutoImageProcessor.from_pretrained(folder)
     pixels = processor(Image.open("photo.png"), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         out = model.eval()(images)
-    told = {key: sorted(map(str, told[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    torch.save((type(model).__name__, out.last_hidden_state, out.pooler_output, pixels, told), f"{n}.pt")
+    loading = {key: sorted(map(str, loading[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    torch.save((type(model).__name__, out.last_hidden_state, out.pooler_output, pixels, loading), f"{n}.pt")
     model.save_pretrained(folder + "-saved")
 """
 
@@ -159,11 +159,11 @@ def test_in_transformers(tmp_path):
         export(vit, tmp_path / str(n), ["transformers"])
     images = torch.randn(2, 3, 32, 32)
     folders = [f"{n}/transformers" for n in range(len(vits))]
-    for (kind, tokens, pooled, pixels, told), name, vit, folder in zip(
+    for (kind, tokens, pooled, pixels, loading), name, vit, folder in zip(
         in_transformers(tmp_path, images, *folders), KINDS, vits, folders, strict=True
     ):
         assert kind == name.partition(" ")[0]
-        assert not any(told.values()), (name, told)
+        assert not any(loading.values()), (name, loading)
         out = vit(images)
         assert torch.allclose(tokens[:, 0], out.cls, atol=1e-5, rtol=1e-5), name
         assert torch.allclose(tokens[:, vit.architecture.prefix :], out.patches, atol=1e-5, rtol=1e-5), name
