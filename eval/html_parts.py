@@ -6,6 +6,7 @@ without a script and from the keyboard.
 """
 
 import base64
+import io
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -16,6 +17,7 @@ from eval.tables import NOT_YET
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MAX_COLUMNS = 6  # evaluations of a kind side by side, the newest
+MAX_PNG = 1 << 20  # bytes of a picture that is in the page as it is
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2024; --dim: #5b646d; --page: #ffffff; --line: #d8dde2; --c0: #0072b2 }
@@ -109,9 +111,16 @@ def figure(content: str, caption: str) -> str:
 
 
 def picture(file: Path, caption: str) -> str:
-    """A PNG inside the page, which opens at its full size."""
-    content = base64.b64encode(file.read_bytes()).decode()
-    image = f'<img alt="{escape(caption, quote=True)}" src="data:image/png;base64,{content}">'
+    """A PNG inside the page, which opens at its full size. A large one, such as of photos, is in the page as WebP."""
+    kind, content = "png", file.read_bytes()
+    if len(content) > MAX_PNG:
+        from PIL import Image
+
+        with Image.open(file) as image, io.BytesIO() as smaller:
+            image.convert("RGB").save(smaller, "WEBP", quality=90)
+            kind, content = "webp", smaller.getvalue()
+    source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    image = f'<img alt="{escape(caption, quote=True)}" src="{source}">'
     switch = '<input type="checkbox" aria-label="full size">'
     return figure(f'<label class="zoom">{switch}<div class="full">{image}</div></label>', caption)
 

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pipeline.prepare.skipped import Skipped, counts
-from pipeline.prepare.work import MB
+from pipeline.prepare.work import megabytes
 from pipeline.remote import Upload
 from pipeline.shards import FORMAT, INDEX, ORIGIN, SOURCES, plural
 from runtime.errors import UserError
@@ -245,7 +245,7 @@ def _print_summary(dst: Path | str, manifest: dict, skipped: Skipped, broken: li
     size = sum(s["bytes"] for s in shards)
     classes = len(manifest["classes"])
     print(
-        f"{dst}: {plural(manifest['samples'], 'sample')} in {plural(len(shards), 'shard')} ({size / MB:,.0f} MB), "
+        f"{dst}: {plural(manifest['samples'], 'sample')} in {plural(len(shards), 'shard')} ({megabytes(size)}), "
         f"{classes:,} {'class' if classes == 1 else 'classes'}"
     )
     rejected = f"{manifest['rejected']}{' (rejected.jsonl)' if manifest['rejected'] else ''}"

@@ -40,7 +40,7 @@ from pipeline.prepare.photo import decode_error, limit_pixels, prepare
 from pipeline.prepare.reading import Reader, Unreadable
 from pipeline.prepare.record import Ask, Photo, Root, SourceIndex
 from pipeline.prepare.sources import describe, list_photos
-from pipeline.prepare.work import MB, Progress, parallel_map
+from pipeline.prepare.work import MB, Progress, megabytes, parallel_map
 from pipeline.random import hash64, permute
 from pipeline.remote import Upload, is_address
 from pipeline.shards import Shards, plural
@@ -149,7 +149,7 @@ def make(options: argparse.Namespace) -> None:
         upload.check_writable()
     source = _list(options, sources, dst)
     total = sum(p.size for p in source.photos)
-    print(f"{plural(len(source.photos), 'photo')}, {total / MB:,.0f} MB; {printable(source.summary)}")
+    print(f"{plural(len(source.photos), 'photo')}, {megabytes(total)}; {printable(source.summary)}")
     for line in describe(source, options.dst):
         print(line)
     sys.stdout.flush()

@@ -140,10 +140,9 @@ def _list_table(src: Path, skipped: Skipped) -> Listing:
     for row in rows:
         path = src.parent / row.photo
         if not path.is_file():
-            raise UserError(
-                f"{src}:{row.line}: {printable(row.photo)}: no such file in {src.parent}"
-                f"{suggest(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])}"
-            )
+            near = suggest(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
+            header = "" if near or row.line > 1 else "; if this line names the columns, call them path and label"
+            raise UserError(f"{src}:{row.line}: {printable(row.photo)}: no such file in {src.parent}{near}{header}")
         photos.append(Photo(row.photo, 0, path.stat().st_size, file=str(path.absolute())))
     label_of, classes = tables.classes_of([row.label for row in rows])
     photos = [photo._replace(label=label) for photo, label in zip(photos, label_of, strict=True)]
@@ -276,7 +275,7 @@ def describe(index: SourceIndex, dst: Path) -> list[str]:
     if odd := endings - converted:
         lines.append(f"by their first bytes, not by their ending: {counts(odd)}")
     if index.skipped.listed:
-        lines.append(f"skipped {counts(index.skipped.counts)}; {dst}/skipped.jsonl lists them")
+        lines.append(f"skipped {counts(index.skipped.counts)}, to be listed in {dst}/skipped.jsonl")
     lines += joined_tars(index.skipped)
     in_tars = any(p.file for p in index.photos)
     names = {p.name for p in index.photos}

@@ -17,6 +17,11 @@ MB = 10**6
 LOG_SECONDS = 10  # between two lines of progress in a log
 
 
+def megabytes(size: float) -> str:
+    """Bytes in words: `1,234 MB`, `0.12 MB`."""
+    return f"{size / MB:,.0f} MB" if size >= 10 * MB else f"{size / MB:.2g} MB"
+
+
 def parallel_map(
     work: Callable[[Any], Any], jobs: Sequence[Any], processes: int, afterwards: str
 ) -> Generator[Any, None, None]:
@@ -82,7 +87,7 @@ class Progress:
         left = (self.size - self.done_size) * seconds / max(self.done_size, 1)
         text = (
             f"{100 * self.done_size / max(self.size, 1):.0f} %, {self.done_photos:,} photos, "
-            f"{self.done_photos / seconds:,.0f}/s, {self.done_size / seconds / MB:,.0f} MB/s, "
+            f"{self.done_photos / seconds:,.0f}/s, {megabytes(self.done_size / seconds)}/s, "
             f"{int(left // 60)}:{int(left % 60):02d} left"
         )
         if sys.stdout.isatty():

@@ -211,7 +211,7 @@ def test_folders_of_file_systems_are_skipped(name: str, tmp_path: Path) -> None:
         dst = Path(f"{src}-shards")
         assert (Shards(dst).classes, len(Shards(dst))) == (["a", "b"], 2)
         kind = "hidden folders" if name.startswith(".") else "system folders"
-        assert f"skipped 2 ({kind} 2); {dst}/skipped.jsonl lists them" in output
+        assert f"skipped 2 ({kind} 2), to be listed in {dst}/skipped.jsonl" in output
         listed = (dst / "skipped.jsonl").read_text()
         assert sorted(re.findall('"source": "([^"]*)"', listed)) == sorted([f"{name}/", f"a/{name}/"])
 

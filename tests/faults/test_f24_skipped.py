@@ -79,7 +79,7 @@ def test_pictures_of_other_formats_are_named(kind: str, tmp_path: Path) -> None:
     install = f"{INSTALL[kind]}; or " if kind in INSTALL else ""
     src = tree(tmp_path / "src", {f"{i}.jpg": photo(i) for i in range(9)} | {f"IMG{last}": data, f"b/IMG{last}": data})
     output, dst, counted = make_without_heif(src), Path(f"{src}-shards"), f"2 ({kind} {last.lower()} 2)"
-    assert f"skipped {counted}; {dst}/skipped.jsonl lists them" in output
+    assert f"skipped {counted}, to be listed in {dst}/skipped.jsonl" in output
     assert (
         f"warning: 2 of 11 pictures are in formats that are not read: {counted}; {install}convert them to JPEG"
         in output
