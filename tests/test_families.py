@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from timm.layers import SwiGLUPacked, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -158,6 +159,26 @@ def check_features(ours: Backbone, theirs: VisionTransformer) -> None:
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         tokens, features = ours(images), theirs.forward_features(images)
+    assert tokens.patches is not None
+    torch.testing.assert_close(torch.cat([tokens.cls[:, None], tokens.patches], 1), features, rtol=1e-5, atol=1e-5)
+
+
+def test_torchvision(tmp_path):
+    torch.manual_seed(0)
+    theirs = torchvision.models.VisionTransformer(32, 8, 2, 1, 64, 256, num_classes=5).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    ours = load_backbone(tmp_path / "weights.pth")
+    assert (
+        ours.note == f"{tmp_path}/weights.pth (a ViT of torchvision): a ViT; not used of this file: heads (2 tensors)"
+    )
+
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        patches = theirs.conv_proj(images).flatten(2).mT
+        features = theirs.encoder(torch.cat([theirs.class_token.expand(2, -1, -1), patches], 1))
+        tokens = ours(images)
     assert tokens.patches is not None
     torch.testing.assert_close(torch.cat([tokens.cls[:, None], tokens.patches], 1), features, rtol=1e-5, atol=1e-5)
 

@@ -31,7 +31,7 @@ FAMILIES = (
     Family("BEiT", (r"rel_pos_bias\.|relative_position_bias",), refusal="its positions are relative: there is no grid"),
     Family("a Swin Transformer", (r"layers\.\d+\.blocks\.",), refusal="only ViTs and ResNets can be loaded"),
     Family("a ConvNeXt", (r"stages\.\d+\.",), refusal="only ViTs and ResNets can be loaded"),
-    Family("a ViT of torchvision", (r"conv_proj\.weight",), refusal="its parameters are not those of timm's ViT"),
+    Family("a ViT of torchvision", (r"conv_proj\.weight",)),
     Family("a distilled DeiT", (r"dist_token|embeddings\.distillation_token",), refusal="it has two class tokens"),
     Family("MAE of Hugging Face", (r"decoder\.decoder_",)),
     Family("MAE", (r"decoder_(embed|pos_embed|blocks)\b",)),

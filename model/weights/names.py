@@ -16,6 +16,7 @@ an error that names it.
     solo-learn      backbone.<timm's name>, projector.*, classifier.*, momentum_backbone.* (the first, as published)
     lightly         [student_ | teacher_]backbone.[vit.]<timm's name>, heads of any name
     lightly-train   [student_ | teacher_]embedding_model.wrapped_model._model.<names of timm or DINOv2>
+    torchvision     class_token, conv_proj.*, encoder.*, heads.*
     Hugging Face    [vit. | dinov2. | dinov2_with_registers.]embeddings.*, encoder.layer.<i>.*, layernorm.*
 
 timm's names are those of its ViT, or of its ResNet, which are torchvision's. Letters: D width, R registers, N patches.
@@ -43,6 +44,7 @@ HEAD_KEYS = re.compile(r"mlp\.\d+\.(weight|bias)|last_layer\.(weight_g|weight_v)
 UNUSED_KEYS = re.compile(
     r"(head|fc_norm|fc)\.(weight|bias)"  # a classifier
     rf"|(head|fc)\.\w+\.{NORM}|head\.last_layer2\..*"  # projections of MoCo and MSN; iBOT's head of patches
+    r"|heads\.\w+\.(weight|bias)"  # a classifier of torchvision
     r"|(projection_head|prediction_head|prototypes)\w*\..*"  # heads of SwAV, Leopart and lightly
     r"|mask_token|masked_embed|(decoder|predictor|momentum_|backbone_momentum|queue|online_)\w*(\..*)?"  # of training alone
     r"|(projector|classifier|pooler|pre_logits|dino_head|ibot_head|criterion)\..*"
@@ -70,6 +72,16 @@ RENAMES = tuple(
         r"\.intermediate\.dense\.": ".mlp.fc1.",
         r"\.output\.dense\.": ".mlp.fc2.",
         r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
+        r"^class_token$": "cls_token",  # torchvision
+        r"^conv_proj\.": "patch_embed.proj.",
+        r"^encoder\.pos_embedding$": "pos_embed",
+        r"^encoder\.layers\.encoder_layer_": "blocks.",
+        r"^encoder\.ln\.": "norm.",
+        r"^(blocks\.\d+)\.ln_([12])\.": r"\1.norm\2.",
+        r"^(blocks\.\d+)\.self_attention\.in_proj_": r"\1.attn.qkv.",
+        r"^(blocks\.\d+)\.self_attention\.out_proj\.": r"\1.attn.proj.",
+        r"^(blocks\.\d+)\.mlp\.(0|linear_1)\.": r"\1.mlp.fc1.",
+        r"^(blocks\.\d+)\.mlp\.(3|linear_2)\.": r"\1.mlp.fc2.",
         r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",  # DINOv2 in chunks: the second number counts through all of them
         r"\.mlp\.(w12|weights_in)\.": ".mlp.fc1.",
         r"\.mlp\.(w3|weights_out)\.": ".mlp.fc2.",
