@@ -142,7 +142,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         return 0
 
     # ----------------------------------------------------------------------------------------------------- build
-    from eval.online import OnlineKnn, OnlinePoints, OnlineRank
+    from eval.online import Online, OnlineRank, is_measured
     from pipeline.loader import Loader, choose_reader
     from pipeline.random import hash64
     from runtime.compile import compile_parts
@@ -167,7 +167,8 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     if resume:
         tensors = ((name, context.broadcast(t)) for name, t in resume.stream(read=context.is_main))
         checkpoint.restore(method, optimizer.adamw, resume, tensors)
-    if resume and before and start >= steps and context.from_main((folder / "backbone.safetensors").is_file):
+    backbone = folder / "backbone.safetensors"
+    if resume and before and start >= steps and context.from_main(lambda: backbone.is_file() and is_measured(folder)):
         if context.is_main:
             for message in checkpoint.update_evaluation(folder, resume, config):
                 print(message)
@@ -183,8 +184,8 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     run_log = RunLog(folder, config, shards, plan, steps, start, context, flops)
     compiled = compile_parts(method.compile_units(), context.device) if config.speed.compile else ""
     forward, forward_time = distributed.wrap_ddp(method, context), ForwardTime(method, context.device)
-    knn, rank = OnlineKnn(config, shards, plan, context), OnlineRank(config, steps, context)
-    evaluations = (knn, OnlinePoints(config, plan, context))
+    rank = OnlineRank(config, steps, context)
+    online = Online(folder, config, shards, plan, start) if context.is_main else None
     loader = Loader(
         config, shards, plan, device=context.device, dtype=context.dtype, start=start, stop=steps,
         rank=context.rank, world_size=context.world_size, compile=compiled.startswith("compiling"),
@@ -193,7 +194,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         shards.missing_summary,
         f"reader: {loader.reader}, {loader.why}",
         loader.note,
-        knn.skipped or "",
+        *(online.notes if online else ()),
     ]
     profiler = metrics.profile(folder / "profile") if config.run.profile and context.is_main else None
     stop = watchdog.StopSignal()
@@ -205,6 +206,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     # ------------------------------------------------------------------------------------------------------ loop
     run_log.start_steps(resume.path if resume else None, messages, compiled)
     done = saved = start
+    trained = measured = False
     try:
         for batch in loader:
             step = batch.step
@@ -218,21 +220,19 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
             done = step + 1
             stop_now = single_process and stop.received
             save_now = done % config.run.checkpoint_every == 0 or done == steps
-            due = [evaluation for evaluation in evaluations if evaluation.due(done)]
-            log_now = save_now or stop_now or bool(due) or done % config.run.log_every == 0
+            log_now = save_now or stop_now or done % config.run.log_every == 0
             if log_now:  # the only place where the host waits for the device
                 interval = run_log.read(done, stop.received, loader.damaged(), loader.waited(), forward_time.read())
                 stop_now = interval.stop
                 extra: dict[str, float] = {}
-                for evaluation in due:
-                    watch.heartbeat(f"in {evaluation.name} after step {step}", first=True)
-                    extra |= evaluation(method.backbone)
                 if rank.due(done):
                     with run_log.metric_sums.paused():
                         extra["effective_rank"] = rank(method.backbone, batch)
                 run_log.write(done, interval, schedules.lr[step], extra)  # raises if the run went wrong
                 if writer:
                     writer.check()  # raises if a checkpoint could not be written
+            if online:  # waits for the copy off the device, not for what is measured
+                online.after_step(done, method.backbone, run_log)
             if save_now:
                 with run_log.metric_sums.paused():  # images_per_second counts the steps only
                     if writer:  # waits for the copy off the device, not for the disk
@@ -247,8 +247,10 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
                 writer.save(done, method, optimizer.adamw)
             writer.finish()
         if done < steps:
-            run_log.log(f"stopped and saved at step {done}; the same command resumes from there")
+            left = f", and measures {online.left()}" if online and online.left() else ""
+            run_log.log(f"stopped and saved at step {done}; the same command resumes from there{left}")
             return watchdog.exit_code(stop.number)
+        trained = True
     except RuntimeError as error:
         if explained := distributed.explain_error(error, config.speed, context.device, done, watch.unresponsive_ranks):
             raise explained from error
@@ -257,17 +259,22 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         loader.close()
         if writer:
             writer.wait()
-        run_log.close()
-        context.close()
+        context.close()  # the other processes end here: none waits for the measures
         watch.close()
+        if online:
+            measured = trained and online.finish(run_log, stop)
+            online.close()
+        run_log.close()
 
     # ------------------------------------------------------------------------------------------------------ save
+    if online and not measured:
+        print(f"trained and saved; the same command measures {online.left()}, and ends the run")
+        return watchdog.exit_code(stop.number)
     if context.is_main:
         about = weights.about_backbone(method.backbone, steps, config.method)
-        path = folder / "backbone.safetensors"
-        checkpoint.save_backbone(path, method.backbone, about)
+        checkpoint.save_backbone(backbone, method.backbone, about)
         measurable = preflight.is_measurable(config, shards, plan)
-        print(summary.describe_end(folder, steps, weights.loading_lines(method.backbone, path), measurable))
+        print(summary.describe_end(folder, steps, weights.loading_lines(method.backbone, backbone), measurable))
     return 0
 
 

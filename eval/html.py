@@ -46,6 +46,7 @@ LEARNING: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "% of points",
         ("points_reference_small", "points_patch_small", "points_cls_small"),
     ),
+    ("Linear segmentation while training", "% mIoU, of a part of the scenes", ("linear_seg_miou",)),
     ("Effective rank of the teacher's features", "directions, of one view of a batch", ("effective_rank",)),
     ("Learning rate", "", ("lr",)),
 )
@@ -67,9 +68,18 @@ CAPTIONS = {
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Rows of metrics.jsonl by step. If steps were run again after a crash, their last rows count."""
-    rows = [row for row in read_jsonl(run / "metrics.jsonl") if isinstance(row.get("step"), int)]
-    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+    """Rows of metrics.jsonl by step. What was measured of a step's weights has a later row, which is joined with the step's.
+    If steps were run again after a crash, their last values count."""
+    by_step: dict[int, dict[str, float]] = {}
+    for row in read_jsonl(run / "metrics.jsonl"):
+        if isinstance(row.get("step"), int):
+            by_step.setdefault(row["step"], {}).update(row)
+    return [row for _, row in sorted(by_step.items())]
+
+
+def newest(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The last value of every metric; not all rows have all."""
+    return {name: value for row in rows for name, value in row.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -79,7 +89,7 @@ def tiles(rows: list[dict[str, float]], config: Config, results: dict[str, Any])
     """The run in a handful of numbers."""
     shown: list[tuple[str, str]] = []
     if rows:
-        last = rows[-1]
+        last = newest(rows)
         if last.get("epoch"):
             shown.append((f"{last['epoch']:.4g} of {config.optim.epochs:g}", f"epochs, {last['step']:,} steps"))
         metrics = (("loss", "loss"), ("teacher_entropy", "teacher entropy"))
@@ -238,7 +248,7 @@ def sources_section(versions: list[dict[str, Any]], rows: list[dict[str, float]]
     sources = versions[-1].get("sources") if versions else None
     if not isinstance(sources, list):
         return ""
-    last = rows[-1] if rows else {}
+    last = newest(rows)
     lines = []
     for source in sources:
         seen = last.get(f"{IMAGES_OF}{source['name']}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from eval import html
 from eval.curves import Rows, chart
-from eval.html import LEARNING, SPEED, read_metrics
+from eval.html import LEARNING, SPEED, newest, read_metrics
 from eval.html_parts import document, figure, grid, section, table
 from eval.tables import read_object
 from runtime.config import flatten, load_config
@@ -49,8 +49,8 @@ def differences(runs: dict[str, Path]) -> list[list[Any]]:
 
 
 def figures(runs: dict[str, Path], metrics: dict[str, Rows]) -> list[list[Any]]:
-    """[what, a figure for each run]: steps, the last row of metrics, the results if there are any."""
-    last: list[dict[str, Any]] = [rows[-1] if rows else {} for rows in metrics.values()]
+    """[what, a figure for each run]: steps, the last metrics, the results if there are any."""
+    last: list[dict[str, Any]] = [newest(rows) for rows in metrics.values()]
     results = [read_object(run / "results.json") for run in runs.values()]
     rows = [["epochs", *(row.get("epoch") for row in last)], ["steps", *(row.get("step") for row in last)]]
     rows += [[name.replace("_", " "), *(row.get(name) for row in last)] for name in LAST]

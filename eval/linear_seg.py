@@ -98,9 +98,10 @@ def fit(
     *,
     workers: int = 0,
     progress: bool = False,
+    last_only: bool = False,
 ) -> list[EpochScore]:
-    """Train the linear classifier on `train`; its score on `val` after each epoch. Deterministic given the seed (and, with
-    augmentation, `workers`).
+    """Train the linear classifier on `train`; its score on `val` after each epoch, or after the last one only. Deterministic
+    given the seed (and, with augmentation, `workers`).
 
     Raises UserError if the size is not a multiple of the network's patch size.
     """
@@ -145,6 +146,8 @@ def fit(
             loss.backward()
             optimizer.step()
         schedule.step()
+        if last_only and epoch < protocol.epochs:
+            continue
         score = score_of(evaluate(head, val_tokens))
         picked_by = score.miou
         if protocol.picked_by:

@@ -1,18 +1,27 @@
-"""While training: k-NN of the teacher on photos that no training step uses, the point probe on labeled scenes, and the
-effective rank of its features.
+"""While training: measures of the teacher that no step waits for, and the effective rank of its features.
 
-All processes take part. No random number of the run is drawn, so a run trains the same with and without it. Imports no
-torch until the first evaluation.
+At a due step process 0 copies the teacher's weights to host memory, which is all that the step waits for. A thread writes
+them to RUN/measuring/, and another process (online_process.py) measures them there: on the CPU, at the lowest priority.
+Nothing else of the run takes part, so a run trains the same with and without it, and no other process of it waits.
+
+A file in RUN/measuring/ is weights that are still to be measured. After a stop, or a kill, the next start measures them.
+Imports no torch until the first copy.
 """
 
-import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import tempfile
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-
-from eval.target import PhotoSets, check_classes, is_part, open_shards, subsample, without
+from eval.preflight import why_no_knn
 from pipeline.mixture import AnyShards
 from pipeline.plan import Plan
 from runtime.config import Config
@@ -22,112 +31,301 @@ if TYPE_CHECKING:
     from model.vit import ViT
     from pipeline.batch import Batch
     from runtime.distributed import DistributedContext
+    from runtime.run_log import RunLog
+    from runtime.watchdog import StopSignal
 
+FOLDER = "measuring"  # of a run
+NAMES = {"knn": "k-NN", "points": "the point probe", "linear_seg": "linear segmentation"}
+MAX_THREADS = 16  # of the measuring process
+POLL = 0.1  # seconds between two looks at it, at the end of a run
 RANKS = 20  # measurements of the effective rank in a run
-SCENES = 300  # of each split in the point probe
 PART = 64  # images at a time: a batch may be larger than what fits into memory at once
 
 
-class OnlineKnn:
-    """k-NN on the photos of `data.val`, or on those that `data.holdout` keeps out; the train set is the run's own.
-    At most `eval.limit` photos of each, evenly spaced.
+@dataclass(frozen=True)
+class Job:
+    """Weights to be measured. file: of the backbone after `step` steps."""
 
-    skipped: the reason if `eval.every` is set and cannot be done, else None. every: steps between evaluations, 0: never.
+    step: int
+    measures: tuple[str, ...]
+    file: Path
+
+    @staticmethod
+    def of(folder: Path, step: int, measures: Iterable[str]) -> "Job":
+        kept = tuple(name for name in NAMES if name in {*measures})
+        return Job(step, kept, folder / f"{step:08d}-{'-'.join(kept)}.safetensors")
+
+    @staticmethod
+    def read(file: Path) -> "Job":
+        step, *measures = file.stem.split("-")
+        return Job(int(step), tuple(measures), file)
+
+
+class Online:
+    """The measures of a run, each every so many steps. Only process 0 has them.
+
+    One step is measured at a time, and one waits. If a later one is due while one waits, the later one is measured instead,
+    with the measures of both: training never waits, and the newest weights are measured.
+
+    start: steps done before. every: steps between two evaluations, by measure. notes: messages on what cannot be measured.
     """
 
-    name = "the k-NN"
+    def __init__(self, folder: Path, config: Config, shards: AnyShards, plan: Plan, start: int):
+        self.run, self.folder, self.method = folder, folder / FOLDER, config.method
+        self.every, self.notes = steps_between(config, plan.steps_per_epoch), list[str]()
+        if "knn" in self.every and (reason := why_no_knn(config, shards, plan)):
+            del self.every["knn"]
+            self.notes.append(f"k-NN while training is skipped: {reason}")
+        self._free_cores = free_cores(config)
+        self._process: subprocess.Popen[str] | None = None
+        self._errors: IO[bytes] | None = None  # what the process prints besides
+        self._yields = True  # whether the process has the lowest priority
+        self._changed = threading.Condition()
+        self._waiting, self._closed = self._left_by_last_start(start), False
+        self._current: Job | None = None
+        self._replaced = 0
+        self._results: queue.SimpleQueue[tuple[Job, dict[str, float], list[str]]] = queue.SimpleQueue()
+        self._copies: Any = None
+        self._write: threading.Thread | None = None
+        self._measure: threading.Thread | None = None
+        if self._waiting:
+            self._begin()
 
-    def __init__(self, config: Config, shards: AnyShards, plan: Plan, processes: "DistributedContext"):
-        self.config, self.processes = config, processes
-        self.every = 0
-        self.skipped: str | None = None
-        if config.eval.every == 0:
-            return
-        held_out = plan.held_out()
-        other = config.data.val is not None and not is_part(config.data.val, shards)
-        val = shards
-        if other and config.data.val:  # a machine opens them once
-            opened = None if processes.local_rank else open_shards(config.data.val, config)
-            val = processes.from_first_of_node(opened)
-        val_ids = np.arange(len(val)) if other else held_out
-        if not shards.classes or not val.classes:
-            reason = shards.incomparable or "these shards have no classes"
-            self.skipped = f"k-NN while training is skipped: {reason}"
-        elif not len(val_ids):
-            self.skipped = "k-NN while training is skipped: data.holdout keeps no photo out, and there is no data.val"
-        if self.skipped:
-            return
-        self.every = max(1, round(config.eval.every * plan.steps_per_epoch))
-        limit = config.eval.limit
-        count = min(limit, len(shards))
-        train_ids = np.setdiff1d(np.arange(count) * len(shards) // count, held_out)  # never a list of all photos
-        ignored = config.eval.ignore_classes
-        check_classes(shards, val, ignored, training=True)
-        train_ids, val_ids = without(shards, train_ids, ignored), without(val, val_ids, ignored)
-        sets = PhotoSets(shards, train_ids, val, subsample(val_ids, limit))
-        self.train, self.val = sets.at_size(config.image_size)
+    def _left_by_last_start(self, start: int) -> list[Job]:
+        """Jobs of steps that are done; files of later steps, which are made again, are removed."""
+        jobs = []
+        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed during a write
+            leftover.unlink()
+        for file in sorted(self.folder.glob("*-*.safetensors")):
+            job = Job.read(file)
+            if job.step <= start and {*job.measures} & {*self.every}:
+                jobs.append(job)
+            else:
+                file.unlink()
+        return jobs
 
-    def due(self, done: int) -> bool:
-        """Whether to evaluate after `done` steps."""
-        return self.every > 0 and done % self.every == 0
+    # ------------------------------------------------------------------------------------------- for the training loop
 
-    def __call__(self, backbone: "ViT") -> dict[str, float]:
-        """Top-1 in percent, as a metric of a row; none if every photo is damaged."""
-        from eval.features import default_workers
-        from eval.knn import photo_knn
+    def due(self, done: int) -> list[str]:
+        """The measures to be taken after `done` steps."""
+        return [name for name, steps in self.every.items() if done % steps == 0]
 
-        settings, processes = self.config.eval, self.processes
-        workers = default_workers(len(self.train) // processes.world_size)
+    def after_step(self, done: int, backbone: "ViT", run_log: "RunLog") -> None:
+        """Copy the weights after `done` steps if a measure is due, and log what has been measured meanwhile."""
+        if measures := self.due(done):
+            self.start(done, measures, backbone, run_log)
+        self.deliver(run_log)
+
+    def start(self, step: int, measures: list[str], backbone: "ViT", run_log: "RunLog") -> None:
+        """Copy the weights after `step` steps, to be measured while the next steps run."""
+        from model.weights import about_backbone
+        from runtime.checkpoint import HostCopies
+
+        if self._write:
+            self._write.join()
+        with self._changed:
+            old = self._waiting.pop() if self._waiting and self._current else None
+        if old:
+            self._replaced += 1
+            if self._replaced == 1:
+                run_log.log(
+                    f"step {old.step} is not measured, step {step} is instead: measuring takes longer than eval.every, and "
+                    "training does not wait for it"
+                )
+        job = Job.of(self.folder, step, [*measures, *(old.measures if old else ())])
+        self._copies = self._copies or HostCopies()
+        tensors = self._copies({name: t.detach() for name, t in backbone.state_dict().items()})
+        about = about_backbone(backbone, step, self.method)
+        self._write = threading.Thread(
+            target=self._save, args=(job, tensors, about, old), name="weights to be measured"
+        )
+        self._write.start()
+        self._begin()
+
+    def deliver(self, run_log: "RunLog") -> None:
+        """Write the rows of what has been measured since the last call. The run log has them before their weights go."""
+        while not self._results.empty():
+            job, metrics, messages = self._results.get()
+            if metrics:
+                run_log.write_measured(job.step, metrics)
+            for message in messages:
+                run_log.log(f"warning: a measure of step {job.step} failed, and training does not need it: {message}")
+            job.file.unlink(missing_ok=True)
+
+    def finish(self, run_log: "RunLog", stop: "StopSignal") -> bool:
+        """At the end of a run: wait for what is not measured yet. Returns whether all is, False after a stop signal."""
+        self.deliver(run_log)
+        if self.left() and not stop.received:
+            run_log.log(f"trained; measuring {self.left()} (Ctrl-C leaves that to the next start)")
+            self._stop_yielding()
+        while self._jobs() and not stop.received:
+            with self._changed:
+                self._changed.wait(POLL)
+            self.deliver(run_log)
+        self.deliver(run_log)
+        if self._replaced > 1:
+            run_log.log(
+                f"{self._replaced} steps were not measured: a larger eval.every, or a smaller eval.limit, needs less"
+            )
+        return not self._jobs()
+
+    def left(self) -> str:
+        """The steps that are not measured yet, in words; "" if there are none."""
+        if self._write:
+            self._write.join()
+        return " and ".join(f"step {job.step}" for job in self._jobs())
+
+    def close(self) -> None:
+        """End the measuring process. What is not measured stays in RUN/measuring/."""
+        if self._write:
+            self._write.join()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            self._kill()
+        if self._measure:
+            self._measure.join()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    # --------------------------------------------------------------------------------------------------- its two threads
+
+    def _begin(self) -> None:
+        if not self._measure:
+            self._measure = threading.Thread(target=self._measure_all, name="measuring", daemon=True)
+            self._measure.start()
+
+    def _jobs(self) -> list[Job]:
+        """What is not measured, or not delivered, yet."""
+        with self._changed:
+            return [*([self._current] if self._current else []), *self._waiting]
+
+    def _save(self, job: Job, tensors: dict[str, Any], about: dict[str, Any], old: Job | None) -> None:
+        from runtime.checkpoint import save_tensors
+
         try:
-            with frozen(backbone, processes):
-                accuracy = photo_knn(
-                    backbone, self.train, self.val, k=settings.k, temperature=settings.temperature, workers=workers,
-                    processes=processes,
-                )  # fmt: skip
-        except UserError:  # every photo is damaged: the run has its own limit for damage
-            return {}
-        return {"knn_top1": accuracy["cls"][0]}
+            save_tensors(job.file, tensors, {"densedino": json.dumps(about)})
+        except UserError as error:
+            self._results.put((job, {}, [str(error)]))
+            return
+        finally:
+            if old:
+                old.file.unlink(missing_ok=True)
+        with self._changed:
+            self._waiting.append(job)
+            self._changed.notify_all()
+
+    def _measure_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._waiting)
+                if self._closed:
+                    return
+                self._current = job = self._waiting.pop(0)
+            if (answer := self._ask(job)) is None:
+                return
+            self._results.put((job, answer["metrics"], answer["messages"]))
+            with self._changed:
+                self._current = None
+                self._changed.notify_all()
+
+    def _ask(self, job: Job) -> dict[str, Any] | None:
+        """The answer of the process, which is started if there is none; None if the run ends meanwhile."""
+        while True:
+            with self._changed:
+                if self._closed:
+                    return None
+                process = self._process or self._start_process()
+                yields = self._yields
+            answer = ""
+            try:
+                assert process.stdin
+                assert process.stdout
+                process.stdin.write(json.dumps({"file": str(job.file), "measures": job.measures}) + "\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except OSError:  # it has ended
+                pass
+            if answer.endswith("\n"):
+                return json.loads(answer)
+            with self._changed:
+                if self._closed:
+                    return None
+                self._process = None
+                if yields != self._yields:  # ended by `_stop_yielding`
+                    continue
+            process.kill()
+            return {"metrics": {}, "messages": [f"the measuring process {self._reason(process.wait())}"]}
+
+    # ------------------------------------------------------------------------------------------------- the process itself
+
+    def _start_process(self) -> "subprocess.Popen[str]":
+        """Start the process. It uses no GPU: there it would slow this process's steps, for which all others wait, and take
+        memory that training may need. Ctrl-C does not reach it."""
+        threads = max(1, min(MAX_THREADS, self._free_cores)) if self._yields else min(MAX_THREADS, _cores())
+        paths = os.pathsep.join(path for path in sys.path if path)
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
+        words = [str(self.run), str(os.getpid()), "yields" if self._yields else "alone"]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process lives
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "eval.online_process", *words], env=env, text=True, process_group=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+        )  # fmt: skip
+        return self._process
+
+    def _stop_yielding(self) -> None:
+        """Training has ended. Where it had all cores, the process has hardly run, and it cannot raise its own priority: it
+        is started again. `_ask` repeats its question."""
+        with self._changed:
+            if self._free_cores < 1:
+                self._yields = False
+                self._kill()
+
+    def _kill(self) -> None:
+        if self._process:
+            self._process.kill()
+
+    def _reason(self, code: int) -> str:
+        """How the process ended, with the last line that it printed."""
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        lines: list[str] = []
+        if self._errors:
+            self._errors.seek(0)
+            lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        hint = " (is memory short?)" if code == -signal.SIGKILL else ""
+        return how + hint + (f": {lines[-1]}" if lines else "")
 
 
-class OnlinePoints:
-    """The point probe (eval/points.py) on SCENES scenes of each split of `eval.voc`, every `eval.every` epochs.
+def is_measured(run: Path) -> bool:
+    """Whether no weights of a run wait to be measured."""
+    return not any((run / FOLDER).glob("*.safetensors"))
 
-    Every process measures the same scenes: none waits for another, and the time is that of one. every: steps between
-    evaluations, 0: never, such as for a method without reference tokens.
-    """
 
-    name = "the point probe"
+def steps_between(config: Config, steps_per_epoch: int) -> dict[str, int]:
+    """Steps between two evaluations, by measure. Of a number for all measures, the point probe is left out where it cannot
+    be taken; runtime/config/checks.py refuses it by its name."""
+    possible = {"points": bool(config.eval.voc and config.points)}
+    return {
+        name: max(1, round(epochs * steps_per_epoch))
+        for name, epochs in config.eval.measures.items()
+        if possible.get(name, True)
+    }
 
-    def __init__(self, config: Config, plan: Plan, processes: "DistributedContext"):
-        self.config, self.processes = config, processes
-        measured = config.eval.voc and config.eval.every and config.points
-        self.every = max(1, round(config.eval.every * plan.steps_per_epoch)) if measured else 0
 
-    def due(self, done: int) -> bool:
-        """Whether to evaluate after `done` steps."""
-        return self.every > 0 and done % self.every == 0
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def __call__(self, backbone: "ViT") -> dict[str, float]:
-        """Top-1 of k-NN at points in percent, by kind of token and by what the points lie on: the metrics of a row."""
-        from eval import points
-        from eval.datasets import scene_sizes, voc_splits
 
-        assert self.config.eval.voc
-        try:
-            splits = voc_splits(self.config.eval.voc, scene_sizes(self.config.image_size)[0])
-            train, val = (split.subset(SCENES) for split in splits)
-            with frozen(backbone, self.processes):
-                score = points.measure(backbone, train, val)
-        except UserError as error:  # scenes that were sound when the run began
-            if self.processes.is_main:
-                print(f"the point probe is skipped: {error}", file=sys.stderr, flush=True)
-            return {}
-        return {f"points_{kind}_{on}": top1[kind] for on, top1 in score.knn.items() for kind in points.KINDS}
+def free_cores(config: Config) -> int:
+    """Cores of this machine that neither a training process nor what reads its images needs; less than 1: none."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _cores() - local * (1 + max(config.speed.workers, config.speed.dali_threads))
 
 
 class OnlineRank:
     """The effective rank (eval/unlabeled.py) of the teacher's [CLS] over the first view of a step's batch. It needs no
-    labels and reads no photo: one forward pass of one view, at RANKS rows of the log and at the end.
+    labels and reads no photo: one forward pass of one view, at RANKS rows of the log and at the end. All processes take
+    part.
 
     steps: of the whole run.
     """
@@ -147,21 +345,11 @@ class OnlineRank:
 
         from eval.unlabeled import effective_rank
 
-        with torch.inference_mode(), frozen(backbone, self.processes), self.processes.autocast():
-            cls = torch.cat([backbone(part, want=("cls",)).cls for part in batch.views[0][0].split(PART)])
+        training, backbone.precision = backbone.training, self.processes.dtype
+        backbone.eval()
+        try:  # the compiled functions are not compiled again for another number of images
+            with torch.compiler.set_stance("force_eager"), torch.inference_mode(), self.processes.autocast():
+                cls = torch.cat([backbone(part, want=("cls",)).cls for part in batch.views[0][0].split(PART)])
+        finally:
+            backbone.train(training)
         return effective_rank(self.processes.all_gather(cls.float()))
-
-
-@contextlib.contextmanager
-def frozen(backbone: "ViT", processes: "DistributedContext") -> Iterator[None]:
-    """The backbone as it is evaluated, in the run's precision. Afterwards it has the mode it had; its compiled functions are
-    not compiled again for another size of the images."""
-    import torch
-
-    training, backbone.precision = backbone.training, processes.dtype
-    backbone.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        backbone.train(training)

@@ -18,7 +18,7 @@ from runtime.files import refusal
 FILES = (
     "backbone.safetensors", "config.yaml", "metrics.jsonl", "versions.jsonl", "results.json", "report.html", "loggers.json",
 )  # fmt: skip
-FOLDERS = ("checkpoints", "tensorboard", "pictures")
+FOLDERS = ("checkpoints", "measuring", "tensorboard", "pictures")
 
 
 def check(config: Config, shards: AnyShards, plan: Plan, folder: Path, resuming: bool) -> list[str]:
@@ -56,16 +56,23 @@ def check_weights(init: str | None, resuming: bool) -> str:
 
 
 def check_photos(config: Config, shards: AnyShards, plan: Plan) -> str:
-    """A message if the report will have no k-NN. Raises UserError if `data.val` cannot be opened, or if it has classes that
-    the training shards lack."""
+    """A message if the report will have no k-NN. Raises UserError as `why_no_knn`, and if `eval.every` names k-NN."""
+    reason = why_no_knn(config, shards, plan)
+    if reason and config.eval.names_measures and "knn" in config.eval.measures:
+        raise UserError(f"eval.every.knn: no k-NN is possible: {reason}; eval.every.knn=0 trains without it")
+    return reason and f"the report will have no k-NN: {reason}"
+
+
+def why_no_knn(config: Config, shards: AnyShards, plan: Plan) -> str:
+    """Why k-NN cannot be measured on photos that no step sees; "" if it can. Raises UserError if `data.val` cannot be
+    opened, or if it has classes that the training shards lack."""
     val: AnyShards = shards
     if config.data.val and not is_part(config.data.val, shards):
         val = open_shards(config.data.val, config)
     elif config.data.val or not len(plan.held_out()):
-        return "the report will have no k-NN: all photos are trained on; data.val=FOLDER names others to test on"
+        return "all photos are trained on; data.val=FOLDER names others to test on"
     if not shards.classes or not val.classes:
-        reason = shards.incomparable or f"{(val if shards.classes else shards).folder} has no classes"
-        return f"the report will have no k-NN: {reason}"
+        return shards.incomparable or f"{(val if shards.classes else shards).folder} has no classes"
     check_ignored(shards, val, config.eval.ignore_classes)
     check_classes(shards, val, config.eval.ignore_classes, training=True)
     return ""

@@ -48,6 +48,9 @@ class Logger(Protocol):
     def write(self, step: int, values: Row) -> None:
         """Add a point to each curve."""
 
+    def write_late(self, step: int, values: Row) -> None:
+        """The same for a step before the last one: what was measured of its weights."""
+
     def close(self, finished: bool) -> None:
         """Send what is left. finished: whether the run was trained to its end."""
 
@@ -66,6 +69,8 @@ class TensorBoard:
     def write(self, step: int, values: Row) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    write_late = write
 
     def close(self, finished: bool) -> None:
         self._writer.close()
@@ -88,11 +93,23 @@ class Wandb:
         self.sent: int | None = self._run.step - 1 if id and not self._run.offline else None
         upload = f"offline in {place}/wandb; `wandb sync --append {place}/wandb/offline-run-*-{self.id}` uploads it"
         self.where = f"wandb: {upload if self._run.offline else self._run.url}"
+        self._late: list[Row] = []
 
     def write(self, step: int, values: Row) -> None:
-        self._run.log(values, step=step, commit=True)
+        late = self._late.pop(0) if self._late else {}
+        self._run.log(values | late, step=step, commit=True)
+
+    def write_late(self, step: int, values: Row) -> None:
+        """W&B takes no step before its last one: these values come with the next row, and their curves are drawn over
+        `measured_step`."""
+        measured = {name: value for name, value in values.items() if name != "epoch"}
+        for name in measured:
+            self._run.define_metric(name, step_metric="measured_step")
+        self._late.append(measured | {"measured_step": step})
 
     def close(self, finished: bool) -> None:
+        for late in self._late:
+            self._run.log(late)
         self._run.finish(exit_code=0 if finished else 1)
 
 
@@ -124,6 +141,8 @@ class MLflow:
         now = int(1000 * time.time())
         self._client.log_batch(self.id, [self._metric(name, value, now, step) for name, value in values.items()])
 
+    write_late = write
+
     def close(self, finished: bool) -> None:
         self._client.set_terminated(self.id, "FINISHED" if finished else "KILLED")
 
@@ -147,12 +166,15 @@ class Sender:
             if self.logger.sent is not None:
                 self.sent = self.logger.sent
             self._opened.set()
+            newest = 0  # of all rows so far, also of those that it had before
             while (row := self._rows.get()) is not None:
-                step = int(row["step"])
-                if step <= self.sent:
-                    continue
-                self.logger.write(step, {name: value for name, value in row.items() if name != "step"})
-                self.sent = step
+                step, values = int(row["step"]), {name: value for name, value in row.items() if name != "step"}
+                if step <= newest:
+                    self.logger.write_late(step, values)
+                elif step > self.sent:
+                    self.logger.write(step, values)
+                    self.sent = step
+                newest = max(newest, step)
             self.logger.close(self.finished)
         except BaseException as error:  # whatever a client raises, SystemExit among it: it is no error of the run
             self.error = error
@@ -222,8 +244,12 @@ class Loggers:
         self.notes += self._news()
         if sender.sent > start and not sender.error:
             self.notes.append(f"{name} has steps {start + 1} to {sender.sent} already; they are not sent again")
+        newest, may_lack = 0, "sent" in self._ids.get(name, {})
         for row in rows:
-            sender.write(row)
+            late = row["step"] <= newest  # it was sent between two rows: before the next one, if that was sent
+            newest = max(newest, int(row["step"]))
+            if not late or newest > sender.sent or (newest == sender.sent and may_lack):
+                sender.write(row)
 
     def write(self, row: Row) -> list[str]:
         """Send a row; returns messages, one for each logger that has opened or failed since."""

@@ -46,8 +46,13 @@ LINE: dict[str, Callable[[float], str]] = {
 }
 # of these a line is printed whenever they occur
 RARE: dict[str, Callable[[float], str]] = {
-    "knn_top1": lambda percent: f"k-NN {percent:.1f} %",
     "skipped_steps": lambda steps: f"{steps:.0f} steps skipped, not finite",
+}
+# what the line of a measurement says; it is printed when the measurement is done
+MEASURED: dict[str, Callable[[float], str]] = {
+    "knn_top1": lambda percent: f"k-NN {percent:.1f} %",
+    "points_reference_small": lambda percent: f"points on small things {percent:.1f} %",
+    "linear_seg_miou": lambda percent: f"linear segmentation {percent:.1f} % mIoU",
 }
 
 
@@ -181,11 +186,8 @@ class MetricLogger:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log the values after `step` steps."""
-        row = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
-        append_jsonl(self.folder / "metrics.jsonl", row)
+        row = self._record(step, values)
         self._done = step
-        for message in self._loggers.write(row) if self._loggers else ():
-            self.log(message)
         self._progress.update(self._task, completed=step, left=self._left(step))
         if self._screen:
             self._screen.update(Group(self._progress, self._table(row)))
@@ -194,6 +196,18 @@ class MetricLogger:
             self.log(self._line(step, values))
         if "teacher_entropy" in values:
             self._check_collapse(step, values["teacher_entropy"])
+
+    def write_measured(self, step: int, values: dict[str, float]) -> None:
+        """Log what was measured of the weights after `step` steps; later rows may be written already."""
+        self._record(step, values)
+        self.log(" · ".join([f"measured at step {step}", *(MEASURED[n](values[n]) for n in MEASURED if n in values)]))
+
+    def _record(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        row = {"step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
+        append_jsonl(self.folder / "metrics.jsonl", row)
+        for message in self._loggers.write(row) if self._loggers else ():
+            self.log(message)
+        return row
 
     def log(self, message: str) -> None:
         """Print a line, above the live screen if there is one."""

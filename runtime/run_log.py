@@ -38,7 +38,7 @@ class RunLog:
         self.samples = CorruptSamples(folder, shards, plan, start, context.rank)
         self.logger: MetricLogger | None = None
         if context.is_main:
-            last, kept = rows[-1]["step"] if rows else 0, [row for row in rows if row["step"] <= start]
+            last, kept = max((row["step"] for row in rows), default=0), [row for row in rows if row["step"] <= start]
             loggers = Loggers(folder, config, start, last, kept)
             self.notes = loggers.notes
             self.logger = MetricLogger(folder, steps, plan.steps_per_epoch, start, config.head.prototypes, loggers)
@@ -104,6 +104,11 @@ class RunLog:
         if interval.nonfinite_in_a_row >= self.config.run.max_nonfinite_steps:
             raise self._nonfinite(done, interval.nonfinite_in_a_row)
         self.samples.check(interval.corrupt, self.config.data.max_corrupt)
+
+    def write_measured(self, step: int, values: dict[str, float]) -> None:
+        """Write a row of measures of the weights after `step` steps, which were made a while ago."""
+        if self.logger:
+            self.logger.write_measured(step, values)
 
     def close(self) -> None:
         if self.logger:

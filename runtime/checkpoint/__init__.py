@@ -27,11 +27,11 @@ from runtime.checkpoint.resume import (
     same_data,
     update_evaluation,
 )
-from runtime.checkpoint.writer import Writer
+from runtime.checkpoint.writer import HostCopies, Writer
 
 __all__ = [
-    "Checkpoint", "CorruptCheckpoint", "Writer", "environment_changes", "find_resume", "fingerprint", "identify",
-    "latest_valid", "open_checkpoint", "read_header", "read_tensors", "restore", "same_data", "save_backbone",
+    "Checkpoint", "CorruptCheckpoint", "HostCopies", "Writer", "environment_changes", "find_resume", "fingerprint",
+    "identify", "latest_valid", "open_checkpoint", "read_header", "read_tensors", "restore", "same_data", "save_backbone",
     "save_tensors", "training_state",
 "update_evaluation",
 ]  # fmt: skip

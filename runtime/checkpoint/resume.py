@@ -103,10 +103,11 @@ def update_evaluation(folder: Path, found: Checkpoint, config: Config) -> list[s
     before = flatten(kept)
     text = dump_run_config(replace(kept, eval=config.eval))
     after = flatten(parse_config(text, str(file)))
-    changed = [key for key in after if key.startswith("eval.") and before[key] != after[key]]
+    keys = [key for key in before | after if key.startswith("eval.")]  # eval.every is a number, or several keys
+    changed = [key for key in keys if before.get(key) != after.get(key)]
     if changed or not file.is_file():
         write_atomic(file, text)
-    return [f"{file}: {key}: was {_word(before[key])}, now {_word(after[key])}" for key in changed]
+    return [f"{file}: {key}: was {_word(before.get(key))}, now {_word(after.get(key))}" for key in changed]
 
 
 def environment_changes(found: Checkpoint | None, environment: dict[str, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,25 @@ from runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn, optim
+
+
+class HostCopies:
+    """Copies of a state in host memory, made while the device waits and read while it computes. The memory is used again by
+    the next copy: new pages, or pinned ones, cost more than the copy itself."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, Tensor] = {}
+
+    def __call__(self, state: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+        import torch
+
+        for name, t in state.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+            self._copies[name].copy_(t, non_blocking=True)
+        if any(t.is_cuda for t in state.values()):
+            torch.cuda.current_stream().synchronize()
+        return {name: self._copies[name] for name in state}
 
 
 class Writer:
@@ -28,7 +48,7 @@ class Writer:
     def __init__(self, folder: Path, keep: int, config: str, data: dict[str, Any], environment: dict[str, str]):
         self.folder, self.keep = folder, keep
         self._header = {"config": config, "data": json.dumps(data), "environment": json.dumps(environment)}
-        self._copies: dict[str, Tensor] = {}
+        self._copies = HostCopies()
         self._valid: set[Path] = set()  # written by this process, or read and found valid
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -46,17 +66,8 @@ class Writer:
 
     def save(self, step: int, model: "nn.Module", adamw: "optim.Optimizer") -> None:
         """Copy the state after `step` steps, and write it while the next steps run."""
-        import torch
-
         self.finish()
-        state = training_state(model, adamw)
-        for name, t in state.items():
-            if name not in self._copies:  # reused by the next save: new pages, or pinned ones, cost more than the copy
-                self._copies[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
-            self._copies[name].copy_(t, non_blocking=True)
-        if any(t.is_cuda for t in state.values()):
-            torch.cuda.current_stream().synchronize()
-        copies = {name: self._copies[name] for name in state}
+        copies = self._copies(training_state(model, adamw))
         self._thread = threading.Thread(target=self._write, args=(step, copies), name="checkpoint")
         self._thread.start()
 

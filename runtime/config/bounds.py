@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, NonNegativeFloat, Tag
 
 from runtime.methods import METHODS
 
@@ -84,6 +84,12 @@ def one_or_several(source: type, one: Any) -> Any:
     several = Annotated[list[source], written, Tag(TAGS[1])]  # type: ignore[valid-type]
     choose = Discriminator(lambda value: TAGS[isinstance(value, (list, dict))])
     return Annotated[Annotated[one, Tag(TAGS[0])] | several, choose]
+
+
+def number_or_section(section: type) -> Any:
+    """The type of a number, or of a section that has one for each of several things."""
+    choose = Discriminator(lambda value: TAGS[isinstance(value, (dict, section))])
+    return Annotated[Annotated[NonNegativeFloat, Tag(TAGS[0])] | Annotated[section, Tag(TAGS[1])], choose]  # type: ignore[valid-type]
 
 
 TAGS = ("<one>", "<several>")

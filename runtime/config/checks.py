@@ -208,6 +208,17 @@ def _loggers(c: Config) -> Iterator[Problem]:
         yield Problem("run.loggers", f"{', '.join(twice)}: named twice")
 
 
+def _measures(c: Config) -> Iterator[Problem]:
+    """Measures that `eval.every` names and that this config has no data for. Of k-NN eval/preflight.py says it, which has
+    the shards."""
+    for name in c.eval.measures if c.eval.names_measures else ():
+        key = f"eval.every.{name}"
+        if name != "knn" and c.eval.voc is None:
+            yield Problem(key, "needs scenes: eval.voc=FOLDER, in Pascal VOC's layout", ("eval.voc",))
+        if name == "points" and c.method in METHODS and not METHODS[c.method].uses_points:
+            yield Problem(key, f"method: {c.method} has no reference tokens that could be asked", ("method",))
+
+
 def check_training(c: Config, processes: int) -> Iterator[Problem]:
     """What is wrong with a config that this many processes are going to train with."""
     if c.data.shards is None:
@@ -229,6 +240,7 @@ def check_training(c: Config, processes: int) -> Iterator[Problem]:
     if c.eval.temperature < MIN_TEMPERATURE:
         text = f"{c.eval.temperature:g} lets a vote of k-NN overflow float32 (at least {MIN_TEMPERATURE:g})"
         yield Problem("eval.temperature", text)
+    yield from _measures(c)
     for name in c.run.loggers:
         if name in ("wandb", "mlflow") and not find_spec(name):
             text = f"{name} is not installed: `{sys.executable} -m pip install {name}`"

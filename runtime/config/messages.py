@@ -14,6 +14,7 @@ from pydantic import AfterValidator
 from pydantic_core import ErrorDetails
 
 from runtime.config.bounds import LOGGERS, TAGS
+from runtime.config.evaluation import Every
 from runtime.config.schema import Config, Source, Views
 from runtime.config.yaml import NUMBER
 from runtime.errors import UserError, suggest
@@ -67,12 +68,18 @@ def is_inside(key: str, section: str) -> bool:
 
 
 def choices(hint: Any) -> list[Any]:
-    """The types that a type without Annotated and `| None` may be: several for a union."""
-    while typing.get_origin(hint) is Annotated:
-        hint = typing.get_args(hint)[0]
-    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+    """The types that a type without `| None` may be, with what Annotated says of each: several for a union."""
+    inner = hint
+    while typing.get_origin(inner) is Annotated:
+        inner = typing.get_args(inner)[0]
+    if typing.get_origin(inner) not in (types.UnionType, typing.Union):
         return [hint]
-    return [kind for inner in typing.get_args(hint) if inner is not type(None) for kind in choices(inner)]
+    return [kind for one in typing.get_args(inner) if one is not type(None) for kind in choices(one)]
+
+
+def section_of(hint: Any) -> Any:
+    """The section that a type is, or may be."""
+    return next(kind for kind, _ in map(unwrap, choices(hint)) if dataclasses.is_dataclass(kind))
 
 
 def unwrap(hint: Any) -> tuple[Any, list[Any]]:
@@ -92,19 +99,19 @@ def hint_of(path: Iterable[str | int]) -> Any:
     """The type of a key or of an element in a list, as the schema has it."""
     hint: Any = Config
     for step in path:
-        inner, _ = unwrap(hint)
         if isinstance(step, int):
-            inner = next(kind for kind in choices(hint) if typing.get_origin(kind) in (list, tuple))
+            inner = next(kind for kind, _ in map(unwrap, choices(hint)) if typing.get_origin(kind) in (list, tuple))
             hint = typing.get_args(inner)[0]
         else:
-            hint = typing.get_type_hints(inner, include_extras=True)[step]
+            hint = typing.get_type_hints(section_of(hint), include_extras=True)[step]
     return hint
 
 
 def expected(hint: Any) -> str:
     """A type and its bounds in words: "a number from 0 to 1", "one of auto, cuda, cpu"."""
     if len(kinds := choices(hint)) > 1:
-        return " or ".join(map(expected, kinds))
+        words = [expected(kind) for kind in kinds]
+        return (", or " if any("," in word for word in words) else " or ").join(words)
     kind, metadata = unwrap(hint)
     for rule in metadata:
         if isinstance(rule, AfterValidator):  # the schema's own bounds, see bounds.rule
@@ -166,7 +173,7 @@ def explain(error: ErrorDetails) -> tuple[str, str, str]:
     path = tuple(step for step in error["loc"] if step not in TAGS)
     key, value = ".".join(map(str, path)), error["input"]
     if error["type"] == "unexpected_keyword_argument":
-        names = [f.name for f in dataclasses.fields(unwrap(hint_of(path[:-1]))[0])]
+        names = [f.name for f in dataclasses.fields(section_of(hint_of(path[:-1])))]
         meant = suggest_key(key) or next(iter(difflib.get_close_matches(str(path[-1]), names, 1)), "")
         return key, "no such key" + (f", did you mean '{meant}'?" if meant else ""), meant
     if not path:
@@ -218,6 +225,7 @@ def all_keys() -> tuple[str, ...]:
     for key in flatten(Config()):
         parts = key.split(".")
         keys |= dict.fromkeys(".".join(parts[: i + 1]) for i in range(len(parts)))
+    keys |= dict.fromkeys(f"eval.every.{field.name}" for field in dataclasses.fields(Every))  # by default a number
     return tuple(keys)
 
 

@@ -51,11 +51,10 @@ def _sections(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
     """(key, class) of a section and of those inside it, parents first; `data.views.N` for a group of views."""
     yield prefix, section
     for name, hint in get_type_hints(section, include_extras=True).items():
-        kind, _ = unwrap(hint)
-        if dataclasses.is_dataclass(kind):
-            yield from _sections(kind, f"{prefix}.{name}".lstrip("."))  # type: ignore[arg-type]
-        for inner in choices(hint):
-            if get_origin(inner) is list and dataclasses.is_dataclass(element := get_args(inner)[0]):
+        for kind, _ in map(unwrap, choices(hint)):
+            if dataclasses.is_dataclass(kind):
+                yield from _sections(kind, f"{prefix}.{name}".lstrip("."))  # type: ignore[arg-type]
+            elif get_origin(kind) is list and dataclasses.is_dataclass(element := get_args(kind)[0]):
                 yield from _sections(element, f"{prefix}.{name}.N")  # type: ignore[arg-type]
 
 

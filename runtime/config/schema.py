@@ -25,12 +25,12 @@ from runtime.config.bounds import (
     ShareBelowOne,
     Shares,
     Text,
-    Texts,
     as_list,
     default_loggers,
     one_or_several,
     patch_of,
 )
+from runtime.config.evaluation import Eval
 from runtime.config.objectives import Clustering, Contrast, Head, Loss, Reference
 from runtime.methods import uses_points
 from runtime.pixels import Pixels, usual
@@ -272,28 +272,6 @@ class Run:
     """The run stops after this many steps in a row whose loss or gradient is not finite."""
     profile: bool = False
     """Whether steps 10 to 12 of this start are profiled into profile/: a trace and a table of the time."""
-
-
-@dataclass(config=SETTINGS)
-class Eval:
-    """Evaluation of the teacher."""
-
-    voc: Text | None = None
-    """Folder in Pascal VOC's layout, for linear segmentation (section 4.1: Pascal VOC 2012)."""
-    ignore_classes: Texts = Field(default_factory=list)
-    """Classes whose photos take no part in k-NN and linear classification, such as one that only `data.val` has."""
-    every: NonNegativeFloat = 0
-    """Epochs between two evaluations during training: k-NN, and with `voc` the point probe. 0 means never."""
-    limit: PositiveInt = 20_000
-    """Largest number of training images, and of validation images, in k-NN evaluations during training."""
-    k: PositiveInt = 20
-    """Number of neighbors that vote in k-NN (section 4.1: 20)."""
-    temperature: PositiveFloat = 0.07
-    """Temperature of the neighbors' votes in k-NN (DINO)."""
-    seg_epochs: PositiveInt = 25
-    """Epochs of linear segmentation."""
-    seg_lr: PositiveFloat = 0.01
-    """Learning rate of linear segmentation, for each 60 images of a batch."""
 
 
 @dataclass(config=SETTINGS)

@@ -105,10 +105,10 @@ class Run:
         """Seconds of the steps that were logged, without start, checkpoints and evaluations."""
         seconds, before = 0.0, 0
         for row in read_metrics(self.folder):
-            if row.get("images_per_second") and self.config:
+            if row.get("images_per_second") and self.config:  # a row of measures alone has none
                 images = (row["step"] - before) * self.config.optim.global_batch_size
                 seconds += images / row["images_per_second"]
-            before = int(row["step"])
+                before = int(row["step"])
         return seconds
 
 
