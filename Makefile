@@ -164,7 +164,7 @@ export: ready ## RUN=runs/… DST=folder [TO=transformers,torch,onnx,card|all]: 
 # WHAT=step with several GPUS measures the scaling of training
 measured = $(if $(and $(GPUS),$(filter step,$(WHAT))),scale,$(WHAT))
 
-bench: ready $(if $(SHARDS)$(SRC),,$(if $(filter data all scale leak shards features,$(measured)),scenes)) ## WHAT=data|all|step|leak|plan|knn|checkpoint|resume|ranks|features|gpu_code|shards|locality [METHODS=all or GPUS=n with step, SHARDS=…, SRC=… with shards, OUT=rows.jsonl]: images per second
+bench: ready $(if $(SHARDS)$(SRC),,$(if $(filter data all scale leak shards features online,$(measured)),scenes)) ## WHAT=data|all|step|leak|plan|knn|checkpoint|resume|ranks|features|gpu_code|shards|locality|online [METHODS=all or GPUS=n with step, SHARDS=…, SRC=… with shards, OUT=rows.jsonl]: images per second
 	@$(PY) -m tools.bench $(call quote,$(measured)) $(if $(GPUS),"$$GPUS") $(if $(METHODS),--methods "$$METHODS") $(if $(SHARDS),--shards "$$SHARDS") \
 	  $(if $(SRC),--src "$$SRC") $(if $(filter CONFIG,$(given)),--config "$$CONFIG") $(if $(OUT),--out "$$OUT") $(ARGS)
 

@@ -11,6 +11,7 @@ Imports no torch until the first copy.
 import json
 import os
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from eval.preflight import why_no_knn
 from pipeline.mixture import AnyShards
@@ -68,7 +69,10 @@ class Online:
     with the measures of both: training never waits, and the newest weights are measured.
 
     start: steps done before. every: steps between two evaluations, by measure. notes: messages on what cannot be measured.
+    process: the one that measures, once there is one.
     """
+
+    program: ClassVar = [sys.executable, "-m", "eval.online_process"]
 
     def __init__(self, folder: Path, config: Config, shards: AnyShards, plan: Plan, start: int):
         self.run, self.folder, self.method = folder, folder / FOLDER, config.method
@@ -77,7 +81,7 @@ class Online:
             del self.every["knn"]
             self.notes.append(f"k-NN while training is skipped: {reason}")
         self._free_cores = free_cores(config)
-        self._process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | None = None
         self._errors: IO[bytes] | None = None  # what the process prints besides
         self._yields = True  # whether the process has the lowest priority
         self._changed = threading.Condition()
@@ -235,27 +239,33 @@ class Online:
             with self._changed:
                 if self._closed:
                     return None
-                process = self._process or self._start_process()
-                yields = self._yields
-            answer = ""
-            try:
-                assert process.stdin
-                assert process.stdout
-                process.stdin.write(json.dumps({"file": str(job.file), "measures": job.measures}) + "\n")
-                process.stdin.flush()
-                answer = process.stdout.readline()
-            except OSError:  # it has ended
-                pass
+                process = self.process or self._start_process()
+            answer = self._exchange(process, {"file": str(job.file), "measures": job.measures})
             if answer.endswith("\n"):
                 return json.loads(answer)
             with self._changed:
                 if self._closed:
                     return None
-                self._process = None
-                if yields != self._yields:  # ended by `_stop_yielding`
+                if self.process is not process:  # another one is to take its place: `_stop_yielding`
                     continue
+                self.process = None
             process.kill()
             return {"metrics": {}, "messages": [f"the measuring process {self._reason(process.wait())}"]}
+
+    def _exchange(self, process: "subprocess.Popen[str]", question: dict[str, Any]) -> str:
+        """The line that the process answers; "" if it has ended, or is not the run's any more. One of the lowest priority
+        needs a core even to die, so its end is not waited for."""
+        assert process.stdin
+        assert process.stdout
+        try:
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+            while self.process is process:
+                if select.select([process.stdout], [], [], POLL)[0]:
+                    return process.stdout.readline()
+        except OSError:
+            pass
+        return ""
 
     # ------------------------------------------------------------------------------------------------- the process itself
 
@@ -267,11 +277,11 @@ class Online:
         env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
         words = [str(self.run), str(os.getpid()), "yields" if self._yields else "alone"]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process lives
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "eval.online_process", *words], env=env, text=True, process_group=0,
+        self.process = subprocess.Popen(
+            [*self.program, *words], env=env, text=True, process_group=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip
-        return self._process
+        return self.process
 
     def _stop_yielding(self) -> None:
         """Training has ended. Where it had all cores, the process has hardly run, and it cannot raise its own priority: it
@@ -282,8 +292,9 @@ class Online:
                 self._kill()
 
     def _kill(self) -> None:
-        if self._process:
-            self._process.kill()
+        process, self.process = self.process, None
+        if process:
+            process.kill()
 
     def _reason(self, code: int) -> str:
         """How the process ended, with the last line that it printed."""

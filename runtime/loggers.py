@@ -102,10 +102,9 @@ class Wandb:
     def write_late(self, step: int, values: Row) -> None:
         """W&B takes no step before its last one: these values come with the next row, and their curves are drawn over
         `measured_step`."""
-        measured = {name: value for name, value in values.items() if name != "epoch"}
-        for name in measured:
+        for name in values:
             self._run.define_metric(name, step_metric="measured_step")
-        self._late.append(measured | {"measured_step": step})
+        self._late.append(values | {"measured_step": step})
 
     def close(self, finished: bool) -> None:
         for late in self._late:
@@ -170,6 +169,7 @@ class Sender:
             while (row := self._rows.get()) is not None:
                 step, values = int(row["step"]), {name: value for name, value in row.items() if name != "step"}
                 if step <= newest:
+                    values.pop("epoch")  # the row of this step had it
                     self.logger.write_late(step, values)
                 elif step > self.sent:
                     self.logger.write(step, values)

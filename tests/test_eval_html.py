@@ -11,7 +11,7 @@ import pytest
 from conftest import run_program
 
 from eval.curves import POINTS, curve, thin, ticks
-from eval.html import page, read_metrics
+from eval.html import newest, page, read_metrics
 from runtime.errors import UserError
 from runtime.metrics import read_jsonl
 
@@ -262,3 +262,19 @@ def test_several_runs_in_one_page(browser, run, tmp_path):
     ):
         assert message in run_program("-m", "eval", "html", *words, expect=2).stderr
     assert mine.read_text() == "<p>mine</p>"
+
+
+def test_what_was_measured_later_is_part_of_its_step(tmp_path):
+    """Rows of measures come after those of later steps, and some of steps that have no other row."""
+    rows: list[dict[str, float]] = [{"step": step, "epoch": step / 10, "loss": 9.0 - step} for step in (2, 4, 6)]
+    rows[2:2] = [{"step": 2, "epoch": 0.2, "knn_top1": 30.0}, {"step": 3, "epoch": 0.3, "linear_seg_miou": 20.0}]
+    rows.append({"step": 7, "epoch": 0.7, "knn_top1": 40.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    joined = read_metrics(tmp_path)
+    assert [row["step"] for row in joined] == [2, 3, 4, 6, 7]
+    assert joined[0] == {"step": 2, "epoch": 0.2, "loss": 7.0, "knn_top1": 30.0}
+    assert newest(joined) == {"step": 7, "epoch": 0.7, "loss": 3.0, "knn_top1": 40.0, "linear_seg_miou": 20.0}
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    text = page(tmp_path)
+    assert "Linear segmentation while training" in text
+    assert "k-NN top-1 while training" in text

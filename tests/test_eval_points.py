@@ -2,7 +2,6 @@
 
 import math
 from shutil import copytree
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +11,8 @@ from PIL import Image
 
 from eval.attention import attention_weights, distance_from_points
 from eval.datasets import VocSegmentation
-from eval.online import OnlinePoints
 from eval.points import draw_points, measure, point_features, ridge_accuracy
 from model.vit import ViT
-from runtime.config import load_config
-from runtime.distributed import DistributedContext
 from runtime.errors import UserError
 
 
@@ -124,38 +120,6 @@ def test_program(scenes, tiny_config, tmp_path):
     out = run_program("-m", "eval", "points", tmp_path / "run", "--data", scenes, "--untrained").stdout
     assert all(word in out for word in ("reference", "patch token", "[CLS]", "small"))
     assert "of their variance is within a scene" in out
-
-
-def test_while_training_it_is_the_same_probe(scenes, tmp_path):
-    """Without side effects on the network, in a row of the log by kind of token and by thing."""
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        f"data: {{shards: {tmp_path}, views: [{{count: 2, size: 32, teacher: true}}]}}\n"
-        "model: {arch: custom, width: 32, depth: 2, heads: 2, patch: 8}\noptim: {global_batch_size: 8}\n"
-        f"eval: {{every: 0.5, voc: {scenes}}}\n"
-    )
-    single = DistributedContext(0, 1, torch.device("cpu"), torch.float32)
-    plan = SimpleNamespace(steps_per_epoch=8)
-
-    def online(*words: str) -> OnlinePoints:
-        return OnlinePoints(load_config(path, words), plan, single)
-
-    assert [done for done in range(1, 17) if online().due(done)] == [4, 8, 12, 16]
-    for words in (["eval.every=0"], ["eval.voc=null"], ["method=dino"]):
-        assert not any(online(*words).due(done) for done in range(1, 17))
-    backbone = network().train()
-    row = online()(backbone)
-    assert backbone.training
-    train, val = (VocSegmentation(scenes, split, 32) for split in ("train", "val"))
-    score = measure(backbone.eval(), train, val)
-    assert row == {f"points_{kind}_{on}": score.knn[on][kind] for on in ("large", "small") for kind in score.knn[on]}
-
-
-def test_scenes_that_are_gone_do_not_stop_a_run(scenes, tmp_path, capsys):
-    config = SimpleNamespace(eval=SimpleNamespace(voc=str(tmp_path / "gone"), every=1), points=4, image_size=32)
-    single = DistributedContext(0, 1, torch.device("cpu"), torch.float32)
-    assert OnlinePoints(config, SimpleNamespace(steps_per_epoch=8), single)(network()) == {}
-    assert "the point probe is skipped" in capsys.readouterr().err
 
 
 def test_the_distance_of_attention_is_in_patches():

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_program, write_config
 
-from runtime.loggers import read_ids
+from runtime.config import load_config
+from runtime.loggers import Loggers, read_ids
 from runtime.metrics import read_jsonl
 from tests.fork_server import Forked
 
@@ -188,6 +189,22 @@ train.run_cli(train.main)
     assert "warning" not in run_program("train.py", tiny_config, *more).stdout
     assert sorted(tensorboard_curves(run)["loss"]) == [row["step"] for row in read_jsonl(run / "metrics.jsonl")]
     assert "sent" not in read_ids(run)["tensorboard"]
+
+
+def test_a_measurement_is_at_its_step(tiny_config, tmp_path):
+    """Its row comes after later ones, and after a resume it is not sent again."""
+    config = load_config(tiny_config, ["run.loggers=tensorboard"])
+    rows: list[dict[str, float]] = [{"step": step, "epoch": step / 10, "loss": 9.0 - step} for step in (2, 4, 6)]
+    first = [*rows[:2], {"step": 3, "epoch": 0.3, "knn_top1": 30.0}, {"step": 2, "epoch": 0.2, "knn_top1": 20.0}]
+    for start, kept, new in ((0, [], first), (4, first, rows[2:])):
+        loggers = Loggers(tmp_path, config, start, start, kept)
+        for row in new:
+            loggers.write(row)
+        assert loggers.close(finished=False) == []
+    assert tensorboard_curves(tmp_path) == {
+        "epoch": {2: [pytest.approx(0.2)], 4: [pytest.approx(0.4)], 6: [pytest.approx(0.6)]},
+        "loss": {2: [7.0], 4: [5.0], 6: [3.0]}, "knn_top1": {3: [30.0], 2: [20.0]},
+    }  # fmt: skip
 
 
 def test_a_server_that_does_not_answer_delays_no_step(tiny_config, tmp_path):

@@ -10,7 +10,8 @@ import torch
 from conftest import run_program
 
 from eval.datasets import LabeledPhotos
-from eval.online import OnlineKnn
+from eval.online_process import Measures
+from eval.preflight import why_no_knn
 from eval.target import EvalTarget, is_part
 from pipeline.mixture import Mixture, open_training
 from pipeline.plan import Plan
@@ -89,14 +90,13 @@ def test_online_knn_of_a_mixture(tiny_config, mixed, others, tiny_shards):
     config = load_config(tiny_config, [mixed, "eval.every=1"])
     shards = open_training(config)
     plan = Plan(shards, batch=16, seed=config.seed, holdout=0.1)
-    knn = OnlineKnn(config, shards, plan, SINGLE)
-    assert knn.skipped is None
-    assert sorted(knn.val.ids.tolist()) == plan.held_out().tolist()
-    assert {int(label) for _, label in knn.val} <= {0, 1, 2, 3}
+    assert why_no_knn(config, shards, plan) == ""
+    _, held_out = Measures(config, threads=1).photos
+    assert sorted(held_out.ids.tolist()) == plan.held_out().tolist()
+    assert {int(label) for _, label in held_out} <= {0, 1, 2, 3}
     apart = load_config(tiny_config, [f"data.shards=[{tiny_shards}, {others}/unlike-shards]", "eval.every=1"])
     shards = open_training(apart)
-    skipped = OnlineKnn(apart, shards, Plan(shards, batch=16, seed=0, holdout=0.1), SINGLE).skipped
-    assert "k-NN while training is skipped: the labels of" in skipped
+    assert why_no_knn(apart, shards, Plan(shards, batch=16, seed=0, holdout=0.1)).startswith("the labels of")
     val = load_config(tiny_config, [mixed, "eval.every=1", f"data.val={others / 'alike-shards'}"])
     assert is_part(val.data.val, open_training(val))
 

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from conftest import run_processes, run_program
+from conftest import run_program
 
 from runtime import metrics, watchdog
 from runtime.errors import UserError
@@ -125,21 +125,6 @@ def test_a_collapse_is_reported_once(tmp_path, capsys, entropy, warned):
     logger.close()
     stdout = capsys.readouterr().out
     assert stdout.count("warning: the teacher has collapsed: at step 5 its probabilities have an entropy of") == warned
-
-
-def test_knn_while_training(tiny_config, tmp_path):
-    """eval.every: the same run with one more metric; two processes report the same value."""
-    program = ["train.py", tiny_config, "run.log_every=1", "run.log_samples=true"]
-    words = ["eval.every=2", "optim.epochs=4", "model.drop_path=0.1"]
-    runs = {}
-    for name, extra, processes in (("without", ["eval.every=0"], 1), ("with", [], 1), ("two", [], 2)):
-        run_processes(*program, *words, *extra, f"run.folder={tmp_path / name}", processes=processes)
-        runs[name] = log(tmp_path / name), read_jsonl(tmp_path / name / "metrics.jsonl")
-    assert runs["with"][0] == runs["without"][0]
-    evaluated = [row["step"] for row in runs["with"][1] if "knn_top1" in row]
-    assert evaluated == [row["step"] for row in runs["two"][1] if "knn_top1" in row] == [10, 20]
-    assert all(0 <= row["knn_top1"] <= 100 for row in runs["two"][1] if "knn_top1" in row)
-    assert not any("knn_top1" in row for row in runs["without"][1])
 
 
 @pytest.mark.slow

@@ -13,7 +13,17 @@ from pydantic import TypeAdapter, ValidationError
 from runtime.config import yaml
 from runtime.config.bounds import TAGS
 from runtime.config.checks import check, check_training, is_path
-from runtime.config.messages import COMMAND_LINE, ConfigErrors, dotted, explain, flatten, found, is_inside, suggest_key
+from runtime.config.messages import (
+    COMMAND_LINE,
+    ConfigErrors,
+    all_keys,
+    dotted,
+    explain,
+    flatten,
+    found,
+    is_inside,
+    suggest_key,
+)  # fmt: skip
 from runtime.config.schema import NON_RESULT_KEYS, PLACES, RESULT_SECTIONS, Config
 from runtime.errors import UserError, suggest
 
@@ -216,7 +226,10 @@ def _assign(tree: Any, key: str, value: Any) -> None:
     elif isinstance(tree, dict):
         tree[last] = value
     else:
-        raise UserError(f"{key}: '{'.'.join(path)}' is {found(tree)}, it has no '{last}'")
+        parent = ".".join(path)
+        either = key in all_keys() and parent in flatten(Config())  # a number, or a section
+        instead = f"; '{parent}={{{last}: …}}' replaces it" if either else ""
+        raise UserError(f"{key}: '{parent}' is {found(tree)}, it has no '{last}'{instead}")
 
 
 # ----------------------------------------------------------------------------------------------------- tree and Config

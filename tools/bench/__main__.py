@@ -78,6 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoint = add("checkpoint", "how long a checkpoint delays the step", config="configs/densedino_vits16.yaml")
     checkpoint.add_argument("--dst", default=tempfile.gettempdir(), help="the disk to write to (default: %(default)s)")
     checkpoint.add_argument("--rounds", type=int, default=5, help="default %(default)s, after a first one")
+    online = add("online", "how long training waits for measures beside it", shards=True, config="configs/demo.yaml")
+    online.add_argument("--voc", default="data/scenes", help="scenes (default: the painted ones)")
+    online.add_argument("--rounds", type=int, default=20, help="default %(default)s")
+    online.add_argument("--steps", type=int, default=10, help="of each part of a round (default %(default)s)")
     gpu_code = add("gpu_code", "kernels and bytes of the losses on an H200, counted without a GPU")
     gpu_code.add_argument("--images", type=int, default=256, help="images of one chunk (default %(default)s)")
     return parser

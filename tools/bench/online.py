@@ -1,0 +1,110 @@
+"""How long training waits for measures beside it: steps with the measuring process and steps without, in turns in one run.
+
+    python -m tools.bench online [--config FILE] [--shards FOLDER] [--voc FOLDER] [--rounds 20] [--steps 10] [--out FILE]
+
+The process measures k-NN, the point probe and linear segmentation again and again, which is more than any `eval.every` asks
+for. In one half of every round it is stopped by a signal. The price is how much longer the steps of the other half take,
+median of the rounds; one copy of the weights is timed by itself. Other load on the machine slows both halves; it is printed.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from eval.online import NAMES, Online
+from model.methods import build
+from pipeline.loader import Loader
+from pipeline.mixture import open_training
+from pipeline.plan import Plan
+from runtime import distributed, schedule
+from runtime.config import dump_run_config, load_config, shards_word
+from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
+from train import train_step
+
+
+class Log:
+    """What the measures are written to."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def write_measured(self, step: int, values: dict[str, float]) -> None:
+        self.rows.append(values)
+
+    def log(self, message: str) -> None:
+        print(message, flush=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    every = "eval.every={" + ", ".join(f"{name}: 1" for name in NAMES) + "}"
+    config = load_config(args.config, [shards_word(args.shards), f"eval.voc={args.voc}", every])
+    shards = open_training(config)
+    plan = Plan(shards, batch=config.optim.global_batch_size, seed=0, holdout=0.0)
+    context = distributed.start(config.speed)
+    method = build(config)
+    context.to_device(method)
+    schedules = schedule.make_schedules(config, plan.steps_per_epoch)
+    optimizer = schedule.Optimizer(method.student, config.optim.clip_grad, split_positions=method.clip_positions_apart)
+    log: Any = Log()
+    copies: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.yaml").write_text(dump_run_config(config))
+        online = Online(Path(folder), config, shards, plan, 0)
+
+        def measure(step: int) -> None:
+            """Copy the weights, if the last ones are measured."""
+            online.deliver(log)
+            if not online.left():
+                start = time.perf_counter()
+                online.start(step, [*NAMES], method.backbone, log)
+                copies.append(1000 * (time.perf_counter() - start))
+
+        measure(0)
+        start = time.perf_counter()
+        while online.left():  # it imports, and reads photos and scenes, once
+            time.sleep(0.1)
+        alone = time.perf_counter() - start
+        loader = Loader(
+            config, shards, plan, device=context.device, dtype=context.dtype, start=0, stop=2 * args.rounds * args.steps + 5
+        )  # fmt: skip
+
+        def seconds(steps: int, measuring: bool) -> float:
+            """Of one step."""
+            assert online.process
+            os.kill(online.process.pid, signal.SIGCONT if measuring else signal.SIGSTOP)
+            start = time.perf_counter()
+            for _ in range(steps):
+                batch = next(loader)
+                train_step(batch, method, method, optimizer, schedules.at(0), context)
+                if measuring:
+                    measure(batch.step)
+            return (time.perf_counter() - start) / steps
+
+        seconds(5, measuring=True)
+        before = len(log.rows)
+        halves = [[seconds(args.steps, which) for which in order] for order in _orders(args.rounds)]
+        measured = len(log.rows) - before
+        loader.close()
+        online.close()
+    with_it, without = ([half[order.index(which)] for half, order in zip(halves, _orders(args.rounds), strict=True)]
+                        for which in (True, False))  # fmt: skip
+    row: dict[str, Any] = {"what": "online", "config": args.config, "device": cpu_name()}
+    row |= median_and_range("ms_a_step", [1000 * s for s in without])
+    row |= median_and_range("ms_while_measuring", [1000 * s for s in with_it])
+    row |= median_and_range("price_percent", [100 * (a / b - 1) for a, b in zip(with_it, without, strict=True)])
+    row |= {"ms_a_copy": round(statistics.median(copies), 2), "seconds_alone": round(alone, 1), "measured": measured}
+    row |= {"load": round(os.getloadavg()[0], 1)}
+    names = ("ms_a_step", "ms_while_measuring", "price_percent", "ms_a_copy", "seconds_alone", "measured", "load")
+    table = make_table(f"{args.config}, {row['device']}: steps with and without the measuring process", names)
+    table.add_row(*(f"{row[name]:.4g}" for name in names))
+    report_rows(table, [row], args.out)
+
+
+def _orders(rounds: int) -> list[list[bool]]:
+    """Of each round, whether the first and the second half measure: turn by turn."""
+    return [[True, False] if n % 2 else [False, True] for n in range(rounds)]
