@@ -33,6 +33,7 @@ from runtime.config import (
     unknown_option,
     yaml,
 )  # fmt: skip
+from runtime.config.evaluation import Every
 from runtime.config.reference import FILES
 from runtime.config.schema import BY_VIEW, Data, Source
 from runtime.errors import UserError
@@ -361,7 +362,8 @@ def test_every_value_is_documented():
     rows = [line.split(" | ") for line in FILES["docs/reference/config.md"]().splitlines() if line.startswith("| `")]
     described = {row[0].strip("| `").replace(".N.", ".0.") for row in rows}
     keys = flatten(Config(data=Data(shards=[Source()])))
-    assert {key.replace("views.1.", "views.0.") for key in keys} | {"data.views", "data.shards"} == described
+    measures = {*flatten(Every(), "eval.every")}
+    assert {key.replace("views.1.", "views.0.") for key in keys} | {"data.views", "data.shards"} | measures == described
     for row in rows:
         assert row[-1].rstrip(" |").endswith("."), row[0]
         assert len(row[-1]) > 20, row[0]

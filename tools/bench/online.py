@@ -42,9 +42,9 @@ class Log:
 
 def run(args: argparse.Namespace) -> None:
     every = "eval.every={" + ", ".join(f"{name}: 1" for name in NAMES) + "}"
-    config = load_config(args.config, [shards_word(args.shards), f"eval.voc={args.voc}", every])
+    config = load_config(args.config, [shards_word(args.shards), "data.val=null", f"eval.voc={args.voc}", every])
     shards = open_training(config)
-    plan = Plan(shards, batch=config.optim.global_batch_size, seed=0, holdout=0.0)
+    plan = Plan(shards, batch=config.optim.global_batch_size, seed=0, holdout=config.data.holdout)
     context = distributed.start(config.speed)
     method = build(config)
     context.to_device(method)
