@@ -142,7 +142,8 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
         return 0
 
     # ----------------------------------------------------------------------------------------------------- build
-    from eval.online import Online, OnlineRank, is_measured
+    from eval.online import Online, is_measured
+    from eval.unlabeled import OnlineRank
     from pipeline.loader import Loader, choose_reader
     from pipeline.random import hash64
     from runtime.compile import compile_parts

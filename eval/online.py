@@ -1,4 +1,4 @@
-"""While training: measures of the teacher that no step waits for, and the effective rank of its features.
+"""While training: measures of the teacher that no step waits for.
 
 At a due step process 0 copies the teacher's weights to host memory, which is all that the step waits for. A thread writes
 them to RUN/measuring/, and another process (online_process.py) measures them there: on the CPU, at the lowest priority.
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
@@ -30,17 +30,13 @@ from runtime.errors import UserError
 
 if TYPE_CHECKING:
     from model.vit import ViT
-    from pipeline.batch import Batch
-    from runtime.distributed import DistributedContext
     from runtime.run_log import RunLog
     from runtime.watchdog import StopSignal
 
 FOLDER = "measuring"  # of a run
-NAMES = {"knn": "k-NN", "points": "the point probe", "linear_seg": "linear segmentation"}
+NAMES = ("knn", "points", "linear_seg")  # as online_process.py has them
 MAX_THREADS = 16  # of the measuring process
 POLL = 0.1  # seconds between two looks at it, at the end of a run
-RANKS = 20  # measurements of the effective rank in a run
-PART = 64  # images at a time: a batch may be larger than what fits into memory at once
 
 
 @dataclass(frozen=True)
@@ -102,8 +98,8 @@ class Online:
             leftover.unlink()
         for file in sorted(self.folder.glob("*-*.safetensors")):
             job = Job.read(file)
-            if job.step <= start and {*job.measures} & {*self.every}:
-                jobs.append(job)
+            if job.step <= start and (wanted := tuple(name for name in job.measures if name in self.every)):
+                jobs.append(replace(job, measures=wanted))
             else:
                 file.unlink()
         return jobs
@@ -239,7 +235,10 @@ class Online:
             with self._changed:
                 if self._closed:
                     return None
-                process = self.process or self._start_process()
+                try:
+                    process = self.process or self._start_process()
+                except OSError as error:
+                    return {"metrics": {}, "messages": [f"the measuring process does not start: {error.strerror}"]}
             answer = self._exchange(process, {"file": str(job.file), "measures": job.measures})
             if answer.endswith("\n"):
                 return json.loads(answer)
@@ -260,8 +259,10 @@ class Online:
         try:
             process.stdin.write(json.dumps(question) + "\n")
             process.stdin.flush()
+            answered = select.poll()
+            answered.register(process.stdout, select.POLLIN)
             while self.process is process:
-                if select.select([process.stdout], [], [], POLL)[0]:
+                if answered.poll(1000 * POLL):
                     return process.stdout.readline()
         except OSError:
             pass
@@ -331,36 +332,3 @@ def free_cores(config: Config) -> int:
     """Cores of this machine that neither a training process nor what reads its images needs; less than 1: none."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return _cores() - local * (1 + max(config.speed.workers, config.speed.dali_threads))
-
-
-class OnlineRank:
-    """The effective rank (eval/unlabeled.py) of the teacher's [CLS] over the first view of a step's batch. It needs no
-    labels and reads no photo: one forward pass of one view, at RANKS rows of the log and at the end. All processes take
-    part.
-
-    steps: of the whole run.
-    """
-
-    def __init__(self, config: Config, steps: int, processes: "DistributedContext"):
-        self.processes, self.steps = processes, steps
-        log_every = config.run.log_every
-        self.every = log_every * max(1, round(steps / RANKS / log_every))  # a row is written then anyway
-
-    def due(self, done: int) -> bool:
-        """Whether to evaluate after `done` steps."""
-        return done % self.every == 0 or done == self.steps
-
-    def __call__(self, backbone: "ViT", batch: "Batch") -> float:
-        """batch: this process's. The rank is that of the batch of all processes."""
-        import torch
-
-        from eval.unlabeled import effective_rank
-
-        training, backbone.precision = backbone.training, self.processes.dtype
-        backbone.eval()
-        try:  # the compiled functions are not compiled again for another number of images
-            with torch.compiler.set_stance("force_eager"), torch.inference_mode(), self.processes.autocast():
-                cls = torch.cat([backbone(part, want=("cls",)).cls for part in batch.views[0][0].split(PART)])
-        finally:
-            backbone.train(training)
-        return effective_rank(self.processes.all_gather(cls.float()))

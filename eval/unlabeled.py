@@ -15,9 +15,15 @@ from eval.datasets import LabeledPhotos
 from eval.features import batches, tokens
 from eval.target import near_samples, subsample
 from model.backbone import Backbone
+from model.vit import ViT
+from pipeline.batch import Batch
 from pipeline.mixture import AnyShards
+from runtime.config import Config
+from runtime.distributed import DistributedContext
 
 PHOTOS = 256  # of a run; more change the rank of a trained network by little
+RANKS = 20  # measurements while a run trains
+PART = 64  # images at a time: a batch may be larger than what fits into memory at once
 
 
 def effective_rank(features: Tensor) -> float:
@@ -43,3 +49,31 @@ def rank_of_photos(network: Backbone, shards: AnyShards, photos: int = PHOTOS, w
             found.append(tokens(network, images)[0].cpu())
     features = torch.cat(found) if found else torch.zeros(1, network.width)
     return effective_rank(features), len(features)
+
+
+class OnlineRank:
+    """The effective rank of the teacher's [CLS] over the first view of a step's batch. It needs no labels and reads no photo:
+    one forward pass of one view, at RANKS rows of the log and at the end. All processes take part.
+
+    steps: of the whole run.
+    """
+
+    def __init__(self, config: Config, steps: int, processes: DistributedContext):
+        self.processes, self.steps = processes, steps
+        log_every = config.run.log_every
+        self.every = log_every * max(1, round(steps / RANKS / log_every))  # a row is written then anyway
+
+    def due(self, done: int) -> bool:
+        """Whether to evaluate after `done` steps."""
+        return done % self.every == 0 or done == self.steps
+
+    def __call__(self, backbone: ViT, batch: Batch) -> float:
+        """batch: this process's. The rank is that of the batch of all processes."""
+        training, backbone.precision = backbone.training, self.processes.dtype
+        backbone.eval()
+        try:  # the compiled functions are not compiled again for another number of images
+            with torch.compiler.set_stance("force_eager"), torch.inference_mode(), self.processes.autocast():
+                cls = torch.cat([backbone(part, want=("cls",)).cls for part in batch.views[0][0].split(PART)])
+        finally:
+            backbone.train(training)
+        return effective_rank(self.processes.all_gather(cls.float()))

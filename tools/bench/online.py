@@ -4,7 +4,8 @@
 
 The process measures k-NN, the point probe and linear segmentation again and again, which is more than any `eval.every` asks
 for. In one half of every round it is stopped by a signal. The price is how much longer the steps of the other half take,
-median of the rounds; one copy of the weights is timed by itself. Other load on the machine slows both halves; it is printed.
+median of the rounds; one copy of the weights is timed by itself. Other load on the machine slows both halves, and the
+process most of all: the load is printed, and which share of a core the process had.
 """
 
 import argparse
@@ -40,6 +41,12 @@ class Log:
         print(message, flush=True)
 
 
+def cpu_seconds(pid: int) -> float:
+    """Of a process so far (Linux)."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def run(args: argparse.Namespace) -> None:
     every = "eval.every={" + ", ".join(f"{name}: 1" for name in NAMES) + "}"
     config = load_config(args.config, [shards_word(args.shards), "data.val=null", f"eval.voc={args.voc}", every])
@@ -52,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
     optimizer = schedule.Optimizer(method.student, config.optim.clip_grad, split_positions=method.clip_positions_apart)
     log: Any = Log()
     copies: list[float] = []
+    shares: list[float] = []  # of a core that the process had
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.yaml").write_text(dump_run_config(config))
         online = Online(Path(folder), config, shards, plan, 0)
@@ -65,30 +73,28 @@ def run(args: argparse.Namespace) -> None:
                 copies.append(1000 * (time.perf_counter() - start))
 
         measure(0)
-        start = time.perf_counter()
-        while online.left():  # it imports, and reads photos and scenes, once
-            time.sleep(0.1)
-        alone = time.perf_counter() - start
         loader = Loader(
             config, shards, plan, device=context.device, dtype=context.dtype, start=0, stop=2 * args.rounds * args.steps + 5
         )  # fmt: skip
 
         def seconds(steps: int, measuring: bool) -> float:
             """Of one step."""
-            assert online.process
+            while not online.process:
+                time.sleep(0.01)
             os.kill(online.process.pid, signal.SIGCONT if measuring else signal.SIGSTOP)
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), cpu_seconds(online.process.pid)
             for _ in range(steps):
                 batch = next(loader)
                 train_step(batch, method, method, optimizer, schedules.at(0), context)
                 if measuring:
                     measure(batch.step)
-            return (time.perf_counter() - start) / steps
+            took = time.perf_counter() - start
+            if measuring:
+                shares.append(100 * (cpu_seconds(online.process.pid) - worked) / took)
+            return took / steps
 
         seconds(5, measuring=True)
-        before = len(log.rows)
         halves = [[seconds(args.steps, which) for which in order] for order in _orders(args.rounds)]
-        measured = len(log.rows) - before
         loader.close()
         online.close()
     with_it, without = ([half[order.index(which)] for half, order in zip(halves, _orders(args.rounds), strict=True)]
@@ -97,9 +103,9 @@ def run(args: argparse.Namespace) -> None:
     row |= median_and_range("ms_a_step", [1000 * s for s in without])
     row |= median_and_range("ms_while_measuring", [1000 * s for s in with_it])
     row |= median_and_range("price_percent", [100 * (a / b - 1) for a, b in zip(with_it, without, strict=True)])
-    row |= {"ms_a_copy": round(statistics.median(copies), 2), "seconds_alone": round(alone, 1), "measured": measured}
-    row |= {"load": round(os.getloadavg()[0], 1)}
-    names = ("ms_a_step", "ms_while_measuring", "price_percent", "ms_a_copy", "seconds_alone", "measured", "load")
+    row |= {"ms_a_copy": round(statistics.median(copies), 2), "core_percent": round(statistics.mean(shares), 1)}
+    row |= {"measured": len(log.rows), "load": round(os.getloadavg()[0], 1)}
+    names = ("ms_a_step", "ms_while_measuring", "price_percent", "ms_a_copy", "core_percent", "measured", "load")
     table = make_table(f"{args.config}, {row['device']}: steps with and without the measuring process", names)
     table.add_row(*(f"{row[name]:.4g}" for name in names))
     report_rows(table, [row], args.out)
