@@ -52,8 +52,8 @@ def rank_of_photos(network: Backbone, shards: AnyShards, photos: int = PHOTOS, w
 
 
 class OnlineRank:
-    """The effective rank of the teacher's [CLS] over the first view of a step's batch. It needs no labels and reads no photo:
-    one forward pass of one view, at RANKS rows of the log and at the end. All processes take part.
+    """The effective rank of the teacher's [CLS] over the first view of a step's batch. It needs no labels and reads no
+    photo: one forward pass of one view, at RANKS rows of the log and at the end. All processes take part.
 
     steps: of the whole run.
     """
