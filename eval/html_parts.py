@@ -120,9 +120,9 @@ def picture(file: Path, caption: str) -> str:
             image.convert("RGB").save(smaller, "WEBP", quality=90)
             kind, content = "webp", smaller.getvalue()
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    image = f'<img alt="{escape(caption, quote=True)}" src="{source}">'
+    shown = f'<img alt="{escape(caption, quote=True)}" src="{source}">'
     switch = '<input type="checkbox" aria-label="full size">'
-    return figure(f'<label class="zoom">{switch}<div class="full">{image}</div></label>', caption)
+    return figure(f'<label class="zoom">{switch}<div class="full">{shown}</div></label>', caption)
 
 
 def note(text: str) -> str:
