@@ -1,10 +1,8 @@
-"""The color recipe (recipe.py) as compiled loops for the CPU, in the CPU's cache: a view in its second level, and BLOCK
-pixels of it in its first, where all operations that need no other pixel follow one another.
+"""The color recipe (recipe.py) as compiled loops for the CPU: view by view, in the CPU's cache.
 
 tests/test_augment.py requires the same values as `recipe.apply_color`, which is used if numba is missing (`available`).
-The loops are over one-dimensional arrays, one index each: LLVM vectorizes them. What cost time when it was written
-otherwise: two indices in the innermost loop, slices that are assigned, and reading what was stored a moment ago at another
-alignment (docs/lab/2026-11.md).
+The loops are over one-dimensional arrays, so that LLVM vectorizes them. docs/lab/2026-11.md says what was slow: two indices
+in an innermost loop, a slice assigned to a slice, one array for input and output, reading what the line before has stored.
 """
 
 from typing import Any
@@ -44,7 +42,6 @@ _fast: Any = {"nogil": True, "fastmath": True, "cache": True, "error_model": "nu
 _ORDERS = np.array(ORDERS, np.int64)
 _R, _G, _B = np.float32(0.299), np.float32(0.587), np.float32(0.114)
 _0, _1, _2, _3, _4, _6 = (np.float32(i) for i in (0, 1, 2, 3, 4, 6))
-BLOCK = 1024  # pixels: three planes of them are 12 kB
 
 
 @njit(**_fast)
@@ -58,11 +55,11 @@ def _blend_to(r, g, b, target, f):
 
 
 @njit(**_fast)
-def _sum_of_gray(r, g, b):
+def _contrast(r, g, b, f):
     total = 0.0
     for i in range(r.size):
         total += _R * r[i] + _G * g[i] + _B * b[i]
-    return total
+    _blend_to(r, g, b, np.float32(total / r.size), f)
 
 
 @njit(**_fast)
@@ -92,18 +89,6 @@ def _hue(rs, gs, bs, turns):
         rs[i] = value - chroma * min(max(_2 - abs(h - _3), _0), _1)
         gs[i] = value - chroma * min(max(abs(h - _2) - _1, _0), _1)
         bs[i] = value - chroma * min(max(abs(h - _4) - _1, _0), _1)
-
-
-@njit(**_fast)
-def _jitter(r, g, b, d, operations):
-    """Those of brightness, saturation and hue that are drawn, in this order; contrast needs all pixels, see `_view`."""
-    for o in operations:
-        if o == 0 and d[BRIGHTNESS] != 1:
-            _blend_to(r, g, b, _0, d[BRIGHTNESS])
-        elif o == 2 and d[SATURATION] != 1:
-            _saturation(r, g, b, d[SATURATION])
-        elif o == 3 and d[HUE] != 0:
-            _hue(r, g, b, d[HUE])
 
 
 @njit(**_fast)
@@ -210,36 +195,25 @@ def _view(source, d, out, x, lines, orders, mean, std):
     """One view: source uint8 [H,W,3], its draws d [8] -> out float32 [3,H*W]. Scratch memory: x [3, (H+2 RADIUS+1)*W], which
     has room for the rows that a blur needs above and below, and lines [(H+1)*(W+2 RADIUS)]."""
     h, w = source.shape[:2]
-    n, flat, order = h * w, source.reshape(source.size), orders[int(d[ORDER])]
-    rs, gs, bs = (x[0, RADIUS * w :][:n], x[1, RADIUS * w :][:n], x[2, RADIUS * w :][:n])
-    contrast_at = 0
-    while order[contrast_at] != 1:
-        contrast_at += 1
-    total = 0.0
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        r, g, b = rs[start:stop], gs[start:stop], bs[start:stop]
-        _load(flat[3 * start : 3 * stop], r, g, b)
-        _jitter(r, g, b, d, order[:contrast_at])
-        if d[CONTRAST] != 1:
-            total += _sum_of_gray(r, g, b)
-    mean_gray = np.float32(total / n)
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        r, g, b = rs[start:stop], gs[start:stop], bs[start:stop]
-        if d[CONTRAST] != 1:
-            _blend_to(r, g, b, mean_gray, d[CONTRAST])
-        _jitter(r, g, b, d, order[contrast_at + 1 :])
-        if d[GRAY] > 0:
-            _saturation(r, g, b, _0)
-        if d[SIGMA] == 0:
-            _finish(r, out[0, start:stop], d[SOLARIZE], mean[0], std[0])
-            _finish(g, out[1, start:stop], d[SOLARIZE], mean[1], std[1])
-            _finish(b, out[2, start:stop], d[SOLARIZE], mean[2], std[2])
-    if d[SIGMA] > 0:
-        t = _taps(d[SIGMA])
-        for c in range(3):
-            _blur(x[c], out[c], lines, h, w, t, d[SOLARIZE], mean[c], std[c])
+    first, last = RADIUS * w, (RADIUS + h) * w
+    r, g, b = x[0, first:last], x[1, first:last], x[2, first:last]
+    _load(source.reshape(source.size), r, g, b)
+    for o in orders[int(d[ORDER])]:
+        if o == 0 and d[BRIGHTNESS] != 1:
+            _blend_to(r, g, b, _0, d[BRIGHTNESS])
+        elif o == 1 and d[CONTRAST] != 1:
+            _contrast(r, g, b, d[CONTRAST])
+        elif o == 2 and d[SATURATION] != 1:
+            _saturation(r, g, b, d[SATURATION])
+        elif o == 3 and d[HUE] != 0:
+            _hue(r, g, b, d[HUE])
+    if d[GRAY] > 0:
+        _saturation(r, g, b, _0)
+    for c in range(3):
+        if d[SIGMA] > 0:
+            _blur(x[c], out[c], lines, h, w, _taps(d[SIGMA]), d[SOLARIZE], mean[c], std[c])
+        else:
+            _finish(x[c, first:last], out[c], d[SOLARIZE], mean[c], std[c])
 
 
 @njit(**_fast)
