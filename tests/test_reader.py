@@ -16,6 +16,7 @@ from pipeline.batch import Batch, draw
 from pipeline.loader import Loader, count_workers
 from pipeline.plan import Plan
 from pipeline.readers import webdataset
+from pipeline.readers.worker import crop_resize
 from pipeline.shards import Shards
 from runtime.config import load_config
 from runtime.errors import UserError
@@ -67,6 +68,20 @@ def test_a_batch_follows_the_plan_and_the_draws(config):
                 ours = batch.views[v // 2][i, v % 2].numpy().astype(int)
                 assert np.abs(ours - expected).mean() < 0.5
     assert (batch.windows[..., 0] > batch.windows[..., 2]).any()
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_flipped_view_is_the_mirrored_view_to_the_last_bit(interpolation):
+    """The crop is flipped before it is resized: smaller and larger, by even, odd and broken factors."""
+    pixels = torch.randint(0, 256, (9, 500, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = pixels.permute(2, 0, 1)  # in memory as `decode` leaves it
+    for width in [*range(1, 40), 96, 97, 143, 224, 225, 303, 448, 497]:
+        for size in (16, 98, 224):
+            view, flipped = (
+                crop_resize(image, np.array(window, np.int32), size, interpolation=interpolation)
+                for window in ((2, 1, 2 + width, 8), (2 + width, 1, 2, 8))
+            )
+            assert torch.equal(flipped, view.flip(1))
 
 
 def test_no_more_workers_than_cores(monkeypatch):

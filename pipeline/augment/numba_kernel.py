@@ -1,7 +1,8 @@
-"""The color recipe (recipe.py) as one compiled loop for the CPU: view by view, in the CPU's cache.
+"""The color recipe (recipe.py) as compiled loops for the CPU: view by view, in the CPU's cache.
 
 tests/test_augment.py requires the same values as `recipe.apply_color`, which is used if numba is missing (`available`).
-The loops are written out over flat planes so that LLVM vectorizes them.
+The loops are over one-dimensional arrays, so that LLVM vectorizes them. docs/lab/2026-11.md says what was slow: two indices
+in an innermost loop, a slice assigned to a slice, one array for input and output, reading what the line before has stored.
 """
 
 from typing import Any
@@ -40,31 +41,29 @@ except ImportError:  # then nothing below is called
 _fast: Any = {"nogil": True, "fastmath": True, "cache": True, "error_model": "numpy"}
 _ORDERS = np.array(ORDERS, np.int64)
 _R, _G, _B = np.float32(0.299), np.float32(0.587), np.float32(0.114)
-_0, _1, _2, _4, _6 = (np.float32(i) for i in (0, 1, 2, 4, 6))
+_0, _1, _2, _3, _4, _6 = (np.float32(i) for i in (0, 1, 2, 3, 4, 6))
 
 
 @njit(**_fast)
-def _blend_to(x, target, f):
-    """x f + target (1 - f), clamped to [0, 1]; x [3,n], target: one number for all pixels."""
+def _blend_to(r, g, b, target, f):
+    """x f + target (1 - f), clamped to [0, 1]; target: one number for all pixels."""
     add = target * (_1 - f)
-    for c in range(3):
-        plane = x[c]
-        for i in range(plane.size):
-            plane[i] = min(max(plane[i] * f + add, _0), _1)
+    for i in range(r.size):
+        r[i] = min(max(r[i] * f + add, _0), _1)
+        g[i] = min(max(g[i] * f + add, _0), _1)
+        b[i] = min(max(b[i] * f + add, _0), _1)
 
 
 @njit(**_fast)
-def _contrast(x, f):
-    r, g, b = x[0], x[1], x[2]
+def _contrast(r, g, b, f):
     total = 0.0
     for i in range(r.size):
         total += _R * r[i] + _G * g[i] + _B * b[i]
-    _blend_to(x, np.float32(total / r.size), f)
+    _blend_to(r, g, b, np.float32(total / r.size), f)
 
 
 @njit(**_fast)
-def _saturation(x, f):
-    r, g, b = x[0], x[1], x[2]
+def _saturation(r, g, b, f):
     for i in range(r.size):
         add = (_R * r[i] + _G * g[i] + _B * b[i]) * (_1 - f)
         r[i] = min(max(r[i] * f + add, _0), _1)
@@ -73,9 +72,8 @@ def _saturation(x, f):
 
 
 @njit(**_fast)
-def _hue(x, turns):
-    """recipe._shift_hue: in sixths of a turn, one closed form for all sectors."""
-    rs, gs, bs = x[0], x[1], x[2]
+def _hue(rs, gs, bs, turns):
+    """recipe._shift_hue, with one remainder for the three channels: their forms are written for a hue in [0, 6)."""
     shift = _6 * turns
     for i in range(rs.size):
         r, g, b = rs[i], gs[i], bs[i]
@@ -86,24 +84,40 @@ def _hue(x, turns):
         h = (r - g) * over + _4
         h = (b - r) * over + _2 if value == g else h
         h = (g - b) * over if value == r else h
-        h = h + shift
-        k = h + np.float32(5)
-        k = k - _6 * np.floor(k * np.float32(1 / 6))
-        rs[i] = value - chroma * min(max(min(k, _4 - k), _0), _1)
-        k = h + np.float32(3)
-        k = k - _6 * np.floor(k * np.float32(1 / 6))
-        gs[i] = value - chroma * min(max(min(k, _4 - k), _0), _1)
-        k = h + _1
-        k = k - _6 * np.floor(k * np.float32(1 / 6))
-        bs[i] = value - chroma * min(max(min(k, _4 - k), _0), _1)
+        h = h + shift  # in sixths of a turn
+        h = h - _6 * np.floor(h * np.float32(1 / 6))
+        rs[i] = value - chroma * min(max(_2 - abs(h - _3), _0), _1)
+        gs[i] = value - chroma * min(max(abs(h - _2) - _1, _0), _1)
+        bs[i] = value - chroma * min(max(abs(h - _4) - _1, _0), _1)
 
 
 @njit(**_fast)
-def _blur(x, h, w, sigma, padded):
-    """Separable Gaussian over a window of 2 RADIUS + 1 = 13 pixels, edges replicated, in place; `padded` is scratch memory.
+def _load(source, r, g, b):
+    """source uint8 [3n] -> planes [n] in [0, 1]."""
+    over = np.float32(1 / 255)
+    for i in range(r.size):
+        r[i] = np.float32(source[3 * i]) * over
+        g[i] = np.float32(source[3 * i + 1]) * over
+        b[i] = np.float32(source[3 * i + 2]) * over
 
-    The 13 taps are written out: LLVM then keeps a line's sum in registers instead of in memory.
-    """
+
+@njit(**_fast)
+def _finish(plane, out, solarize, mean, std):
+    """Solarization if it is drawn, and normalization: pixels of one plane -> out, which is other memory."""
+    scale, shift = _1 / std, -mean / std
+    if solarize > 0:
+        edge = np.float32(127.5 / 255)
+        for i in range(plane.size):
+            p = _1 - plane[i] if plane[i] > edge else plane[i]
+            out[i] = p * scale + shift
+    else:
+        for i in range(plane.size):
+            out[i] = plane[i] * scale + shift
+
+
+@njit(**_fast)
+def _taps(sigma):
+    """A normal distribution's weights at 0, 1 ... RADIUS pixels from the middle; all 2 RADIUS + 1 = 13 add up to 1."""
     t = np.empty(RADIUS + 1, np.float32)
     total = 0.0
     for j in range(RADIUS + 1):
@@ -112,77 +126,101 @@ def _blur(x, h, w, sigma, padded):
         t[j] = e
     for j in range(RADIUS + 1):
         t[j] = t[j] / np.float32(total)
-    t0, t1, t2, t3, t4, t5, t6 = t[0], t[1], t[2], t[3], t[4], t[5], t[6]
-    down = padded[: (h + 2 * RADIUS) * w].reshape(h + 2 * RADIUS, w)
-    line = padded[(h + 2 * RADIUS) * w :]
-    for c in range(3):
-        plane = x[c].reshape(h, w)
-        for y in range(h + 2 * RADIUS):
-            down[y, :] = plane[min(max(y - RADIUS, 0), h - 1)]
-        for y in range(h):
-            m0, m1, m2, m3, m4, m5, m6 = (
-                down[y], down[y + 1], down[y + 2], down[y + 3], down[y + 4], down[y + 5], down[y + 6],
-            )  # fmt: skip
-            m7, m8, m9, m10, m11, m12 = down[y + 7], down[y + 8], down[y + 9], down[y + 10], down[y + 11], down[y + 12]
-            for i in range(w):
-                line[RADIUS + i] = (
-                    t0 * m6[i] + t1 * (m5[i] + m7[i]) + t2 * (m4[i] + m8[i]) + t3 * (m3[i] + m9[i])
-                    + t4 * (m2[i] + m10[i]) + t5 * (m1[i] + m11[i]) + t6 * (m0[i] + m12[i])
-                )  # fmt: skip
-            for j in range(RADIUS):
-                line[j] = line[RADIUS]
-                line[RADIUS + w + j] = line[RADIUS + w - 1]
-            out = plane[y]
-            for i in range(w):
-                out[i] = (
-                    t0 * line[i + 6] + t1 * (line[i + 5] + line[i + 7]) + t2 * (line[i + 4] + line[i + 8])
-                    + t3 * (line[i + 3] + line[i + 9]) + t4 * (line[i + 2] + line[i + 10])
-                    + t5 * (line[i + 1] + line[i + 11]) + t6 * (line[i] + line[i + 12])
-                )  # fmt: skip
+    return t
 
 
 @njit(**_fast)
-def _view(source, d, out, x, padded, orders, mean, std):
-    """One view: source uint8 [H,W,3], its draws d [8] -> out float32 [3,H*W]; x [3,H*W] and `padded` are scratch memory."""
+def _blur_down(plane, lines, w, t):
+    """plane [h+2 RADIUS+1, w] -> lines [h+1, w+2 RADIUS], without their first and last RADIUS columns.
+
+    Two lines at once, which share 12 of their 14 pixels: half the loads. Of an odd h, the last line is no part of the view.
+    """
+    t0, t1, t2, t3, t4, t5, t6 = t[0], t[1], t[2], t[3], t[4], t[5], t[6]
+    wide = w + 2 * RADIUS
+    for y in range(0, lines.size // wide - 1, 2):
+        s = plane[y * w : (y + 2 * RADIUS + 2) * w]
+        upper, lower = lines[y * wide + RADIUS : (y + 1) * wide], lines[(y + 1) * wide + RADIUS : (y + 2) * wide]
+        for i in range(w):
+            s0, s1, s2, s3, s4, s5, s6 = (
+                s[i], s[i + w], s[i + 2 * w], s[i + 3 * w], s[i + 4 * w], s[i + 5 * w], s[i + 6 * w],
+            )  # fmt: skip
+            s7, s8, s9, s10, s11, s12, s13 = (
+                s[i + 7 * w], s[i + 8 * w], s[i + 9 * w], s[i + 10 * w], s[i + 11 * w], s[i + 12 * w], s[i + 13 * w],
+            )  # fmt: skip
+            upper[i] = (
+                t0 * s6 + t1 * (s5 + s7) + t2 * (s4 + s8) + t3 * (s3 + s9) + t4 * (s2 + s10) + t5 * (s1 + s11)
+                + t6 * (s0 + s12)
+            )  # fmt: skip
+            lower[i] = (
+                t0 * s7 + t1 * (s6 + s8) + t2 * (s5 + s9) + t3 * (s4 + s10) + t4 * (s3 + s11) + t5 * (s2 + s12)
+                + t6 * (s1 + s13)
+            )  # fmt: skip
+
+
+@njit(**_fast)
+def _blur_across(line, out, t):
+    """line [w+2 RADIUS] -> out [w]."""
+    t0, t1, t2, t3, t4, t5, t6 = t[0], t[1], t[2], t[3], t[4], t[5], t[6]
+    for i in range(out.size):
+        out[i] = (
+            t0 * line[i + 6] + t1 * (line[i + 5] + line[i + 7]) + t2 * (line[i + 4] + line[i + 8])
+            + t3 * (line[i + 3] + line[i + 9]) + t4 * (line[i + 2] + line[i + 10])
+            + t5 * (line[i + 1] + line[i + 11]) + t6 * (line[i] + line[i + 12])
+        )  # fmt: skip
+
+
+@njit(**_fast)
+def _blur(plane, out, lines, h, w, t, solarize, mean, std):
+    """Separable Gaussian, edges replicated, and `_finish`: plane [h+2 RADIUS+1, w], of which the h rows from RADIUS on are
+    pixels -> out [h, w]. What is in plane is lost."""
+    wide, first, last = w + 2 * RADIUS, RADIUS * w, (RADIUS + h - 1) * w
+    for j in range(RADIUS):
+        for i in range(w):
+            plane[j * w + i] = plane[first + i]
+            plane[last + (j + 1) * w + i] = plane[last + i]
+    _blur_down(plane, lines, w, t)
+    for y in range(h):
+        line = lines[y * wide : (y + 1) * wide]
+        for j in range(RADIUS):
+            line[j] = line[RADIUS]
+            line[RADIUS + w + j] = line[RADIUS + w - 1]
+    row = plane[:w]
+    for y in range(h):
+        _blur_across(lines[y * wide : (y + 1) * wide], row, t)
+        _finish(row, out[y * w : (y + 1) * w], solarize, mean, std)
+
+
+@njit(**_fast)
+def _view(source, d, out, x, lines, orders, mean, std):
+    """One view: source uint8 [H,W,3], its draws d [8] -> out float32 [3,H*W]. Scratch memory: x [3, (H+2 RADIUS+1)*W], which
+    has room for the rows that a blur needs above and below, and lines [(H+1)*(W+2 RADIUS)]."""
     h, w = source.shape[:2]
-    flat = source.reshape(h * w, 3)
-    over = np.float32(1 / 255)
-    for i in range(h * w):
-        x[0, i] = np.float32(flat[i, 0]) * over
-        x[1, i] = np.float32(flat[i, 1]) * over
-        x[2, i] = np.float32(flat[i, 2]) * over
+    first, last = RADIUS * w, (RADIUS + h) * w
+    r, g, b = x[0, first:last], x[1, first:last], x[2, first:last]
+    _load(source.reshape(source.size), r, g, b)
     for o in orders[int(d[ORDER])]:
         if o == 0 and d[BRIGHTNESS] != 1:
-            _blend_to(x, _0, d[BRIGHTNESS])
+            _blend_to(r, g, b, _0, d[BRIGHTNESS])
         elif o == 1 and d[CONTRAST] != 1:
-            _contrast(x, d[CONTRAST])
+            _contrast(r, g, b, d[CONTRAST])
         elif o == 2 and d[SATURATION] != 1:
-            _saturation(x, d[SATURATION])
+            _saturation(r, g, b, d[SATURATION])
         elif o == 3 and d[HUE] != 0:
-            _hue(x, d[HUE])
+            _hue(r, g, b, d[HUE])
     if d[GRAY] > 0:
-        _saturation(x, _0)
-    if d[SIGMA] > 0:
-        _blur(x, h, w, d[SIGMA], padded)
-    inverted = d[SOLARIZE] > 0
-    edge = np.float32(127.5 / 255)
+        _saturation(r, g, b, _0)
     for c in range(3):
-        scale, shift = _1 / std[c], -mean[c] / std[c]
-        plane, to = x[c], out[c]
-        if inverted:
-            for i in range(plane.size):
-                p = _1 - plane[i] if plane[i] > edge else plane[i]
-                to[i] = p * scale + shift
+        if d[SIGMA] > 0:
+            _blur(x[c], out[c], lines, h, w, _taps(d[SIGMA]), d[SOLARIZE], mean[c], std[c])
         else:
-            for i in range(plane.size):
-                to[i] = plane[i] * scale + shift
+            _finish(x[c, first:last], out[c], d[SOLARIZE], mean[c], std[c])
 
 
 @njit(**_fast)
-def _views(views, draws, out, x, padded, orders, mean, std):
+def _views(views, draws, out, x, lines, orders, mean, std):
     for b in range(views.shape[0]):
         for v in range(views.shape[1]):
-            _view(views[b, v], draws[b, v], out[v, b], x, padded, orders, mean, std)
+            _view(views[b, v], draws[b, v], out[v, b], x, lines, orders, mean, std)
 
 
 def apply_color(views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float32, pixels: Pixels = IMAGENET) -> Tensor:
@@ -193,8 +231,9 @@ def apply_color(views: Tensor, draws: Tensor, dtype: torch.dtype = torch.float32
         colors = apply_color(views, draws, pixels=Pixels((0, 0, 0), (1, 1, 1)))
         return ((luma(colors.unbind(2)) - pixels.mean[0]) / pixels.std[0]).to(dtype)[:, :, None]
     out = torch.empty(v, b, 3, h, w)
-    x, padded = np.empty((3, h * w), np.float32), np.empty((h + 2 * RADIUS) * w + w + 2 * RADIUS, np.float32)
+    x = np.empty((3, (h + 2 * RADIUS + 1) * w), np.float32)
+    lines = np.empty((h + 1) * (w + 2 * RADIUS), np.float32)
     flat = out.view(v, b, 3, h * w).numpy()
     mean, std = (np.array(values, np.float32) for values in pixels)
-    _views(views.contiguous().numpy(), draws.contiguous().numpy(), flat, x, padded, _ORDERS, mean, std)
+    _views(views.contiguous().numpy(), draws.contiguous().numpy(), flat, x, lines, _ORDERS, mean, std)
     return out.to(dtype)

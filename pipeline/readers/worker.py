@@ -56,9 +56,9 @@ def crop_resize(
     x0, y0, x1, y1 = window.tolist()
     view = torch.empty(size, size, 3, dtype=torch.uint8) if out is None else out
     crop = image[None, :, y0:y1, min(x0, x1) : max(x0, x1)]
+    if x0 > x1:  # before resizing, which copies a crop in any case; equal to the last bit (tests/test_reader.py)
+        crop = crop.flip(3).contiguous(memory_format=torch.channels_last)  # as `decode` leaves an image: no second copy
     RESIZE[interpolation].out(crop, [size, size], False, None, None, out=view.permute(2, 0, 1)[None])
-    if x0 > x1:
-        view.copy_(view.flip(1))
     return view
 
 
