@@ -19,7 +19,8 @@ def _short_run(config: Config, steps_per_epoch: int) -> Iterator[str]:
     warmup, frozen = (round(epochs * steps_per_epoch) for epochs in (o.warmup_epochs, o.freeze_last_layer_epochs))
     tenth = f"{o.epochs / 10:g}"
     if warmup > steps / 2:
-        yield f"the learning rate warms up in {min(warmup, steps)} of {steps} steps; optim.warmup_epochs={tenth} takes a tenth"
+        rises = min(warmup, steps)
+        yield f"the learning rate warms up in {rises} of {steps} steps; optim.warmup_epochs={tenth} takes a tenth"
     if frozen >= steps and config.method not in TWO_VIEWS:  # their heads have no prototypes
         yield (
             f"the heads' last layer is frozen in all {steps} steps; optim.freeze_last_layer_epochs={tenth} takes a tenth"
@@ -53,8 +54,8 @@ def _cluster_queue(config: Config, steps_per_epoch: int, steps: int) -> Iterator
 
 
 def _key_queue(config: Config, steps_per_epoch: int) -> Iterator[str]:
-    """With half an epoch in the queue, and every order of the next one equally likely, an image meets its own key in one step
-    of eight."""
+    """With half an epoch in the queue, and any order of the next one equally likely, one image of eight meets its own old
+    key."""
     queue, batch = config.contrast.queue, config.optim.global_batch_size
     images = steps_per_epoch * batch
     if config.method in QUEUES and queue > max(images // 2, batch):
@@ -67,8 +68,9 @@ def _key_queue(config: Config, steps_per_epoch: int) -> Iterator[str]:
 
 def _start(config: Config) -> Iterator[str]:
     if config.method == "leopart" and config.model.init is None and config.clustering.mask != "all":
+        mask = config.clustering.mask
         yield (
-            f"method: leopart starts from random weights, whose [CLS] attends to no object, but the {config.clustering.mask} "
-            "is where [CLS] attends; model.init=runs/…/backbone.safetensors fine-tunes a network, clustering.mask=all needs "
-            "no attention"
+            f"method: leopart starts from random weights: their [CLS] attends to no object, and the {mask} is made of its "
+            "attention; model.init=runs/…/backbone.safetensors starts from a trained network, "
+            "clustering.mask=all needs no attention"
         )

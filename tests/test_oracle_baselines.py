@@ -29,8 +29,7 @@ REST = {torch.float32: 5e-7, torch.float64: 1e-13}
 
 
 def method_of(settings: dict) -> str:
-    """The method of a case by its settings, whatever its name: SwAV alone has an epsilon, DenseCL alone a lambda, and MoCo-v3
-    has no queue of K keys."""
+    """The method of a case by its settings, whatever its name: SwAV has an epsilon, DenseCL a lambda, MoCo-v3 no K."""
     return (
         "swav" if "eps" in settings else "densecl" if "lam" in settings else "mocov2" if "K" in settings else "mocov3"
     )
