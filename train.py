@@ -111,7 +111,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
 
     from model import methods, weights
     from model.cost import count_cost, count_memory
-    from runtime import distributed, metrics, schedule, summary
+    from runtime import distributed, metrics, notes, schedule, summary
 
     before = parse_config(resume.config, str(resume.path)) if resume else None
     if is_main:
@@ -128,7 +128,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     before = parse_config(resume.config, str(resume.path)) if resume else None
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)
     steps, start = len(schedules), resume.step if resume else 0
-    messages += schedule.short_run_notes(config, plan.steps_per_epoch)
+    messages += notes.notes(config, plan.steps_per_epoch)
     if resume and before:
         same = checkpoint.same_data(resume.data, data)
         per_epoch = (plan.samples if same else resume.data["samples"]) // before.optim.global_batch_size

@@ -7,6 +7,8 @@ to one feature has 0. Features are centered first, so that what all photos share
 n photos · D width of a feature.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,7 +29,10 @@ PART = 64  # images at a time: a batch may be larger than what fits into memory 
 
 
 def effective_rank(features: Tensor) -> float:
-    """The effective rank of features [n,D] of any dtype; 0 if all are the same."""
+    """The effective rank of features [n,D] of any dtype; 0 if all are the same, NaN if one is not finite (the weights of a
+    run that diverges overflow before its losses end it)."""
+    if not features.isfinite().all():
+        return math.nan
     centered = features.double() - features.double().mean(0)
     values = torch.linalg.svdvals(centered)
     scale = features.double().norm(dim=1).mean().clamp(min=1e-30) * len(features) ** 0.5

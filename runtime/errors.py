@@ -23,9 +23,10 @@ class RunError(Exception):
 
 
 def suggest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """The end of a message: `, did you mean 'x'?` for the known word closest to `word`, or nothing."""
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=cutoff)
-    return f", did you mean '{close[0]}'?" if close else ""
+    """The end of a message: `, did you mean 'x'?` for the known word closest to `word`, in any case, or nothing."""
+    words = {str(k).casefold(): str(k) for k in known}
+    close = difflib.get_close_matches(str(word).casefold(), words, n=1, cutoff=cutoff)
+    return f", did you mean '{words[close[0]]}'?" if close else ""
 
 
 def suggest_path(path: str | Path) -> str:

@@ -104,28 +104,6 @@ def describe_change(before: Schedules, after: Schedules, step: int) -> str:
     )
 
 
-def short_run_notes(config: Config, steps_per_epoch: int) -> list[str]:
-    """What takes up a short run, because its length in epochs was meant for a longer one; with the override that fits."""
-    o, loss = config.optim, config.loss
-    steps = config.steps(steps_per_epoch)
-    warmup, frozen = (round(epochs * steps_per_epoch) for epochs in (o.warmup_epochs, o.freeze_last_layer_epochs))
-    notes, tenth = [], f"{o.epochs / 10:g}"
-    if warmup > steps / 2:
-        notes.append(
-            f"the learning rate warms up in {min(warmup, steps)} of {steps} steps; optim.warmup_epochs={tenth} takes a tenth"
-        )
-    if frozen >= steps:
-        notes.append(
-            f"the heads' last layer is frozen in all {steps} steps; optim.freeze_last_layer_epochs={tenth} takes a tenth"
-        )
-    start, final = loss.teacher_temperature
-    if start != final and loss.teacher_temperature_warmup >= o.epochs:
-        notes.append(
-            f"the teacher's temperature never gets to {final:g}; loss.teacher_temperature_warmup={round(o.epochs / 10)} does"
-        )
-    return notes
-
-
 def decay_groups(model: nn.Module, lr_factor: float = 1.0) -> list[dict[str, Any]]:
     """Two groups of the trained parameters: weight decay for matrices and tokens, none for biases and norms (published).
     lr_factor: of their learning rate, over that of the schedule."""

@@ -112,6 +112,7 @@ WRONG = [
     ("data: {holdout: 1}", [], r"data\.holdout: expected a number, 0 or more and below 1, found 1"),
     ("data: {jitter: {hue: 0.6}}", [], r"data\.jitter\.hue: expected a number from 0 to 0\.5, found 0\.6"),
     ("reference: {points: 5000}", [], r"reference\.points: 5000 make"),
+    ("method: DenseCL", [], r"expected one of .*, did you mean 'densecl'"),
     ("reference: {attention: patch}", [], r"reference\.attention: expected one of .* did you mean 'patches'"),
     ("model: {arch: vit_smal}", [], r"model\.arch: expected one of .* did you mean 'vit_small'"),
     ("", ["model.arch=vit_large"], r"one of vit_tiny, vit_small, vit_base, custom, or a name of timm.*'vit_large'$"),

@@ -125,7 +125,7 @@ def cosines(q: Tensor, k: Tensor, negatives: Tensor) -> Tensor:
     return torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1)
 
 
-@pytest.mark.parametrize(("name", "settings", "precision"), cases("moco_"))
+@pytest.mark.parametrize(("name", "settings", "precision"), cases("mocov2"))
 def test_mocov2(name: str, settings: dict, precision: str):
     case = read_case(name, precision)
     method = build_case(case, "mocov2", settings)
@@ -140,7 +140,7 @@ def test_mocov2(name: str, settings: dict, precision: str):
     follow(case, method, settings, published_sgd(method, settings), check)
 
 
-@pytest.mark.parametrize(("name", "settings", "precision"), cases("densecl_"))
+@pytest.mark.parametrize(("name", "settings", "precision"), cases("densecl"))
 def test_densecl(name: str, settings: dict, precision: str):
     case = read_case(name, precision)
     method = build_case(case, "densecl", settings)

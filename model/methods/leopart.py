@@ -19,11 +19,9 @@ from model.methods.clustering import ClusterNetwork, assign, mean_entropy, new_q
 from model.methods.encode import encode
 from model.methods.student_teacher import StudentTeacher
 from pipeline.batch import Batch
-from runtime.config import TEACHERS, Config
+from runtime.config import PUSHED, TEACHERS, Config
 from runtime.distributed import gather_rows, rank_and_size, sum_over_processes
 from runtime.schedule import StepValues
-
-PUSHED = 10  # rows of each image and teacher view that a step pushes into the queue (published)
 
 
 class Leopart(StudentTeacher):

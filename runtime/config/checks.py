@@ -23,6 +23,7 @@ from runtime.pixels import usual
 
 CLUSTERING = ("leopart", "swav")  # the methods that use the section
 BLUR_RADIUS = 3  # of the attention that makes Leopart's mask, in patches: its border is reflected (model/foreground.py)
+PUSHED = 10  # rows of each image and teacher view that a step of Leopart pushes into the queue (published)
 TWO_VIEWS = ("densecl", "mocov2", "mocov3")  # the methods that compare one view with another
 QUEUES = ("densecl", "mocov2")  # those with a queue
 MIN_TEMPERATURE = 1 / 80  # of k-NN: above it no vote, exp(similarity / temperature), overflows float32

@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline.shards import Shards
 from runtime.config import load_config
 from runtime.errors import UserError
-from runtime.schedule import short_run_notes
+from runtime.notes import notes
 
 
 def photo(path: Path) -> None:
@@ -85,6 +85,7 @@ def test_the_warmup_that_fits_is_in_the_refusal(tiny_config, epochs):
     assert config.optim.warmup_epochs == pytest.approx(float(epochs) / 10)
 
 
+TWO_VIEWS = "data.views=[{count: 2, size: 32, scale: [0.4, 1.0], teacher: true}]"
 NOTES = {  # what: (words, the note)
     "warm-up": (["optim.warmup_epochs=3"], "the learning rate warms up in 15 of 20 steps; optim.warmup_epochs=0.4"),
     "frozen": (
@@ -95,6 +96,26 @@ NOTES = {  # what: (words, the note)
         ["loss.teacher_temperature=[0.04,0.07]", "loss.teacher_temperature_warmup=30"],
         "the teacher's temperature never gets to 0.07; loss.teacher_temperature_warmup=0",
     ),
+    "late queue": (
+        ["method=swav", "clustering.queue_start_epochs=15"],
+        "the queue is used in none of the 20 steps: it starts after 75 steps, and 2 fill its 32 rows; "
+        "clustering.queue_start_epochs=0.4 uses it",
+    ),
+    "long queue": (
+        ["method=swav", "clustering.queue=320"],
+        "the queue is used in none of the 20 steps: it starts after 0 steps, and 20 fill its 320 rows; "
+        "clustering.queue=160 uses it",
+    ),
+    "queue of patches": (
+        ["method=leopart", "clustering.mask=all", "clustering.queue_start_epochs=2", "clustering.queue=3200"],
+        "the queue is used in none of the 20 steps: it starts after 10 steps, and 20 fill its 3,200 rows; "
+        "clustering.queue_start_epochs=0.4 clustering.queue=1600 uses it",
+    ),
+    "own keys": (
+        ["method=mocov2", TWO_VIEWS, "contrast.queue=48"],
+        "the queue has 48 keys and an epoch 80 images: many images meet their own older key as a negative; "
+        "contrast.queue=16",
+    ),
 }  # fmt: skip
 
 
@@ -103,7 +124,22 @@ NOTES = {  # what: (words, the note)
 @pytest.mark.parametrize("what", NOTES)
 def test_a_schedule_that_fills_a_short_run_is_noted(tiny_config, what):
     words, note = NOTES[what]
-    assert short_run_notes(load_config(tiny_config), 5) == []
-    (found,) = short_run_notes(load_config(tiny_config, words), 5)
+    assert notes(load_config(tiny_config), 5) == []
+    (found,) = notes(load_config(tiny_config, words), 5)
     assert found.startswith(note)
-    assert short_run_notes(load_config(tiny_config, [*words, *re.findall(r"\w+\.\w+=[\d.]+", found)]), 5) == []
+    assert notes(load_config(tiny_config, [*words, *re.findall(r"\w+\.\w+=[\d.]+", found)]), 5) == []
+
+
+@pytest.mark.fault("F34")
+@pytest.mark.fast
+def test_notes_are_about_what_the_method_has(tiny_config):
+    """A queue that is used in the last step; heads without prototypes; a foreground from random weights."""
+    for words, found in {
+        ("method=swav", "clustering.queue=304"): [],
+        ("method=leopart", "model.init=file", "clustering.queue=3040"): [],
+        ("method=dino", "contrast.queue=48", "clustering.queue_start_epochs=15"): [],
+        ("method=mocov3", TWO_VIEWS, "contrast.queue=48", "optim.freeze_last_layer_epochs=9"): [],
+        ("method=leopart", "clustering.mask=background"): ["method: leopart starts from random weights"],
+    }.items():
+        got = notes(load_config(tiny_config, words), 5)
+        assert [note[: len(start)] for note, start in zip(got, found, strict=True)] == found

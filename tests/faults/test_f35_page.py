@@ -2,6 +2,7 @@
 what a phone shows."""
 
 import json
+import math
 import re
 import time
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_the_effective_rank_by_hand():
     assert effective_rank(points @ directions.T) == pytest.approx(3, abs=0.05)
     assert effective_rank(7 + points[:, :1] @ directions.T[:1]) == pytest.approx(1, abs=1e-3)
     assert effective_rank(torch.full((50, 8), 0.3)) == 0
+    assert math.isnan(effective_rank(points.index_fill(0, torch.tensor(3), torch.inf)))  # overflowed, not an error
     a, b = 2.0, 1.0  # two singular values of 2 : 1
     expected = np.exp(-(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3)))
     assert effective_rank(points[:, :2] * torch.tensor([a, b])) == pytest.approx(expected, abs=0.02)
