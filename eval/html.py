@@ -47,7 +47,7 @@ LEARNING: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("points_reference_small", "points_patch_small", "points_cls_small"),
     ),
     ("Linear segmentation while training", "% mIoU, of a part of the scenes", ("linear_seg_miou",)),
-    ("Effective rank of the teacher's features", "directions, of one view of a batch", ("effective_rank",)),
+    ("Effective rank of the features", "directions, of one view of a batch", ("effective_rank",)),
     ("Learning rate", "", ("lr",)),
 )
 SPEED = (

@@ -1,6 +1,6 @@
-"""While training: measures of the teacher that no step waits for.
+"""While training: measures of the evaluated network that no step waits for.
 
-At a due step process 0 copies the teacher's weights to host memory, which is all that the step waits for. A thread writes
+At a due step process 0 copies its weights to host memory, which is all that the step waits for. A thread writes
 them to RUN/measuring/, and another process (online_process.py) measures them there: on the CPU, at the lowest priority.
 Nothing else of the run takes part, so a run trains the same with and without it, and no other process of it waits.
 

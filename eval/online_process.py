@@ -1,4 +1,4 @@
-"""The process that measures the teacher while its run trains (online.py starts it).
+"""The process that measures a run's network while it trains (online.py starts it).
 
     python -m eval.online_process RUN PARENT yields|alone
 
