@@ -61,7 +61,7 @@ def test_the_effective_rank_is_a_curve_and_a_figure(unlabeled):
     assert [row["step"] for row in rows] == list(range(2, 21, 2))  # 20 steps: at every row of the log
     assert all(1 <= row["effective_rank"] <= 15 for row in rows)  # of a batch of 16
     html = (unlabeled / "report.html").read_text()
-    assert "<figcaption>Effective rank of the teacher&#x27;s features</figcaption>" in html
+    assert "<figcaption>Effective rank of the features</figcaption>" in html
     results = json.loads((unlabeled / "results.json").read_text())
     assert 1 <= results["effective_rank"] <= 24 != results["untrained"]["effective_rank"]
     ranks = f"{results['effective_rank']:.1f} trained, {results['untrained']['effective_rank']:.1f} untrained"
