@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from eval.masks import check_scenes
-from eval.provenance import TIMM, Weights, weights_of
+from eval.provenance import Weights, weights_of
 from eval.tables import (
     MEASURE_ROWS,
     mean_over_seeds,
@@ -39,6 +39,7 @@ from eval.tables import (
     render_table,
 )
 from eval.target import MEASURES, EvalSpec, EvalTarget, best_device
+from runtime.config import TIMM
 from runtime.errors import UserError
 from runtime.files import refusal, write_atomic
 
@@ -264,5 +265,5 @@ def hash_of(network: "Backbone") -> str:
 
 def short_names(paths: list[str]) -> list[str]:
     """A name for each network: the last part of its path if that is unique, else the path."""
-    short = [path if path.startswith("timm:") else Path(path).stem or path for path in paths]
+    short = [path if path.startswith(TIMM) else Path(path).stem or path for path in paths]
     return [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]

@@ -16,9 +16,9 @@ from PIL import Image, UnidentifiedImageError
 
 from runtime.checkpoint import read_header
 from runtime.checkpoint.format import list_checkpoints
+from runtime.config import TIMM
 from runtime.errors import UserError
 
-TIMM = "timm:"
 KEY = "densedino"  # of a PNG's text and of a page's meta tag
 Weights = dict[str, Any]  # {"step": steps done, None if it is not known; "sha256": hash of the network's file}
 

@@ -21,7 +21,7 @@ from pipeline.order import held_out
 from pipeline.remote import is_address
 from pipeline.shards import Shards
 from runtime.command import again
-from runtime.config import MIN_TEMPERATURE, Config, Eval, flatten, is_path, load_config, missing
+from runtime.config import MIN_TEMPERATURE, TIMM, Config, Eval, flatten, is_path, load_config, missing
 from runtime.errors import UserError, suggest, suggest_path
 from runtime.metrics import append_jsonl
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from eval.datasets import LabeledPhotos
     from model.backbone import Backbone
 
-TIMM = "timm:"  # before a model's name; the same as in model.weights, which loads torch
 KINDS = ("cls", "patches", "pixels")  # features of a photo: [CLS], mean of the patch tokens, raw pixels
 MEMORY_SIZE = 1_024_000  # tokens of the memory bank in segmentation by retrieval: 1.6 GB for ViT-S
 PROTOCOLS = ("densedino", "leopart")  # of linear segmentation

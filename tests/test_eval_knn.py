@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from conftest import run_processes
 from PIL import Image
 
-import eval.target
 from eval import knn
 from eval.__main__ import main
 from eval.datasets import NO_CLASS, LabeledPhotos, decode
@@ -231,12 +230,6 @@ def test_a_run_is_evaluated_on_what_it_held_out(run, capsys):
     assert line["top1"] > 90  # three colors: chance is a third
     train, val = EvalTarget(run).photos(24)
     assert not set(train.ids) & set(val.ids)
-
-
-def test_timm_models_are_recognized_as_by_the_weights():
-    from model.weights import TIMM
-
-    assert eval.target.TIMM == TIMM  # not imported from there, for that loads torch
 
 
 def test_other_shards_and_a_limit(run, home):

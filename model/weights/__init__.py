@@ -18,9 +18,9 @@ from model.weights.init import (
     with_architecture,
 )
 from model.weights.names import load_strictly, remap_keys
-from model.weights.timm_hub import TIMM, loading_lines, timm_call, timm_model
+from model.weights.timm_hub import loading_lines, timm_call, timm_model
 
 __all__ = [
-    "TIMM", "about_backbone", "load_backbone", "load_pretrained", "load_strictly", "loading_lines", "read_network",
+    "about_backbone", "load_backbone", "load_pretrained", "load_strictly", "loading_lines", "read_network",
     "remap_keys", "timm_call", "timm_model", "weights_seed", "with_architecture",
 ]  # fmt: skip

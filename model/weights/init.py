@@ -19,9 +19,9 @@ from model.weights.fit import BIAS, FILTERS, fit, fit_channels
 from model.weights.names import CENTERS, PARTS, is_resnet, load_strictly, select_part
 from model.weights.pixels import different, pixels_of, take_pixels
 from model.weights.read import is_plain, read_file, select_network
-from model.weights.timm_hub import TIMM, read_timm, rotary_of_timm
+from model.weights.timm_hub import read_timm, rotary_of_timm
 from pipeline.random import hash64
-from runtime.config import ARCHS_OF_TIMM, Config, Reference, load_config, patch_of
+from runtime.config import ARCHS_OF_TIMM, TIMM, Config, Reference, load_config, patch_of
 from runtime.errors import UserError, suggest
 from runtime.pixels import usual
 

@@ -15,7 +15,6 @@ from model.vit import ViT
 from runtime.errors import UserError, suggest
 from runtime.pixels import IMAGENET, Pixels
 
-TIMM = "timm:"
 _LOCAL = "local-dir:"
 HUB_TIMEOUT = 5  # seconds
 

@@ -34,6 +34,7 @@ def rule(text: str, holds: Callable[[Any], bool], names: Collection[str] = ()) -
 
 
 SIZES = ("vit_tiny", "vit_small", "vit_base", "custom")
+TIMM = "timm:"  # before the name of a model whose published weights are meant
 ARCH = re.compile(r"[a-z]\w*_patch([1-9]\d{0,2})(_\w+)?")  # timm's names of ViTs, which have the patch in them
 ARCHS_OF_TIMM = (  # for the nearest name; the model's own code asks timm itself
     *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")), "vit_huge_patch14_224",

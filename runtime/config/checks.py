@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeGuard
 
-from runtime.config.bounds import ARCH, patch_of
+from runtime.config.bounds import ARCH, TIMM, patch_of
 from runtime.config.messages import Problem
 from runtime.config.schema import BY_VIEW, TEACHERS, Config
 from runtime.errors import suggest_path
@@ -267,7 +267,7 @@ def check_training(c: Config, processes: int) -> Iterator[Problem]:
 
 def is_path(place: str | None) -> TypeGuard[str]:
     """Whether the value of one of PLACES is a path, and not an address or timm:NAME."""
-    return place is not None and "://" not in place and not place.startswith("timm:")
+    return place is not None and "://" not in place and not place.startswith(TIMM)
 
 
 def split_places(text: str) -> list[str]:

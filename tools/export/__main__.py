@@ -31,6 +31,7 @@ n images · C channels · h, w height and width, pixels · N patches · D width.
 import os
 from pathlib import Path
 
+from runtime.config import TIMM
 from runtime.errors import UserError, run_cli, suggest, suggest_path
 from tools.docstring import make_parser
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     formats = None if args.to is None else read_formats(args.to)
     path = Path(args.network)
-    if not args.network.startswith("timm:") and not path.exists():
+    if not args.network.startswith(TIMM) and not path.exists():
         raise UserError(f"{path}: no such run, checkpoint or backbone file{suggest_path(path)}")
 
     from model.vit import require_vit

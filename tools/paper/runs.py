@@ -15,13 +15,13 @@ from eval import preflight
 from eval.compare import ON_PHOTOS
 from eval.html import read_metrics
 from eval.masks import check_scenes
-from eval.provenance import TIMM, known_weights
+from eval.provenance import known_weights
 from eval.tables import read_object
 from pipeline.mixture import AnyShards, open_training
 from pipeline.plan import Plan
 from runtime.checkpoint import identify, latest_valid, same_data
 from runtime.command import again
-from runtime.config import Config, diff, dump_config, load_config
+from runtime.config import TIMM, Config, diff, dump_config, load_config
 from runtime.config.messages import COMMAND_LINE
 from runtime.errors import UserError, suggest_path
 from tools.paper.tables import Row, Table

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.config import Config, flatten, load_config
+from runtime.config import TIMM, Config, flatten, load_config
 from runtime.files import write_atomic
 from tools.plan.recipe import PROTOTYPES, SMALL_CONFIG
 
@@ -47,8 +47,8 @@ def prepared(config: Config) -> Config:
     """A copy whose architecture is named: that of timm's weights, or vit_small for a file, which is not read here."""
     config = copy.deepcopy(config)
     if config.model.arch is None:
-        name = (config.model.init or "").removeprefix("timm:").partition(".")[0]
-        config.model.arch = name if (config.model.init or "").startswith("timm:") else "vit_small"
+        name = (config.model.init or "").removeprefix(TIMM).partition(".")[0]
+        config.model.arch = name if (config.model.init or "").startswith(TIMM) else "vit_small"
     return config
 
 
