@@ -161,10 +161,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     context.to_device(method)
     for t in method.state_dict().values() if init else ():
         t.copy_(context.broadcast(t))
-    optimizer = schedule.Optimizer(
-        method.student, config.optim.clip_grad, groups=method.parameter_groups(),
-        split_positions=method.clip_positions_apart, layer_decay=config.optim.layer_decay,
-    )  # fmt: skip
+    optimizer = schedule.Optimizer.of(method, config.optim)
     if resume:
         tensors = ((name, context.broadcast(t)) for name, t in resume.stream(read=context.is_main))
         checkpoint.restore(method, optimizer.adamw, resume, tensors)

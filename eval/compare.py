@@ -38,7 +38,7 @@ from eval.tables import (
     read_object,
     render_table,
 )
-from eval.target import MEASURES, EvalSpec, EvalTarget, best_device
+from eval.target import MEASURES, EvalSpec, EvalTarget
 from runtime.config import TIMM
 from runtime.errors import UserError
 from runtime.files import refusal, write_atomic
@@ -200,6 +200,7 @@ def measure_networks(
 ) -> None:
     """Add each measure that is missing to each column, and write the results after each. Prints where it is."""
     from eval.measures import MEASURES
+    from runtime.distributed import best_device
 
     missing = [
         (n, m)

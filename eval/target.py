@@ -26,8 +26,6 @@ from runtime.errors import UserError, suggest, suggest_path
 from runtime.metrics import append_jsonl
 
 if TYPE_CHECKING:
-    import torch
-
     from eval.datasets import LabeledPhotos
     from model.backbone import Backbone
 
@@ -113,7 +111,7 @@ class EvalTarget:
         from runtime import distributed
 
         self.check_untrained(untrained)
-        device = best_device()
+        device = distributed.best_device()
         network = load_backbone(self.run if untrained and self.run else self.path, untrained=untrained)
         if network.note:
             print(network.note)
@@ -239,12 +237,6 @@ def check_temperature(temperature: float) -> None:
     """Raises UserError if a vote of k-NN, exp(1 / temperature), would overflow float32."""
     if temperature < MIN_TEMPERATURE:
         raise UserError(f"temperature {temperature}: must be at least {MIN_TEMPERATURE:g}, or a vote overflows float32")
-
-
-def best_device() -> "torch.device":
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def open_shards(folder: str | Path, config: Config | None = None) -> Shards:

@@ -189,6 +189,11 @@ def start(speed: Speed, timeout: float = 1800) -> DistributedContext:
     return DistributedContext(rank, world_size, device, choose_precision(speed.precision, device), local)
 
 
+def best_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def set_up_device(device: torch.device) -> None:
     """Torch's settings of this process for training on a device: products, fused attention, memory."""
     if device.type == "cpu":

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from runtime.config import Config
+from runtime.config import Config, Optim
 
 BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
 EMBEDDING = re.compile(r"backbone\.(patch_embed|pos_embed|cls_token|reg_token|norm_pre)")
@@ -156,6 +156,14 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(groups, fused=True)
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.last_layers = [p for n, p in student.named_parameters() if "last_layer" in n and p.requires_grad]
+
+    @classmethod
+    def of(cls, method: Any, optim: Optim) -> "Optimizer":
+        """What trains a `Method`, with the values of the config's section `optim`."""
+        return cls(
+            method.student, optim.clip_grad, groups=method.parameter_groups(),
+            split_positions=method.clip_positions_apart, layer_decay=optim.layer_decay,
+        )  # fmt: skip
 
     @torch.no_grad()
     def step(

@@ -21,8 +21,8 @@ from torch import Tensor
 from model.methods import build
 from runtime.checkpoint import Writer, training_state
 from runtime.config import dump_config, load_config
-from runtime.distributed import reuse_memory
-from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
+from runtime.distributed import best_device, reuse_memory
+from tools.bench.rows import device_name, make_table, median_and_range, report_rows
 
 
 def save_synchronously(path: Path, state: dict[str, Tensor]) -> None:
@@ -39,7 +39,7 @@ def save_synchronously(path: Path, state: dict[str, Tensor]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     if device.type == "cpu":
         reuse_memory()
     model = build(config).to(device)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
             save_synchronously(Path(folder) / "before.safetensors", training_state(model, adamw))
             seconds["before"].append(time.perf_counter() - start)
         size = (Path(folder) / "before.safetensors").stat().st_size
-    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    name = device_name(device)
     about = {"what": "checkpoint", "config": args.config, "device": name, "megabytes": round(size / 1e6)}
     print(f"{size / 1e6:,.0f} MB of {args.config} on {name}")
     table = make_table("how long a step waits", ("seconds", "median", "least", "most", "first"), left=1)

@@ -20,9 +20,10 @@ from eval.features import tokens_at
 from eval.photo_source import PhotoSource, open_photo_source
 from model.backbone import Backbone
 from model.vit import build_vit
+from runtime.distributed import best_device
 from runtime.errors import UserError
-from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
-from tools.bench.step_worker import best_device, make_config
+from tools.bench.rows import device_name, make_table, median_and_range, report_rows
+from tools.bench.step_worker import make_config
 
 BATCH = 64
 
@@ -61,7 +62,8 @@ def measure(arch: str, size: int, photos: int, shards: str, rounds: int) -> dict
     config = make_config(arch, "densedino")
     for views in config.data.views:
         views.size = size
-    network = build_vit(config, 0.0).to(best_device()).eval()
+    device = best_device()
+    network = build_vit(config, 0.0).to(device).eval()
     written, bare = list[float](), list[float]()
     for i in range(-1, rounds):  # a first round to warm up
         seconds = _written(network, source, size), _bare(network, photos, size)
@@ -71,8 +73,7 @@ def measure(arch: str, size: int, photos: int, shards: str, rounds: int) -> dict
     row: dict[str, Any] = {"what": "features", "arch": arch, "size": size, "photos": photos, "rounds": rounds}
     row |= median_and_range("written_per_s", written) | median_and_range("bare_per_s", bare)
     row |= median_and_range("ratio", [a / b for a, b in zip(written, bare, strict=True)])
-    device = best_device()
-    return row | {"device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()}
+    return row | {"device": device_name(device)}
 
 
 def run(args: argparse.Namespace) -> None:

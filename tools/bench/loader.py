@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if config.speed.compile:
         compile_parts(method.compile_units(), context.device)
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)
-    optimizer = schedule.Optimizer(method.student, config.optim.clip_grad, split_positions=method.clip_positions_apart)
+    optimizer = schedule.Optimizer.of(method, config.optim)
     loader = Loader(
         config, shards, plan, device=context.device, dtype=context.dtype, start=0, stop=(args.rounds + 1) * args.steps + 1,
         compile=config.speed.compile,

@@ -15,39 +15,37 @@ import torch
 
 from runtime import distributed
 from runtime.schedule import Optimizer
-from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
-from tools.bench.step_worker import best_device, make_config, prepare
+from tools.bench.rows import device_name, make_table, median_and_range, report_rows
+from tools.bench.step_worker import make_config, prepare, synchronize
 from train import train_step
 
 
 def measure(arch: str, batch: int, rounds: int, sigma: float) -> dict[str, Any]:
     """A row: seconds of a step without the prior and with it, and their ratio."""
-    device = best_device()
+    device = distributed.best_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if device.type == "cpu":
         distributed.reuse_memory()
     config = make_config(arch, "densedino")
     model, schedules, data = prepare(config, batch, device, dtype)
-    optimizer = Optimizer(model.student, config.optim.clip_grad, split_positions=model.clip_positions_apart)
+    optimizer = Optimizer.of(model, config.optim)
     context = distributed.DistributedContext(0, 1, device, dtype)
     seconds: dict[float | None, list[float]] = {None: [], sigma: []}
     for i in range(-2, rounds):  # two rounds to warm up
         for locality in sorted(seconds, key=str, reverse=i % 2 == 0):
             for network in (model.student, model.teacher):
                 network.backbone.locality = locality
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             start = time.perf_counter()
             train_step(data, model, model, optimizer, schedules.at(max(i, 0)), context)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             if i >= 0:
                 seconds[locality].append(time.perf_counter() - start)
     ratios = [b / a for a, b in zip(seconds[None], seconds[sigma], strict=True)]
     row: dict[str, Any] = {"what": "locality", "arch": arch, "batch": batch, "sigma": sigma}
     row |= median_and_range("seconds", seconds[None]) | median_and_range("seconds_with_prior", seconds[sigma])
     row |= {"ratio": round(statistics.median(ratios), 4), "rounds": rounds, "dtype": str(dtype).removeprefix("torch.")}
-    return row | {"device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()}
+    return row | {"device": device_name(device)}
 
 
 def run(args: argparse.Namespace) -> None:

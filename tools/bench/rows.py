@@ -6,12 +6,15 @@ import statistics
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from runtime.metrics import append_jsonl, versions
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cpu_name() -> str:
@@ -20,6 +23,13 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return f"{line.partition(':')[2].strip()} x {os.cpu_count()}"
     return f"{platform.processor()} x {os.cpu_count()}"
+
+
+def device_name(device: "torch.device") -> str:
+    """The GPU's name, or the processor's."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def median_and_range(name: str, values: Sequence[float]) -> dict[str, Any]:

@@ -105,9 +105,7 @@ Results = dict[
 def choose_combinations(args: argparse.Namespace) -> list[Combination]:
     """The combinations that the options allow; without bfloat16 where the hardware lacks it, unless it is named, and without
     naive implementations that do not exist."""
-    import torch
-
-    from runtime.distributed import has_bfloat16
+    from runtime.distributed import best_device, has_bfloat16
 
     allowed = (args.form, args.dtype)
     combinations = [
@@ -116,8 +114,7 @@ def choose_combinations(args: argparse.Namespace) -> list[Combination]:
         if all(option in (None, value) for option, value in zip(allowed, c[2:], strict=True))
         if (c[0] in PLAIN and c[1] in PAPER) or c[2] == "ours"
     ]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.dtype is None and not has_bfloat16(device):
+    if args.dtype is None and not has_bfloat16(best_device()):
         print("this device has no bfloat16 in hardware: its rows would take hours and are left out", flush=True)
         combinations = [c for c in combinations if c.dtype != "bfloat16"]
     return combinations

@@ -24,10 +24,11 @@ from pipeline.batch import Batch, draw, size_groups
 from runtime import distributed
 from runtime.compile import can_compile, compile_parts
 from runtime.config import Config, Model, load_config, patch_of
+from runtime.distributed import best_device
 from runtime.errors import run_cli
 from runtime.schedule import Optimizer, Schedules, make_schedules
 from tools.bench.naive import NaiveStep
-from tools.bench.rows import cpu_name
+from tools.bench.rows import device_name
 from train import train_step
 
 
@@ -67,10 +68,6 @@ def prepare(config: Config, batch: int, device: torch.device, dtype: torch.dtype
     return model, make_schedules(config, 1000), made
 
 
-def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def peak_memory_mb() -> float:
     """Of the GPU if there is one, else of this process."""
     return distributed.peak_memory(best_device())
@@ -101,10 +98,7 @@ def step(
     else:
         distributed.set_up_device(device)
         set_alternatives(attention, inductor or {})
-        optimizer = Optimizer(
-            model.student, config.optim.clip_grad, groups=model.parameter_groups(),
-            split_positions=model.clip_positions_apart,
-        )  # fmt: skip
+        optimizer = Optimizer.of(model, config.optim)
         context = distributed.DistributedContext(0, 1, device, precision)
         if compiled:
             compile_parts(model.compile_units(), device, backend)
@@ -113,13 +107,13 @@ def step(
             train_step(data, model, model, optimizer, schedules.at(i), context)
 
     gpu = device.type == "cuda"
-    result: dict[str, Any] = {"compile": compiled, "device": torch.cuda.get_device_name() if gpu else cpu_name()}
+    result: dict[str, Any] = {"compile": compiled, "device": device_name(device)}
     times = []
     for i in range(warmup + steps):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         run_step(i)
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
         if gpu and i == warmup - 1:
             result["host_waits"] = count_host_waits(lambda: run_step(warmup + steps))
@@ -137,7 +131,7 @@ def set_alternatives(attention: str | None, inductor: dict[str, Any]) -> None:
         setattr(functools.reduce(getattr, groups, torch._inductor.config), last, value)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -163,7 +157,7 @@ def matmul(dtype: str, side: int | None = None) -> dict[str, Any]:
         start = time.perf_counter()
         for _ in range(4):
             a @ b
-        _synchronize(device)
+        synchronize(device)
         times.append((time.perf_counter() - start) / 4)
     stated = distributed.peak_flops(device, precision)
     tflops = 2 * side**3 / statistics.median(times[2:]) / 1e12

@@ -18,8 +18,9 @@ from pipeline.plan import Plan
 from pipeline.readers.worker import BatchBuilder
 from pipeline.shards import Shards
 from runtime.config import Config
+from runtime.distributed import best_device
 from runtime.errors import UserError
-from tools.bench.step_worker import best_device, make_config
+from tools.bench.step_worker import make_config, synchronize
 from tools.gpu.parts import NotHere, Report, Setting
 
 WANTED = 2500  # photos per second into 4 views
@@ -90,13 +91,8 @@ def _speed(setting: Setting, config: Config, shards: Shards, device: torch.devic
     batches = _read(config, shards, device)
     for _ in itertools.islice(batches, ready):
         pass
-    _wait(device)
+    synchronize(device)
     start = time.perf_counter()
     photos = sum(len(batch.ids) for batch in itertools.islice(batches, timed))
-    _wait(device)
+    synchronize(device)
     return photos / (time.perf_counter() - start)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

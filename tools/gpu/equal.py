@@ -16,7 +16,7 @@ from pipeline.loader import select_augment
 from runtime import distributed
 from runtime.compile import can_compile, compile_parts
 from runtime.schedule import Optimizer
-from tools.bench.step_worker import best_device, count_host_waits, make_config, prepare
+from tools.bench.step_worker import count_host_waits, make_config, prepare
 from tools.gpu.parts import NotHere, Report, Setting
 from train import train_step
 
@@ -41,12 +41,7 @@ def one_step(
     context.to_device(model)
     wide = dtype == torch.float64
     batch = batch.map(lambda t: t.to(device, torch.float64 if wide and t.is_floating_point() else None))
-    optimizer = Optimizer(
-        model.student,
-        config.optim.clip_grad,
-        groups=model.parameter_groups(),
-        split_positions=model.clip_positions_apart,
-    )
+    optimizer = Optimizer.of(model, config.optim)
     if compile:
         compile_parts(model.compile_units(), device, setting.backend)
     before = [p.detach().clone() for p in optimizer.trained]
@@ -69,7 +64,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def equal(setting: Setting, report: Report) -> None:
-    device = best_device()
+    device = distributed.best_device()
     truth = one_step(setting, CPU, torch.float64, compile=False)
     forms: list[tuple[str, str, tuple[Any, ...]]] = [("eager", "float32", (torch.float32, False))]
     if not (missing := can_compile(device)):
@@ -98,7 +93,7 @@ def equal(setting: Setting, report: Report) -> None:
 
 def waits(setting: Setting, report: Report) -> None:
     """Colors and the whole step, compiled as the trainer does, ten times with a batch of the same shape."""
-    device = best_device()
+    device = distributed.best_device()
     if missing := can_compile(device):
         raise NotHere(f"torch.compile cannot work: {missing}")
     distributed.set_up_device(device)
@@ -106,12 +101,7 @@ def waits(setting: Setting, report: Report) -> None:
     config = make_config("tiny" if setting.tiny else "vit_tiny", "densedino", compile=True)
     images = 2 if setting.tiny else 64
     model, schedules, batch = prepare(config, images, device, dtype)
-    optimizer = Optimizer(
-        model.student,
-        config.optim.clip_grad,
-        groups=model.parameter_groups(),
-        split_positions=model.clip_positions_apart,
-    )
+    optimizer = Optimizer.of(model, config.optim)
     context = distributed.DistributedContext(0, 1, device, dtype)
     counters.clear()
     compile_parts(model.compile_units(), device, setting.backend)

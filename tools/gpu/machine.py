@@ -14,10 +14,10 @@ import torch
 
 from pipeline.shards import Shards
 from runtime.compile import can_compile
-from runtime.distributed import has_bfloat16, peak_flops
+from runtime.distributed import best_device, has_bfloat16, peak_flops
 from runtime.metrics import versions
 from tools.bench.rows import cpu_name
-from tools.bench.step_worker import best_device, matmul
+from tools.bench.step_worker import matmul
 from tools.gpu.parts import Report, Setting
 
 SCENES, SIDE = 384, 400  # painted scenes and their pixels, near ImageNet's
@@ -63,7 +63,7 @@ def machine(setting: Setting, report: Report) -> None:
         report.row("device", "no CUDA device: the CPU")
     report.row("torch.compile", can_compile(device) or "yes")
     for module, name in (("nvidia.dali", "DALI"), ("webdataset", "webdataset"), ("timm", "timm")):
-        report.row(f"{name} is installed", "yes" if _is_installed(module) else "no")
+        report.row(f"{name} is installed", "yes" if is_installed(module) else "no")
     for dtype in ("float32", *(["bfloat16"] if has_bfloat16(device) or setting.tiny else [])):
         tflops = matmul(dtype, 256 if setting.tiny else None)["matmul_tflops"]
         stated = peak_flops(device, getattr(torch, dtype))
@@ -72,7 +72,8 @@ def machine(setting: Setting, report: Report) -> None:
     report.row("copy within the device", copy_speed(device, 2**22 if setting.tiny else 2**31), "GB/s")
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module is there, which is not imported."""
     parent = module.partition(".")[0]
     return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(module) is not None
 

@@ -18,13 +18,12 @@ from pipeline.loader import select_augment
 from runtime import distributed
 from runtime.compile import can_compile, compile_parts
 from runtime.config import TEACHERS, Config
-from tools.bench.step_worker import best_device
 from tools.gpu.machine import seconds_of
 from tools.gpu.parts import Report, Setting
 
 
 def pieces(setting: Setting, report: Report) -> None:
-    device = best_device()
+    device = distributed.best_device()
     distributed.set_up_device(device)
     dtype = torch.bfloat16 if distributed.has_bfloat16(device) else torch.float32
     for measure in (color, losses, attention):

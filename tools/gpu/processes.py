@@ -65,12 +65,7 @@ def step_of(batch: Batch, setting: Setting, context: distributed.DistributedCont
     config.model.drop_path = 0.0
     model, schedules, _ = prepare(config, 2, torch.device("cpu"), torch.float32)
     model.to(context.device)
-    optimizer = Optimizer(
-        model.student,
-        config.optim.clip_grad,
-        groups=model.parameter_groups(),
-        split_positions=model.clip_positions_apart,
-    )
+    optimizer = Optimizer.of(model, config.optim)
     if not can_compile(context.device):
         torch._dynamo.reset()
         compile_parts(model.compile_units(), context.device, setting.backend)

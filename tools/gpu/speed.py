@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from model.cost import count_memory
-from runtime.distributed import has_bfloat16
+from runtime.distributed import best_device, has_bfloat16
 from runtime.errors import UserError
 from tools.bench.step import Combination, Results, make_rows, measure
-from tools.bench.step_worker import best_device, make_config
+from tools.bench.step_worker import make_config
 from tools.gpu.parts import Report, Setting
 
 BATCHES = {"vit_small": (128, 256), "vit_tiny": (256, 512), "vit_base": (64, 128), "tiny": (1, 2)}

@@ -1,6 +1,5 @@
 """Real runs of train.py: data wait and headspace; a run that is killed and resumed; its profile."""
 
-import importlib.util
 import re
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from pipeline.shards import Shards
 from runtime.errors import RunError
 from runtime.metrics import read_jsonl
+from tools.gpu.machine import is_installed
 from tools.gpu.parts import NotHere, Report, Setting
 
 WAIT, HEADSPACE = 1, 0.97  # targets: percent of the time, and of the speed with a batch kept ready
@@ -39,12 +39,8 @@ def write_config(setting: Setting, batch: int) -> Path:
 
 def require_reader() -> None:
     """Raise NotHere if photos cannot be read for training."""
-    if not any(importlib.util.find_spec(name) for name in ("nvidia.dali", "webdataset") if _has_parent(name)):
+    if not (is_installed("nvidia.dali") or is_installed("webdataset")):
         raise NotHere("neither DALI nor webdataset is installed: pip install -e '.[dali13]' (or dali12 for CUDA 12)")
-
-
-def _has_parent(name: str) -> bool:
-    return importlib.util.find_spec(name.partition(".")[0]) is not None
 
 
 def training(setting: Setting, report: Report) -> None:
