@@ -41,8 +41,7 @@ from eval.target import EvalTarget
 from model.backbone import Backbone
 from model.vit import require_vit
 from pipeline.decode import DecodeError
-from pipeline.shards import plural
-from runtime.errors import UserError
+from runtime.errors import UserError, plural
 
 FEW = 500  # photos that are read sooner than a process for them is started
 NAMED = 5  # damaged photos, in the summary

@@ -25,9 +25,8 @@ from eval.feature_folder import FeatureFolder
 from eval.knn import BLOCK_ROWS, NearestNeighbors
 from eval.photo_source import PhotoSource
 from eval.provenance import png_text
-from pipeline.shards import plural
 from runtime.distributed import best_device
-from runtime.errors import UserError
+from runtime.errors import UserError, plural
 from runtime.files import atomic_path, write_atomic
 
 OUTLIERS = 100  # in the list

@@ -22,7 +22,7 @@ from pipeline.remote import is_address
 from pipeline.shards import Shards
 from runtime.command import again
 from runtime.config import MIN_TEMPERATURE, TIMM, Config, Eval, flatten, is_path, load_config, missing
-from runtime.errors import UserError, suggest, suggest_path
+from runtime.errors import UserError, plural, suggest, suggest_path
 from runtime.metrics import append_jsonl
 
 if TYPE_CHECKING:
@@ -263,8 +263,7 @@ def check_classes(train: AnyShards, val: AnyShards, ignored: Sequence[str] = (),
     if not unknown:
         return
     shown = ", ".join(f"'{name}'" for name in unknown[:3]) + (f" and {len(unknown) - 3} more" if unknown[3:] else "")
-    count = f"{len(unknown)} class{'es' if len(unknown) > 1 else ''}"
-    what = f"{val.folder}: {count} that {train.folder} does not have: {shown}"
+    what = f"{val.folder}: {plural(len(unknown), 'class')} that {train.folder} does not have: {shown}"
     if len(unknown) == len(names):
         without = "; without data.val, a share of the training photos is held out (data.holdout)" if training else ""
         raise UserError(f"{what}; the two have no class in common: is this the right folder?{without}")

@@ -31,7 +31,7 @@ import numpy as np
 from pipeline.decode import DecodeError, check_header, decode_array, read_header
 from pipeline.remote import Prefetcher, Remote, is_address
 from runtime.config import Speed
-from runtime.errors import UserError, suggest_path
+from runtime.errors import UserError, plural, suggest_path
 
 FORMAT = 1
 INDEX = np.dtype(
@@ -336,8 +336,3 @@ def describe_loss(beyond: np.ndarray, records: np.ndarray, first_id: int) -> str
     if len(beyond):
         since = f", from sample {first_id + beyond[0]} (byte {records['offset'][beyond[0]]}) on"
     return f"{len(beyond)} of its {plural(len(records), 'sample')} {'is' if len(beyond) == 1 else 'are'} lost{since}"
-
-
-def plural(count: int, noun: str) -> str:
-    """1 shard, 2 shards, 1,000 shards."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -22,6 +22,11 @@ class RunError(Exception):
     and what is kept. The program ends with exit code 1."""
 
 
+def plural(count: int, noun: str) -> str:
+    """1 shard, 2 shards, 1,000 shards, 2 classes."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 def suggest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """The end of a message: `, did you mean 'x'?` for the known word closest to `word`, in any case, or nothing."""
     words = {str(k).casefold(): str(k) for k in known}

@@ -19,8 +19,7 @@ from pipeline.prepare.samples import split_key
 from pipeline.prepare.skipped import Skipped
 from pipeline.prepare.tar import Member, members
 from pipeline.prepare.walk import photos_in_tar
-from pipeline.shards import plural
-from runtime.errors import UserError
+from runtime.errors import UserError, plural
 
 LEAVE_OUT = "or leave such tars out with ARGS=--skip-broken"
 

@@ -21,8 +21,7 @@ from typing import NamedTuple
 
 from pipeline.prepare.layout import INSIST, Layout, are_parts
 from pipeline.prepare.names import printable
-from pipeline.shards import plural
-from runtime.errors import UserError
+from runtime.errors import UserError, plural
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 MAX_DEVKIT_MEMBER = 1 << 26  # bytes
@@ -57,7 +56,7 @@ def label_photos(src: Path, names: list[str], labels: str, devkit: Path | None, 
         refuse_devkit(src, devkit)
         classes = sorted(set(synsets))
         position = {synset: i for i, synset in enumerate(classes)}
-        count = f"{len(classes):,} {'class' if len(classes) == 1 else 'classes'}"
+        count = plural(len(classes), "class")
         summary = f"{count}: the synsets in the photos' names (--labels no: no classes)"
         return Labels([position[synset] for synset in synsets], classes, summary, folder)
     if all(name.startswith(f"{folder}ILSVRC2012_val_") for name in names):
@@ -111,7 +110,7 @@ def _folders_as_classes(src: Path, names: list[str], labels: str, dst: str) -> L
         summary = f"no classes in {where}: {why}"
         return Labels([-1] * len(names), [], summary, shared, tuple(filter(None, warnings)))
     position = {folder: i for i, folder in enumerate(folders)}
-    count = f"{len(folders):,} {'class' if len(folders) == 1 else 'classes'}"
+    count = plural(len(folders), "class")
     summary = f"{count}: the folders in {where} (--labels no: no classes)"
     warnings = layout.warnings(shared) if labels == "auto" else []
     return Labels([position[folder] for folder in folder_of], folders, summary, shared, tuple(warnings))

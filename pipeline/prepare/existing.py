@@ -35,8 +35,8 @@ from pipeline.prepare.skipped import Skipped, index_warnings, joined_tars
 from pipeline.prepare.tar import members
 from pipeline.prepare.tar_choice import choose_tars, describe_broken, link_tars, require_own_folder
 from pipeline.prepare.work import Progress, parallel_map
-from pipeline.shards import ORIGIN, SOURCES, plural
-from runtime.errors import UserError
+from pipeline.shards import ORIGIN, SOURCES
+from runtime.errors import UserError, plural
 
 RESUMES = "what was read is kept, the same command resumes"
 

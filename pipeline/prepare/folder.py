@@ -25,8 +25,8 @@ import numpy as np
 from pipeline.prepare.skipped import Skipped, counts
 from pipeline.prepare.work import megabytes
 from pipeline.remote import Upload
-from pipeline.shards import FORMAT, INDEX, ORIGIN, SOURCES, plural
-from runtime.errors import UserError
+from pipeline.shards import FORMAT, INDEX, ORIGIN, SOURCES
+from runtime.errors import UserError, plural
 from runtime.files import sync, try_lock, write_atomic
 
 WORK = ".make_shards"  # in DST while it is being written
@@ -243,10 +243,9 @@ def write_folder(
 def _print_summary(dst: Path | str, manifest: dict, skipped: Skipped, broken: list[dict]) -> None:
     shards, kept, converted = manifest["shards"], Counter(manifest["kept"]), Counter(manifest["converted"])
     size = sum(s["bytes"] for s in shards)
-    classes = len(manifest["classes"])
     print(
         f"{dst}: {plural(manifest['samples'], 'sample')} in {plural(len(shards), 'shard')} ({megabytes(size)}), "
-        f"{classes:,} {'class' if classes == 1 else 'classes'}"
+        f"{plural(len(manifest['classes']), 'class')}"
     )
     rejected = f"{manifest['rejected']}{' (rejected.jsonl)' if manifest['rejected'] else ''}"
     listed = "" if len(skipped.listed) == skipped.counts.total() else f"{len(skipped.listed):,} of "

@@ -13,7 +13,7 @@ from pipeline.prepare.reading import Reader, Unreadable
 from pipeline.prepare.record import Photo, Root
 from pipeline.prepare.skipped import FOLLOW, Skipped, convert_command
 from pipeline.prepare.tables import is_table
-from pipeline.shards import plural
+from runtime.errors import plural
 
 LABEL_FILES = (".txt", ".csv", ".tsv", ".json", ".mat", ".xml")
 MAX_LABEL_FILES = 5

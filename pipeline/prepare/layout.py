@@ -7,8 +7,7 @@ from shlex import quote
 
 from pipeline.prepare.archives import stream_kind
 from pipeline.prepare.names import in_command, masks_among, printable, split_of, splits_among
-from pipeline.shards import plural
-from runtime.errors import UserError
+from runtime.errors import UserError, plural
 
 INSIST = "or with ARGS='--labels yes' if these are names of classes"
 SHOWN = 3  # folders in a message

@@ -43,8 +43,8 @@ from pipeline.prepare.sources import describe, list_photos
 from pipeline.prepare.work import MB, Progress, megabytes, parallel_map
 from pipeline.random import hash64, permute
 from pipeline.remote import Upload, is_address
-from pipeline.shards import Shards, plural
-from runtime.errors import UserError
+from pipeline.shards import Shards
+from runtime.errors import UserError, plural
 from runtime.files import sync
 
 UNPACKED = "unpacked"  # in the work folder: what sources without offsets hold

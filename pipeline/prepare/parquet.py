@@ -23,8 +23,7 @@ from pipeline.prepare.record import Ask, Listing, Photo
 from pipeline.prepare.skipped import Skipped
 from pipeline.prepare.tables import classes_of
 from pipeline.prepare.unpack import require_room, work_file
-from pipeline.shards import plural
-from runtime.errors import UserError, suggest
+from runtime.errors import UserError, plural, suggest
 from runtime.files import atomic_path, write_atomic
 
 ENDINGS = (".parquet", ".arrow")
@@ -77,7 +76,7 @@ def list_parquet(src: Path, names: list[str], ask: Ask, skipped: Skipped) -> Lis
         Photo(name, at, size, label, str(stored)) for (name, at, size, _), label in zip(about, label_of, strict=True)
     ]
     of = f"column {columns[0]} of {plural(len(files), 'file')}"
-    count = f"{len(classes):,} {'class' if len(classes) == 1 else 'classes'}"
+    count = plural(len(classes), "class")
     summary = f"{of}, {count} from column {columns[1]} (--labels no: none)" if columns[1] else f"{of}, no classes"
     return Listing(sorted(found), summary, classes)
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from pipeline.prepare.record import Ask, Listing, Photo
-from pipeline.shards import ORIGIN, SOURCES, Shards, plural
+from pipeline.shards import ORIGIN, SOURCES, Shards
+from runtime.errors import plural
 
 
 def list_shards(src: Path, ask: Ask) -> Listing:
@@ -16,8 +17,7 @@ def list_shards(src: Path, ask: Ask) -> Listing:
         for source, (shard, offset, size, _, _, label, crc) in rows
     ]
     classes = [] if ask.labels == "no" else shards.classes
-    count = f"{len(classes):,} {'class' if len(classes) == 1 else 'classes'}"
-    summary = f"{plural(len(shards.shards), 'shard')}: names are kept, {count}"
+    summary = f"{plural(len(shards.shards), 'shard')}: names are kept, {plural(len(classes), 'class')}"
     return Listing(sorted(photos), summary, classes, _origin(src))
 
 

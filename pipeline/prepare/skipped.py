@@ -11,7 +11,8 @@ from shlex import quote
 from pipeline.prepare.archives import unpack
 from pipeline.prepare.kinds import ARCHIVE, INSTALL, PICTURES
 from pipeline.prepare.names import ending, printable, split_order
-from pipeline.shards import PHOTO_SUFFIXES, plural
+from pipeline.shards import PHOTO_SUFFIXES
+from runtime.errors import plural
 
 MAX_UNSAID = 0.01  # share of pictures, labels or keys that may be skipped without a warning
 MAX_KINDS = 8  # in a line

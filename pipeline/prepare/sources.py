@@ -32,8 +32,7 @@ from pipeline.prepare.tar import Member, members
 from pipeline.prepare.unpack import unpack_tar
 from pipeline.prepare.walk import photos_in_folder, photos_in_tar, without_duplicates
 from pipeline.prepare.zips import list_zip
-from pipeline.shards import plural
-from runtime.errors import UserError, suggest
+from runtime.errors import UserError, plural, suggest
 
 AUTO = Ask()
 
@@ -146,7 +145,7 @@ def _list_table(src: Path, skipped: Skipped) -> Listing:
         photos.append(Photo(row.photo, 0, path.stat().st_size, file=str(path.absolute())))
     label_of, classes = tables.classes_of([row.label for row in rows])
     photos = [photo._replace(label=label) for photo, label in zip(photos, label_of, strict=True)]
-    summary = f"photos of a table, {len(classes):,} {'class' if len(classes) == 1 else 'classes'}"
+    summary = f"photos of a table, {plural(len(classes), 'class')}"
     # a list of paths alone has the classes of their folders
     return Listing(sorted(photos), summary, classes or None, str(src.parent))
 
@@ -252,7 +251,7 @@ def _label_by_table(index: SourceIndex, ask: Ask) -> None:
         index.warnings.append(f"{plural(len(found.unused), 'line')} of {path} without a photo ({first} first)")
     index.photos = [p._replace(label=label) for p, label in zip(index.photos, label_of, strict=True)]
     index.classes = classes
-    index.summary = f"{len(classes):,} {'class' if len(classes) == 1 else 'classes'} from {path}"
+    index.summary = f"{plural(len(classes), 'class')} from {path}"
 
 
 def _names_and_sources(index: SourceIndex) -> tuple[list[str], list[Path]]:

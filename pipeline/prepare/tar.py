@@ -4,8 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from pipeline.shards import plural
-from runtime.errors import UserError
+from runtime.errors import UserError, plural
 
 BLOCK = 512
 RECORDS = (20 * BLOCK, 64 * BLOCK)  # programs fill a tar with zeros up to a multiple of one of these

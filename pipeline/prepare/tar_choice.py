@@ -7,8 +7,7 @@ from shlex import quote
 from pipeline.prepare.archives import compressed_tars, describe_archive, first_archive, left_out, list_tars, unpack_tars
 from pipeline.prepare.folder import WORK
 from pipeline.prepare.names import in_command, matches, splits_among
-from pipeline.shards import plural
-from runtime.errors import UserError
+from runtime.errors import UserError, plural
 
 
 def choose_tars(dst: Path, skip_broken: bool, pattern: str) -> list[Path]:

@@ -14,8 +14,8 @@ import numpy as np
 
 from pipeline.prepare.tar import BLOCK, members
 from pipeline.prepare.work import Progress, parallel_map
-from pipeline.shards import SOURCES, Shards, describe_loss, member_name, plural
-from runtime.errors import UserError
+from pipeline.shards import SOURCES, Shards, describe_loss, member_name
+from runtime.errors import UserError, plural
 
 
 class Check(NamedTuple):

@@ -32,6 +32,5 @@ from runtime.checkpoint.writer import HostCopies, Writer
 __all__ = [
     "Checkpoint", "CorruptCheckpoint", "HostCopies", "Writer", "environment_changes", "find_resume", "fingerprint",
     "identify", "latest_valid", "open_checkpoint", "read_header", "read_tensors", "restore", "same_data", "save_backbone",
-    "save_tensors", "training_state",
-"update_evaluation",
+    "save_tensors", "training_state", "update_evaluation",
 ]  # fmt: skip

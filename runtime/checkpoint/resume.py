@@ -9,7 +9,7 @@ from typing import Any
 from runtime.checkpoint.format import Checkpoint, CorruptCheckpoint, list_checkpoints, open_checkpoint
 from runtime.command import again
 from runtime.config import Config, diff, dump_run_config, flatten, load_config, parse_config
-from runtime.errors import UserError
+from runtime.errors import UserError, plural
 from runtime.files import write_atomic
 
 SHAPES = {  # keys whose values decide the names or shapes of a network's weights
@@ -126,7 +126,7 @@ def environment_changes(found: Checkpoint | None, environment: dict[str, str]) -
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """In words, how the data of a checkpoint differs from that of today."""
     if "sources" not in old and "sources" not in new:
-        saved, current = (f"{d['samples']:,} samples in {_count(d['shards'], 'shard')}" for d in (old, new))
+        saved, current = (f"{d['samples']:,} samples in {plural(d['shards'], 'shard')}" for d in (old, new))
         same = f"saved and current have {saved}, but the photos differ"
         return same if saved == current else f"saved {saved}, current {current}"
     one = {"folder": "", "weight": None}  # what identifies one source does not name it
@@ -142,10 +142,6 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def _source(source: dict[str, Any]) -> str:
     return f"{source['folder']} ({source['samples']:,} samples)".lstrip()
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _word(value: object) -> str:

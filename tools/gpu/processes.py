@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.batch import Batch
 from runtime import distributed
 from runtime.compile import can_compile, compile_parts
-from runtime.errors import RunError
+from runtime.errors import RunError, plural
 from runtime.metrics import append_jsonl, read_jsonl
 from runtime.schedule import Optimizer
 from tools.bench.step_worker import make_config, prepare
@@ -50,7 +50,7 @@ def processes(setting: Setting, report: Report) -> None:
         raise RunError(f"a process failed: exit codes {[process.returncode for process in started]}")
     (row,) = read_jsonl(Path(setting.scratch, "processes.jsonl"))
     backend = "NCCL" if gpus else "gloo"
-    about = f"{count} process{'es' if count > 1 else ''} over {backend}"
+    about = f"{plural(count, 'process')} over {backend}"
     report.row(f"{about}: a mean over them", row["mean_error"], "from the true one", at_most=1e-6, required=True)
     for name in ("loss", "gradients"):
         report.row(

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from runtime.config import Config, load_config
+from runtime.errors import plural
 from tools.paper.runs import Run, Scale
 
 # what is known before any run of a folder has trained: images/s of configs/photos64.yaml on one thread of a shared machine,
@@ -31,7 +32,7 @@ def estimate(runs: Sequence[Run], scale: Scale, on_gpu: bool) -> Estimate:
         rate = _rate(done)
         methods = {config.method for config, *_ in done}
         rates = {method: _rate([d for d in done if d[0].method == method]) for method in methods}
-        source = f"by the steps of {len(done)} run{'s' if len(done) > 1 else ''} of {scale.folder}"
+        source = f"by the steps of {plural(len(done), 'run')} of {scale.folder}"
     elif on_gpu or scale.base.model.arch != "custom":
         return Estimate(
             None, "hours are not known: no GPU has been measured; start, and --dry-run tells them from the first steps"

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table as Printed
 
 from eval.tables import MEASURE_ROWS, read_object
-from runtime.errors import UserError
+from runtime.errors import UserError, plural
 from runtime.files import refusal, write_atomic
 from runtime.metrics import read_jsonl, versions
 from tools.paper.runs import Run, Scale, Selection
@@ -168,7 +168,7 @@ def markdown(results: Results, picture: str) -> str:
     words = f" with `{' '.join(results['words'])}`" if results["words"] else ""
     text = [MARK, f"# {results['title']}", "", results["source"], ""]
     hours = f"{results['hours']:.1f} hours of training and measuring"
-    text += [f"Here: `{results['config']}`{words}, {_count(seeds, 'seed')}, {hours}.", ""]
+    text += [f"Here: `{results['config']}`{words}, {plural(seeds, 'seed')}, {hours}.", ""]
     text += ["Figures are percent: mean (least – most) over seeds; differences are taken seed by seed.", ""]
     text += [] if results["complete"] else ["**Not complete**: not every run has been trained and measured.", ""]
     text += [f"Left out: {row}" for row in results["left_out"]] + [""] * bool(results["left_out"])
@@ -201,10 +201,6 @@ def _print(console: Console, title: str, cells: list[list[str]]) -> None:
     for row in cells[1:]:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 # --------------------------------------------------------------------------------------------------------------- files

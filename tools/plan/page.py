@@ -5,10 +5,9 @@ import shlex
 from dataclasses import dataclass
 
 from model.memory import Memory
-from pipeline.shards import plural
 from runtime.cards import CARDS, Card
 from runtime.config import Config
-from runtime.errors import UserError
+from runtime.errors import UserError, plural
 from runtime.methods import accumulates
 from tools.plan import recipe
 from tools.plan.counted import Counted, memory_key

@@ -15,9 +15,9 @@ from pipeline.decode import read_header
 from pipeline.prepare.skipped import Skipped
 from pipeline.prepare.tar import members
 from pipeline.prepare.walk import photos_in_folder, photos_in_tar
-from pipeline.shards import Shards, plural
+from pipeline.shards import Shards
 from runtime.config import Config
-from runtime.errors import UserError, suggest_path
+from runtime.errors import UserError, plural, suggest_path
 
 SAMPLE = 400  # photos whose headers are read
 HEADER = 1 << 16  # bytes of one: EXIF with a preview fits
