@@ -26,12 +26,13 @@ from pipeline.prepare.folder import (
     write_folder,
     write_rejected,
 )
+from pipeline.prepare.hints import index_warnings, joined_tars
 from pipeline.prepare.kinds import INSTALL, readable, unread_reason
 from pipeline.prepare.labels import Written, read_label, resolve_labels
 from pipeline.prepare.names import printable
 from pipeline.prepare.photo import decode_error, inspect_existing, limit_pixels
 from pipeline.prepare.samples import PHOTO_ENDINGS, Sample, group
-from pipeline.prepare.skipped import Skipped, index_warnings, joined_tars
+from pipeline.prepare.skipped import Skipped
 from pipeline.prepare.tar import members
 from pipeline.prepare.tar_choice import choose_tars, describe_broken, link_tars, require_own_folder
 from pipeline.prepare.work import Progress, parallel_map

@@ -78,7 +78,7 @@ def list_parquet(src: Path, names: list[str], ask: Ask, skipped: Skipped) -> Lis
     of = f"column {columns[0]} of {plural(len(files), 'file')}"
     count = plural(len(classes), "class")
     summary = f"{of}, {count} from column {columns[1]} (--labels no: none)" if columns[1] else f"{of}, no classes"
-    return Listing(sorted(found), summary, classes)
+    return Listing(sorted(found), summary, classes, matched=True)
 
 
 def _unpack(

@@ -63,6 +63,7 @@ class Listing:
     summary: str = ""  # one line: how the classes were chosen
     classes: list[str] | None = None
     origin: str = ""  # the folder or file that the photos' names are below, if it is not the source
+    matched: bool = False  # whether `Ask.match` has chosen its files already, as of Parquet
     warnings: list[str] = field(default_factory=list)
     broken: list[dict] = field(default_factory=list)  # rows of rejected.jsonl: tars that were left out
 

@@ -27,7 +27,7 @@ from pipeline.prepare.names import CONVERTED_ENDINGS, ending, has_photo_ending, 
 from pipeline.prepare.parquet import ENDINGS, MAGIC, list_parquet
 from pipeline.prepare.record import Ask, Listing, Photo, Root, SourceIndex
 from pipeline.prepare.shard_source import list_shards
-from pipeline.prepare.skipped import Skipped, counts, joined_tars, source_warnings
+from pipeline.prepare.skipped import Skipped, counts
 from pipeline.prepare.tar import Member, members
 from pipeline.prepare.unpack import unpack_tar
 from pipeline.prepare.walk import photos_in_folder, photos_in_tar, without_duplicates
@@ -42,7 +42,7 @@ def list_photos(sources: Sequence[Path], ask: Ask = AUTO) -> SourceIndex:
     if one cannot be read."""
     _refuse_overlap(sources)
     skipped, listings, roots = Skipped(), list[Listing](), list[Root]()
-    by_table = ask.label_file or ask.listed
+    by_table, by_folders = ask.label_file or ask.listed, False
     for src in sources:
         if not src.exists():
             known = os.listdir(src.parent) if src.parent.is_dir() else []
@@ -52,14 +52,16 @@ def list_photos(sources: Sequence[Path], ask: Ask = AUTO) -> SourceIndex:
         roots.append(Root(src, ask.follow_links or listing.classes is not None or tables.is_table(src)))
         if not listing.photos:
             raise UserError(hints.no_photos(src, own, ask.dst))
-        _choose(src, listing, ask)
+        if not listing.matched:
+            _choose(src, listing, ask)
         if listing.classes is None or by_table:
+            by_folders = True
             _label(roots[-1], listing, ask, own, "no" if by_table else ask.labels)
         if ask.labels == "yes" and not listing.classes and not by_table:
             raise UserError(f"--labels yes: {src} has no classes: {listing.summary}")
         listings.append(listing)
         skipped.update(own if len(sources) == 1 else _below(own, src))
-    if ask.devkit and not any("ImageNet's validation photos" in listing.summary for listing in listings):
+    if not by_folders:  # else label_photos has refused a devkit for other photos
         refuse_devkit(sources[0], ask.devkit)
     index = _merge(listings, roots, skipped)
     if by_table:
@@ -160,15 +162,14 @@ def _refuse_overlap(sources: Sequence[Path]) -> None:
 
 
 def _choose(src: Path, listing: Listing, ask: Ask) -> None:
-    """Only the photos that match the pattern; of Parquet, files were chosen by it."""
+    """Only the photos that match the pattern. Raises UserError if none does."""
     found = [p for p in listing.photos if matches(p.name, ask.match)]
-    if found:
-        listing.photos = found
-    elif not listing.summary.startswith("column"):
+    if not found:
         first = printable(listing.photos[0].name)
         raise UserError(
             f"{src}: none of its {plural(len(listing.photos), 'photo')} matches {ask.match!r}; the first is {first}"
         )
+    listing.photos = found
 
 
 def _label(root: Root, listing: Listing, ask: Ask, skipped: Skipped, labels: str) -> None:
@@ -275,9 +276,9 @@ def describe(index: SourceIndex, dst: Path) -> list[str]:
         lines.append(f"by their first bytes, not by their ending: {counts(odd)}")
     if index.skipped.listed:
         lines.append(f"skipped {counts(index.skipped.counts)}, to be listed in {dst}/skipped.jsonl")
-    lines += joined_tars(index.skipped)
+    lines += hints.joined_tars(index.skipped)
     in_tars = any(p.file for p in index.photos)
     names = {p.name for p in index.photos}
     src = index.roots[0].path
-    warnings = (*index.warnings, *source_warnings(index.skipped, names, src, in_tars or len(index.roots) > 1))
+    warnings = (*index.warnings, *hints.source_warnings(index.skipped, names, src, in_tars or len(index.roots) > 1))
     return lines + [f"warning: {warning}" for warning in warnings]
