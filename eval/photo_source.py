@@ -18,7 +18,7 @@ from pipeline.prepare.kinds import unread_reason
 from pipeline.prepare.names import printable
 from pipeline.prepare.photo import seen_pixels
 from pipeline.prepare.skipped import Skipped, counts
-from pipeline.prepare.walk import photos_in_folder
+from pipeline.prepare.sources.walk import photos_in_folder
 from pipeline.remote import is_address
 from pipeline.shards import Shards
 from runtime.config import Config

@@ -2,7 +2,7 @@
 
 make    writes DST/shard-%06d.tar (plain WebDataset tars), index.npy, sources.txt and manifest.json from photos: folders,
         tars (compressed ones too), zips, Parquet, tables of paths, ImageNet's own tars, or other shards. Several sources
-        become one; equal names of classes are one class (`pipeline/prepare/sources.py` and `classes.py`).
+        become one; equal names of classes are one class (`pipeline/prepare/sources/`).
 verify  reads every shard and lists each sample that is damaged or lost, and the photo that it was made from.
 index   writes manifest and index for WebDataset tars of other programs, and does not change the tars. --out writes them into
         another folder.
@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 
 from pipeline.decode import MAX_PIXELS
-from pipeline.prepare.existing import index
+from pipeline.prepare.index import index
 from pipeline.prepare.make import make
 from pipeline.prepare.verify import verify
 from pipeline.remote import is_address

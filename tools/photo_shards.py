@@ -15,7 +15,7 @@ from shlex import quote
 
 from pipeline.prepare.archives import list_tars
 from pipeline.prepare.skipped import Skipped
-from pipeline.prepare.walk import photos_in_folder
+from pipeline.prepare.sources.walk import photos_in_folder
 from pipeline.remote.cache import default_cache
 from pipeline.shards import has_photos
 from runtime.errors import UserError, plural

@@ -37,9 +37,9 @@ from pipeline.prepare.folder import (
 from pipeline.prepare.kinds import unread_reason
 from pipeline.prepare.names import printable
 from pipeline.prepare.photo import decode_error, limit_pixels, prepare
-from pipeline.prepare.reading import Reader, Unreadable
-from pipeline.prepare.record import Ask, Photo, Root, SourceIndex
-from pipeline.prepare.sources import describe, list_photos
+from pipeline.prepare.sources.listing import describe, list_photos
+from pipeline.prepare.sources.photos import Ask, Photo, Root, SourceIndex
+from pipeline.prepare.sources.reading import Reader, Unreadable
 from pipeline.prepare.work import MB, Progress, megabytes, parallel_map
 from pipeline.random import hash64, permute
 from pipeline.remote import Upload, is_address

@@ -11,8 +11,8 @@ from pictures import encoded, photo, pixels, tar_of, tree
 from PIL import Image
 
 from pipeline.prepare.names import split_of, splits_among
-from pipeline.prepare.record import Ask
-from pipeline.prepare.sources import describe, list_photos
+from pipeline.prepare.sources.listing import describe, list_photos
+from pipeline.prepare.sources.photos import Ask
 from pipeline.shards import Shards
 from runtime.errors import UserError
 

@@ -16,8 +16,8 @@ from conftest import run_program
 from pictures import encoded, photo, pixels, tar_of, tree
 
 from pipeline.prepare.kinds import INSTALL, PICTURES, kind_of
-from pipeline.prepare.labels import parse_label
-from pipeline.prepare.samples import split_key, split_keys
+from pipeline.prepare.tars.labels import parse_label
+from pipeline.prepare.tars.samples import split_key, split_keys
 from pipeline.shards import Shards
 
 fault = [pytest.mark.fault("F24"), pytest.mark.fast]

@@ -26,8 +26,8 @@ from PIL import Image
 
 from pipeline.prepare.folder import WORK
 from pipeline.prepare.make import Job, Settings, make_shard, plan_shards
-from pipeline.prepare.reading import Reader
-from pipeline.prepare.sources import list_photos
+from pipeline.prepare.sources.listing import list_photos
+from pipeline.prepare.sources.reading import Reader
 from pipeline.prepare.work import MB, init_worker
 from tools.bench.rows import cpu_name, make_table, median_and_range, report_rows
 

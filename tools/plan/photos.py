@@ -13,8 +13,8 @@ import numpy as np
 
 from pipeline.decode import read_header
 from pipeline.prepare.skipped import Skipped
+from pipeline.prepare.sources.walk import photos_in_folder, photos_in_tar
 from pipeline.prepare.tar import members
-from pipeline.prepare.walk import photos_in_folder, photos_in_tar
 from pipeline.shards import Shards
 from runtime.config import Config
 from runtime.errors import UserError, plural, suggest_path

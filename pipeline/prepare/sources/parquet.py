@@ -19,10 +19,10 @@ import yaml
 from pipeline.prepare.archives import AGAIN, refuse_bomb
 from pipeline.prepare.kinds import HEAD, kind_of
 from pipeline.prepare.names import matches, printable, split_of, splits_among
-from pipeline.prepare.record import Ask, Listing, Photo
 from pipeline.prepare.skipped import Skipped
-from pipeline.prepare.tables import classes_of
-from pipeline.prepare.unpack import require_room, work_file
+from pipeline.prepare.sources.photos import Ask, Listing, Photo
+from pipeline.prepare.sources.tables import classes_of
+from pipeline.prepare.sources.unpack import require_room, work_file
 from runtime.errors import UserError, plural, suggest
 from runtime.files import atomic_path, write_atomic
 

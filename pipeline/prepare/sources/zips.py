@@ -16,8 +16,8 @@ from typing import BinaryIO
 from pipeline.prepare.archives import AGAIN, refuse_bomb
 from pipeline.prepare.kinds import HEAD, is_photo, kind_of
 from pipeline.prepare.names import has_photo_ending, is_hidden, printable, skipped_folder
-from pipeline.prepare.record import Ask, Listing, Photo
 from pipeline.prepare.skipped import Skipped
+from pipeline.prepare.sources.photos import Ask, Listing, Photo
 from runtime.errors import UserError
 
 LOCAL_HEADER = 30  # bytes before a member's name and extra fields

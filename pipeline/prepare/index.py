@@ -15,7 +15,6 @@ from shlex import quote
 from typing import BinaryIO, NamedTuple
 
 from pipeline.prepare.archives import AGAIN, fault, left_out
-from pipeline.prepare.classes import describe_classes
 from pipeline.prepare.folder import (
     WORK,
     ShardRecord,
@@ -26,15 +25,16 @@ from pipeline.prepare.folder import (
     write_folder,
     write_rejected,
 )
-from pipeline.prepare.hints import index_warnings, joined_tars
 from pipeline.prepare.kinds import INSTALL, readable, unread_reason
-from pipeline.prepare.labels import Written, read_label, resolve_labels
 from pipeline.prepare.names import printable
 from pipeline.prepare.photo import decode_error, inspect_existing, limit_pixels
-from pipeline.prepare.samples import PHOTO_ENDINGS, Sample, group
 from pipeline.prepare.skipped import Skipped
+from pipeline.prepare.sources.classes import describe_classes
 from pipeline.prepare.tar import members
-from pipeline.prepare.tar_choice import choose_tars, describe_broken, link_tars, require_own_folder
+from pipeline.prepare.tars.choice import choose_tars, describe_broken, link_tars, require_own_folder
+from pipeline.prepare.tars.labels import Written, read_label, resolve_labels
+from pipeline.prepare.tars.samples import PHOTO_ENDINGS, Sample, group
+from pipeline.prepare.warnings import index_warnings, joined_tars
 from pipeline.prepare.work import Progress, parallel_map
 from pipeline.shards import ORIGIN, SOURCES
 from runtime.errors import UserError, plural
@@ -207,7 +207,7 @@ def _describe_labels(classes: list[str], labels: Counter[int]) -> list[str]:
 
 
 class TarJob(NamedTuple):
-    """One tar to be indexed. photo: as in samples.group."""
+    """One tar to be indexed. photo: as in `tars.samples.group`."""
 
     path: Path
     out: Path  # the folder of the index

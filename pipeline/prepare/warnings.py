@@ -17,10 +17,7 @@ from pipeline.prepare.archives import (
     unpack_outer,
 )
 from pipeline.prepare.kinds import ARCHIVE, INSTALL, is_palette_png
-from pipeline.prepare.layout import make_command, word
 from pipeline.prepare.names import ENDINGS, printable, split_order, splits_among
-from pipeline.prepare.reading import Reader, Unreadable
-from pipeline.prepare.record import Photo, Root
 from pipeline.prepare.skipped import (
     BAD_LABELS,
     DUPLICATES,
@@ -31,7 +28,10 @@ from pipeline.prepare.skipped import (
     Skipped,
     counts,
 )
-from pipeline.prepare.tables import is_table
+from pipeline.prepare.sources.layout import make_command, word
+from pipeline.prepare.sources.photos import Photo, Root
+from pipeline.prepare.sources.reading import Reader, Unreadable
+from pipeline.prepare.sources.tables import is_table
 from pipeline.shards import PHOTO_SUFFIXES
 from runtime.errors import plural
 
@@ -190,7 +190,8 @@ def _unpack_first(skipped: Skipped, src: Path) -> str:
 
 
 def index_warnings(skipped: Skipped, samples: int, labels: int, photo: str | None) -> list[str]:
-    """Warnings about tars of other programs with so many samples, and labels that were read. photo: as in samples.group."""
+    """Warnings about tars of other programs with so many samples, and labels that were read. photo: as in
+    `tars.samples.group`."""
     warnings = []
     pictures = skipped.pictures().total()
     bad, keys, twice = (skipped.counts[kind] for kind in (BAD_LABELS, NO_PHOTO, DUPLICATES))

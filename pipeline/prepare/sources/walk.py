@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 from pipeline.prepare.kinds import HEAD, is_photo, kind_of
 from pipeline.prepare.names import folder_to_skip, has_photo_ending, is_hidden, printable, skipped_folder
-from pipeline.prepare.record import Photo
 from pipeline.prepare.skipped import READ_BEFORE, Skipped
+from pipeline.prepare.sources.photos import Photo
 from pipeline.prepare.tar import Member
 
 

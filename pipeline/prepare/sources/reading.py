@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Sequence
 
 from pipeline.prepare.kinds import HEAD
-from pipeline.prepare.record import Photo, Root
+from pipeline.prepare.sources.photos import Photo, Root
 
 MAX_OPEN_FILES = 128  # of files that hold photos, by each process
 

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 from pipeline.prepare.archives import AGAIN, compressed_tars, describe_archive, fault, inner_fault, unpack_tars
 from pipeline.prepare.kinds import ARCHIVE
-from pipeline.prepare.labels import LABEL_ENDINGS
-from pipeline.prepare.layout import make_command, word
 from pipeline.prepare.names import printable, splits_among
-from pipeline.prepare.record import Listing, Photo
-from pipeline.prepare.samples import split_key
 from pipeline.prepare.skipped import Skipped
+from pipeline.prepare.sources.layout import make_command, word
+from pipeline.prepare.sources.photos import Listing, Photo
+from pipeline.prepare.sources.walk import photos_in_tar
 from pipeline.prepare.tar import Member, members
-from pipeline.prepare.walk import photos_in_tar
+from pipeline.prepare.tars.labels import LABEL_ENDINGS
+from pipeline.prepare.tars.samples import split_key
 from runtime.errors import UserError, plural
 
 LEAVE_OUT = "or leave such tars out with ARGS=--skip-broken"

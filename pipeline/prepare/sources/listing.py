@@ -1,9 +1,9 @@
 """The photos of one source or several: the one place that says what a source is. No photo is decoded here.
 
     a folder                      walk.py: photos, with folders as classes; or one tar per class (class_tars.py)
-    a folder of shards            shard_source.py
+    a folder of shards            shards.py
     Parquet, Arrow                parquet.py: a file, or a folder of them
-    a tar, ImageNet's own tars    tar.py, walk.py; compressed by gzip, xz, zstd or bzip2: unpack.py
+    a tar, ImageNet's own tars    walk.py; compressed by gzip, xz, zstd or bzip2: unpack.py
     a zip                         zips.py
     a table                       tables.py: CSV, JSON, text: the path of each photo, and perhaps its label
 
@@ -19,19 +19,27 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.prepare import class_tars, hints, tables
 from pipeline.prepare.archives import AGAIN, READ, fault, stream_kind
-from pipeline.prepare.classes import describe_classes, label_photos, refuse_devkit
 from pipeline.prepare.kinds import ARCHIVE, HEAD, PHOTOS, PICTURES, kind_of
 from pipeline.prepare.names import CONVERTED_ENDINGS, ending, has_photo_ending, matches, printable
-from pipeline.prepare.parquet import ENDINGS, MAGIC, list_parquet
-from pipeline.prepare.record import Ask, Listing, Photo, Root, SourceIndex
-from pipeline.prepare.shard_source import list_shards
 from pipeline.prepare.skipped import Skipped, counts
+from pipeline.prepare.sources import class_tars, tables
+from pipeline.prepare.sources.classes import describe_classes, label_photos, refuse_devkit
+from pipeline.prepare.sources.parquet import ENDINGS, MAGIC, list_parquet
+from pipeline.prepare.sources.photos import Ask, Listing, Photo, Root, SourceIndex
+from pipeline.prepare.sources.shards import list_shards
+from pipeline.prepare.sources.unpack import unpack_tar
+from pipeline.prepare.sources.walk import photos_in_folder, photos_in_tar, without_duplicates
+from pipeline.prepare.sources.zips import list_zip
 from pipeline.prepare.tar import Member, members
-from pipeline.prepare.unpack import unpack_tar
-from pipeline.prepare.walk import photos_in_folder, photos_in_tar, without_duplicates
-from pipeline.prepare.zips import list_zip
+from pipeline.prepare.warnings import (
+    joined_tars,
+    no_photos,
+    source_warnings,
+    warn_of_labels,
+    warn_of_masks,
+    warn_of_samples,
+)
 from runtime.errors import UserError, plural, suggest
 
 AUTO = Ask()
@@ -51,7 +59,7 @@ def list_photos(sources: Sequence[Path], ask: Ask = AUTO) -> SourceIndex:
         listing = list_source(src, ask, own)
         roots.append(Root(src, ask.follow_links or listing.classes is not None or tables.is_table(src)))
         if not listing.photos:
-            raise UserError(hints.no_photos(src, own, ask.dst))
+            raise UserError(no_photos(src, own, ask.dst))
         if not listing.matched:
             _choose(src, listing, ask)
         if listing.classes is None or by_table:
@@ -181,10 +189,10 @@ def _label(root: Root, listing: Listing, ask: Ask, skipped: Skipped, labels: str
     listing.photos = [p._replace(label=label) for p, label in zip(listing.photos, labeled.label_of, strict=True)]
     listing.classes = [printable(c) for c in labeled.classes]
     listing.summary = labeled.summary
-    listing.warnings += [*labeled.warnings, *hints.warn_of_masks(root, listing.photos, labeled.below, ask.dst)]
+    listing.warnings += [*labeled.warnings, *warn_of_masks(root, listing.photos, labeled.below, ask.dst)]
     if labels == "auto":
-        listing.warnings += hints.warn_of_samples(src, names, skipped, ask.dst)
-        listing.warnings += [] if labeled.classes else hints.warn_of_labels(src, skipped)
+        listing.warnings += warn_of_samples(src, names, skipped, ask.dst)
+        listing.warnings += [] if labeled.classes else warn_of_labels(src, skipped)
 
 
 def _below(skipped: Skipped, src: Path) -> Skipped:
@@ -276,9 +284,9 @@ def describe(index: SourceIndex, dst: Path) -> list[str]:
         lines.append(f"by their first bytes, not by their ending: {counts(odd)}")
     if index.skipped.listed:
         lines.append(f"skipped {counts(index.skipped.counts)}, to be listed in {dst}/skipped.jsonl")
-    lines += hints.joined_tars(index.skipped)
+    lines += joined_tars(index.skipped)
     in_tars = any(p.file for p in index.photos)
     names = {p.name for p in index.photos}
     src = index.roots[0].path
-    warnings = (*index.warnings, *hints.source_warnings(index.skipped, names, src, in_tars or len(index.roots) > 1))
+    warnings = (*index.warnings, *source_warnings(index.skipped, names, src, in_tars or len(index.roots) > 1))
     return lines + [f"warning: {warning}" for warning in warnings]

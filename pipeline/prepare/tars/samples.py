@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from pipeline.prepare.kinds import HEAD, PICTURES, kind_of
-from pipeline.prepare.labels import LABEL_ENDINGS
 from pipeline.prepare.names import is_hidden
 from pipeline.prepare.skipped import DUPLICATES, LONE_LABELS, NO_PHOTO, Skipped
 from pipeline.prepare.tar import Member
+from pipeline.prepare.tars.labels import LABEL_ENDINGS
 
 PHOTO_ENDINGS = ("jpg", "jpeg", "png", "webp")
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.prepare.labels import MAX_CLASSES
 from pipeline.prepare.names import ENDINGS, printable
+from pipeline.prepare.tars.labels import MAX_CLASSES
 from runtime.errors import UserError, suggest, suggest_path
 
 PATHS = (

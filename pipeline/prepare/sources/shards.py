@@ -1,8 +1,8 @@
-"""Shards as a source: their photos, names, labels and classes, to be split and shuffled anew."""
+"""Shards as a source: their photos, names, labels and classes, to be shuffled and split again."""
 
 from pathlib import Path
 
-from pipeline.prepare.record import Ask, Listing, Photo
+from pipeline.prepare.sources.photos import Ask, Listing, Photo
 from pipeline.shards import ORIGIN, SOURCES, Shards
 from runtime.errors import plural
 

@@ -19,8 +19,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.prepare.layout import INSIST, Layout, are_parts
 from pipeline.prepare.names import printable
+from pipeline.prepare.sources.layout import INSIST, Layout, are_parts
 from runtime.errors import UserError, plural
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
