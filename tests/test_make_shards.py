@@ -13,11 +13,11 @@ import subprocess
 import sys
 import tarfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import prepare
 from pictures import encoded, lying_jpeg, photo, pixels, png_bomb, tar_of, tree
 from PIL import Image
 
@@ -27,21 +27,12 @@ from runtime.errors import UserError
 REPO = Path(__file__).parent.parent
 
 
-def tool(*words: object, ok: bool = True, cwd: Path = REPO, **more: object) -> str:
-    """Run the program in one process and return its output. For wrong input it must exit with code 2 and one line."""
-    command = [sys.executable, "-m", "tools.make_shards", *map(str, words)]
-    if "--processes" not in words:
-        command += ["--processes", "1"]
-    env = os.environ | {"PYTHONPATH": str(REPO)}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, **more)  # type: ignore
-    if ok:
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-    assert done.returncode == 2, done.stdout + done.stderr
-    if done.stderr:
-        assert done.stderr.startswith("error: "), done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr or done.stdout
+def tool(*words: object, ok: bool = True) -> str:
+    """What the program prints; if it is not to end well, its error, which is one line, or what `verify` has found."""
+    output, error = prepare(*words)
+    assert ok == (not error), output + error
+    assert "\n" not in error
+    return output if error in ("", "exit code 2") else error
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -235,7 +226,7 @@ def test_bad_photos_are_listed_and_bounded(tmp_path: Path) -> None:
     for name, (_, reason) in bad.items():
         assert reason in reasons.get(name, ""), name
     again = tmp_path / "again"
-    tool("make", src, again, "--max-bad", 0.7, "--processes", 2, "--shard-mb", 0.004)
+    tool("make", src, again, "--max-bad", 0.7, "--shard-mb", 0.004)
     assert (again / "rejected.jsonl").read_text().count("\n") == 9
     assert Shards(again).manifest["samples"] == 6  # shards without a valid photo are not written
 
@@ -261,12 +252,12 @@ def test_the_bytes_depend_on_the_seed_and_not_on_processes(tmp_path: Path) -> No
 
 def test_killed_at_any_moment_the_same_command_resumes(tmp_path: Path) -> None:
     src = tree(tmp_path / "src", {f"{i}.jpg": photo(i, 300, 400) for i in range(60)} | {"bad.jpg": b"bad"})
-    options = ["--shard-mb", "0.05", "--max-bad", "0.1", "--processes", "2"]
+    options = ["--shard-mb", "0.05", "--max-bad", "0.1"]
     tool("make", src, tmp_path / "uninterrupted", *options)
     dst = tmp_path / "dst"
     kills = 0
     for shards_before in (0, 1, 4, 9, 14):
-        command = [sys.executable, "-m", "tools.make_shards", "make", str(src), str(dst), *options]
+        command = [sys.executable, "-m", "tools.make_shards", "make", str(src), str(dst), *options, "--processes", "2"]
         with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
             while run.poll() is None and not (dst.exists() and len(list(dst.glob("*.tar"))) > shards_before):
                 time.sleep(0.001)
@@ -284,9 +275,12 @@ def test_killed_at_any_moment_the_same_command_resumes(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line_and_can_be_resumed(tmp_path: Path) -> None:
     src, dst = tree(tmp_path / "src", {f"{i}.jpg": photo(i) for i in range(20)}), tmp_path / "dst"
-    output = tool(
-        "make", src, dst, ok=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
-    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
+    try:
+        output = tool("make", src, dst, ok=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "File too large" in output
     assert not list(dst.glob("*.tar"))
     tool("make", src, dst)
@@ -460,7 +454,7 @@ WRONG = {
 }
 
 
-def test_wrong_inputs(tmp_path: Path) -> None:
+def test_wrong_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree(tmp_path / "photos", {"x.jpg": photo(1)})
     tree(tmp_path / "texts", {"x.txt": b""})
     tree(tmp_path / "splits", {"train/a/x.jpg": photo(1), "val/a/x.jpg": photo(2)})
@@ -472,8 +466,7 @@ def test_wrong_inputs(tmp_path: Path) -> None:
     (tmp_path / "zero.tar").write_bytes(b"")
     (tmp_path / "zipped.tar.gz").write_bytes(b"\x1f\x8b" + bytes(1000))
     tar_of({"x.txt": b""}, tmp_path / "none.tar")
-    with ThreadPoolExecutor(2) as pool:  # each call starts an interpreter
-        outputs = pool.map(lambda words: tool(*words.split(), ok=False, cwd=tmp_path), WRONG)
-    for (words, message), output in zip(WRONG.items(), outputs, strict=True):
-        assert message in output, words
+    monkeypatch.chdir(tmp_path)
+    for words, message in WRONG.items():
+        assert message in tool(*words.split(), ok=False), words
     assert not (tmp_path / "dst").exists()

@@ -13,34 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import prepare
 from pictures import encoded, photo, pixels, tar_of, tree
 
 from pipeline.shards import Shards
-from runtime.errors import UserError
-from tools import make_shards
 
 CLASSES = ("ash", "birch", "cedar", "elm")
 PHOTOS = {f"{CLASSES[i % 4]}/{i:03d}.jpg": photo(i, 12, 16) for i in range(200)}
 FEW = dict(list(PHOTOS.items())[:8])
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[str, str]]:
-    """Run the program in this process; returns its output, and its error or ""."""
-
-    def run(*words: object) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["make_shards", *map(str, words), "--processes", "1"])
-        monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
-        error = ""
-        try:
-            assert not make_shards.main()
-        except UserError as end:
-            error = str(end)
-            assert "\n" not in error
-        output = capsys.readouterr()
-        return output.out + output.err, error
-
-    return run
 
 
 def samples(folder: Path) -> dict[str, tuple[bytes, str]]:
@@ -164,10 +144,10 @@ KINDS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], Callable[[str], 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind(kind: str, tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_every_kind(kind: str, tmp_path: Path) -> None:
     """The shards are complete, and nothing that was unpacked is left."""
     make, options, renamed = KINDS[kind]
-    output, error = tool("make", make(tmp_path), tmp_path / "dst", "--shard-mb", "0.1", *options)
+    output, error = prepare("make", make(tmp_path), tmp_path / "dst", "--shard-mb", "0.1", *options)
     assert error == ""
     assert "kept unchanged 200 (JPEG RGB 200)" in output
     wanted = {renamed(name) if renamed else name: value for name, value in expected(PHOTOS).items()}
@@ -176,64 +156,64 @@ def test_every_kind(kind: str, tool: Callable[..., tuple[str, str]], tmp_path: P
     assert not (tmp_path / "dst/.make_shards").exists()
 
 
-def test_shards_as_a_source(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_shards_as_a_source(tmp_path: Path) -> None:
     """Split anew, they keep bytes, names and classes, and the folder that their photos were in."""
-    tool("make", folder(tmp_path), tmp_path / "made")
-    output, error = tool("make", tmp_path / "made", tmp_path / "again", "--shard-mb", "0.05", "--seed", "3")
+    prepare("make", folder(tmp_path), tmp_path / "made")
+    output, error = prepare("make", tmp_path / "made", tmp_path / "again", "--shard-mb", "0.05", "--seed", "3")
     assert error == ""
     assert "1 shard: names are kept, 4 classes" in output
     assert samples(tmp_path / "again") == expected(PHOTOS)
     assert len(Shards(tmp_path / "again").shards) > 2
     assert Shards(tmp_path / "again").source(0).startswith(f"{tmp_path}/photos/")
-    tool("make", tmp_path / "photos/ash", tmp_path / "none")
-    assert "--labels yes: " in tool("make", tmp_path / "none", tmp_path / "x", "--labels", "yes")[1]
+    prepare("make", tmp_path / "photos/ash", tmp_path / "none")
+    assert "--labels yes: " in prepare("make", tmp_path / "none", tmp_path / "x", "--labels", "yes")[1]
 
 
-def test_what_was_unpacked_does_not_stay(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_what_was_unpacked_does_not_stay(tmp_path: Path) -> None:
     """Beside complete shards: after the same command, and after one with other settings."""
     src, dst = write(tmp_path / "p.tar.gz", gzip.compress(tar_of(FEW))), tmp_path / "dst"
-    tool("make", src, dst)
+    prepare("make", src, dst)
     before = sorted(os.listdir(dst))
-    assert "already complete: 8 samples" in tool("make", src, dst)[0]
-    assert "made with other settings: seed" in tool("make", src, dst, "--seed", "1")[1]
+    assert "already complete: 8 samples" in prepare("make", src, dst)[0]
+    assert "made with other settings: seed" in prepare("make", src, dst, "--seed", "1")[1]
     assert sorted(os.listdir(dst)) == before
 
 
-def test_a_list_of_paths_alone(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_a_list_of_paths_alone(tmp_path: Path) -> None:
     """The classes are the folders in the paths."""
     tree(tmp_path, FEW | {"l.txt": "\n".join(list(FEW)[:6]).encode()})
-    assert tool("make", tmp_path / "l.txt", tmp_path / "dst")[1] == ""
+    assert prepare("make", tmp_path / "l.txt", tmp_path / "dst")[1] == ""
     assert samples(tmp_path / "dst") == expected(dict(list(FEW.items())[:6]))
     assert Shards(tmp_path / "dst").source(0).startswith(f"{tmp_path}/{Shards(tmp_path / 'dst').sources()[0]}")
 
 
-def test_several_sources(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_several_sources(tmp_path: Path) -> None:
     """A folder, a zip and shards in one call, in make's one word too; equal names of classes are one class."""
     items = list(PHOTOS.items())
     tree(tmp_path / "a b", dict(items[:70]))
     zip_of(dict(items[70:140]), tmp_path / "c.zip")
-    tool("make", tree(tmp_path / "d", dict(items[140:])), tmp_path / "shards")
+    prepare("make", tree(tmp_path / "d", dict(items[140:])), tmp_path / "shards")
     words = f"'{tmp_path}/a b' {tmp_path}/c.zip {tmp_path}/shards"
-    output, error = tool("make", words, tmp_path / "dst")
+    output, error = prepare("make", words, tmp_path / "dst")
     assert error == ""
     assert output.startswith("200 photos, ")
     wanted = expected(dict(items[:70]), "a b/") | expected(dict(items[70:140]), "c.zip/")
     assert samples(tmp_path / "dst") == wanted | expected(dict(items[140:]), "d/")
     assert Shards(tmp_path / "dst").classes == list(CLASSES)
-    assert "is given twice" in tool("make", tmp_path / "d", tmp_path / "d", tmp_path / "x")[1]
-    assert "would be read twice" in tool("make", tmp_path / "d", tmp_path / "d/ash", tmp_path / "x")[1]
+    assert "is given twice" in prepare("make", tmp_path / "d", tmp_path / "d", tmp_path / "x")[1]
+    assert "would be read twice" in prepare("make", tmp_path / "d", tmp_path / "d/ash", tmp_path / "x")[1]
     assert not (tmp_path / "x").exists()
 
 
 # ---- labels and names of classes
 
 
-def test_labels_and_names_from_files(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_labels_and_names_from_files(tmp_path: Path) -> None:
     src = tree(tmp_path / "src", {f"{i}.jpg": photo(i) for i in range(4)})
     rows = "id,breed\n0,1\n1,0\n2,1\n9,1\n"
     tree(tmp_path, {"labels.csv": rows.encode(), "names.txt": b"cat\ndog\n", "short.txt": b"cat\n"})
     words = ("--label-file", tmp_path / "labels.csv", "--class-names")
-    output, error = tool("make", src, tmp_path / "dst", *words, tmp_path / "names.txt")
+    output, error = prepare("make", src, tmp_path / "dst", *words, tmp_path / "names.txt")
     assert error == ""
     assert "classes: cat (1 photo), dog (2 photos)" in output
     assert "warning: 1 photo without a label" in output
@@ -242,30 +222,31 @@ def test_labels_and_names_from_files(tool: Callable[..., tuple[str, str]], tmp_p
         "0.jpg": "dog", "1.jpg": "cat", "2.jpg": "dog", "3.jpg": "",
     }  # fmt: skip
     assert (
-        "1 names, and the photos have 2 classes" in tool("make", src, tmp_path / "x", *words, tmp_path / "short.txt")[1]
+        "1 names, and the photos have 2 classes"
+        in prepare("make", src, tmp_path / "x", *words, tmp_path / "short.txt")[1]
     )
     tree(tmp_path, {"chosen.jsonl": b'{"file_name": "src/2.jpg"}\n{"file_name": "src/0.jpg"}\n'})
-    assert tool("make", src, tmp_path / "two", "--list", tmp_path / "chosen.jsonl")[1] == ""
+    assert prepare("make", src, tmp_path / "two", "--list", tmp_path / "chosen.jsonl")[1] == ""
     assert sorted(samples(tmp_path / "two")) == ["0.jpg", "2.jpg"]
-    tool("make", src, tmp_path / "one", "--match", "[3-9]*")
+    prepare("make", src, tmp_path / "one", "--match", "[3-9]*")
     assert list(samples(tmp_path / "one")) == ["3.jpg"]
 
 
 @pytest.mark.parametrize("form", ["n0000000{}_{}.JPEG", "ILSVRC2012_val_0000000{1}_n0000000{0}.JPEG"])
-def test_flat_names_of_synsets(form: str, tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_flat_names_of_synsets(form: str, tmp_path: Path) -> None:
     """As the archives of Hugging Face's imagenet-1k have them."""
     src = tree(tmp_path / "src", {form.format(i % 2, i): photo(i) for i in range(6)})
     tree(tmp_path, {"synsets.txt": b"n00000000 tench, Tinca\nn00000001 crane\n"})
-    output, _ = tool("make", src, tmp_path / "dst", "--class-names", tmp_path / "synsets.txt")
+    output, _ = prepare("make", src, tmp_path / "dst", "--class-names", tmp_path / "synsets.txt")
     assert "2 classes: the synsets in the photos' names" in output
     assert {label for _, label in samples(tmp_path / "dst").values()} == {"tench, Tinca", "crane"}
-    assert tool("make", src, tmp_path / "none", "--labels", "no")[0].count("0 classes")
+    assert prepare("make", src, tmp_path / "none", "--labels", "no")[0].count("0 classes")
 
 
 # ---- conversion
 
 
-def test_avif_jpeg_2000_and_heic(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_avif_jpeg_2000_and_heic(tmp_path: Path) -> None:
     """Converted where a package reads them, and counted; else a line says what to install."""
     from PIL import features
 
@@ -278,15 +259,15 @@ def test_avif_jpeg_2000_and_heic(tool: Callable[..., tuple[str, str]], tmp_path:
         files["x.heic"] = encoded(pixels(9), "HEIF")
     except ImportError:
         heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300)
-        _, error = tool("make", tree(tmp_path / "heic", {"x.heic": heic}), tmp_path / "no")
+        _, error = prepare("make", tree(tmp_path / "heic", {"x.heic": heic}), tmp_path / "no")
         assert "`.venv/bin/python -m pip install pillow-heif` makes HEIC readable" in error
     if not files:
         pytest.skip("this Pillow reads neither AVIF nor JPEG 2000")
-    output, error = tool("make", tree(tmp_path / "src", files), tmp_path / "dst")
+    output, error = prepare("make", tree(tmp_path / "src", files), tmp_path / "dst")
     assert error == ""
     assert f"converted {len(files)} (" in output
     assert all(data.startswith(b"\xff\xd8\xff") for data, _ in samples(tmp_path / "dst").values())
-    output, _ = tool("make", tmp_path / "dst", tmp_path / "again")
+    output, _ = prepare("make", tmp_path / "dst", tmp_path / "again")
     assert "to be converted" not in output  # they are JPEG by now, under their old names
 
 
@@ -339,14 +320,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_sources(case: str, tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_hostile_sources(case: str, tmp_path: Path) -> None:
     make, message = HOSTILE[case]
-    _, error = tool("make", make(tmp_path), tmp_path / "dst")
+    _, error = prepare("make", make(tmp_path), tmp_path / "dst")
     assert message in error
     assert not (tmp_path / "dst").exists()
 
 
-def test_members_of_a_zip_that_are_not_read(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_members_of_a_zip_that_are_not_read(tmp_path: Path) -> None:
     """Names that lead out, links, equal names, a size that lies, changed bytes: listed, and the others are read."""
     path = tmp_path / "p.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as opened:
@@ -365,7 +346,7 @@ def test_members_of_a_zip_that_are_not_read(tool: Callable[..., tuple[str, str]]
     entry = data.index(b"PK\x01\x02", data.rindex(b"a/changed.jpg"))
     data[entry + 24 : entry + 28] = struct.pack("<I", 100)
     path.write_bytes(data)
-    _, error = tool("make", path, tmp_path / "dst", "--max-bad", "0.9")
+    _, error = prepare("make", path, tmp_path / "dst", "--max-bad", "0.9")
     assert error == ""
     assert {data for data, _ in samples(tmp_path / "dst").values()} == {photo(1), photo(4)}
     rows = [json.loads(line) for line in (tmp_path / "dst/skipped.jsonl").read_text().splitlines()]
@@ -378,56 +359,54 @@ def test_members_of_a_zip_that_are_not_read(tool: Callable[..., tuple[str, str]]
     assert "the zip says 100 bytes, and it unpacks to more" in rejected
 
 
-def test_packages_that_are_missing(
-    tool: Callable[..., tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("zstandard", "pyarrow", "compression"):
         monkeypatch.setitem(sys.modules, name, None)
     for name, data in (("x.tar.zst", b"\x28\xb5\x2f\xfd" + bytes(600)), ("x.parquet", b"PAR1" + bytes(600))):
-        _, error = tool("make", write(tmp_path / name, data), tmp_path / "dst")
+        _, error = prepare("make", write(tmp_path / name, data), tmp_path / "dst")
         assert "`.venv/bin/python -m pip install " in error
 
 
-def test_parquet_of_several_splits_and_odd_rows(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_parquet_of_several_splits_and_odd_rows(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     for split in ("train", "test"):
         parquet_of(FEW, tmp_path / f"hf/data/{split}-00000-of-00001.parquet")
-    _, error = tool("make", tmp_path / "hf", tmp_path / "dst")
+    _, error = prepare("make", tmp_path / "hf", tmp_path / "dst")
     assert "test (1 file), train (1 file)" in error
     assert "ARGS=\"--match 'train*'\"" in error
-    assert tool("make", tmp_path / "hf", tmp_path / "dst", "--match", "train*")[1] == ""
+    assert prepare("make", tmp_path / "hf", tmp_path / "dst", "--match", "train*")[1] == ""
     assert len(samples(tmp_path / "dst")) == 8
     card = b"---\ndataset_info:\n  features:\n  - name: label\n    dtype:\n      class_label:\n        names:\n"
     tree(tmp_path / "plain", {"README.md": card + b"          '0': pine\n          '1': oak\n---\n# Trees"})
     images = [{"bytes": photo(1), "path": "../../up.jpg"}, {"bytes": None, "path": "/etc/passwd"}, {"bytes": photo(2)}]
     parquet.write_table(pa.table({"image": images, "label": [1, 0, None]}), tmp_path / "plain/x.parquet")
-    output, _ = tool("make", tmp_path / "plain", tmp_path / "odd")
+    output, _ = prepare("make", tmp_path / "plain", tmp_path / "odd")
     assert "skipped 2 (.md files 1, rows without bytes 1)" in output
     assert samples(tmp_path / "odd") == {
         "x.parquet/000000.jpg": (photo(1), "oak"),
         "x.parquet/000002.jpg": (photo(2), ""),
     }
     parquet.write_table(pa.table({"a": [b"1"], "b": [b"2"], "c": [3]}), tmp_path / "two.parquet")
-    assert "several columns hold bytes: a, b" in tool("make", tmp_path / "two.parquet", tmp_path / "x")[1]
-    assert "--photo q: no such column" in tool("make", tmp_path / "two.parquet", tmp_path / "x", "--photo", "q")[1]
+    assert "several columns hold bytes: a, b" in prepare("make", tmp_path / "two.parquet", tmp_path / "x")[1]
+    assert "--photo q: no such column" in prepare("make", tmp_path / "two.parquet", tmp_path / "x", "--photo", "q")[1]
 
 
 # ---- index
 
 
-def test_index_resumes_selects_and_writes_elsewhere(tool: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+def test_index_resumes_selects_and_writes_elsewhere(tmp_path: Path) -> None:
     tars = {f"train-{i}.tar": tar_of({f"{i}.jpg": photo(i), f"{i}.cls": b"%d" % i}) for i in range(3)}
     src = tree(tmp_path / "tars", tars | {"val-0.tar": tar_of({"9.jpg": photo(9)})})
     good = (src / "train-2.tar").read_bytes()
     (src / "train-2.tar").write_bytes(good.replace(b"2.cls", b"x.cls"))
     before = sorted(os.listdir(src))
-    assert "ARGS=\"--match 'train-*'\"" in tool("index", src)[1]
+    assert "ARGS=\"--match 'train-*'\"" in prepare("index", src)[1]
     words = ("index", src, "--match", "train-*", "--out", tmp_path / "out")
-    assert "train-2.tar: byte " in tool(*words)[1]
+    assert "train-2.tar: byte " in prepare(*words)[1]
     (src / "train-2.tar").write_bytes(good)
-    output, error = tool(*words)
+    output, error = prepare(*words)
     assert error == ""
     assert "resuming: 2 of 3 tars read before" in output
     found = Shards(tmp_path / "out")
@@ -435,6 +414,8 @@ def test_index_resumes_selects_and_writes_elsewhere(tool: Callable[..., tuple[st
     assert found.index["label"].tolist() == [0, 1, 2]
     assert sorted(os.listdir(src)) == before
     assert sorted(os.listdir(tmp_path / "out")) == ["index.npy", "manifest.json", *sorted(tars)]
-    assert "holds other tars (train-0.tar first)" in tool("index", src, "--match", "val*", "--out", tmp_path / "out")[1]
-    assert "is the folder of the tars" in tool("index", src, "--match", "val*", "--out", src)[1]
-    assert "none of its 4 tars matches 'no'" in tool("index", src, "--match", "no")[1]
+    assert (
+        "holds other tars (train-0.tar first)" in prepare("index", src, "--match", "val*", "--out", tmp_path / "out")[1]
+    )
+    assert "is the folder of the tars" in prepare("index", src, "--match", "val*", "--out", src)[1]
+    assert "none of its 4 tars matches 'no'" in prepare("index", src, "--match", "no")[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_program
+from conftest import prepare
 from pictures import encoded, photo, pixels, tar_of, tree
 from PIL import Image
 
@@ -20,10 +20,10 @@ fault = [pytest.mark.fault("F23"), pytest.mark.fast]
 
 
 def make(src: Path, *options: str, expect: int = 0) -> str:
-    """What `make_shards make src src-shards` prints: its output, or its error."""
-    words = ("-m", "tools.make_shards", "make", src, f"{src}-shards", "--processes", "1", *options)
-    done = run_program(*words, expect=expect)
-    return done.stderr if expect else done.stdout
+    """What `make_shards make src src-shards` prints, or its error."""
+    output, error = prepare("make", src, f"{src}-shards", *options)
+    assert bool(error) == bool(expect), error
+    return error or output
 
 
 def photos_of(*names: str) -> dict[str, bytes]:
@@ -109,7 +109,7 @@ def test_several_splits_in_a_tar(tmp_path: Path) -> None:
 def test_tars_of_several_splits_are_not_indexed_together(tmp_path: Path) -> None:
     for name in ("imagenet-train-000", "imagenet-train-001", "imagenet-validation-000"):
         tar_of(photos_of("1.jpg"), tmp_path / f"{name}.tar")
-    error = run_program("-m", "tools.make_shards", "index", tmp_path, expect=2).stderr
+    error = prepare("index", tmp_path)[1]
     assert "train (2 tars, imagenet-train-000.tar first), val (1 tar, imagenet-validation-000.tar first)" in error
     command = f"`mkdir {tmp_path}/train && mv {tmp_path}/imagenet-train-00*.tar {tmp_path}/train && make index DST="
     assert command in error

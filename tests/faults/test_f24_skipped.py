@@ -8,14 +8,16 @@ import gzip
 import io
 import json
 import subprocess
+import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import run_program
+from conftest import prepare
 from pictures import encoded, photo, pixels, tar_of, tree
 
-from pipeline.prepare.kinds import INSTALL, PICTURES, kind_of
+from pipeline.prepare.kinds import INSTALL, PICTURES, kind_of, readable
 from pipeline.prepare.tars.labels import parse_label
 from pipeline.prepare.tars.samples import split_key, split_keys
 from pipeline.shards import Shards
@@ -24,15 +26,16 @@ fault = [pytest.mark.fault("F24"), pytest.mark.fast]
 
 
 def make(src: Path, *options: str, expect: int = 0) -> str:
-    """What `make_shards make src src-shards` prints: its output, or its error."""
-    words = ("-m", "tools.make_shards", "make", src, f"{src}-shards", "--processes", "1", *options)
-    done = run_program(*words, expect=expect)
-    return done.stderr if expect else done.stdout
+    """What `make_shards make src src-shards` prints, or its error."""
+    output, error = prepare("make", src, f"{src}-shards", *options)
+    assert bool(error) == bool(expect), error
+    return error or output
 
 
 def index(folder: Path, *options: str, expect: int = 0) -> str:
-    done = run_program("-m", "tools.make_shards", "index", folder, "--processes", "1", *options, expect=expect)
-    return done.stderr if expect else done.stdout
+    output, error = prepare("index", folder, *options)
+    assert bool(error) == bool(expect), error
+    return error or output
 
 
 def listed(folder: Path) -> dict[str, str]:
@@ -65,20 +68,23 @@ KINDS = {  # kind: (ending, first bytes)
 }
 
 
-def make_without_heif(src: Path, *options: str) -> str:
-    """`make` where pillow-heif is not installed."""
-    words = ["make", str(src), f"{src}-shards", "--processes", "1", *options]
-    code = "import sys; sys.modules['pillow_heif'] = None; import tools.make_shards as m; sys.exit(m.main())"
-    return run_program("-c", code, *words).stdout
+@pytest.fixture
+def without_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """pillow-heif is not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    readable.cache_clear()
+    yield
+    readable.cache_clear()
 
 
+@pytest.mark.usefixtures("without_heif")
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=fault) for k in KINDS])
 def test_pictures_of_other_formats_are_named(kind: str, tmp_path: Path) -> None:
     """By their first bytes: counted, listed, warned of with the command that converts them; also under the name .jpg."""
     last, data = KINDS[kind]
     install = f"{INSTALL[kind]}; or " if kind in INSTALL else ""
     src = tree(tmp_path / "src", {f"{i}.jpg": photo(i) for i in range(9)} | {f"IMG{last}": data, f"b/IMG{last}": data})
-    output, dst, counted = make_without_heif(src), Path(f"{src}-shards"), f"2 ({kind} {last.lower()} 2)"
+    output, dst, counted = make(src), Path(f"{src}-shards"), f"2 ({kind} {last.lower()} 2)"
     assert f"skipped {counted}, to be listed in {dst}/skipped.jsonl" in output
     assert (
         f"warning: 2 of 11 pictures are in formats that are not read: {counted}; {install}convert them to JPEG"
@@ -88,7 +94,7 @@ def test_pictures_of_other_formats_are_named(kind: str, tmp_path: Path) -> None:
     assert listed(dst) == dict.fromkeys((f"IMG{last}", f"b/IMG{last}"), f"{kind} {last.lower()}")
     if kind != "camera raw":  # which only its ending tells from TIFF
         wrong = tree(tmp_path / "wrong", {f"{i}.jpg": photo(i) for i in range(3)} | {"wrong.jpg": data})
-        make_without_heif(wrong, "--max-bad", "0.5")
+        make(wrong, "--max-bad", "0.5")
         (row,) = map(json.loads, Path(f"{wrong}-shards/rejected.jsonl").read_text().splitlines())
         assert row["source"] == "wrong.jpg"
         assert row["reason"].startswith(f"it is {kind}, which is not read; convert it to JPEG")
@@ -511,7 +517,7 @@ def test_what_an_index_leaves_out_is_named(name: str, tmp_path: Path) -> None:
     assert f"warning: left out: {said}" in index(tmp_path)
     (tmp_path / "0.tar").unlink()
     error = index(tmp_path, expect=2)
-    assert error.startswith(f"error: {tmp_path}: no *.tar here; ")
+    assert error.startswith(f"{tmp_path}: no *.tar here; ")
     assert said.partition("not opened; ")[2] in error if "zip" in name else said in error
 
 

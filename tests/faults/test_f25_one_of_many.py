@@ -20,34 +20,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_program
+from conftest import prepare, run_program
 from pictures import encoded, photo, pixels, tar_of, tree
 
 from pipeline.shards import Shards
 from runtime import files, watchdog
-from runtime.errors import UserError
-from tools import make_shards
 
 PHOTO = [photo(i) for i in range(6)]
 fault_case = [pytest.mark.fault("F25"), pytest.mark.fast]
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """Run the program in this process; returns (its output, warnings included, and its error, "" if there is none)."""
-
-    def run(*words: object) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["make_shards", *map(str, words), "--processes", "1"])
-        monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
-        error = ""
-        try:
-            assert not make_shards.main()
-        except UserError as end:
-            error = str(end)
-        output = capsys.readouterr()
-        return output.out + output.err, error
-
-    return run
 
 
 def photos_of(folder: Path) -> set[bytes]:
@@ -85,11 +65,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=fault_case) for k in BROKEN])
-def test_a_broken_tar_among_others(kind, tool, tmp_path):
+def test_a_broken_tar_among_others(kind, tmp_path):
     """The message has the tar, the reason, and the command that goes on; that command indexes all others."""
     data, reason = BROKEN[kind]
     folder = tree(tmp_path / "tars", {"0.tar": whole(0), "1.tar": data, "3.tar": whole(3)})
-    _, error = tool("index", folder)
+    _, error = prepare("index", folder)
     assert error.startswith(f"{folder}/1.tar: ")
     assert reason in error
     assert rejected(folder)["1.tar"] in error
@@ -98,7 +78,7 @@ def test_a_broken_tar_among_others(kind, tool, tmp_path):
     assert kept in ([], ["0.tar.json"])  # what was read before the broken tar was found
     assert (folder / ".make_shards").exists() == bool(kept)
     command = re.search(r"index the others: `make index DST=(\S+) ARGS=(\S+)`$", error)
-    output, error = tool("index", *command.groups())
+    output, error = prepare("index", *command.groups())
     assert error == ""
     assert ("resuming: 1 of 3 tars read before" in output) == bool(kept)
     assert not (folder / ".make_shards").exists()
@@ -112,22 +92,22 @@ def test_a_broken_tar_among_others(kind, tool, tmp_path):
 
 @pytest.mark.fault("F25")
 @pytest.mark.fast
-def test_all_broken_tars_are_named_before_anything_is_decoded(tool, tmp_path):
+def test_all_broken_tars_are_named_before_anything_is_decoded(tmp_path):
     """Empty, cut and compressed ones, at once."""
     tars = {f"{i}.tar": whole(i) for i in range(3)} | {"5.tar": b"", "6.tar": whole(1)[:1200], "7.tar": b"BZh9" * 200}
     folder = tree(tmp_path / "tars", tars | {"8.tar/x": b""})
-    _, error = tool("index", folder)
+    _, error = prepare("index", folder)
     assert "4 of 7 tars cannot be used: 5.tar: empty" in error
     assert "7.tar: compressed (bzip2)" in error
     assert f"and 1 more ({folder}/rejected.jsonl lists all)" in error
     assert rejected(folder)["8.tar"] == "is a folder, not a tar"
-    tool("index", folder, "--skip-broken")
+    prepare("index", folder, "--skip-broken")
     assert photos_of(folder) == set(PHOTO[:3])
 
 
 @pytest.mark.fault("F25")
 @pytest.mark.fast
-def test_a_broken_class_tar(tool, tmp_path):
+def test_a_broken_class_tar(tmp_path):
     """In a folder of class tars and in a tar of tars."""
     tars = {
         f"{c}.tar": tar_of({f"{c}_{i}.JPEG": PHOTO[3 * k + i] for i in range(3)}) for k, c in enumerate(("ash", "elm"))
@@ -136,17 +116,17 @@ def test_a_broken_class_tar(tool, tmp_path):
     for src in (tree(tmp_path / "folder", tars), tmp_path / "all.tar"):
         tar_of(tars, tmp_path / "all.tar")
         dst = tmp_path / f"{src.name}-shards"
-        _, error = tool("make", src, dst)
+        _, error = prepare("make", src, dst)
         assert "fir.tar: truncated" in error
         assert error.endswith("or leave such tars out with ARGS=--skip-broken")
-        output, _ = tool("make", src, dst, "--skip-broken")
+        output, _ = prepare("make", src, dst, "--skip-broken")
         assert "left out: 1 tar (rejected.jsonl): fir.tar: truncated" in output
         assert photos_of(dst) == set(PHOTO)
         assert list(rejected(dst)) == ["fir.tar"]
     (tmp_path / "folder" / "fir.tar").rename(tmp_path / "folder" / "ivy.tar.gz").write_bytes(gzip.compress(whole(1)))
-    _, error = tool("make", tmp_path / "folder", tmp_path / "other")
+    _, error = prepare("make", tmp_path / "folder", tmp_path / "other")
     assert "ivy.tar.gz: compressed (gzip), and photos" in error
-    output, _ = tool("make", tmp_path / "folder", tmp_path / "other", "--skip-broken")
+    output, _ = prepare("make", tmp_path / "folder", tmp_path / "other", "--skip-broken")
     assert "skipped 1 (archive .gz 1); " in output
 
 
@@ -180,7 +160,7 @@ def packed(kind: str, folder: Path) -> bytes:
         )
     ],
 )
-def test_a_compressed_archive(name, kind, command, tool, tmp_path, monkeypatch):
+def test_a_compressed_archive(name, kind, command, tmp_path, monkeypatch):
     """What `make` reads, a folder that holds it names; else it is named with the exact command, as for `index`, and the
     command works."""
     (tmp_path / "in").mkdir()
@@ -189,21 +169,21 @@ def test_a_compressed_archive(name, kind, command, tool, tmp_path, monkeypatch):
     Path(name).write_bytes(data)
     is_read = kind in ("gz", "xz", "bz2", "zip")
     if is_read:
-        assert tool("make", name, tmp_path / "read")[1] == ""
+        assert prepare("make", name, tmp_path / "read")[1] == ""
         assert photos_of(tmp_path / "read") == {PHOTO[1]}
         if name != "x.tar":  # a tar's name is a class's, in a folder
             hint = f"; its archives can be SRC: `make shards SRC={shlex.quote(str(Path(name).absolute()))} DST="
-            assert hint in tool("make", ".", tmp_path / "dst")[1]
+            assert hint in prepare("make", ".", tmp_path / "dst")[1]
     sources = (("make", name, "dst"), ("make", ".", tmp_path / "dst")) if not is_read and kind != "zst" else ()
     for words in (*sources, ("index", ".")):
-        _, error = tool(*words)
+        _, error = prepare(*words)
         assert "compressed (" in error, words
         shown = re.search(r"unpack it first: `([^`]*)`", error)[1]
         assert shown.replace(f"{tmp_path}/in/", "").replace(f"'{tmp_path}/in/my", "'my") == command, words
     if kind not in ("gz", "xz", "bz2") or not shutil.which(command.split(" -d")[0].split()[-1]):
         return  # a program that is not everywhere
     subprocess.run(shown, shell=True, check=True)
-    tool("index", ".")
+    prepare("index", ".")
     assert photos_of(Path()) == {PHOTO[1]}
 
 
@@ -215,11 +195,11 @@ INNER = {  # what: (name in the outer tar, its bytes, the message)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=fault_case) for c in INNER])
-def test_inner_tars_that_are_no_tars(case, tool, tmp_path):
+def test_inner_tars_that_are_no_tars(case, tmp_path):
     """What they are, by their first bytes; the command unpacks the outer tar."""
     name, data, message = INNER[case]
     tar_of({"a.tar": whole(0), name: data} if name else {"a.tar.gz": data, "b.tar.gz": data}, tmp_path / "all.tar")
-    _, error = tool("make", tmp_path / "all.tar", tmp_path / "dst")
+    _, error = prepare("make", tmp_path / "all.tar", tmp_path / "dst")
     assert message in error
     if case != "empty":
         subprocess.run(re.search(r"`([^`]*)`", error)[1], shell=True, check=True)
@@ -228,12 +208,12 @@ def test_inner_tars_that_are_no_tars(case, tool, tmp_path):
 
 @pytest.mark.fault("F25")
 @pytest.mark.fast
-def test_a_tar_of_pictures_that_make_converts(tool, tmp_path):
+def test_a_tar_of_pictures_that_make_converts(tmp_path):
     folder = tree(tmp_path / "my tars", {"0.tar": tar_of({f"{i}.tiff": encoded(pixels(i), "TIFF") for i in range(3)})})
-    _, error = tool("index", folder)
+    _, error = prepare("index", folder)
     command = shlex.split(re.search(r"`make shards ([^`]*)` converts them", error)[1])
     src, dst = (word.partition("=")[2] for word in command)
-    tool("make", src, dst)
+    prepare("make", src, dst)
     assert len(photos_of(Path(dst))) == 3
 
 
@@ -251,18 +231,18 @@ def test_a_tar_of_pictures_that_make_converts(tool, tmp_path):
         )
     ],
 )
-def test_photos_under_a_key_of_their_own(keys, words, chosen, tool, tmp_path):
+def test_photos_under_a_key_of_their_own(keys, words, chosen, tmp_path):
     """All keys are listed with their numbers, and the command that is printed takes one of them."""
     tars = {
         f"{t}.tar": tar_of({f"{i}.{k}": PHOTO[i + 3 * (k == keys[1])] for i in range(3) for k in keys}) for t in "ab"
     }
     folder = tree(tmp_path / "tars", tars)
-    _, error = tool("index", folder, *words)
+    _, error = prepare("index", folder, *words)
     assert f"found: {keys[0].lower()} (3), {keys[1].lower()} (3))" in error
-    assert chosen in tool("index", folder, *words, "--skip-broken")[1]  # no tar is left
+    assert chosen in prepare("index", folder, *words, "--skip-broken")[1]  # no tar is left
     command = re.search(r"`make index DST=(\S+) ARGS='(--photo \S+)'` takes", error)
     assert command[2] == f"--photo {chosen}"
-    tool("index", command[1], *shlex.split(command[2]))
+    prepare("index", command[1], *shlex.split(command[2]))
     assert photos_of(folder) == set(PHOTO[:3])
     assert Shards(folder).manifest["settings"] == {"photo": chosen}
 
@@ -273,7 +253,7 @@ def test_photos_under_a_key_of_their_own(keys, words, chosen, tool, tmp_path):
 @pytest.mark.fault("F25")
 @pytest.mark.fast
 @pytest.mark.parametrize("form", ["folder", "folder/train", "tar with train/"])
-def test_class_tars(form, tool, tmp_path):
+def test_class_tars(form, tmp_path):
     """The same shards as from class folders, byte for byte."""
     classes = {
         c: {f"{c}_{i}.JPEG": PHOTO[3 * k + i] for i in range(3)} for k, c in enumerate(("n01440764", "n01443537"))
@@ -285,13 +265,13 @@ def test_class_tars(form, tool, tmp_path):
         tree(src, tars)
     else:
         tar_of(tars, src)
-    output, error = tool("make", src, tmp_path / "dst")
+    output, error = prepare("make", src, tmp_path / "dst")
     assert error == ""
     assert f"a {form[:6].split()[0]} of 2 tars, one class each" in output
     folders = tree(
         tmp_path / "folders", {f"{c}/{name}": d for c, inside in classes.items() for name, d in inside.items()}
     )
-    tool("make", folders, tmp_path / "same")
+    prepare("make", folders, tmp_path / "same")
     for name in ("shard-000000.tar", "index.npy"):
         assert (tmp_path / "dst" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
     assert Shards(tmp_path / "dst").classes == list(classes)
@@ -315,13 +295,13 @@ def test_class_tars(form, tool, tmp_path):
         )
     ],
 )
-def test_tars_that_are_not_classes(tars, message, tool, tmp_path):
+def test_tars_that_are_not_classes(tars, message, tmp_path):
     src = tree(tmp_path / "src", {name: tar_of(inside) for name, inside in tars.items()})
-    _, error = tool("make", src, tmp_path / "dst")
+    _, error = prepare("make", src, tmp_path / "dst")
     assert message.format(src=src) in error
     assert not (tmp_path / "dst").exists()
     if "numbered in a row" in error:
-        output, _ = tool("make", src, tmp_path / "dst", "--labels", "yes")
+        output, _ = prepare("make", src, tmp_path / "dst", "--labels", "yes")
         assert "3 classes" in output
 
 
@@ -337,7 +317,7 @@ def mounted(folder: Path, *options: str):
 
 @pytest.mark.fault("F25")
 @pytest.mark.fast
-def test_a_read_only_disk(tool, tmp_path, monkeypatch):
+def test_a_read_only_disk(tmp_path, monkeypatch):
     """Found before anything is decoded; for `index` the printed command works with links."""
     monkeypatch.chdir(tmp_path)
     disk = tmp_path / "disk"
@@ -345,12 +325,12 @@ def test_a_read_only_disk(tool, tmp_path, monkeypatch):
     try:
         tree(disk, {"0.tar": whole(0), "1.tar": tar_of({"x.jpg": b"not read yet"})})
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        _, error = tool("index", disk)
+        _, error = prepare("index", disk)
         assert f"{disk}: cannot be written: its disk is mounted read-only; write the index elsewhere" in error
         command = re.search(r"`make index DST=(\S+) ARGS='--out (\S+)'`", error)
-        output, _ = tool("index", command[1], "--out", command[2], "--max-bad", "0.5")
+        output, _ = prepare("index", command[1], "--out", command[2], "--max-bad", "0.5")
         assert "1 sample in 1 shard" in output
-        _, error = tool("make", tree(tmp_path / "src", {"0.jpg": PHOTO[0]}), disk / "below" / "dst")
+        _, error = prepare("make", tree(tmp_path / "src", {"0.jpg": PHOTO[0]}), disk / "below" / "dst")
         assert error == f"{disk}: cannot be written: its disk is mounted read-only; give another DST"
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=False)
@@ -358,12 +338,12 @@ def test_a_read_only_disk(tool, tmp_path, monkeypatch):
 
 @pytest.mark.fault("F25")
 @pytest.mark.fast
-def test_a_disk_without_room_for_the_files(tool, tmp_path):
+def test_a_disk_without_room_for_the_files(tmp_path):
     disk = tmp_path / "disk"
     mounted(disk, "-t", "tmpfs", "-o", "size=4m,nr_inodes=20", "tmpfs")
     try:
         src = tree(tmp_path / "src", {f"{i}.jpg": PHOTO[i] for i in range(6)})
-        _, error = tool("make", src, disk / "dst", "--shard-mb", "0.002")
+        _, error = prepare("make", src, disk / "dst", "--shard-mb", "0.002")
         assert re.search(
             r"20 files will be written, and its disk has room for \d+ more \(`df -i .*give a larger", error
         )
@@ -414,12 +394,12 @@ def network_disk(monkeypatch):
 @pytest.mark.fault("F25")
 @pytest.mark.fast
 @pytest.mark.parametrize("command", ["make", "index"])
-def test_a_disk_without_locks_and_sync_of_folders(command, network_disk, tool, tmp_path):
+def test_a_disk_without_locks_and_sync_of_folders(command, network_disk, tmp_path):
     """One warning for each, and the shards are written."""
     src, dst = tree(tmp_path / "src", {"0.jpg": PHOTO[0], "1.jpg": PHOTO[1]}), tmp_path / "dst"
     if command == "index":
         tree(dst, {"0.tar": tar_of({"0.jpg": PHOTO[0], "1.jpg": PHOTO[1]})})
-    output, error = tool("make", src, dst) if command == "make" else tool("index", dst)
+    output, error = prepare("make", src, dst) if command == "make" else prepare("index", dst)
     assert error == ""
     assert f"warning: {dst}: this disk has no file locks (No locks available): nothing stops a second" in output
     assert f"warning: {dst}: this disk cannot sync a folder (Invalid argument)" in output

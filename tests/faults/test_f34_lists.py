@@ -11,33 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_program, write_config
+from conftest import ROOT, prepare, run_program, write_config
 from pictures import overwrite, photo, tar_of, tree
 
 from pipeline.shards import Shards
-from runtime.errors import UserError
 from tests.fork_server import Forked
-from tools import make_shards
 
 BAD = b"no photo at all"
 fault_case = [pytest.mark.fault("F34"), pytest.mark.fast]
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """Run the program in this process; returns (its output, the message of its error or "")."""
-
-    def run(*words: object) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["make_shards", *map(str, words), "--processes", "1"])
-        monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
-        error = ""
-        try:
-            make_shards.main()
-        except UserError as end:
-            error = str(end)
-        return capsys.readouterr().out, error
-
-    return run
 
 
 def rejected(folder: Path) -> list[str]:
@@ -54,14 +35,16 @@ def rejected(folder: Path) -> list[str]:
         *(pytest.param(*case, marks=fault_case) for case in (("make", 1), ("index", 0.01), ("index", 1))),
     ],
 )
-def test_more_bad_photos_than_allowed(command, max_bad, tool, tmp_path):
+def test_more_bad_photos_than_allowed(command, max_bad, tmp_path):
     """--max-bad 1: every photo is bad, and nothing is left to be indexed."""
     files = {f"{i}.jpg": BAD if i < 3 or max_bad == 1 else photo(i) for i in range(6)}
     src, dst = tree(tmp_path / "src", files), tmp_path / "dst"
     if command == "index":
         tar_of(files, dst / "0.tar")
     _, error = (
-        tool("make", src, dst, "--max-bad", max_bad) if command == "make" else tool("index", dst, "--max-bad", max_bad)
+        prepare("make", src, dst, "--max-bad", max_bad)
+        if command == "make"
+        else prepare("index", dst, "--max-bad", max_bad)
     )
     assert f"{dst}/rejected.jsonl " in error
     prefix = "0.tar/" if command == "index" else ""
@@ -71,12 +54,12 @@ def test_more_bad_photos_than_allowed(command, max_bad, tool, tmp_path):
 
 @pytest.mark.fault("F34")
 @pytest.mark.fast
-def test_a_broken_tar_after_bad_photos(tool, tmp_path):
+def test_a_broken_tar_after_bad_photos(tmp_path):
     """What was found before the exit is listed."""
     broken = bytearray(tar_of({"2.jpg": photo(2), "3.jpg": photo(3)}))
     broken[broken.index(b"3.jpg")] ^= 1
     tree(tmp_path, {"0.tar": tar_of({"0.jpg": photo(0), "1.jpg": BAD}), "1.tar": bytes(broken)})
-    _, error = tool("index", tmp_path)
+    _, error = prepare("index", tmp_path)
     assert "1.tar: byte " in error
     assert rejected(tmp_path) == ["1.tar", "0.tar/1.jpg"] or rejected(tmp_path) == ["0.tar/1.jpg", "1.tar"]
 
@@ -105,14 +88,14 @@ def test_stopped_by_ctrl_c(tmp_path):
 @pytest.mark.parametrize(
     ("photos", "bad", "max_bad"), [(2, 1, 0.01), (99, 1, 0.01), (99, 2, 0.01), (120, 2, 0.01), (9, 1, 0)]
 )
-def test_one_bad_photo_is_allowed(photos, bad, max_bad, tool, tmp_path):
+def test_one_bad_photo_is_allowed(photos, bad, max_bad, tmp_path):
     """The share is rounded up; 0 allows none."""
     good = photo(0)
     files = {f"{i}.jpg": BAD if i < bad else good for i in range(photos)}
     tar_of(files, tmp_path / "tars" / "0.tar")
     allowed = (photos, bad, max_bad) in ((2, 1, 0.01), (99, 1, 0.01), (120, 2, 0.01))
     for words in (("make", tmp_path / "tars" / "0.tar", tmp_path / "dst"), ("index", tmp_path / "tars")):
-        output, error = tool(*words, "--max-bad", max_bad)
+        output, error = prepare(*words, "--max-bad", max_bad)
         assert (f"{photos - bad} samples" in output.replace("1 sample ", "1 samples ")) == allowed
         assert ("are bad, more than --max-bad" in error) != allowed
         assert len(rejected(Path(words[-1]))) == bad
@@ -180,7 +163,7 @@ def damage(folder: Path, sample: int) -> None:
 @pytest.mark.parametrize(
     "form", [pytest.param(f, marks=fault_case) for f in ("folder", "tar", "tar of tars", "folder of tars")]
 )
-def test_verify_names_the_photo(form, tool, tmp_path):
+def test_verify_names_the_photo(form, tmp_path):
     """For each form of source; rejected photos do not shift the lines."""
     files = {
         f"{c}/{i}.jpg": BAD if i == 3 else photo(10 * k + i) for k, c in enumerate(("ash", "elm")) for i in range(6)
@@ -191,7 +174,7 @@ def test_verify_names_the_photo(form, tool, tmp_path):
         tree(src, tars if "tars" in form else files)
     else:
         tar_of(tars if "tars" in form else files, src)
-    tool("make", src, dst, "--max-bad", 0.5, "--shard-mb", 0.006)
+    prepare("make", src, dst, "--max-bad", 0.5, "--shard-mb", 0.006)
     shards = Shards(dst)
     assert len(shards.shards) > 1
     name_of = {data: name for name, data in files.items()}
@@ -201,7 +184,7 @@ def test_verify_names_the_photo(form, tool, tmp_path):
     assert [shards.source(i) for i in range(len(shards))] == places
     for sample in (0, 9):
         damage(dst, sample)
-    output, _ = tool("verify", dst)
+    output, _ = prepare("verify", dst)
     for sample in (0, 9):
         assert f"sample {sample} (000000" in output
         assert f", made from {places[sample]}) is damaged" in output
@@ -210,89 +193,89 @@ def test_verify_names_the_photo(form, tool, tmp_path):
 
 @pytest.mark.fault("F34")
 @pytest.mark.fast
-def test_what_verify_advises_works(tool, tmp_path):
+def test_what_verify_advises_works(tmp_path):
     """For a damaged shard of `make` in a folder whose name has a blank: the command deletes what `make` wrote, no more."""
     src, dst = tree(tmp_path / "src", {f"{i}.jpg": photo(i) for i in range(6)}), tmp_path / "my shards"
-    tool("make", src, dst, "--shard-mb", 0.005)
+    prepare("make", src, dst, "--shard-mb", 0.005)
     (dst / "notes.txt").write_text("mine")
     damage(dst, 1)
-    assert "already complete" in tool("make", src, dst, "--shard-mb", 0.005)[0]
-    output, _ = tool("verify", dst)
+    assert "already complete" in prepare("make", src, dst, "--shard-mb", 0.005)[0]
+    output, _ = prepare("verify", dst)
     subprocess.run(output.split("make all shards again: `")[1].split("`")[0], shell=True, check=True)
-    tool("make", src, dst, "--shard-mb", 0.005)
-    assert "all agree" in tool("verify", dst)[0]
+    prepare("make", src, dst, "--shard-mb", 0.005)
+    assert "all agree" in prepare("verify", dst)[0]
     assert (dst / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.fault("F34")
 @pytest.mark.fast
-def test_commands_quote_a_blank(tool, tmp_path):
+def test_commands_quote_a_blank(tmp_path):
     folder = tree(tmp_path / "my shards", {"0.tar": tar_of({"0.jpg": photo(0)})})
     quoted = f"`make index DST='{folder}'`"
-    assert quoted in tool("verify", folder)[1]
-    assert quoted in tool("make", tree(tmp_path / "src", {"0.jpg": photo(0)}), folder)[1]
-    tool("index", folder)
+    assert quoted in prepare("verify", folder)[1]
+    assert quoted in prepare("make", tree(tmp_path / "src", {"0.jpg": photo(0)}), folder)[1]
+    prepare("index", folder)
     (folder / "index.npy").unlink()
-    assert quoted in tool("verify", folder)[1]
+    assert quoted in prepare("verify", folder)[1]
 
 
 @pytest.mark.fault("F34")
 @pytest.mark.fast
-def test_a_new_index_keeps_the_sources(tool, tmp_path):
+def test_a_new_index_keeps_the_sources(tmp_path):
     """Of shards that `make` made, also if a photo is damaged meanwhile, and beside a tar of another program."""
     src, dst = tree(tmp_path / "src", {f"{i}.jpg": photo(i) for i in range(6)}), tmp_path / "dst"
-    tool("make", src, dst, "--shard-mb", 0.005)
+    prepare("make", src, dst, "--shard-mb", 0.005)
     places = {Shards(dst).read(i): Shards(dst).source(i) for i in range(6)}
     damage(dst, 1)
     tar_of({"x.jpg": photo(9)}, dst / "other.tar")
     for name in ("index.npy", "manifest.json"):
         (dst / name).unlink()
-    tool("index", dst)
+    prepare("index", dst)
     shards = Shards(dst)
     assert len(shards) == 6
     assert {shards.read(i): shards.source(i) for i in range(6)}.items() >= {
         photo(9): "other.tar/x.jpg", **{shards.read(i): places[shards.read(i)] for i in range(1, 6)}
     }.items()  # fmt: skip
-    assert "all agree" in tool("verify", dst)[0]
+    assert "all agree" in prepare("verify", dst)[0]
 
 
 @pytest.mark.fault("F34")
 @pytest.mark.fast
-def test_tars_of_other_programs_and_older_folders(tool, tmp_path):
+def test_tars_of_other_programs_and_older_folders(tmp_path):
     """Without sources.txt a sample is named by its member, and nothing else changes. Another program's file of that name is
     left as it is; a damaged one is named."""
     tree(tmp_path, {"0.tar": tar_of({"a/0.jpg": photo(0), "a/1.jpg": photo(1)}), "sources.txt": b"mine\n"})
-    tool("index", tmp_path)
+    prepare("index", tmp_path)
     assert Shards(tmp_path).source(1) == "0.tar/a/1.jpg"
     assert (tmp_path / "sources.txt").read_text() == "mine\n"
     damage(tmp_path, 1)
-    assert "sample 1 (a/1.jpg) is damaged" in tool("verify", tmp_path)[0]
+    assert "sample 1 (a/1.jpg) is damaged" in prepare("verify", tmp_path)[0]
 
     dst = tmp_path / "dst"
-    tool("make", tree(tmp_path / "src", {"0.jpg": photo(0)}), dst)
+    prepare("make", tree(tmp_path / "src", {"0.jpg": photo(0)}), dst)
     listed = (dst / "sources.txt").read_text()
     assert listed == f"source\t{tmp_path}/src\n00000000\t0.jpg\n"
     (dst / "sources.txt").write_text(listed.replace("0.jpg", "1.jpg"))
-    assert "sources.txt: differs from the manifest's sha256" in tool("verify", dst)[0]
+    assert "sources.txt: differs from the manifest's sha256" in prepare("verify", dst)[0]
     (dst / "sources.txt").unlink()
-    assert "sources.txt: No such file or directory: no photo is lost" in tool("verify", dst)[0]
+    assert "sources.txt: No such file or directory: no photo is lost" in prepare("verify", dst)[0]
     assert Shards(dst).source(0) == "shard-000000.tar/00000000.jpg"
     manifest = json.loads((dst / "manifest.json").read_text())
     del manifest["sources"], manifest["shards"][0]["sources"]
     (dst / "manifest.json").write_text(json.dumps(manifest))
-    assert "all agree" in tool("verify", dst)[0]
+    assert "all agree" in prepare("verify", dst)[0]
     assert Shards(dst).source(0) == "shard-000000.tar/00000000.jpg"
 
 
-def test_a_work_folder_of_an_older_version(tool, tmp_path):
+def test_a_work_folder_of_an_older_version(tmp_path):
     """Its records have no sources: those shards are made again."""
     src, dst = tree(tmp_path / "src", {f"{i}.jpg": BAD if i > 2 else photo(i) for i in range(6)}), tmp_path / "dst"
-    tool("make", src, dst)
+    prepare("make", src, dst)
     for path in (dst / ".make_shards").glob("*.json"):
         record = json.loads(path.read_text())
         del record["sources"]
         path.write_text(json.dumps(record))
-    tool("make", src, dst, "--max-bad", 0.5)
+    prepare("make", src, dst, "--max-bad", 0.5)
     shards = Shards(dst)
     assert [Path(shards.source(i)).read_bytes() for i in range(3)] == [shards.read(i) for i in range(3)]
 
