@@ -18,8 +18,6 @@ uses get their usual values, and an end marker that is missing or padded is made
 A photo's header is read before anything is decoded, because a decoder allocates what the header says: for a PNG of 875 kB
 whose header says 30000 x 30000 pixels, DALI took 12 GB and 41 s.
 
-Above 350 lines: what is a sound photo and how it is decoded is one decision for each format, in one place.
-
 Importing this file does not load torch: `make shards` and `make index` run a process on each core, and torch would cost
 each of them 500 MB.
 """
@@ -37,25 +35,12 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, WebPImagePlugin
 
+from pipeline import jpeg
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_PIXELS = 10**8  # of a photo in a shard: 300 MB when decoded, and as many as the largest cameras have
-
-# Markers of a JPEG's header
-_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # SOF: holds the size
-_LOSSLESS, _ARITHMETIC, _HIERARCHICAL = {0xC3, 0xCB}, {0xC9, 0xCA}, {0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF}  # frames
-_SEQUENTIAL = {0xC0, 0xC1}
-_SOS, _APP0, _APP14 = 0xDA, 0xE0, 0xEE
-_METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP1 to APP13, APP15, COM; APP0 and APP14 say how colors are stored
-_WITHOUT_LENGTH = {0x00, 0x01, *range(0xD0, 0xD8)}  # a stuffed byte, TEM, RST
-_ENDS = {0xD8, 0xD9}  # SOI, EOI: the header ends before them
-
-_ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # APP14, transform 0: CMYK
-
-_JFIF = b"\xff\xe0\x00\x10JFIF\0\1\1\0\0\1\0\1\0\0"  # APP0, revision 1.1: gray or YCbCr
-_EOI = b"\xff\xd9"
-_FILLING = b"\0\r\n"  # cameras and text-mode copies put these between the pixels and the end
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _IEND = b"\0\0\0\0IEND\xae\x42\x60\x82"
@@ -87,11 +72,8 @@ def read_header(photo: bytes) -> tuple[int, int] | None:
     """(height, width) as the pixels are stored, before any EXIF rotation; None if the bytes are not a JPEG, PNG or WebP,
     or the header is truncated. 2 µs."""
     try:
-        if is_jpeg(photo):
-            for marker, at in _segments(photo):
-                if marker in _FRAMES:
-                    height, width = struct.unpack_from(">HH", photo, at + 5)
-                    return height, width
+        if jpeg.is_jpeg(photo):
+            return jpeg.size(photo)
         elif is_png(photo) and photo[12:16] == b"IHDR":
             width, height = struct.unpack_from(">II", photo, 16)
             return height, width
@@ -110,8 +92,8 @@ def check_header(photo: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         raise DecodeError(f"{height} x {width} pixels are more than the readers accept ({max_pixels:,})")
     if photo[12:16] == b"VP8X" and _is_webp(photo) and photo[20] & 2:
         raise DecodeError("an animated WebP; only still ones are supported")
-    if is_jpeg(photo):
-        _check_coding(photo)
+    if jpeg.is_jpeg(photo) and (coding := jpeg.rare_coding(photo)):
+        raise DecodeError(f"a JPEG of {coding}, which the decoder does not support; save it as an ordinary JPEG or PNG")
     return height, width
 
 
@@ -123,26 +105,13 @@ def _size_of(photo: bytes) -> tuple[int, int]:
             "a PNG of Apple's own kind (CgBI), which the decoder does not support; save it as an ordinary PNG"
         )
     if size is None:
-        kind = "JPEG" if is_jpeg(photo) else "PNG" if is_png(photo) else "WebP" if _is_webp(photo) else ""
+        kind = "JPEG" if jpeg.is_jpeg(photo) else "PNG" if is_png(photo) else "WebP" if _is_webp(photo) else ""
         raise DecodeError(
             f"a {kind} without a size: its header is damaged or truncated" if kind else "neither JPEG, PNG nor WebP"
         )
     if 0 in size:
         raise DecodeError(f"its header says {size[0]} x {size[1]} pixels")
     return size
-
-
-def _check_coding(jpeg: bytes) -> None:
-    """Raises DecodeError for a JPEG that may be sound, but that the decoder (or DALI's) does not know."""
-    marker, at = next((marker, at) for marker, at in _segments(jpeg) if marker in _FRAMES)
-    bits = jpeg[at + 4]
-    coding = (
-        "lossless" if marker in _LOSSLESS else "hierarchical" if marker in _HIERARCHICAL
-        else "arithmetic" if marker in _ARITHMETIC else ""
-    )  # fmt: skip
-    if coding or bits != 8:
-        what = f"{coding} coding" if coding else f"{bits} bits a value"
-        raise DecodeError(f"a JPEG of {what}, which the decoder does not support; save it as an ordinary JPEG or PNG")
 
 
 def for_dali(photo: bytes) -> bytes:
@@ -152,42 +121,17 @@ def for_dali(photo: bytes) -> bytes:
     A JPEG without an end marker stays as it is: with one, DALI would accept truncated photos too. DALI refuses it, and its
     batch is decoded by `decode_array`; `make shards` writes no such JPEG.
 
-    A CMYK JPEG without Adobe's marker gets one. Nearly all CMYK JPEGs hold inverted values: `decode_array` always assumes
-    that, DALI only after the marker; without it DALI's image is a negative.
+    A CMYK JPEG gets Adobe's marker: `decode_array` always takes its values as inverted, DALI only after the marker; without
+    it DALI's image is a negative.
     """
     try:
         if is_png(photo):
             return select_chunks(photo, _MAKE_PIXELS)
-        if not is_jpeg(photo):
+        if not jpeg.is_jpeg(photo):
             return photo
-        plain = _only_pixels(photo)
-        has_marker = any(m == _APP14 and plain[at + 4 : at + 9] == b"Adobe" for m, at in _segments(plain))
-        return plain[:2] + _ADOBE + plain[2:] if jpeg_components(plain) == 4 and not has_marker else plain
-    except (DecodeError, IndexError, StopIteration):  # the header is truncated; the decoder will report it
+        return jpeg.with_adobe(jpeg.only_pixels(photo))
+    except (ValueError, IndexError, StopIteration):  # the header is truncated; the decoder will report it
         return photo
-
-
-def _segments(photo: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, its offset) of a JPEG's header up to its first scan (SOS), read as libjpeg does: bytes between two segments
-    are skipped. IndexError if the header is truncated."""
-    at = 2
-    while (at := photo.find(b"\xff", at)) >= 0:
-        marker = photo[at + 1]
-        if marker == 0xFF:
-            at += 1
-        elif marker in _WITHOUT_LENGTH:
-            at += 2
-        elif marker in _ENDS:
-            return
-        else:
-            yield marker, at
-            if marker == _SOS:
-                return
-            at += 2 + (photo[at + 2] << 8 | photo[at + 3])
-
-
-def is_jpeg(photo: bytes) -> bool:
-    return photo.startswith(b"\xff\xd8")
 
 
 def is_png(photo: bytes) -> bool:
@@ -200,12 +144,7 @@ def _is_webp(photo: bytes) -> bool:
 
 def is_known(photo: bytes) -> bool:
     """Whether the bytes begin like a photo that is decoded here, be it sound or not."""
-    return is_jpeg(photo) or is_png(photo) or _is_webp(photo)
-
-
-def jpeg_components(jpeg: bytes) -> int:
-    """Values of a pixel as a JPEG stores it, if `check_header` accepts it: 1 gray, 3 color, 4 CMYK."""
-    return next(jpeg[at + 9] for marker, at in _segments(jpeg) if marker in _FRAMES)
+    return jpeg.is_jpeg(photo) or is_png(photo) or _is_webp(photo)
 
 
 def _read_webp_header(photo: bytes) -> tuple[int, int] | None:
@@ -240,7 +179,7 @@ def decode_array(photo: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8
     """
     size = check_header(photo, max_pixels)
     try:
-        if is_jpeg(photo):
+        if jpeg.is_jpeg(photo):
             pixels = _decode_jpeg(photo)
         else:
             with open_image(photo) as opened:
@@ -257,81 +196,37 @@ def decode_array(photo: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8
 
 def _decode_jpeg(photo: bytes) -> NDArray[np.uint8]:
     """A JPEG's pixels, [H,W,3]. Raises ValueError with libjpeg's words, also where libjpeg would only warn."""
-    plain = _only_pixels(photo)
+    plain = jpeg.only_pixels(photo)
     try:
         return _decode_strictly(plain)
     except ValueError as error:
         if not any(words in str(error) for words in ("before marker 0xd9", "Premature end of JPEG file")):
             raise
         try:  # if libjpeg has nothing to say of these pixels with a plain end, they are all there
-            return _decode_strictly(_with_plain_end(plain))
+            return _decode_strictly(jpeg.with_plain_end(plain))
         except ValueError:
             raise error from None
 
 
-def mend_end(jpeg: bytes) -> bytes:
+def mend_end(photo: bytes) -> bytes:
     """The same bytes of a JPEG that `decode_array` accepts. If libjpeg complains of its end, instead a JPEG with the same
     pixels and a plain end, without metadata."""
-    plain = _only_pixels(jpeg)
-    mended = _with_plain_end(plain)
+    plain = jpeg.only_pixels(photo)
+    mended = jpeg.with_plain_end(plain)
     if mended == plain:
-        return jpeg
+        return photo
     try:  # a zero before the end may belong to the pixels, and bytes behind it do no harm
         _decode_strictly(plain)
     except ValueError:
         return mended
-    return jpeg
+    return photo
 
 
-def _decode_strictly(jpeg: bytes) -> NDArray[np.uint8]:
-    if jpeg_components(jpeg) != 4:
-        return simplejpeg.decode_jpeg(jpeg, "RGB", strict=True)
-    inks = simplejpeg.decode_jpeg(jpeg, "CMYK", strict=True)  # inverted, as Adobe's programs store them
+def _decode_strictly(photo: bytes) -> NDArray[np.uint8]:
+    if jpeg.components(photo) != 4:
+        return simplejpeg.decode_jpeg(photo, "RGB", strict=True)
+    inks = simplejpeg.decode_jpeg(photo, "CMYK", strict=True)  # inverted, as Adobe's programs store them
     return np.array(Image.fromarray(255 - inks, "CMYK").convert("RGB"))
-
-
-def _only_pixels(jpeg: bytes) -> bytes:
-    """The same JPEG with only what pixels depend on, so that libjpeg complains of nothing else. Raises DecodeError if no
-    scan follows. Takes 2 % of the time of decoding it.
-
-    Metadata and bytes between segments are left out. JFIF's revision becomes 1.1. A scan with all components of a
-    sequential frame gets the only parameters that it can have: some phones write zeros, and decoders do not use them.
-    """
-    parts: list[bytes | memoryview] = [jpeg[:2]]
-    try:
-        for marker, at in _segments(jpeg):
-            end = at + 2 + (jpeg[at + 2] << 8 | jpeg[at + 3])
-            if marker == _SOS:
-                header = jpeg[at : end - 3] + b"\0\x3f\0" if _is_only_scan(jpeg) else jpeg[at:end]
-                return b"".join([*parts, header, memoryview(jpeg)[end:]])
-            if marker == _APP0:
-                parts.append(_JFIF * (end - at >= len(_JFIF) and jpeg[at + 4 : at + 9] == b"JFIF\0"))
-            elif marker not in _METADATA:
-                parts.append(jpeg[at:end])
-    except IndexError:
-        pass
-    raise DecodeError("damaged or truncated: no pixels follow its header")
-
-
-def _is_only_scan(jpeg: bytes) -> bool:
-    """Whether the first scan has all pixels: all components of a sequential frame."""
-    found = dict(_segments(jpeg))
-    frame = next((found[marker] for marker in _SEQUENTIAL if marker in found), None)
-    scan = found.get(_SOS)
-    if frame is None or scan is None:
-        return False
-    components = jpeg[scan + 4]
-    return components == jpeg[frame + 9] and jpeg[scan + 2 : scan + 4] == bytes([0, 6 + 2 * components])
-
-
-def _with_plain_end(jpeg: bytes) -> bytes:
-    """A JPEG without filling before its end marker. A missing end marker is added behind an only scan; of other JPEGs, a
-    whole scan may be missing too. A zero behind 0xFF belongs to the pixels."""
-    end = jpeg.rfind(_EOI)
-    if end < 0 and not _is_only_scan(jpeg):
-        return jpeg
-    pixels = (jpeg[:end] if end >= 0 else jpeg).rstrip(_FILLING)
-    return pixels + b"\0" * pixels.endswith(b"\xff") + _EOI
 
 
 def open_image(photo: bytes) -> Image.Image:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
-from pipeline import decode
+from pipeline import decode, jpeg
 from pipeline.prepare.kinds import HEAD, kind_of, readable
 
 OTHER_FORMATS = ("TIFF", "BMP", "GIF")  # that `make shards` converts, and no reader decodes
@@ -70,8 +70,8 @@ def open_source(data: bytes) -> Source:
         if height * width > (Image.MAX_IMAGE_PIXELS or decode.MAX_PIXELS):
             raise decode.DecodeError(f"its header says {height * width} pixels, more than --max-pixels")
         _check_sides(height, width)
-    if decode.is_jpeg(data):
-        pixels, components = decode.decode_array(data, max_pixels=MAX_SIDE**2), decode.jpeg_components(data)
+    if jpeg.is_jpeg(data):
+        pixels, components = decode.decode_array(data, max_pixels=MAX_SIDE**2), jpeg.components(data)
         image = Image.fromarray(pixels[..., 0] if components == 1 else pixels)
         kind = f"JPEG {'CMYK' if components == 4 else image.mode}"
     elif decode.is_known(data):
@@ -169,7 +169,7 @@ def _orientation(data: bytes, image: Image.Image) -> int:
     """EXIF's orientation; 1 (upright) if there is none, or none that can be read. Decodes no pixels: of a damaged photo
     Pillow would report that here, and not again where it counts."""
     try:
-        if decode.is_jpeg(data):
+        if jpeg.is_jpeg(data):
             image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
         elif decode.is_png(data):
             exif = decode.select_chunks(data, {b"eXIf"})
