@@ -191,10 +191,10 @@ def run(
     check_size(network, size)
     scenes = VocSegmentation(data, split, size, classes=classes, palette=palette)
     clusters = clusters or [500, scenes.classes]
-    workers = default_workers(len(scenes)) if workers is None else workers
+    workers = default_workers(len(scenes), workers)
     scores = measure(network, scenes, map_size, clusters, seeds=seeds, workers=workers, progress=True)
 
-    title = f"clusters of patch tokens, {target.path}{', untrained' if untrained else ''}: {data}, {len(scenes)} scenes"
+    title = f"clusters of patch tokens, {target.title(untrained)}: {data}, {len(scenes)} scenes"
     caption = f"{scenes.classes} classes, {size} pixels a side, {seeds} seeds"
     table = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left")
     for heading in ("clusters", "matching", "mIoU %", "min – max", "of the classes present"):

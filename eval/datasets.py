@@ -10,6 +10,7 @@ H, W height and width of an image in its file · S side of a prepared image, pix
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -229,6 +230,12 @@ def voc_splits(
     val = VocSegmentation(folder, val_split, size, classes=classes, palette=palette)
     train.classes = val.classes = max(train.classes, val.classes)
     return train, val
+
+
+def describe_scenes(folder: str | Path, train: VocSegmentation, val: VocSegmentation) -> dict[str, Any]:
+    """The scenes of a measure, for its record."""
+    sets = dict(train_split=train.split, val_split=val.split, scenes=len(train), classes=train.classes)
+    return {"data": str(folder), **sets}
 
 
 def scene_sizes(image_size: int, size: int | None = None) -> tuple[int, int]:

@@ -14,7 +14,6 @@ R_i points of photo i.
 import csv
 import hashlib
 import io
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +32,7 @@ from torch.utils.data import Dataset, Subset
 
 from eval.datasets import Size, center_crop, points_in_crop, sides_of, whole_square
 from eval.feature_folder import FeatureFolder
-from eval.features import LINE_SECONDS, batches, check_size, precision_of, tokens_at
+from eval.features import LINE_SECONDS, batches, check_size, default_workers, precision_of, tokens_at
 from eval.photo_source import PhotoSource
 from eval.point_list import HEADER, PointList
 from eval.provenance import weights_of
@@ -172,11 +171,6 @@ def _to_numpy(values: Tensor, dtype: np.dtype) -> NDArray:
     return values.to(torch.float16 if dtype == np.float16 else torch.float32).cpu().numpy()
 
 
-def workers_for(photos: int) -> int:
-    """Processes that read so many photos."""
-    return 0 if photos < FEW else min(16, (os.cpu_count() or 2) // 2)
-
-
 def _why(source: PhotoSource, row: int) -> str:
     try:
         source.pixels(row)
@@ -259,8 +253,7 @@ def run(
     if folder.done:
         print(f"{out}: continued, {folder.done:,} of {plural(len(source.names), 'photo')} are done")
     start, before = time.perf_counter(), folder.done
-    if workers is None:
-        workers = workers_for(len(source.names) - before)
+    workers = default_workers(len(source.names) - before, workers, FEW)
     points = Points.by_photo(listed, len(source.names)) if listed else None
     embed(network, source, folder, points, size=size, fit=fit, batch=batch, workers=workers)
     print("\n".join(summary(folder, source, time.perf_counter() - start, folder.done - before)))

@@ -36,9 +36,10 @@ def check_size(network: Backbone, size: Size) -> None:
         raise UserError(f"size {given}: not a multiple of the patch size {network.patch}; the nearest is {nearest}")
 
 
-def default_workers(items: int) -> int:
-    """Reading processes for a data set: none if starting them takes longer than reading."""
-    return 0 if items < 5_000 else min(16, (os.cpu_count() or 2) // 2)
+def default_workers(items: int, asked: int | None = None, few: int = 5_000) -> int:
+    """Reading processes for so many items, unless a number is asked for: none for less than `few`, which are read sooner
+    than a process is started."""
+    return asked if asked is not None else 0 if items < few else min(16, (os.cpu_count() or 2) // 2)
 
 
 def batches(

@@ -242,7 +242,7 @@ def run(
             print("k-NN skipped: these shards have no classes")
         return 0
     train, val = sets.at_size(size)
-    workers = default_workers(len(train) // processes.world_size) if workers is None else workers
+    workers = default_workers(len(train) // processes.world_size, workers)
     options: dict[str, Any] = dict(k=k, temperature=temperature, batch=batch, workers=workers)
     used = None if features == "pixels" else network
     accuracy = photo_knn(used, train, val, (features,), **options, progress=processes.is_main, processes=processes)
@@ -251,7 +251,7 @@ def run(
     if not processes.is_main:
         return 0
 
-    name = "raw pixels" if features == "pixels" else f"{target.path}{', untrained' if untrained else ''}"
+    name = "raw pixels" if features == "pixels" else target.title(untrained)
     caption = f"{len(train.classes)} classes, {size} pixels a side, k {k}, temperature {temperature:g}"
     table = Table(title=escape(f"k-NN, {name}"), caption=caption, title_justify="left", caption_justify="left")
     for heading in ("features", "train photos", "queries", "top-1 %", "top-5 %"):
@@ -259,9 +259,7 @@ def run(
     table.add_row(features, f"{len(train):,}", f"{len(val):,}", f"{top1:.2f}", f"{top5:.2f}")
     Console().print(table)
     settings = dict(features=features, k=k, temperature=temperature, size=size, limit=limit, untrained=untrained)
-    data = dict(bank=str(train.shards.folder), val=str(val.shards.folder), photos=len(train), queries=len(val))
-    if target.settings.ignore_classes:
-        settings["ignored_classes"] = target.settings.ignore_classes
+    data = target.describe_photos(train, val)
     seconds = round(time.perf_counter() - start, 1)
     print(target.record("knn", **settings, **data, top1=top1, top5=top5, seconds=seconds))
     return 0

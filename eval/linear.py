@@ -49,6 +49,11 @@ class Protocol:
     rates: tuple[float, ...] = RATES  # per 256 photos of a batch
     seed: int = 0
 
+    @property
+    def reads(self) -> int:
+        """How often a train photo is read: once, if its features can be kept."""
+        return self.epochs if self.augment else 1
+
     @staticmethod
     def for_views(image_size: int) -> "Protocol":
         """The protocol for a network trained on views of `image_size` pixels."""
@@ -193,12 +198,11 @@ def run(
         print("linear classification skipped: these shards have no classes")
         return 0
     train, val = sets.at_size(size)
-    if workers is None:
-        workers = default_workers(len(train) * (protocol.epochs if protocol.augment else 1))
+    workers = default_workers(len(train) * protocol.reads, workers)
     scores = fit(network, train, val, protocol, workers=workers, progress=True)
 
     best = best_of(scores)
-    title = f"linear classification, {target.path}{', untrained' if untrained else ''}: {len(val):,} photos"
+    title = f"linear classification, {target.title(untrained)}: {len(val):,} photos"
     table = Table(title=escape(title), title_justify="left")
     table.add_column("top-1 % at the learning rate", justify="right")
     for features in INPUTS:
@@ -208,10 +212,7 @@ def run(
         table.add_row(f"{rate:g}", *(f"[bold]{s.top1:.2f}[/bold]" if s is best else f"{s.top1:.2f}" for s in row))
     Console().print(table)
     print(f"best: top-1 {best.top1:.2f}, top-5 {best.top5:.2f}, {best.features} at the learning rate {best.rate:g}")
-    data = dict(bank=str(train.shards.folder), val=str(val.shards.folder), photos=len(train), queries=len(val))
-    settings = dict(untrained=untrained, size=size, limit=limit) | asdict(protocol) | data
-    if target.settings.ignore_classes:
-        settings["ignored_classes"] = target.settings.ignore_classes
+    settings = dict(untrained=untrained, size=size, limit=limit) | asdict(protocol) | target.describe_photos(train, val)
     results = dict(best=asdict(best), maps=[asdict(score) for score in scores])
     print(target.record("linear", **settings, **results, seconds=round(time.perf_counter() - start, 1)))
     return 0

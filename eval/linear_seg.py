@@ -38,7 +38,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from eval.datasets import IGNORE, SMALL, VocSegmentation, scene_sizes, voc_splits
+from eval.datasets import IGNORE, SMALL, VocSegmentation, describe_scenes, scene_sizes, voc_splits
 from eval.features import (
     SceneTokens,
     check_size,
@@ -68,6 +68,11 @@ class Protocol:
     drop_last: bool = False  # an incomplete last batch of an epoch
     first_weights: Literal["small", "torch"] = "small"  # normal(0, .01) and no bias; or torch's default
     picked_by: int = 0  # select the best epoch on this many val scenes at train_size; 0: on all of them at full size
+
+    @property
+    def reads(self) -> int:
+        """How often a train scene is read: once, if its features can be kept."""
+        return self.epochs if self.augment else 1
 
     @staticmethod
     def for_views(image_size: int, size: int | None = None, name: str = "densedino") -> "Protocol":
@@ -211,12 +216,11 @@ def run(
     settings = replace(Protocol.for_views(network.image_size, size, protocol), **_given(changes))
     check_size(network, settings.size)
     train, val = scenes_of(data, settings, train_split, val_split, classes, palette)
-    if workers is None:
-        workers = default_workers(len(train) * (settings.epochs if settings.augment else 1))
+    workers = default_workers(len(train) * settings.reads, workers)
     history = fit(network, train, val, settings, workers=workers, progress=True)
 
     last, best = history[-1], best_of(history)
-    title = f"linear segmentation, {target.path}{', untrained' if untrained else ''}: {data}, {len(val)} scenes"
+    title = f"linear segmentation, {target.title(untrained)}: {data}, {len(val)} scenes"
     table = Table(title=escape(title), title_justify="left")
     table.add_column("IoU %")
     for score, label in ((last, "last epoch"), (best, "best epoch")):
@@ -224,7 +228,7 @@ def run(
     for row in score_rows([train.name(label) for label in range(train.classes)], (last, best)):
         table.add_row(*map(escape, row), end_section=row[0] == train.name(train.classes - 1))
     Console().print(table)
-    sets = dict(data=data, train_split=train.split, val_split=val.split, scenes=len(train), classes=train.classes)
+    sets = describe_scenes(data, train, val)
     described = dict(protocol=protocol, untrained=untrained) | asdict(settings) | sets
     results = dict(last=asdict(last), best=asdict(best), seconds=round(time.perf_counter() - start, 1))
     print(target.record("linear_seg", **described, **results))

@@ -19,17 +19,13 @@ Measures = dict[str, Any]
 NEEDS_VIT = {"points": "a ResNet has no reference tokens"}  # measure: why it cannot be taken of another network
 
 
-def _workers(spec: EvalSpec, items: int) -> int:
-    return default_workers(items) if spec.workers is None else spec.workers
-
-
 def measure_knn(network: Backbone, spec: EvalSpec) -> Measures:
     photos = spec.source.photos(spec.size or network.image_size, spec.train, spec.val, spec.limit)
     assert photos is not None  # compare takes only measures that the data allows
     train, val = photos
-    settings = spec.source.settings
-    options: dict[str, Any] = dict(k=settings.k, temperature=settings.temperature, workers=_workers(spec, len(train)))
-    top = photo_knn(network, train, val, ("cls", "patches"), **options, progress=True)
+    vote: dict[str, Any] = dict(k=spec.source.settings.k, temperature=spec.source.settings.temperature)
+    workers = default_workers(len(train), spec.workers)
+    top = photo_knn(network, train, val, ("cls", "patches"), **vote, workers=workers, progress=True)
     return {"knn_top1": top["cls"][0], "knn_top1_patches": top["patches"][0]}
 
 
@@ -37,7 +33,7 @@ def measure_linear(network: Backbone, spec: EvalSpec) -> Measures:
     photos = spec.source.photos(spec.size or network.image_size, spec.train, spec.val, spec.limit)
     assert photos is not None
     protocol = linear.Protocol.for_views(network.image_size)
-    workers = _workers(spec, len(photos[0]) * (protocol.epochs if protocol.augment else 1))
+    workers = default_workers(len(photos[0]) * protocol.reads, spec.workers)
     best = linear.best_of(linear.fit(network, *photos, protocol, workers=workers, progress=True))
     return {"linear_top1": best.top1, "linear_features": best.features, "linear_rate": best.rate}
 
@@ -48,7 +44,7 @@ def measure_linear_seg(network: Backbone, spec: EvalSpec) -> Measures:
     protocol = linear_seg.Protocol.for_views(network.image_size, spec.size)
     protocol = replace(protocol, epochs=settings.seg_epochs, lr=settings.seg_lr)
     train, val = linear_seg.scenes_of(spec.data, protocol, None, "val", palette=spec.palette)
-    workers = _workers(spec, len(train) * (protocol.epochs if protocol.augment else 1))
+    workers = default_workers(len(train) * protocol.reads, spec.workers)
     history = linear_seg.fit(network, train, val, protocol, workers=workers, progress=True)
     last, best = history[-1], linear_seg.best_of(history)
     measures = {"linear_seg_miou": last.miou, "linear_seg_miou_best": best.miou}
@@ -59,7 +55,7 @@ def measure_cluster_seg(network: Backbone, spec: EvalSpec) -> Measures:
     assert spec.data is not None
     size, map_size = scene_sizes(network.image_size, spec.size)
     scenes = VocSegmentation(spec.data, "val", size, palette=spec.palette)
-    options: dict[str, Any] = dict(seeds=spec.seeds, workers=_workers(spec, len(scenes)))
+    options: dict[str, Any] = dict(seeds=spec.seeds, workers=default_workers(len(scenes), spec.workers))
     many, few = cluster_seg.measure(network, scenes, map_size, [500, scenes.classes], **options, progress=True)
     measures = {"cluster_seg_miou_500": many.miou, "cluster_seg_miou": few.miou}
     return measures | {"spread": {"cluster_seg_miou_500": many.spread, "cluster_seg_miou": few.spread}}
@@ -68,9 +64,9 @@ def measure_cluster_seg(network: Backbone, spec: EvalSpec) -> Measures:
 def measure_retrieval_seg(network: Backbone, spec: EvalSpec) -> Measures:
     assert spec.data is not None
     train, val = voc_splits(spec.data, scene_sizes(network.image_size, spec.size)[0], palette=spec.palette)
-    score = retrieval_seg.measure(network, train, val, workers=_workers(spec, len(train)), progress=True)
+    score = retrieval_seg.measure(network, train, val, workers=default_workers(len(train), spec.workers), progress=True)
     few = train.subset(max(1, len(train) // FEW))
-    from_few = retrieval_seg.measure(network, few, val, workers=_workers(spec, len(val)), progress=True)
+    from_few = retrieval_seg.measure(network, few, val, workers=default_workers(len(val), spec.workers), progress=True)
     measures = {"retrieval_seg_miou": score.miou, "retrieval_seg_miou_present": score.miou_present}
     measures |= {"retrieval_seg_miou_few": from_few.miou, "retrieval_seg_few": len(few)}
     return measures | {"retrieval_seg_iou": score.iou}
@@ -80,7 +76,7 @@ def measure_points(network: Backbone, spec: EvalSpec) -> Measures:
     assert spec.data is not None
     assert isinstance(network, ViT)
     train, val = voc_splits(spec.data, scene_sizes(network.image_size, spec.size)[0], palette=spec.palette)
-    score = points.measure(network, train, val, workers=_workers(spec, len(train)), progress=True)
+    score = points.measure(network, train, val, workers=default_workers(len(train), spec.workers), progress=True)
     measures = {f"points_{kind}_{on}": score.knn[on][kind] for on in score.knn for kind in points.KINDS}
     measures |= {f"points_{kind}_{on}_linear": score.linear[on][kind] for on in score.linear for kind in points.KINDS}
     names = ("within", "cosine", "distance", "entropy")

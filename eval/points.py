@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from eval.attention import attention_weights, distance_from_points
-from eval.datasets import IGNORE, VocSegmentation, scene_sizes, voc_splits
+from eval.datasets import IGNORE, VocSegmentation, describe_scenes, scene_sizes, voc_splits
 from eval.features import batches, check_size, default_workers, normalized, progress_bar
 from eval.knn import knn_scores
 from eval.target import EvalTarget
@@ -198,10 +198,9 @@ def run(
     check_size(network, size)
     train, val = voc_splits(data, size, train_split, val_split, classes, palette=palette)
     train = train.subset(scenes or len(train))
-    workers = default_workers(len(train)) if workers is None else workers
+    workers = default_workers(len(train), workers)
     score = measure(network, train, val, points=points, seed=seed, workers=workers, progress=True)
-    name = f"{target.path}{', untrained' if untrained else ''}"
-    Console().print(score_table(score, f"what lies at {score.points:,} points, {name}: {data}"))
+    Console().print(score_table(score, f"what lies at {score.points:,} points, {target.title(untrained)}: {data}"))
     patches = (size // network.patch) ** 2
     print(
         f"reference tokens: {100 * score.within:.0f} % of their variance is within a scene; cosine to [CLS] "
@@ -209,6 +208,6 @@ def run(
         f"{math.log(patches):.2f}"
     )
     settings: dict[str, Any] = dict(untrained=untrained, size=size, points_drawn=points, seed=seed)
-    settings |= dict(data=data, train_split=train.split, val_split=val.split, scenes=len(train), classes=train.classes)
+    settings |= describe_scenes(data, train, val)
     print(target.record("points", **settings, **asdict(score), seconds=round(time.perf_counter() - start, 1)))
     return 0

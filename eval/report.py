@@ -184,7 +184,7 @@ def _measure_knn(
 
     train, val = sets.at_size(networks["trained"].image_size)
     vote: dict[str, Any] = dict(k=target.settings.k, temperature=target.settings.temperature)
-    workers = default_workers(len(train)) if workers is None else workers
+    workers = default_workers(len(train), workers)
     kinds = {"trained": ("cls", "patches", "pixels"), "untrained": ("cls", "patches")}  # pixels: read once
     if len(train) > MAX_PIXEL_PHOTOS:
         print(f"k-NN on raw pixels skipped: more than {MAX_PIXEL_PHOTOS:,} photos")
@@ -195,10 +195,7 @@ def _measure_knn(
         if "pixels" in top:
             scores["pixels"]["knn_top1"] = top["pixels"][0]
     scores["chance"] |= dict.fromkeys(("knn_top1", "knn_top1_patches"), most_frequent_class(sets))
-    data = dict(bank=str(train.shards.folder), val=str(val.shards.folder), photos=len(train), queries=len(val))
-    if target.settings.ignore_classes:
-        data["ignored_classes"] = target.settings.ignore_classes
-    return data | dict(classes=len(train.classes), size=train.size) | vote
+    return target.describe_photos(train, val) | dict(classes=len(train.classes), size=train.size) | vote
 
 
 def _measure_segmentation(
@@ -218,8 +215,7 @@ def _measure_segmentation(
     protocol = replace(protocol, epochs=target.settings.seg_epochs, lr=target.settings.seg_lr)
     check_size(trained, protocol.size)
     train, val = scenes_of(voc, protocol, None, "val", palette=palette)
-    if workers is None:
-        workers = default_workers(len(train) * (protocol.epochs if protocol.augment else 1))
+    workers = default_workers(len(train) * protocol.reads, workers)
     for name, network in networks.items():
         history = fit(network, train, val, protocol, workers=workers, progress=True)
         scores[name] |= {"miou": history[-1].miou, "miou_present": history[-1].miou_present}

@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from eval.datasets import VocSegmentation, scene_sizes, voc_splits
+from eval.datasets import VocSegmentation, describe_scenes, scene_sizes, voc_splits
 from eval.features import check_size, default_workers, progress_bar, scene_batches, upsample
 from eval.knn import NearestNeighbors
 from eval.miou import Score, confusion, score_of, score_rows
@@ -147,11 +147,11 @@ def run(
     check_size(network, size)
     train, val = voc_splits(data, size, train_split, val_split, classes, palette=palette)
     train = train.subset(scenes or len(train))
-    workers = default_workers(len(train)) if workers is None else workers
+    workers = default_workers(len(train), workers)
     options: dict[str, Any] = dict(k=k, temperature=temperature, memory_size=memory_size, seed=seed, pixels=pixels)
     score = measure(network, train, val, **options, workers=workers, progress=True)
 
-    title = f"segmentation by retrieval, {target.path}{', untrained' if untrained else ''}: {data}, {len(val)} scenes"
+    title = f"segmentation by retrieval, {target.title(untrained)}: {data}, {len(val)} scenes"
     table = Table(title=escape(title), title_justify="left")
     table.add_column("IoU %")
     table.add_column(f"{k} neighbors", justify="right")
@@ -159,7 +159,7 @@ def run(
         table.add_row(*map(escape, row), end_section=row[0] == train.name(train.classes - 1))
     Console().print(table)
     settings: dict[str, Any] = dict(k=k, temperature=temperature, bank=memory_size, seed=seed, pixels=pixels)
-    sets = dict(data=data, train_split=train.split, val_split=val.split, scenes=len(train), classes=train.classes)
+    sets = describe_scenes(data, train, val)
     settings = dict(untrained=untrained, size=size) | settings | sets
     print(target.record("retrieval_seg", **settings, **asdict(score), seconds=round(time.perf_counter() - start, 1)))
     return 0

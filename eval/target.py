@@ -198,6 +198,16 @@ class EvalTarget:
             return np.empty(0, np.int64)
         return held_out(shards, seed=c.seed, holdout=c.data.holdout)
 
+    def title(self, untrained: bool) -> str:
+        """The network in the heading of a table."""
+        return f"{self.path}, untrained" if untrained else str(self.path)
+
+    def describe_photos(self, train: "LabeledPhotos", val: "LabeledPhotos") -> dict[str, Any]:
+        """The photos of a measure, for its record."""
+        sets = dict(bank=str(train.shards.folder), val=str(val.shards.folder), photos=len(train), queries=len(val))
+        ignored = self.settings.ignore_classes
+        return sets | ({"ignored_classes": ignored} if ignored else {})
+
     def record(self, what: str, **results: Any) -> str:
         """Append a line to the run's evaluations.jsonl; returns the message for the user."""
         if self.run is None:

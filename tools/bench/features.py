@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from eval.embed import embed, shapes_of, workers_for
+from eval.embed import FEW, embed, shapes_of
 from eval.feature_folder import FeatureFolder
-from eval.features import tokens_at
+from eval.features import default_workers, tokens_at
 from eval.photo_source import PhotoSource, open_photo_source
 from model.backbone import Backbone
 from model.vit import build_vit
@@ -35,7 +35,8 @@ def _written(network: Backbone, source: PhotoSource, size: int) -> float:
         folder = FeatureFolder(Path(place) / "features", {}, {})
         folder.open(source.names, shapes_of(features, len(source.names), 0, network, size), "float32")
         start = time.perf_counter()
-        embed(network, source, folder, None, size=size, fit="crop", batch=BATCH, workers=workers_for(len(source.names)))
+        workers = default_workers(len(source.names), few=FEW)
+        embed(network, source, folder, None, size=size, fit="crop", batch=BATCH, workers=workers)
         seconds = time.perf_counter() - start
         folder.close()
     return seconds
