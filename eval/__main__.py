@@ -30,14 +30,7 @@ from eval.options import (
     read_rates,
     read_size,
 )
-from eval.target import (
-    KINDS,
-    MEASURES,
-    MEMORY_SIZE,
-    PROTOCOLS,
-    check_temperature,
-    require_choice,
-)
+from eval.target import KINDS, MEASURES, MEMORY_SIZE, PROTOCOLS, check_temperature, require_choice
 from runtime.errors import run_cli
 
 

@@ -37,6 +37,18 @@ def check(c: Config) -> list[Problem]:
     ]  # fmt: skip
 
 
+def _nearest(value: int, unit: int) -> int:
+    """The multiple of a unit, above 0, that is nearest to a value."""
+    return max(1, round(value / unit)) * unit
+
+
+def _multiple(key: str, value: int, other: str, unit: int, depends_on: tuple[str, ...]) -> Iterator[Problem]:
+    """A key's value must be a multiple of another key's."""
+    if value % unit:
+        text = f"{value} is not a multiple of {other}: {unit} (nearest: {_nearest(value, unit)})"
+        yield Problem(key, text, (other, *depends_on))
+
+
 def _sources(c: Config) -> Iterator[Problem]:
     sources = c.data.sources
     if isinstance(c.data.shards, list) and not sources:
@@ -120,10 +132,7 @@ def _views(c: Config) -> Iterator[Problem]:
         yield Problem("data.views", f"groups of one size must be next to each other, found sizes {sizes}")
     for i, g in enumerate(groups):
         at = f"data.views.{i}"
-        if g.size % patch:
-            nearest = max(1, round(g.size / patch)) * patch
-            text = f"{g.size} is not a multiple of model.patch: {patch} (nearest: {nearest})"
-            yield Problem(f"{at}.size", text, ("model.patch", "data.views"))
+        yield from _multiple(f"{at}.size", g.size, "model.patch", patch, ("data.views",))
         least = c.data.min_overlap * (2 if g.teacher else 1)
         if g.scale[1] <= least:
             text = f"windows of at most {g.scale[1]:g} of the image cannot share {least:g} of it (data.min_overlap)"
@@ -167,10 +176,8 @@ def _reference(c: Config) -> Iterator[Problem]:
 
 def _clustering(c: Config) -> Iterator[Problem]:
     queue, batch = c.clustering.queue, c.optim.global_batch_size
-    if c.method == "swav" and queue % batch:
-        nearest = max(1, round(queue / batch)) * batch
-        text = f"{queue} is not a multiple of optim.global_batch_size: {batch} (nearest: {nearest})"
-        yield Problem("clustering.queue", text, ("method", "optim.global_batch_size"))
+    if c.method == "swav":
+        yield from _multiple("clustering.queue", queue, "optim.global_batch_size", batch, ("method",))
     if c.method != "leopart" or not c.data.views:
         return
     if c.data.min_overlap == 0:
@@ -197,10 +204,8 @@ def _contrast(c: Config) -> Iterator[Problem]:
             "(one group with teacher: true, count: 2)"
         )
         yield Problem("data.views", text, ("method",))
-    if c.method in QUEUES and queue % batch:
-        nearest = max(1, round(queue / batch)) * batch
-        text = f"{queue} is not a multiple of optim.global_batch_size: {batch} (nearest: {nearest})"
-        yield Problem("contrast.queue", text, ("method", "optim.global_batch_size"))
+    if c.method in QUEUES:
+        yield from _multiple("contrast.queue", queue, "optim.global_batch_size", batch, ("method",))
 
 
 def _loggers(c: Config) -> Iterator[Problem]:
@@ -229,13 +234,13 @@ def check_training(c: Config, processes: int) -> Iterator[Problem]:
     if processes > 1 and batch % pieces:
         text = (
             f"{batch} is not divisible by {processes} processes x speed.grad_accum_steps: {c.speed.grad_accum_steps}"
-            f" (nearest: {max(1, round(batch / pieces)) * pieces})"
+            f" (nearest: {_nearest(batch, pieces)})"
         )
         yield Problem("optim.global_batch_size", text, ("speed.grad_accum_steps",))
     if c.method in CLUSTERING and c.clustering.queue % processes:
         text = (
-            f"{c.clustering.queue} is not divisible by {processes} processes (nearest: "
-            f"{max(1, round(c.clustering.queue / processes)) * processes})"
+            f"{c.clustering.queue} is not divisible by {processes} processes "
+            f"(nearest: {_nearest(c.clustering.queue, processes)})"
         )
         yield Problem("clustering.queue", text)
     if c.eval.temperature < MIN_TEMPERATURE:
