@@ -388,6 +388,9 @@ def test_parquet_of_several_splits_and_odd_rows(tmp_path: Path) -> None:
         "x.parquet/000000.jpg": (photo(1), "oak"),
         "x.parquet/000002.jpg": (photo(2), ""),
     }
+    parquet.write_table(pa.table({"image": images, "label": [1, 0, None]}), tmp_path / "2.parquet")
+    prepare("make", tmp_path / "2.parquet", tmp_path / "matched", "--match", "*2*")
+    assert len(samples(tmp_path / "matched")) == 2  # the pattern chooses files, and no rows of them
     parquet.write_table(pa.table({"a": [b"1"], "b": [b"2"], "c": [3]}), tmp_path / "two.parquet")
     assert "several columns hold bytes: a, b" in prepare("make", tmp_path / "two.parquet", tmp_path / "x")[1]
     assert "--photo q: no such column" in prepare("make", tmp_path / "two.parquet", tmp_path / "x", "--photo", "q")[1]
