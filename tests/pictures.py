@@ -1,6 +1,7 @@
 """Images, tars and damage for tests: every format, headers with wrong sizes, changed bytes."""
 
 import io
+import json
 import struct
 import tarfile
 import zlib
@@ -46,6 +47,27 @@ def tar_of(files: dict[str, bytes], path: Path | None = None) -> bytes:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(out.getvalue())
     return out.getvalue()
+
+
+def iso(brand: bytes) -> bytes:
+    """What begins a file of ISO's base media format: HEIC, AVIF, videos."""
+    return b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(300)
+
+
+# ---- what `make shards` has written
+
+
+def listed(folder: Path) -> dict[str, str]:
+    """{name: kind} of skipped.jsonl."""
+    rows = map(json.loads, (folder / "skipped.jsonl").read_text().splitlines())
+    return {row["source"]: row["kind"] for row in rows}
+
+
+def labels_of(folder: Path) -> dict[bytes, str | None]:
+    """{photo: name of its class}, read as the trainer does."""
+    shards = Shards(folder)
+    named = [*shards.classes, None]  # label -1 is the last
+    return {shards.read(i): named[int(label)] for i, label in enumerate(shards.index["label"])}
 
 
 # ---- PNG

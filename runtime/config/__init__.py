@@ -13,10 +13,9 @@ Nothing here imports torch: an error is reported before anything heavy loads.
 
 from runtime.config.bounds import ARCH, ARCHS_OF_TIMM, TIMM, patch_of
 from runtime.config.checks import BLUR_RADIUS, MIN_TEMPERATURE, PUSHED, is_path, missing, shards_word, split_places
-from runtime.config.load import diff, dump_config, dump_run_config, load_config, merge, parse_config, run_of
+from runtime.config.load import diff, dump_config, dump_run_config, load_config, parse_config
 from runtime.config.messages import ConfigErrors, flatten, suggest_key, unknown_option
 from runtime.config.schema import (
-    NON_RESULT_KEYS,
     OTHER_SECTIONS,
     RESULT_SECTIONS,
     TEACHERS,
@@ -39,10 +38,10 @@ from runtime.config.schema import (
 from runtime.methods import METHODS
 
 __all__ = [
-    "ARCH", "ARCHS_OF_TIMM", "BLUR_RADIUS", "METHODS", "MIN_TEMPERATURE", "NON_RESULT_KEYS", "OTHER_SECTIONS",
+    "ARCH", "ARCHS_OF_TIMM", "BLUR_RADIUS", "METHODS", "MIN_TEMPERATURE", "OTHER_SECTIONS",
     "PUSHED", "RESULT_SECTIONS", "TEACHERS", "TIMM",
     "Clustering", "Config", "ConfigErrors", "Contrast", "Data", "Eval", "Head", "Jitter", "Loss", "Model", "Optim",
     "Reference", "Run", "Source", "Speed", "Views", "diff", "dump_config", "dump_run_config", "flatten", "is_path",
-    "load_config", "merge", "missing", "parse_config", "patch_of", "run_of", "shards_word", "split_places", "suggest_key",
+    "load_config", "missing", "parse_config", "patch_of", "shards_word", "split_places", "suggest_key",
     "unknown_option",
 ]  # fmt: skip

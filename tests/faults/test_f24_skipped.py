@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import prepare
-from pictures import encoded, photo, pixels, tar_of, tree
+from pictures import encoded, iso, labels_of, listed, photo, pixels, tar_of, tree
 
 from pipeline.prepare.kinds import INSTALL, PICTURES, kind_of, readable
 from pipeline.shards import Shards
@@ -29,23 +29,6 @@ def index(folder: Path, *options: str, expect: int = 0) -> str:
     output, error = prepare("index", folder, *options)
     assert bool(error) == bool(expect), error
     return error or output
-
-
-def listed(folder: Path) -> dict[str, str]:
-    """{name: kind} of skipped.jsonl."""
-    rows = map(json.loads, (folder / "skipped.jsonl").read_text().splitlines())
-    return {row["source"]: row["kind"] for row in rows}
-
-
-def labels_of(folder: Path) -> dict[bytes, str | None]:
-    """{photo: name of its class}, read as the trainer does."""
-    shards = Shards(folder)
-    named = [*shards.classes, None]  # label -1 is the last
-    return {shards.read(i): named[int(label)] for i, label in enumerate(shards.index["label"])}
-
-
-def iso(brand: bytes) -> bytes:
-    return b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(300)
 
 
 # ---- what a file is

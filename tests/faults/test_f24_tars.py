@@ -8,12 +8,21 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from pictures import encoded, photo, pixels, tar_of, tree
-from test_f24_skipped import fault, index, iso, labels_of, listed
+from conftest import prepare
+from pictures import encoded, iso, labels_of, listed, photo, pixels, tar_of, tree
 
 from pipeline.prepare.tars.labels import parse_label
 from pipeline.prepare.tars.samples import split_key, split_keys
 from pipeline.shards import Shards
+
+fault = [pytest.mark.fault("F24"), pytest.mark.fast]
+
+
+def index(folder: Path, *options: str, expect: int = 0) -> str:
+    output, error = prepare("index", folder, *options)
+    assert bool(error) == bool(expect), error
+    return error or output
+
 
 # ---- keys
 
