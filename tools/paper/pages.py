@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Printed
 
-from eval.tables import MEASURE_ROWS, read_object
+from eval.tables import MEASURE_ROWS, measure_of, read_object
 from runtime.errors import UserError, plural
 from runtime.files import refusal, write_atomic
 from runtime.metrics import read_jsonl, versions
@@ -34,7 +34,9 @@ def collect(table: Table, selection: Selection, scale: Scale) -> Results:
     """The results of a table, as far as its runs have been measured."""
     runs = {row.name: selection.of_row[table.name, row.name] for row in table.rows}
     values = {name: {run.seed: _figures(run, scale) for run in own} for name, own in runs.items()}
-    taken = {key for own in values.values() for column in own.values() for key in FIGURES if key in column}
+    taken = {key for own in values.values() for column in own.values() for key in column}
+    # a run may be of other tables too, and measured for them
+    shown = [key for key in FIGURES if key in taken and measure_of(key) in table.measures]
     rows = []
     for row in table.rows:
         entry: Results = {"name": row.name, "label": row.label, "config": row.config or scale.config}
@@ -56,7 +58,7 @@ def collect(table: Table, selection: Selection, scale: Scale) -> Results:
     return {
         "written_by": AUTHOR, "table": table.name, "scale": scale.name, "title": table.title, "source": table.source,
         "axis": table.axis, "config": scale.config, "words": scale.words, "scenes": scale.scenes,
-        "figures": {key: MEASURE_ROWS[key] for key in FIGURES if key in taken},
+        "figures": {key: MEASURE_ROWS[key] for key in shown},
         "left_out": selection.left_out.get(table.name, []), "rows": rows,
         "hours": round(sum(run["train_seconds"] + run["measure_seconds"] for run in all_runs) / 3600, 2),
         "complete": all(not run.missing(scale.scenes) for own in runs.values() for run in own),

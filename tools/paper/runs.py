@@ -116,7 +116,7 @@ class Run:
 class Selection:
     """The chosen tables, and the runs that their rows need."""
 
-    tables: list[Table]  # with the chosen rows that the config's checks allow
+    tables: list[Table]  # with the chosen rows that the config's checks allow, and the chosen measures beside their own
     runs: list[Run]  # all first seeds, then all second seeds: a whole table is there early
     of_row: dict[tuple[str, str], list[Run]]  # (table, row): a run for each seed
     left_out: dict[str, list[str]]  # table: rows that the checks refuse, and why
@@ -164,7 +164,7 @@ def select(
                 kept.append(row)
                 found.of_row[table.name, row.name] = runs
         if kept:
-            found.tables.append(replace(table, rows=tuple(kept)))
+            found.tables.append(replace(table, rows=tuple(kept), measures=(*table.measures, *measures)))
     order = {seed: i for i, seed in enumerate([None, *seeds])}
     found.runs = sorted(by_folder.values(), key=lambda run: order[run.seed])
     return found
