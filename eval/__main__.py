@@ -179,9 +179,13 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help=f"scenes: {SCENES} (default: the first run's eval.voc)")
     add_palette(parser)
     parser.add_argument("--measures", help=f"some of {','.join(MEASURES)} (default: all)")
-    parser.add_argument("--untrained", action="store_true", help="also each run's network before training")
-    parser.add_argument(
+    stages = parser.add_mutually_exclusive_group()
+    stages.add_argument("--untrained", action="store_true", help="also each run's network before training")
+    stages.add_argument(
         "--only-untrained", action="store_true", help="each run's network before training, not the trained one"
+    )
+    stages.add_argument(
+        "--only-trained", action="store_true", help="each run's trained network, not the weights that it started from"
     )
     add_size(parser, "side of photos and scenes in pixels, of every network (default: each network's own)")
     parser.add_argument("--seeds", type=int, default=5, help="of the clusters (default: 5)")

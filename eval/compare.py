@@ -1,8 +1,8 @@
 """Every measure of every network, side by side: one command, one table.
 
-    python -m eval compare NETWORK [NETWORK ...] [--data VOC_FOLDER] [--train SHARDS] [--val SHARDS] [--untrained]
-        [--only-untrained] [--measures knn,linear,linear_seg,cluster_seg,retrieval_seg,points] [--limit N] [--seeds 5]
-        [--aggregate-seeds] [--size N] [--out FOLDER] [--skip-existing]
+    python -m eval compare NETWORK [NETWORK ...] [--data VOC_FOLDER] [--train SHARDS] [--val SHARDS]
+        [--untrained | --only-untrained | --only-trained] [--limit N] [--seeds 5] [--aggregate-seeds] [--size N]
+        [--measures knn,linear,linear_seg,cluster_seg,retrieval_seg,points] [--out FOLDER] [--skip-existing]
 
 A network is a run folder, a checkpoint, a backbone file, weights of DINO, DenseDINO, Leopart, SwAV, MoCo, DenseCL or timm
 (ViT or ResNet-50), or timm:NAME. All are measured on the same photos and scenes: the named ones, else those of the first run
@@ -62,6 +62,7 @@ def run(
     palette: str | None = None,
     untrained: bool = False,
     only_untrained: bool = False,
+    only_trained: bool = False,
     limit: int | None = None,
     size: int | None = None,
     seeds: int = 5,
@@ -89,7 +90,7 @@ def run(
     check_writable(folder)
 
     stages = (True,) if only_untrained else (False, True) if untrained else (False,)
-    networks, columns = load_networks(list(paths), targets, weights, stages, size)
+    networks, columns = load_networks(list(paths), targets, weights, stages, size, starts=not only_trained)
     settings = asdict(source.settings)  # its `limit` belongs to k-NN while training and is overwritten
     settings |= dict(bank=train, val=val, data=spec.data, palette=palette, limit=limit, seeds=seeds)
     settings |= {"source": str(source.path)} | ({"size": size} if size else {})
@@ -149,10 +150,11 @@ def load_networks(
     weights: list[Weights],
     stages: Sequence[bool],
     size: int | None,
+    starts: bool,
 ) -> tuple[dict[str, "Backbone"], dict[str, dict[str, Any]]]:
     """({name: network on the CPU}, {name: its column of measures.json}): every file is read before anything is measured, and
     names of timm's come first, because a network connection may be missing. stages: of each run, the network before training
-    (True), after it (False), or both; of a run that started from weights, both in any case, if they are still there."""
+    (True), after it (False), or both. starts: also the weights that a run started from, if they are still there."""
     from eval.datasets import scene_sizes
     from eval.features import check_size
     from eval.measures import NEEDS_VIT
@@ -167,7 +169,7 @@ def load_networks(
     for label, target, stamp in zip(short_names(paths), targets, weights, strict=True):
         if False not in stages:
             target.check_untrained(True)
-        by_itself = target.start is not None and True not in stages  # before and after, of a run that continued
+        by_itself = starts and target.start is not None and True not in stages
         for at_start in (*stages, *[True] * by_itself) if target.run else (False,):
             before = f"start: {target.start}" if target.start else "untrained"
             name = f"{label}, {before}" if at_start else label

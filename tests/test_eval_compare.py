@@ -247,6 +247,8 @@ def test_a_run_that_continued_is_shown_before_and_after(run, monkeypatch, capsys
     assert {name: column["untrained"] for name, column in networks.items()} == {
         "demo": False, "demo, start: dino.pth": True,
     }  # fmt: skip
+    assert main([*options, "--only-trained"]) == 0
+    assert list(json.loads((run / "measures.json").read_text())["networks"]) == ["demo"]
     (run.parent / "untrained.safetensors").unlink()  # what the fixture loads for it
     capsys.readouterr()
     assert main(options) == 0

@@ -36,9 +36,8 @@ class Job:
             words = [run.network, "--measures", ",".join(run.measures), "--seeds", str(cluster_seeds)]
             words += ["--skip-existing", "--out", str(run.folder)]
             words += ["--data", scale.scenes] if scale.scenes else []
-            if run.row.untrained:
-                words.append("--only-untrained")
-            elif run.config is None:  # weights know no photos
+            words.append("--only-untrained" if run.row.untrained else "--only-trained")
+            if run.config is None and not run.row.untrained:  # weights know no photos
                 words += ["--train", str(scale.base.data.shards)]
                 words += ["--val", scale.base.data.val] if scale.base.data.val else []
             self.programs.append(("measuring", ["-m", "eval", "compare", *words]))
