@@ -26,6 +26,7 @@ from eval.preflight import why_no_knn
 from pipeline.mixture import AnyShards
 from pipeline.plan import Plan
 from runtime.config import Config
+from runtime.cores import usable_cores
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ class Online:
     def _start_process(self) -> "subprocess.Popen[str]":
         """Start the process. It uses no GPU: there it would slow this process's steps, for which all others wait, and take
         memory that training may need. Ctrl-C does not reach it."""
-        threads = max(1, min(MAX_THREADS, self._free_cores)) if self._yields else min(MAX_THREADS, _cores())
+        threads = max(1, min(MAX_THREADS, self._free_cores)) if self._yields else min(MAX_THREADS, usable_cores())
         paths = os.pathsep.join(path for path in sys.path if path)
         env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
         words = [str(self.run), str(os.getpid()), "yields" if self._yields else "alone"]
@@ -324,11 +325,7 @@ def steps_between(config: Config, steps_per_epoch: int) -> dict[str, int]:
     }
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def free_cores(config: Config) -> int:
     """Cores of this machine that neither a training process nor what reads its images needs; less than 1: none."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return _cores() - local * (1 + max(config.speed.workers, config.speed.dali_threads))
+    return usable_cores() - local * (1 + max(config.speed.workers, config.speed.dali_threads))

@@ -131,11 +131,7 @@ def yield_to_others() -> None:
 
 def main() -> None:
     run, parent, priority = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGUSR1,
-    ):  # a job system sends them to every process: the run decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a job system sends them to all: the run decides
         signal.signal(number, signal.SIG_IGN)
     end_with(parent)
     with contextlib.suppress(OSError):  # the first to be ended when memory is short

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import multiprocessing
-import os
 import queue
 import threading
 import time
@@ -19,6 +18,7 @@ from pipeline.batch import Batch, size_groups
 from pipeline.mixture import AnyShards
 from pipeline.plan import Plan
 from runtime.config import Config
+from runtime.cores import usable_cores
 from runtime.errors import RunError, UserError
 
 # a batch; an event of its finished copies; (planned ids, samples read)
@@ -45,7 +45,7 @@ def choose_reader(wanted: str, device: torch.device) -> tuple[str, str]:
 def count_workers(wanted: int) -> tuple[int, str]:
     """(data workers to start, a message if they are fewer than wanted). No more than cores: each takes seconds of a core to
     start and memory, and no worker makes a batch sooner for having to wait for a core. The batches are the same."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     if wanted <= cores:
         return wanted, ""
     return cores, f"speed.workers: {wanted}, but this process may use {cores} cores, so {cores} are started"

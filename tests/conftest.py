@@ -213,3 +213,25 @@ def bucket(tiny_shards, monkeypatch):
         monkeypatch.setenv(key, value)
     yield bucket
     bucket.close()
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder in VOC's layout: 24 + 12 scenes of 32 px, a large square of one of two colors and a small one of the other
+    two; without noise, so that a patch's pixels give its class."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    colors = np.array([[0, 0, 0], [250, 0, 0], [0, 250, 0], [0, 0, 250], [250, 250, 0]], np.uint8)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 12)):
+        names = [f"{split}{i}" for i in range(count)]
+        for i, name in enumerate(names):
+            mask = np.zeros((32, 32), np.uint8)
+            mask[:16, :16], mask[24:, 24:] = 1 + i % 2, 3 + i // 2 % 2
+            turned = np.rot90(mask, rng.integers(4)).copy()
+            Image.fromarray(colors[turned]).save(folder / "JPEGImages" / f"{name}.png")
+            Image.fromarray(turned, "L").save(folder / "SegmentationClass" / f"{name}.png")
+        (folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    (folder / "classes.txt").write_text("ground\na\nb\nc\nd\n")
+    return folder

@@ -29,7 +29,6 @@ from runtime.config import load_config
 from runtime.errors import UserError
 from runtime.metrics import read_jsonl
 from tests.test_eval_knn import home  # noqa: F401 - a fixture
-from tests.test_eval_points import scenes  # noqa: F401 - a fixture
 
 ANSWER = 'print(json.dumps({"metrics": {"knn_top1": float(Path(job["file"]).name[:8])}, "messages": []}), flush=True)'
 
@@ -115,7 +114,7 @@ def wait_for(holds) -> None:
 # ------------------------------------------------------------------------------------------------------------- when
 
 
-def test_each_measure_is_due_every_so_many_epochs(make_online, scenes):  # noqa: F811
+def test_each_measure_is_due_every_so_many_epochs(make_online, scenes):
     due = make_online().due
     assert [done for done in range(1, 20) if due(done)] == [4, 8, 12, 16]  # 9 steps an epoch, half of one
     voc = f"eval.voc={scenes}"
@@ -161,7 +160,7 @@ def test_wrong_settings_are_refused(make_config, words, message):
     assert str(refused.value) == f"command line: {message}"
 
 
-def test_measures_without_data_are_refused(make_config, tmp_path, scenes):  # noqa: F811
+def test_measures_without_data_are_refused(make_config, tmp_path, scenes):
     def refused(*words: str) -> str:
         with pytest.raises(UserError) as error:
             load_config(tmp_path / "colors.yaml", words, processes=1)
@@ -336,7 +335,7 @@ WORDS = ("run.log_samples=true", "optim.epochs=4", "model.drop_path=0.1", "eval.
 EVERY = "eval.every={knn: 2, points: 4, linear_seg: 4}"
 
 
-def test_a_run_with_measures_is_the_run_without(tiny_config, tmp_path, scenes):  # noqa: F811
+def test_a_run_with_measures_is_the_run_without(tiny_config, tmp_path, scenes):
     run, without = tmp_path / "with", tmp_path / "without"
     run_program("train.py", tiny_config, *WORDS, f"run.folder={without}")
     stdout = run_program("train.py", tiny_config, *WORDS, EVERY, f"eval.voc={scenes}", f"run.folder={run}").stdout
@@ -359,7 +358,7 @@ def test_two_processes_measure_the_same(tiny_config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_stopped_while_it_measures(tiny_config, tmp_path, scenes, number):  # noqa: F811
+def test_a_run_that_is_stopped_while_it_measures(tiny_config, tmp_path, scenes, number):
     """The next start measures what was not measured, and trains the same."""
     run, without = tmp_path / "run", tmp_path / "without"
     words = [*WORDS, "optim.epochs=40", f"eval.voc={scenes}"]

@@ -34,6 +34,7 @@ from pipeline.prepare.make import make
 from pipeline.prepare.verify import verify
 from pipeline.remote import is_address
 from pipeline.remote.filesystem import WRITABLE
+from runtime.cores import usable_cores
 from runtime.errors import UserError, run_cli
 
 
@@ -59,8 +60,7 @@ def main() -> int | None:
             one.add_argument("src", nargs="+", help=sources)
         where = "the folder of the shards" + (", or an address that they are uploaded to" if command is make else "")
         one.add_argument("dst", type=_destination if command is make else _folder, help=where)
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        one.add_argument("--processes", type=int, default=cpus, help="default: %(default)s, one per core")
+        one.add_argument("--processes", type=int, default=usable_cores(), help="default: %(default)s, one per core")
         if command is not verify:
             _add_reading_options(one)
         if command is index:

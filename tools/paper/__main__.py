@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.command import again
+from runtime.cores import usable_cores
 from runtime.errors import UserError, require_positive, run_cli, suggest
 from tools.docstring import make_parser
 
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     if impossible:
         print(f"no scenes to segment: without --voc FOLDER, {', '.join(impossible)} cannot be measured")
     on_cpu = devices == 0 or scale.base.speed.device == "cpu"
-    small_on_cpu = args.scale == "small" and on_cpu and len(os.sched_getaffinity(0)) > 1
+    small_on_cpu = args.scale == "small" and on_cpu and usable_cores() > 1
     jobs = args.jobs or (2 if small_on_cpu else 1)
     print_plan(selection, scale, jobs, not on_cpu)
     if args.dry_run:
