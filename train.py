@@ -8,6 +8,7 @@ The same command resumes a stopped run from its newest checkpoint.
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ def main() -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in the Makefile; before torch starts its threads
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     config = load_config(args.config, words, processes=processes, allowed=args.allow_change, errors=errors)
-    return train(config, args.dry_run, args.allow_change, args.check)
+    return train(config, args.dry_run, args.allow_change, args.check, words)
 
 
 def train_step(
@@ -82,9 +83,11 @@ def train_step(
     return metrics | {"gradient_norm": gradient_norm, "step_applied": step_applied}
 
 
-def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str, ...] = (), check: bool = False) -> int:
+def train(
+    config: Config, dry_run: bool = False, allowed: Sequence[str] = (), check: bool = False, words: Sequence[str] = ()
+) -> int:
     """Train a run to its end, or until a stop signal; returns the exit code. allowed: keys of --allow-change. check: stop
-    before torch is loaded."""
+    before torch is loaded. words: those of the command line that are in the config, for the notes."""
     # ------------------------------------------------------------------------------- checks, before torch is loaded
     from eval import preflight
     from pipeline.mixture import open_training
@@ -128,7 +131,7 @@ def train(config: Config, dry_run: bool = False, allowed: list[str] | tuple[str,
     before = parse_config(resume.config, str(resume.path)) if resume else None
     schedules = schedule.make_schedules(config, plan.steps_per_epoch)
     steps, start = len(schedules), resume.step if resume else 0
-    messages += notes.notes(config, plan.steps_per_epoch)
+    messages += notes.notes(config, plan.steps_per_epoch, words)
     if resume and before:
         same = checkpoint.same_data(resume.data, data)
         per_epoch = (plan.samples if same else resume.data["samples"]) // before.optim.global_batch_size

@@ -19,16 +19,47 @@ class MethodEntry:
     uses_points: bool = False
     accumulates: bool = True
     evaluated: str = "teacher"
+    keys: tuple[str, ...] = ()
+    """The keys that it uses, of the sections of the config that say what is learned (runtime/config/objectives.py)."""
 
+
+_PROJECTION = ("head.hidden", "head.bottleneck")
+_CLUSTERS = (
+    *_PROJECTION, "head.prototypes", "head.layers", "head.activation", "head.norm", "loss.student_temperature",
+    "clustering.epsilon", "clustering.iterations", "clustering.queue", "clustering.queue_start_epochs",
+    "clustering.head_lr_factor",
+)  # fmt: skip
+_DINO = (
+    *_PROJECTION, "head.prototypes", "head.norm", "head.norm_last_layer", "loss.cls_views", "loss.student_temperature",
+    "loss.teacher_temperature", "loss.teacher_temperature_warmup", "loss.center_momentum",
+)  # fmt: skip
+_REFERENCE = tuple(f"reference.{name}" for name in ("points", "attention", "locality", "border", "views", "center"))
+_MOCO = (*_PROJECTION, "contrast.temperature")
 
 METHODS = {
-    "densecl": MethodEntry("model.methods.densecl:DenseCL", evaluated="student"),
-    "densedino": MethodEntry("model.methods.densedino:DenseDINO", uses_points=True),
-    "dino": MethodEntry("model.methods.dino:DINO"),
-    "leopart": MethodEntry("model.methods.leopart:Leopart", accumulates=False, evaluated="student"),
-    "mocov2": MethodEntry("model.methods.mocov2:MoCoV2", evaluated="student"),
-    "mocov3": MethodEntry("model.methods.mocov3:MoCoV3", accumulates=False, evaluated="student"),
-    "swav": MethodEntry("model.methods.swav:SwAV", accumulates=False, evaluated="student"),
+    "densecl": MethodEntry(
+        "model.methods.densecl:DenseCL",
+        evaluated="student",
+        keys=(*_MOCO, "head.norm", "contrast.queue", "contrast.feature", "contrast.dense_weight"),
+    ),
+    "densedino": MethodEntry(
+        "model.methods.densedino:DenseDINO", uses_points=True, keys=(*_DINO, *_REFERENCE, "head.shared", "loss.alpha")
+    ),
+    "dino": MethodEntry("model.methods.dino:DINO", keys=_DINO),
+    "leopart": MethodEntry(
+        "model.methods.leopart:Leopart", accumulates=False, evaluated="student", keys=(*_CLUSTERS, "clustering.mask")
+    ),
+    "mocov2": MethodEntry(
+        "model.methods.mocov2:MoCoV2",
+        evaluated="student",
+        keys=(*_MOCO, "head.norm", "contrast.queue", "contrast.feature"),
+    ),
+    "mocov3": MethodEntry(
+        "model.methods.mocov3:MoCoV3", accumulates=False, evaluated="student", keys=(*_MOCO, "contrast.feature")
+    ),
+    "swav": MethodEntry(
+        "model.methods.swav:SwAV", accumulates=False, evaluated="student", keys=(*_CLUSTERS, "clustering.feature")
+    ),
 }
 
 
@@ -40,6 +71,11 @@ def load_class(method: str) -> Any:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"method: {method} is not found ({error})") from None
+
+
+def users(key: str) -> tuple[str, ...]:
+    """The registered methods that use a key of the config; none for a key that every method uses."""
+    return tuple(name for name, entry in METHODS.items() if key in entry.keys)
 
 
 def uses_points(method: str) -> bool:

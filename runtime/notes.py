@@ -1,15 +1,31 @@
 """What a config says that works but is seldom meant, in a line each, with the value that fits: printed before the first step
 and by --dry-run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from runtime.config import Config
 from runtime.config.checks import CLUSTERING, PUSHED, QUEUES, TWO_VIEWS
+from runtime.config.messages import flatten
+from runtime.methods import METHODS, users
 
 
-def notes(config: Config, steps_per_epoch: int) -> list[str]:
-    """The notes of a run that starts."""
-    return [*_short_run(config, steps_per_epoch), *_key_queue(config, steps_per_epoch), *_start(config)]
+def notes(config: Config, steps_per_epoch: int, words: Sequence[str] = ()) -> list[str]:
+    """The notes of a run that starts. words: its command line's `a.b=c`."""
+    short, queue = _short_run(config, steps_per_epoch), _key_queue(config, steps_per_epoch)
+    return [*_unused(config, words), *short, *queue, *_start(config)]
+
+
+def _unused(config: Config, words: Sequence[str]) -> Iterator[str]:
+    """Keys of other methods on the command line, unless they are given their default. A config file may have them: others
+    are based on it."""
+    if config.method not in METHODS:
+        return
+    values, defaults = flatten(config), flatten(Config())
+    named = [word.partition("=")[0] for word in words]
+    for key in dict.fromkeys(key for name in named for key in values if f"{key}.".startswith(f"{name}.")):
+        others = users(key)
+        if others and config.method not in others and values[key] != defaults[key]:
+            yield f"{key} changes nothing: method: {config.method} does not use it (those that do: {', '.join(others)})"
 
 
 def _short_run(config: Config, steps_per_epoch: int) -> Iterator[str]:

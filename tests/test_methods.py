@@ -10,9 +10,12 @@ from model.weights import load_pretrained
 from pipeline.batch import Batch, draw, size_groups
 from runtime.checkpoint import save_backbone
 from runtime.config import Config, load_config
+from runtime.distributed import alone
 from runtime.methods import accumulates, evaluated, load_class, uses_points
-from runtime.schedule import Optimizer, StepValues
+from runtime.notes import notes
+from runtime.schedule import Optimizer, StepValues, make_schedules
 from tests.faults.program import Program, equal, final, log, steps
+from train import train_step
 
 EVERY = [*METHODS, "tests.byol:BYOL"]  # the last is outside the registry, as a user's class is
 TWO_VIEWS = "data.views=[{count: 2, size: 32, scale: [0.4, 1.0], teacher: true, blur: [1.0, 0.1]}]"
@@ -171,3 +174,56 @@ def test_starts_from_pretrained_weights(method, tiny_config, tmp_path):
         assert torch.equal(network.backbone.pos_embed, source.pos_embed)
     new = [name for name, _ in ours.student.named_children() if name != "backbone"]
     assert message.endswith("; new: " + ", ".join(new + ["centers"] * hasattr(ours, "cls_center")))
+
+
+OTHER_VALUES = {  # of every key that some methods use and others do not, unlike those of the tiny config
+    "reference.points": 3, "reference.attention": "patches", "reference.locality": 1, "reference.border": "border",
+    "reference.views": "teacher", "reference.center": "published", "head.hidden": 17, "head.bottleneck": 9,
+    "head.prototypes": 20, "head.layers": 4, "head.activation": "relu", "head.norm": "batch",
+    "head.norm_last_layer": "false", "head.shared": "true", "loss.alpha": 0.3, "loss.cls_views": "teacher",
+    "loss.student_temperature": 0.3, "loss.teacher_temperature": "[0.02,0.09]", "loss.teacher_temperature_warmup": 3,
+    "loss.center_momentum": 0.5, "clustering.epsilon": 0.3, "clustering.iterations": 1, "clustering.queue": 48,
+    "clustering.queue_start_epochs": 2, "clustering.mask": "all", "clustering.feature": "mean",
+    "clustering.head_lr_factor": 4, "contrast.queue": 96, "contrast.temperature": 0.7, "contrast.feature": "cls",
+    "contrast.dense_weight": 0.1,
+}  # fmt: skip
+
+
+def test_the_registry_names_the_keys_that_a_method_uses(tiny_config):
+    """A key changes the weights after two steps, or their shapes, where it is named, and nothing elsewhere."""
+    always = ["model.drop_path=0", "loss.teacher_temperature=[0.04,0.07]"]
+    always += ["loss.teacher_temperature_warmup=2", "contrast.feature=mean", "optim.freeze_last_layer_epochs=0"]
+
+    def state(*words: str) -> dict[str, torch.Tensor]:
+        config = load_config(tiny_config, words)
+        torch.manual_seed(0)
+        method = build(config)
+        optimizer, schedules = Optimizer.of(method, config.optim), make_schedules(config, 2)
+        for step in range(2, 4):  # after the learning rate's first step, which is 0
+            torch.manual_seed(step)
+            batch, at = batch_of(config, 4), schedules.at(step)
+            train_step(batch, method, method, optimizer, at, alone())
+        return method.state_dict()
+
+    for name, entry in METHODS.items():
+        words = [f"method={name}", *NEEDS.get(name, []), *always]
+        usual = state(*words)
+        for key, value in OTHER_VALUES.items():
+            changed = state(*words, f"{key}={value}")
+            same = {n: t.shape for n, t in usual.items()} == {n: t.shape for n, t in changed.items()} and all(
+                torch.equal(t, changed[n]) for n, t in usual.items()
+            )
+            assert same == (key not in entry.keys), (name, key)
+
+
+def test_a_key_of_another_method_is_noted(tiny_config):
+    def notes_of(*words: str) -> str:
+        return "\n".join(notes(load_config(tiny_config, words), 100, words))
+
+    note = "reference.locality changes nothing: method: dino does not use it (those that do: densedino)"
+    assert note in notes_of("method=dino", "reference.locality=1")
+    assert note in notes_of("method=dino", "reference={locality: 1}")
+    assert "those that do: leopart, swav" in notes_of("clustering.queue=16")
+    for words in (["reference.locality=1"], ["method=dino", "reference.locality=null"], ["method=dino"]):
+        assert "changes nothing" not in notes_of(*words)
+    assert "changes nothing" not in notes_of("method=tests.byol:BYOL", "reference.locality=1")  # it may use any key

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def find_resume(
-    folder: Path, config: Config, data: dict[str, Any], allowed: list[str] | tuple[str, ...] = ()
+    folder: Path, config: Config, data: dict[str, Any], allowed: Sequence[str] = ()
 ) -> tuple[Checkpoint | None, list[str]]:
     """(the checkpoint from which a run folder resumes, or None; a message for each difference that was allowed).
 

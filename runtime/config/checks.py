@@ -18,14 +18,14 @@ from runtime.config.bounds import ARCH, TIMM, patch_of
 from runtime.config.messages import Problem
 from runtime.config.schema import BY_VIEW, TEACHERS, Config
 from runtime.errors import suggest_path
-from runtime.methods import METHODS
+from runtime.methods import METHODS, users
 from runtime.pixels import usual
 
-CLUSTERING = ("leopart", "swav")  # the methods that use the section
+CLUSTERING = users("clustering.queue")
 BLUR_RADIUS = 3  # of the attention that makes Leopart's mask, in patches: its border is reflected (model/foreground.py)
 PUSHED = 10  # rows of each image and teacher view that a step of Leopart pushes into the queue (published)
 TWO_VIEWS = ("densecl", "mocov2", "mocov3")  # the methods that compare one view with another
-QUEUES = ("densecl", "mocov2")  # those with a queue
+QUEUES = users("contrast.queue")
 MIN_TEMPERATURE = 1 / 80  # of k-NN: above it no vote, exp(similarity / temperature), overflows float32
 
 
