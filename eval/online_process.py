@@ -12,8 +12,6 @@ import json
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +22,7 @@ import numpy as np
 from eval.target import PhotoSets, is_part, open_shards, subsample, without
 from pipeline.mixture import open_training
 from pipeline.order import held_out
+from runtime.child import end_with_parent
 from runtime.config import Config, load_config
 from runtime.errors import UserError
 
@@ -111,17 +110,6 @@ class Measures:
         return {"linear_seg_miou": fit(network, train, val, protocol, last_only=True)[-1].miou}
 
 
-def end_with(parent: int) -> None:
-    """End this process when its parent has ended, however that ended."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def yield_to_others() -> None:
     """Take the lowest priority there is: a core is used while nothing else wants it."""
     with contextlib.suppress(OSError, AttributeError):
@@ -133,7 +121,7 @@ def main() -> None:
     run, parent, priority = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a job system sends them to all: the run decides
         signal.signal(number, signal.SIG_IGN)
-    end_with(parent)
+    end_with_parent(parent)
     with contextlib.suppress(OSError):  # the first to be ended when memory is short
         Path("/proc/self/oom_score_adj").write_text("1000")
     if priority == "yields":

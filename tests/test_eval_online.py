@@ -294,7 +294,7 @@ def test_a_process_without_a_core_of_its_own_is_started_again_when_training_ends
 
 def test_the_process_ends_with_the_run(tmp_path):
     """However that ends: here by kill -9."""
-    child = "import os, time; from eval.online_process import end_with; end_with(os.getppid()); print(1, flush=True)"
+    child = "import os, time; from runtime.child import end_with_parent; end_with_parent(os.getppid()); print(1, flush=True)"
     parent = (
         f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child + '; time.sleep(100)'!r}], "
         "stdout=subprocess.PIPE); p.stdout.readline(); print(p.pid, flush=True); p.wait()"

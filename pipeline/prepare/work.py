@@ -1,16 +1,15 @@
 """Jobs in parallel processes, and their progress."""
 
 import multiprocessing
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from runtime.child import end_with_parent
 from runtime.errors import UserError
 
 MB = 10**6
@@ -45,16 +44,9 @@ def parallel_map(
 
 
 def init_worker() -> None:
-    """Leave Ctrl-C to the parent process; and exit with it, so that nothing is written after it was killed."""
+    """Leave Ctrl-C to the parent process; and end with it, so that nothing is written after it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def exit_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 class Progress:

@@ -4,10 +4,7 @@ Letters: B images of this process, V views, Vg views of one size.
 """
 
 import faulthandler
-import multiprocessing
-import os
 import signal
-import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +16,7 @@ from pipeline.batch import Batch, draw_for, size_groups
 from pipeline.decode import DecodeError, decode
 from pipeline.mixture import AnyShards
 from pipeline.plan import Plan
+from runtime.child import end_with_parent
 from runtime.config import Config
 from runtime.errors import UserError
 
@@ -35,14 +33,7 @@ def init_worker(_worker: int = 0) -> None:
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-
-    def exit_with_trainer() -> None:
-        trainer.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_trainer, name="exit with the trainer", daemon=True).start()
+    end_with_parent()
 
 
 def crop_resize(

@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--scale", default="small", help="small or paper (default: small)")
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: 3; paper scale: 1)")
-    parser.add_argument("--dry-run", action="store_true", help="print runs and hours, and start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print runs and hours, and train nothing")
     parser.add_argument("--photos", nargs=2, metavar=("SHARDS", "VAL"), help="photos to train on, and to classify")
     parser.add_argument("--voc", metavar="FOLDER", help="scenes to segment, in Pascal VOC's layout")
     parser.add_argument(
