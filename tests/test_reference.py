@@ -178,7 +178,7 @@ def test_every_allowed_width_gives_numbers(mode, dtype):
             assert (attention_weights(network, images, points)[1].sum(-1) > 0).all()
         assert (network(images, points).references - published).abs().max() < 1e-5  # the widest is no prior
     for sigma in ("0.09", "1e5", "1e200"):
-        with pytest.raises(UserError, match="reference.locality: expected a number from 0.1 to 10000"):
+        with pytest.raises(UserError, match=r"reference\.locality: expected a number from 0.1 to 10000"):
             load_config("configs/demo.yaml", [f"reference.locality={sigma}"])
 
 

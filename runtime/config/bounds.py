@@ -11,8 +11,10 @@ from runtime.methods import METHODS
 SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)  # of every section
 
 
-# of reference.locality. Below: between patches a token attends to none of them, and at last to NaN. Above: no prior in float32
-LOCALITY = (0.1, 1e4)
+LOCALITY = (
+    0.1,
+    1e4,
+)  # reference.locality: below, a token between patches attends to none, at last NaN; above, no prior
 
 
 def as_list(value: Any) -> Any:

@@ -24,6 +24,7 @@ from runtime.command import again
 from runtime.config import TIMM, Config, diff, dump_config, load_config
 from runtime.config.messages import COMMAND_LINE
 from runtime.errors import UserError, suggest_path
+from runtime.files import refusal
 from tools.paper.tables import Row, Table
 
 BACKBONE = "backbone.safetensors"  # of a run folder: what a finished run has learned
@@ -55,6 +56,7 @@ class Run:
     seed: int | None = None
     start: "Run | None" = None  # from whose weights it is trained, or whose network before training it is
     measures: list[str] = field(default_factory=list)  # of all its tables, those that the data allows
+    photos: tuple[str | None, str | None] = (None, None)  # that it is measured on, (train, val); None: its own
     steps: int = 0
 
     @property
@@ -78,11 +80,15 @@ class Run:
         return self.trained_steps() >= self.steps and (self.folder / BACKBONE).is_file()
 
     def figures(self, scenes: str | None) -> dict[str, Any]:
-        """The column of the run's measures.json that belongs to its weights and these scenes; {} if there is none."""
+        """The column of the run's measures.json that belongs to its weights, these scenes and the tables' protocols (not
+        to a part of the photos, nor to another size); {} if there is none."""
         results = read_object(self.folder / "measures.json")
         weights = known_weights(self.network)
         try:
-            if results["settings"]["data"] == scenes and weights:
+            settings = results["settings"]
+            own = settings["limit"] is None and settings["palette"] is None and "size" not in settings
+            own &= settings["bank"] == self.photos[0] and settings["val"] == self.photos[1]
+            if settings["data"] == scenes and own and weights:
                 columns = [c for c in results["networks"].values() if c["untrained"] == self.row.untrained]
                 if self.row.untrained:  # the hash of its weights is in no file
                     return next(c for c in columns if c["path"] == str(Path(self.network)))
@@ -147,10 +153,11 @@ def select(
             try:
                 config = _config_of(row, table, scale)
             except UserError as error:
+                reason = str(error).removeprefix(f"{COMMAND_LINE}: ")
                 if needed and not row.optional:
-                    raise
+                    raise UserError(f"{table.name}, row {row.name}: {reason}{_others(table, rows, scale)}") from None
                 if needed:
-                    found.left_out[table.name].append(f"{row.label}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}")
+                    found.left_out[table.name].append(f"{row.label}: {reason}")
                 continue
             what = f"weights {row.weights}" if row.weights else f"{row.start} untrained"
             name = names.setdefault(dump_config(config) if config else what, row.name)
@@ -168,6 +175,19 @@ def select(
     order = {seed: i for i, seed in enumerate([None, *seeds])}
     found.runs = sorted(by_folder.values(), key=lambda run: order[run.seed])
     return found
+
+
+def _others(table: Table, rows: Sequence[str], scale: Scale) -> str:
+    """The end of a message on a row whose config is wrong: rows that can be made without it."""
+    wrong = set()
+    for row in table.rows:
+        try:
+            _config_of(row, table, scale)
+        except UserError:
+            wrong.add(row.name)
+    sound = [row.name for row in table.rows if not wrong & _with_others(table, [row.name])]
+    sound = [name for name in sound if not rows or name in rows]
+    return f"; the others: --rows {','.join(sound)}" if sound else ""
 
 
 def _with_others(table: Table, names: Sequence[str]) -> set[str | None]:
@@ -197,8 +217,9 @@ def _runs_of(
     """A run for each seed; one in all for weights. starts: those of the row's `start`, one for each seed, or one for all."""
     if row.untrained:
         return [Run(f"{name}-{s.seed}", row, scale.folder / f"{name}-{s.seed}", seed=s.seed, start=s) for s in starts]
-    if config is None:
-        return [Run(name, row, scale.folder / name)]
+    if config is None:  # weights know no photos
+        data = scale.base.data
+        return [Run(name, row, scale.folder / name, photos=(str(data.shards), data.val))]
     runs = []
     for i, seed in enumerate(seeds):
         own, start = copy.deepcopy(config), starts[i % len(starts)] if starts else None
@@ -216,11 +237,13 @@ def _runs_of(
 
 
 def check(runs: Sequence[Run], scale: Scale) -> list[str]:
-    """Fills in each run's steps, and takes out the measures that the data does not allow; returns their names.
+    """Fills in each run's steps, and takes out the measures that the data does not allow; returns messages on them.
 
-    Raises UserError if data or weights are missing, or if a folder holds something else than its run. Writes nothing.
+    Raises UserError if data or weights are missing, if nothing can be measured, or if a folder holds something else than its
+    run. Writes nothing.
     """
     opened: dict[str, tuple[AnyShards, dict[str, Any]]] = {}
+    no_photos = ""
     for run in runs:
         if run.row.untrained:
             continue
@@ -238,18 +261,29 @@ def check(runs: Sequence[Run], scale: Scale) -> list[str]:
         plan = Plan(shards, batch=config.optim.global_batch_size, seed=config.seed, holdout=holdout)
         run.steps = config.steps(plan.steps_per_epoch)
         if first:
-            preflight.check_photos(config, shards, plan)
+            no_photos = preflight.why_no_knn(config, shards, plan)
         preflight.check_writable(run.folder)
         if run.start is None or run.start.config is None:  # else the weights are made before they are needed
             preflight.check_weights(config.model.init, bool(run.trained_steps()))
         _check_same(run, data)
     if scale.scenes is not None:
         check_scenes(scale.scenes, palette_option=False)
-        return []
-    impossible = {measure for run in runs for measure in run.measures if measure not in ON_PHOTOS}
-    for run in runs:
-        run.measures = [measure for measure in run.measures if measure in ON_PHOTOS]
-    return sorted(impossible)
+    no_scenes = "no scenes to segment, see --voc FOLDER" if scale.scenes is None else ""
+    messages = []
+    for reason, on_photos in ((no_photos, True), (no_scenes, False)):
+        lost = {m: None for run in runs for m in run.measures if reason and (m in ON_PHOTOS) == on_photos}
+        for run in runs:
+            run.measures = [m for m in run.measures if m not in lost]
+        messages += [f"{', '.join(lost)}: cannot be measured ({reason})"] if lost else []
+    if not any(run.measures for run in runs):
+        raise UserError(f"nothing can be measured: {'; '.join(messages)}")
+    return messages
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError if the runs' folder cannot be written to."""
+    if reason := refusal(folder):
+        raise UserError(f"--runs {folder.parent}: nothing can be written there ({reason})")
 
 
 def _check_same(run: Run, data: dict[str, Any]) -> None:
