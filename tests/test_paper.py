@@ -131,13 +131,16 @@ def test_a_row_brings_its_baseline(tables, scale):
         read_rows("densedino-sigm-1", [row.name for row in tables["locality"].rows])
 
 
-def test_a_row_whose_config_is_wrong_is_named_and_the_others_too(tables, scale):
+def test_a_row_whose_config_is_wrong_is_named_and_the_others_too(tables, scale, scenes):
     scale.words += ["data.min_overlap=0"]  # of DINO's rows only
     with pytest.raises(
         UserError, match=r"table3, row reference-loss-6-views: data\.min_overlap: must be .*--rows dino-6-views$"
     ):
         runs.select(tables, ["table3"], scale, [0])
     runs.select(tables, ["table3"], scale, [0], ["dino-6-views"])
+    scale.words[-1:] = [f"eval.voc={scenes}", "eval.every.points=1"]  # a check of train.py's, of the other rows only
+    with pytest.raises(UserError, match=r"row dino-6-views: eval\.every\.points: method: dino has no reference tokens"):
+        runs.select(tables, ["table3"], scale, [0])
 
 
 def test_words_that_no_row_follows():

@@ -221,7 +221,7 @@ def read_scale(args: argparse.Namespace, table: str, processes: int) -> "Scale":
     if isinstance(base.data.shards, list):
         raise UserError("data.shards: the paper's tables are made on one folder of shards, not on a mixture")
     scenes = os.path.abspath(base.eval.voc) if base.eval.voc else None
-    return Scale(name, config, words, scenes, args.runs / name, base)
+    return Scale(name, config, words, scenes, args.runs / name, base, processes)
 
 
 # ---------------------------------------------------------------------------------------------------------- plan and run

@@ -41,6 +41,7 @@ class Scale:
     scenes: str | None  # to segment
     folder: Path  # of its runs
     base: Config
+    processes: int = 1  # of each training
 
 
 @dataclass
@@ -80,15 +81,14 @@ class Run:
         return self.trained_steps() >= self.steps and (self.folder / BACKBONE).is_file()
 
     def figures(self, scenes: str | None) -> dict[str, Any]:
-        """The column of the run's measures.json that belongs to its weights, these scenes and the tables' protocols (not
-        to a part of the photos, nor to another size); {} if there is none."""
+        """The column of the run's measures.json that belongs to its weights, these scenes and the tables' protocols; {}
+        if there is none."""
         results = read_object(self.folder / "measures.json")
         weights = known_weights(self.network)
+        own = {"data": scenes, "bank": self.photos[0], "val": self.photos[1]}
+        own |= dict.fromkeys(("limit", "size", "palette"))  # a part of the photos, another size
         try:
-            settings = results["settings"]
-            own = settings["limit"] is None and settings["palette"] is None and "size" not in settings
-            own &= settings["bank"] == self.photos[0] and settings["val"] == self.photos[1]
-            if settings["data"] == scenes and own and weights:
+            if all(results["settings"].get(name) == value for name, value in own.items()) and weights:
                 columns = [c for c in results["networks"].values() if c["untrained"] == self.row.untrained]
                 if self.row.untrained:  # the hash of its weights is in no file
                     return next(c for c in columns if c["path"] == str(Path(self.network)))
@@ -206,7 +206,8 @@ def _config_of(row: Row, table: Table, scale: Scale) -> Config | None:
     if row.weights or row.untrained:
         return None
     start = [f"model.init={row.start}"] if row.start else []  # its name: the seed's own file is not known yet
-    config = load_config(row.config or scale.config, [*scale.words, *row.words, *start])
+    words = [*scale.words, *row.words, *start]
+    config = load_config(row.config or scale.config, words, processes=scale.processes)
     config.run.folder = None  # the name of the file, which is no part of a run
     return config
 
@@ -275,7 +276,7 @@ def check(runs: Sequence[Run], scale: Scale) -> list[str]:
         for run in runs:
             run.measures = [m for m in run.measures if m not in lost]
         messages += [f"{', '.join(lost)}: cannot be measured ({reason})"] if lost else []
-    if not any(run.measures for run in runs):
+    if messages and not any(run.measures for run in runs):
         raise UserError(f"nothing can be measured: {'; '.join(messages)}")
     return messages
 
