@@ -217,6 +217,12 @@ def refuse(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def test_large_scenes_are_painted_a_few_at_once():
+    """Their memory: 50 of 1,024 pixels a side take gigabytes in each process."""
+    sizes = {48: 50, 256: 50, 512: 12, 1024: 3, 4000: 1}
+    assert {size: folder_of_scenes.at_once(size) for size in sizes} == sizes
+
+
 def test_wrong_options(tmp_path):
     for words in (("--tra", 5), ("--size", "big"), ("--color",)):
         assert "Traceback" not in paint(tmp_path / "new", *words, expect=2).stderr

@@ -15,7 +15,7 @@ from eval import preflight
 from eval.compare import ON_PHOTOS
 from eval.html import read_metrics
 from eval.masks import check_scenes
-from eval.provenance import known_weights
+from eval.provenance import known_weights, weights_of
 from eval.tables import read_object
 from pipeline.mixture import AnyShards, open_training
 from pipeline.plan import Plan
@@ -251,6 +251,7 @@ def check(runs: Sequence[Run], scale: Scale) -> list[str]:
         if run.config is None:
             if not run.network.startswith(TIMM) and not Path(run.network).exists():
                 raise UserError(f"{run.network}: no such file or run{suggest_path(run.network)}")
+            weights_of(run.network)  # raises for a folder that holds none
             continue
         config, place = run.config, str(run.config.data.shards)
         first = place not in opened

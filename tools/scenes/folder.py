@@ -35,6 +35,11 @@ def voc_palette() -> list[int]:
     return colors.ravel().tolist()
 
 
+def at_once(size: int) -> int:
+    """How many pictures of a size are painted at once."""
+    return max(1, min(CHUNK, PIXELS // size**2))
+
+
 def write_chunk(numbers: range, *, folder: Path, seed: int, split: str, size: int) -> int:
     """Paint and write some scenes of a split; returns how many."""
     names, palette = list(CLASSES), voc_palette()
@@ -115,7 +120,7 @@ def _paint_all(work: Path, *, train: int, val: int, size: int, seed: int) -> Non
     for split in ("train", "val"):
         for kind in CLASSES:
             (work / split / kind).mkdir(parents=True)
-    step = max(1, min(CHUNK, PIXELS // size**2))
+    step = at_once(size)
     with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
         for split, count in (("train", train), ("val", val)):
             chunks = [range(i, min(i + step, count)) for i in range(0, count, step)]
