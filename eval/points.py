@@ -10,6 +10,7 @@ regression on the classes). [CLS] is the same for all points of a scene: what it
 the whole picture gives. Further:
 
 within         share of the reference tokens' variance that lies within a scene; 0: a token does not depend on its point
+               (as the lines below, of the tokens whose points lie on a thing)
 cosine to CLS  mean over reference tokens
 distance       mean distance of a reference token's attention from its point, in patches, last block, mean over heads
 entropy        of the same attention, in nats; ln N is attention to all N patches alike
@@ -98,8 +99,8 @@ def point_features(
     draws, grid = torch.Generator().manual_seed(seed), scenes.size // network.patch
     kept: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     all_labels: list[Tensor] = []
-    references: list[Tensor] = []
     sums = torch.zeros(3, dtype=torch.float64)  # cosine, distance, entropy
+    seen = 0  # scenes
     loaded = batches(scenes, batch, device, workers=workers)
     for images, masks in progress_bar(loaded, -(-len(scenes) // batch), progress):
         points, labels = draw_points(masks, count, draws)
@@ -109,31 +110,37 @@ def point_features(
         under = (points * grid).long().clamp(max=grid - 1)  # [n,R,(x, y)]
         index = (under[..., 1] * grid + under[..., 0])[..., None].expand(-1, -1, patches.shape[-1])
         features = {"reference": tokens, "patch": patches.gather(1, index), "cls": cls[:, None].expand_as(tokens)}
-        valid = labels >= 0
+        valid = labels >= 0  # a scene without such a thing has none of its points: they lie anywhere
         for kind, x in features.items():
             kept[kind].append(x[valid].float().cpu())
         small = (torch.arange(2 * count, device=device) >= count).expand_as(labels)
-        all_labels.append(torch.stack([labels[valid], small[valid].long()], 1).cpu())
-        references.append(tokens.float().cpu())
+        scene = seen + torch.arange(len(labels), device=device)[:, None].expand_as(labels)
+        all_labels.append(torch.stack([labels[valid], small[valid].long(), scene[valid]], 1).cpu())
+        seen += len(labels)
 
         weights = attention_weights(network, pixels, points)[1].mean(1)  # [n,R,N]
         weights = weights / weights.sum(-1, keepdim=True)
         distance = distance_from_points(weights, points, grid, grid)
         cosine = F.cosine_similarity(tokens.float(), cls[:, None].float(), dim=-1)
         entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1)
-        sums += torch.stack([x.mean(1).sum() for x in (cosine, distance, entropy)]).cpu()
-    labels, small = torch.cat(all_labels).unbind(1)
-    tokens = torch.cat(references).double()  # [n,R,D]
-    spread = (tokens - tokens.mean((0, 1))).square().mean()
-    within = float((tokens - tokens.mean(1, keepdim=True)).square().mean() / spread)
-    return PointFeatures(
-        {kind: torch.cat(x) for kind, x in kept.items()}, labels, small.bool(), within, *(sums / len(scenes)).tolist()
-    )
+        sums += torch.stack([x[valid].double().sum() for x in (cosine, distance, entropy)]).cpu()
+    labels, small, scene = torch.cat(all_labels).unbind(1)
+    found = {kind: torch.cat(x) for kind, x in kept.items()}
+    within = share_within(found["reference"], scene)
+    return PointFeatures(found, labels, small.bool(), within, *(sums / len(labels)).tolist())
+
+
+def share_within(tokens: Tensor, scene: Tensor) -> float:
+    """Share of the variance of tokens [points,D] that lies within a scene; scene [points]: the number of each one's."""
+    x = tokens.double()
+    _, index, counts = scene.unique(return_inverse=True, return_counts=True)
+    means = torch.zeros(len(counts), x.shape[1], dtype=x.dtype).index_add_(0, index, x) / counts[:, None]
+    return float((x - means[index]).square().sum() / (x - x.mean(0)).square().sum())
 
 
 def ridge_accuracy(train: Tensor, labels: Tensor, val: Tensor, targets: Tensor, classes: int) -> Tensor:
     """Whether a linear map fitted by ridge regression names each of `val`'s classes: bool [v]. train [t,D], val [v,D]."""
-    mean, scale = train.double().mean(0), train.double().std(0).clamp(min=1e-6)
+    mean, scale = train.double().mean(0), train.double().std(0, correction=min(1, len(train) - 1)).clamp(min=1e-6)
     x, y = ((t.double() - mean) / scale for t in (train, val))
     x, y = (torch.cat([t, torch.ones(len(t), 1, dtype=t.dtype)], 1) for t in (x, y))
     one_hot = F.one_hot(labels, classes).double()
@@ -159,8 +166,10 @@ def measure(
         from_train, from_val = known.small == is_small, asked.small == is_small
         if not from_train.any() or not from_val.any():
             if not is_small:
+                empty = val if from_train.any() else train
                 raise UserError(
-                    f"{val.folder}: no scene has a thing to draw points on: all pixels are of class 0 or ignored"
+                    f"{empty.folder}: no scene of '{empty.split}' has a thing to draw points on: all pixels are of class 0 "
+                    "or ignored"
                 )
             continue
         labels, targets = known.labels[from_train], asked.labels[from_val]
@@ -196,6 +205,8 @@ def run(
     network = require_vit(target.network(untrained), target.path, "the point probe")
     size, _ = scene_sizes(network.image_size, size)
     check_size(network, size)
+    if points > size * size:
+        raise UserError(f"--points {points}: a scene of {size} x {size} pixels has {size * size:,}")
     train, val = voc_splits(data, size, train_split, val_split, classes, palette=palette)
     train = train.subset(scenes or len(train))
     workers = default_workers(len(train), workers)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from eval.attention import attention_weights, distance_from_points
 from eval.datasets import VocSegmentation
+from eval.features import normalized
 from eval.points import draw_points, measure, point_features, ridge_accuracy
 from model.vit import ViT
 from runtime.errors import UserError
@@ -63,6 +64,7 @@ def test_ridge_names_what_is_linear():
     x = torch.randn(200, 6)
     labels = (x[:, 2] > 0).long()
     assert ridge_accuracy(x[:150], labels[:150], x[150:], labels[150:], 2).double().mean() > 0.9
+    assert ridge_accuracy(x[:1], labels[:1], x[:1], labels[:1], 2).all()  # one point has no deviation
     shuffled = labels[torch.randperm(200)]
     assert ridge_accuracy(x[:150], shuffled[:150], x[150:], shuffled[150:], 2).double().mean() < 0.75
 
@@ -89,8 +91,28 @@ def test_scenes_without_small_things(scenes, tmp_path):
         return VocSegmentation(folder, "train", 32), VocSegmentation(folder, "val", 32)
 
     assert set(measure(network(), *keep(2)).knn) == {"large"}
-    with pytest.raises(UserError, match="no scene has a thing to draw points on"):
-        measure(network(), *keep(0))
+    train = VocSegmentation(scenes, "train", 32)
+    with pytest.raises(UserError, match="no scene of 'val' has a thing to draw points on"):
+        measure(network(), train, keep(0)[1])
+
+
+def test_only_points_on_things_count(scenes, tmp_path):
+    """Scenes of one thing, half of whose points lie anywhere: the figures of attention are those of the other half."""
+    folder = copytree(scenes, tmp_path / "one")
+    for path in (folder / "SegmentationClass").iterdir():
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.where(mask == np.bincount(mask[mask > 0]).argmax(), mask, 0).astype(np.uint8)).save(path)
+    data, net = VocSegmentation(folder, "val", 32), network(locality=0.8)
+    found = point_features(net, data, 2)
+    assert not found.small.any()
+    images, masks = (torch.stack(x) for x in zip(*(data[i][:2] for i in range(len(data))), strict=True))
+    points = draw_points(masks, 2, torch.Generator().manual_seed(0))[0][:, :2]
+    pixels = normalized(images, net.pixels)
+    tokens = net(pixels, points).references
+    weights = attention_weights(net, pixels, points)[1].mean(1)
+    assert found.distance == pytest.approx(float(distance_from_points(weights, points, 4, 4).mean()), rel=1e-5)
+    within = (tokens - tokens.mean(1, keepdim=True)).square().sum() / (tokens - tokens.mean((0, 1))).square().sum()
+    assert found.within == pytest.approx(within.item(), rel=1e-5)
 
 
 def test_program(scenes, tiny_config, tmp_path):
@@ -98,6 +120,8 @@ def test_program(scenes, tiny_config, tmp_path):
     out = run_program("-m", "eval", "points", tmp_path / "run", "--data", scenes, "--untrained").stdout
     assert all(word in out for word in ("reference", "patch token", "[CLS]", "small"))
     assert "of their variance is within a scene" in out
+    words = ("-m", "eval", "points", tmp_path / "run", "--data", scenes, "--points", 10_000)
+    assert "error: --points 10000: a scene of" in run_program(*words, expect=2).stderr
 
 
 def test_the_distance_of_attention_is_in_patches():

@@ -1,5 +1,6 @@
 """Painted scenes: the same bytes every time, masks that match their class, and classes that raw pixels do not give away."""
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_program
 from PIL import Image
+
+from runtime.errors import UserError
+from tools.scenes import folder as folder_of_scenes
+from tools.scenes.folder import _same_file, _work_folder, make_scenes
 
 
 def paint(folder: Path, *words: object, expect: int = 0) -> subprocess.CompletedProcess:
@@ -151,6 +156,7 @@ def test_a_killed_program_leaves_no_partial_set(tmp_path):
         (("new", "--val", -3), "--val: at least 1, this is -3"),
         (("new", "--size", 4), "--size: at least 16, this is 4"),
         (("new", "--seed", -1), "--seed: at least 0, this is -1"),
+        (("new", "--seed", 2**63), "--seed: below 2^63"),
         (("mine",), "is not empty"),
         (("file",), "name another folder"),
         (("file/new",), "Not a directory"),
@@ -165,6 +171,56 @@ def test_wrong_inputs(tmp_path, words, message):
     assert message in error
     assert error.count("\n") == 1
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "letter.txt", "mine"]
+
+
+@pytest.mark.parametrize("text", ["", '{"version": 2, "tr', "[]", "\xff"])
+def test_a_damaged_scenes_json(tmp_path, text):
+    (tmp_path / "scenes.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"scenes\.json: not the settings of painted scenes; name another folder"):
+        make_scenes(tmp_path, train=1, val=1, size=16, seed=0)
+
+
+def test_the_folder_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is the folder you are in; name another one, such as scenes"):
+        make_scenes(Path(), train=1, val=1, size=16, seed=0)
+    assert tmp_path.is_dir()
+
+
+def test_links_are_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name, target in (("empty", "disk"), ("new", "elsewhere")):
+        (tmp_path / name).symlink_to(target)
+        make_scenes(tmp_path / name, train=1, val=1, size=16, seed=0)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / target / "scenes.json").is_file()
+
+
+def test_two_programs_do_not_paint_one_folder(tmp_path):
+    with _work_folder(tmp_path / "scenes") as work:
+        (work / "classes.txt").touch()
+        with pytest.raises(UserError, match="scenes: another process is painting it; wait until it ends"):
+            make_scenes(tmp_path / "scenes", train=1, val=1, size=16, seed=0)
+        assert (work / "classes.txt").exists()
+
+
+def test_a_disk_without_links_or_space(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", refuse)
+    _same_file(ROOT / "Makefile", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == (ROOT / "Makefile").read_bytes()
+    monkeypatch.setattr(folder_of_scenes, "_paint_all", refuse)
+    with pytest.raises(UserError, match="scenes: No space left on device"):
+        make_scenes(tmp_path / "scenes", train=1, val=1, size=16, seed=0)
+
+
+def refuse(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_large_scenes_are_painted_a_few_at_once():
+    """Their memory: 50 of 1,024 pixels a side take gigabytes in each process."""
+    sizes = {48: 50, 256: 50, 512: 12, 1024: 3, 4000: 1}
+    assert {size: folder_of_scenes.at_once(size) for size in sizes} == sizes
 
 
 def test_wrong_options(tmp_path):

@@ -4,18 +4,21 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_program
 from PIL import Image
 
+from eval.tables import measure_of
+from eval.target import MEASURES
 from runtime import command
 from runtime.command import again
 from runtime.config import load_config
 from runtime.errors import UserError
 from tools.paper import hours, jobs, pages, runs
-from tools.paper.__main__ import main, read_rows, read_weights
-from tools.paper.tables import CLS, SEG, Row, Table, low_size, make_tables
+from tools.paper.__main__ import check_words, main, read_rows, read_weights
+from tools.paper.tables import CLS, FIGURES, SEG, Row, Table, low_size, make_tables
 
 TINY = [
     "data.val=null", "data.holdout=0.2", "eval.voc=null", "data.views.0.size=24", "optim.epochs=1",
@@ -128,6 +131,33 @@ def test_a_row_brings_its_baseline(tables, scale):
         read_rows("densedino-sigm-1", [row.name for row in tables["locality"].rows])
 
 
+def test_a_row_whose_config_is_wrong_is_named_and_the_others_too(tables, scale, scenes):
+    scale.words += ["data.min_overlap=0"]  # of DINO's rows only
+    with pytest.raises(
+        UserError, match=r"table3, row reference-loss-6-views: data\.min_overlap: must be .*--rows dino-6-views$"
+    ):
+        runs.select(tables, ["table3"], scale, [0])
+    runs.select(tables, ["table3"], scale, [0], ["dino-6-views"])
+    scale.words[-1:] = [f"eval.voc={scenes}", "eval.every.points=1"]  # a check of train.py's, of the other rows only
+    with pytest.raises(UserError, match=r"row dino-6-views: eval\.every\.points: method: dino has no reference tokens"):
+        runs.select(tables, ["table3"], scale, [0])
+
+
+def test_words_that_no_row_follows():
+    def check(table, word):
+        rows = make_tables(load_config("configs/photos64.yaml", [*TINY, word, "data.shards=any"]))[table].rows
+        check_words(SimpleNamespace(words=[table, word]), rows)
+
+    for table, word in (("table2", "reference.locality=2"), ("figure5", "reference.points=3")):
+        with pytest.raises(UserError, match=f"^{word}: every row of the table has"):
+            check(table, word)
+    for table, word in (
+        ("table3", "optim.epochs=7"), ("table3", "loss.alpha=0.3"), ("figure5", "reference.points=8"),
+        ("table2", "data.views.0.size=32"), ("variants", "reference.points=2"), ("continued", "reference.locality=2.0"),
+    ):  # fmt: skip
+        check(table, word)
+
+
 def test_weights_name_a_row_and_a_file():
     assert read_weights(["swav=a=b.pth", "dino=runs/x"], ["dino", "swav"]) == {"swav": "a=b.pth", "dino": "runs/x"}
     for words, message in {
@@ -175,6 +205,31 @@ def test_a_folder_of_another_run_is_refused(tables, scale):
         runs.check(chosen.runs, scale)
 
 
+def test_what_cannot_be_measured_is_said_before_anything_is_trained(tables, scale):
+    scale.words += ["data.holdout=0"]  # no photo is left to test on
+    chosen = runs.select(tables, ["table3"], scale, [0])
+    with pytest.raises(
+        UserError, match=r"nothing can be measured: knn: .*data\.val=FOLDER.*; .*linear_seg.*see --voc FOLDER"
+    ):
+        runs.check(chosen.runs, scale)
+
+
+@pytest.mark.parametrize(
+    "other", [{"limit": 10}, {"size": 48}, {"bank": "other"}, {"val": "other"}, {"palette": "p.txt"}, {"data": "other"}]
+)
+def test_figures_of_another_protocol_are_not_the_tables(tables, scale, other, monkeypatch):
+    """measures.json of a run folder is also what `eval compare` writes."""
+    run = runs.select(tables, ["table3"], scale, [0]).runs[0]
+    monkeypatch.setattr(runs, "known_weights", lambda _: {"step": 4})
+    run.folder.mkdir(parents=True)
+    settings = {"data": None, "bank": None, "val": None, "limit": None, "palette": None}
+    column = {"path": str(run.folder), "untrained": False, "weights": {"step": 4}, CLS: 50.0}
+    for more, figures in (({}, column), (other, {})):
+        results = {"settings": settings | more, "networks": {run.name: column}}
+        (run.folder / "measures.json").write_text(json.dumps(results))
+        assert run.figures(None) == figures
+
+
 # ---------------------------------------------------------------------------------------------------------------- pages
 
 
@@ -216,6 +271,20 @@ def test_figures_of_the_paper_beside_ours(measured, scale, tmp_path, capsys):
     pages.check_writable([measured[0]], "small", tmp_path)  # its own files are replaced
 
 
+def test_a_page_of_nothing_says_so(measured, scale, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.Run, "figures", lambda *_: {})
+    pages.write(pages.collect(*measured, scale), tmp_path)
+    page = (tmp_path / "table9-small.md").read_text()
+    assert "**Not complete**: nothing has been measured yet." in page
+    assert ".png" not in page
+    assert not (tmp_path / "table9-small.png").exists()
+
+
+def test_every_measure_that_can_be_asked_for_is_shown():
+    shown = {measure_of(key) for key in FIGURES}
+    assert shown == {*MEASURES}
+
+
 @pytest.mark.parametrize("ending", ["json", "md", "png"])
 def test_other_peoples_files_are_not_replaced(ending, measured, tmp_path):
     (tmp_path / f"table9-small.{ending}").write_text("{}")
@@ -236,7 +305,7 @@ def test_a_row_is_trained_and_measured_once(scale):
     first = paper(*one, scale=scale).stdout
     assert "dino-2-views-0: 4 steps in" in first
     assert "written to" in first
-    assert "without --voc FOLDER" in first
+    assert "cannot be measured (no scenes to segment, see --voc FOLDER)" in first
     run = scale.folder / "dino-2-views-0"
     before = {path: path.stat().st_mtime_ns for path in (run / "backbone.safetensors", run / "measures.json")}
     second = paper(*one, scale=scale).stdout
@@ -344,7 +413,10 @@ def test_weights_that_someone_else_trained(scale, tiny_shards, tmp_path):
         (["all", "--seeds", "0"], "--seeds 0: must be more than 0"),
         (["all", "--measures", "kn"], "--measures kn: must be one of"),
         (["all", "seed=3"], "seed=3: seeds are given as --seeds N"),
+        (["all", "method=dino"], "method=dino: each row has its method"),
         (["all", "--voc", "no/scenes"], "--voc no/scenes: no such folder"),
+        (["all", "--photos", "a", "b", "data.val=c"], "data.val=c: --photos names them already"),
+        (["all", "--voc", "tests", "eval.voc=c"], "eval.voc=c: --voc names them already"),
     ],
 )
 def test_wrong_words(words, message):

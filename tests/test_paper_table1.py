@@ -70,6 +70,9 @@ def test_weights_of_others_stand_in_a_row(dependent, scale, tmp_path):
     weights.unlink()
     with pytest.raises(UserError, match=r"theirs\.pth: no such file or run"):
         runs.check(chosen.runs, scale)
+    weights.mkdir()
+    with pytest.raises(UserError, match=r"theirs\.pth: neither a run nor a folder of checkpoints"):
+        runs.check(chosen.runs, scale)
 
 
 def test_hours_are_those_of_the_same_method(dependent, scale):

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from eval.attention import attention_weights
 from model.reference import MODES, attend, attention, locality_bias, point_embedding
 from model.vit import ViT
+from runtime.config import LOCALITY, load_config
+from runtime.errors import UserError
 
 
 def dense_mask(patches: int, references: int, mode: str) -> Tensor:
@@ -159,6 +162,24 @@ def test_locality_reaches_reference_tokens_only():
     assert (published.references - wide.references).abs().max() < 1e-5
     changes = [(a - b.references).norm() for a, b in zip(moved, (published, local), strict=True)]
     assert changes[1] < 0.2 * changes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", [m for m in MODES if m.startswith("patches")])
+def test_every_allowed_width_gives_numbers(mode, dtype):
+    """At corners, between patches and at their centers. The probes need weight on some patch too."""
+    images = torch.randn(1, 3, 32, 32, dtype=dtype)
+    points = torch.tensor([[[0.0, 0.0], [1.0, 1.0], [0.5, 0.5], [0.375, 0.375]]])
+    with torch.no_grad():
+        published = vit(mode).to(dtype)(images, points).references
+        for sigma in LOCALITY:
+            network = vit(mode, locality=sigma).to(dtype)
+            assert network(images, points).references.isfinite().all()
+            assert (attention_weights(network, images, points)[1].sum(-1) > 0).all()
+        assert (network(images, points).references - published).abs().max() < 1e-5  # the widest is no prior
+    for sigma in ("0.09", "1e5", "1e200"):
+        with pytest.raises(UserError, match=r"reference\.locality: expected a number from 0.1 to 10000"):
+            load_config("configs/demo.yaml", [f"reference.locality={sigma}"])
 
 
 def test_embedding_at_a_patch_center_is_the_patch_position():

@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, minimum in (("train", 1), ("val", 1), ("size", 16), ("seed", 0)):
         if getattr(args, name) < minimum:
             raise UserError(f"--{name}: at least {minimum}, this is {getattr(args, name)}")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed: below 2^63, this is {args.seed}")
     from tools.scenes.folder import make_scenes
 
     make_scenes(args.dst, train=args.train, val=args.val, size=args.size, seed=args.seed)

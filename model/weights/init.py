@@ -1,6 +1,5 @@
 """Networks from weights: the backbone of anything that contains one, and a method that starts from pretrained weights."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -21,7 +20,7 @@ from model.weights.pixels import different, pixels_of, take_pixels
 from model.weights.read import is_plain, read_file, select_network
 from model.weights.timm_hub import read_timm, rotary_of_timm
 from pipeline.random import hash64
-from runtime.config import ARCHS_OF_TIMM, TIMM, Config, Reference, load_config, patch_of
+from runtime.config import ARCHS_OF_TIMM, LOCALITY, TIMM, Config, Reference, load_config, patch_of
 from runtime.errors import UserError, suggest
 from runtime.pixels import usual
 
@@ -120,8 +119,9 @@ def _vit_from_tensors(backbone: dict[str, Tensor], about: dict, source: str) -> 
         if options[name] not in known:
             raise UserError(f"{source}: {name}: one of {', '.join(known)}{suggest(options[name], known)}")
     locality = options["locality"] = about.get("locality")
-    if locality is not None and not (isinstance(locality, int | float) and 0 < locality < math.inf):
-        raise UserError(f"{source}: locality: expected a number above 0 or null, found {locality!r}")
+    low, high = LOCALITY
+    if locality is not None and not (isinstance(locality, int | float) and low <= locality <= high):
+        raise UserError(f"{source}: locality: expected a number from {low:g} to {high:g} or null, found {locality!r}")
     with torch.device("meta"):  # nothing is allocated before all shapes have been checked
         vit = ViT(**options)
     load_strictly(vit, backbone, source)

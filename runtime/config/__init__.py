@@ -11,7 +11,7 @@ reference.py  writes docs/reference/config.md and configs/schema.json
 Nothing here imports torch: an error is reported before anything heavy loads.
 """
 
-from runtime.config.bounds import ARCH, ARCHS_OF_TIMM, TIMM, patch_of
+from runtime.config.bounds import ARCH, ARCHS_OF_TIMM, LOCALITY, TIMM, patch_of
 from runtime.config.checks import BLUR_RADIUS, MIN_TEMPERATURE, PUSHED, is_path, missing, shards_word, split_places
 from runtime.config.load import diff, dump_config, dump_run_config, load_config, parse_config
 from runtime.config.messages import ConfigErrors, flatten, suggest_key, unknown_option
@@ -38,7 +38,7 @@ from runtime.config.schema import (
 from runtime.methods import METHODS
 
 __all__ = [
-    "ARCH", "ARCHS_OF_TIMM", "BLUR_RADIUS", "METHODS", "MIN_TEMPERATURE", "OTHER_SECTIONS",
+    "ARCH", "ARCHS_OF_TIMM", "BLUR_RADIUS", "LOCALITY", "METHODS", "MIN_TEMPERATURE", "OTHER_SECTIONS",
     "PUSHED", "RESULT_SECTIONS", "TEACHERS", "TIMM",
     "Clustering", "Config", "ConfigErrors", "Contrast", "Data", "Eval", "Head", "Jitter", "Loss", "Model", "Optim",
     "Reference", "Run", "Source", "Speed", "Views", "diff", "dump_config", "dump_run_config", "flatten", "is_path",

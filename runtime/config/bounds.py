@@ -11,6 +11,12 @@ from runtime.methods import METHODS
 SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)  # of every section
 
 
+LOCALITY = (
+    0.1,
+    1e4,
+)  # reference.locality: below, a token between patches attends to none, at last NaN; above, no prior
+
+
 def as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 

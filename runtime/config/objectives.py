@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from runtime.config.bounds import SETTINGS, Pair, Share
+from runtime.config.bounds import LOCALITY, SETTINGS, Pair, Share
 
 
 @dataclass(config=SETTINGS)
@@ -18,7 +18,7 @@ class Reference:
     """Tokens that a reference token attends to. `patches`, `patches+cls` and `patches+self` name them, and no token attends
     to reference tokens. `none`: every token attends to all. `all_query`: as `patches+self`, and patches do not attend to
     [CLS] (Figure 3; the published command: patches+self)."""
-    locality: PositiveFloat | None = None
+    locality: Annotated[float, Field(ge=LOCALITY[0], le=LOCALITY[1])] | None = None
     """Width σ, in patches of the view, of a Gaussian prior on what a reference token attends to: its logit for a patch gets
     -d² / (2 σ²), d the distance from the point to the patch. None: no prior, the published method. Not in the paper."""
     border: Literal["zeros", "border"] = "zeros"

@@ -20,6 +20,7 @@ files OUT/<table>-<scale>.json, .md and .png are written.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ from tools.docstring import make_parser
 
 if TYPE_CHECKING:
     from tools.paper.runs import Scale, Selection
+    from tools.paper.tables import Row
 
 ALL = ("table2", "table3", "figure5", "locality")  # what `all` means
 TABLES = ("table1", *ALL, "variants", "continued")
@@ -97,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     if table == "table1":
         tables["table1"] = make_table1(scale.base, scale.name, scale.words)
     chosen = ALL if table == "all" else (table,)
+    check_words(args, [row for name in chosen for row in tables[name].rows])
     known = [row.name for name in chosen for row in tables[name].rows]
     rows, weights = read_rows(args.rows, known), read_weights(args.weights, known)
     for name in chosen:
@@ -105,10 +108,10 @@ def main(argv: list[str] | None = None) -> int:
     seeds = range(args.seeds or SEEDS[scale.name])
     selection = runs.select(tables, chosen, scale, seeds, rows, measures)
     out = args.out or args.runs
+    runs.check_writable(scale.folder)
     check_writable(selection.tables, scale.name, out)
-    impossible = runs.check(selection.runs, scale)
-    if impossible:
-        print(f"no scenes to segment: without --voc FOLDER, {', '.join(impossible)} cannot be measured")
+    for message in runs.check(selection.runs, scale):
+        print(message)
     on_cpu = devices == 0 or scale.base.speed.device == "cpu"
     small_on_cpu = args.scale == "small" and on_cpu and usable_cores() > 1
     jobs = args.jobs or (2 if small_on_cpu else 1)
@@ -162,6 +165,23 @@ def read_weights(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def check_words(args: argparse.Namespace, rows: Sequence["Row"]) -> None:
+    """Raises UserError for a word a.b=c that none of the rows follows. The rows' own views are made from data.views."""
+    values = [[_pair(word) for word in row.words] for row in rows]
+    for word in (word for word in args.words if "=" in word and not word.startswith("data.views=")):
+        key, value = _pair(word)
+        if all(key in dict(own) and (key, value) not in own for own in values):
+            raise UserError(f"{word}: every row of the table has a {key} of its own, so this changes none")
+
+
+def _pair(word: str) -> tuple[str, object]:
+    """(key, value) of a.b=c; 2 and 2.0 are one value."""
+    key, _, value = word.partition("=")
+    with contextlib.suppress(ValueError):
+        return key, float(value)
+    return key, value
+
+
 def read_scale(args: argparse.Namespace, table: str, processes: int) -> "Scale":
     """The base config and what it is trained and measured on. Raises UserError if something is missing."""
     from runtime.config import is_path, load_config, missing
@@ -169,10 +189,16 @@ def read_scale(args: argparse.Namespace, table: str, processes: int) -> "Scale":
 
     name = "photos" if args.photos and args.scale == "small" else args.scale
     values = [word for word in args.words if "=" in word]
+    refused = {
+        "seed": "seeds are given as --seeds N",
+        "run.folder": "see --runs FOLDER",
+        "method": "each row has its method; to add a row: docs/howto/paper-tables.md",
+    }
+    refused |= dict.fromkeys(("data.shards", "data.val"), "--photos names them already") if args.photos else {}
+    refused |= {"eval.voc": "--voc names them already"} if args.voc else {}
     for word in values:
-        key = word.partition("=")[0]
-        if key in ("seed", "run.folder"):
-            raise UserError(f"{word}: seeds are given as --seeds N" if key == "seed" else f"{word}: see --runs FOLDER")
+        if reason := refused.get(word.partition("=")[0]):
+            raise UserError(f"{word}: {reason}")
     if name == "photos" and table == "table1":
         raise UserError(
             "table1: at the small scale it is made on the painted scenes only; without --photos, or with --scale paper"
@@ -195,7 +221,7 @@ def read_scale(args: argparse.Namespace, table: str, processes: int) -> "Scale":
     if isinstance(base.data.shards, list):
         raise UserError("data.shards: the paper's tables are made on one folder of shards, not on a mixture")
     scenes = os.path.abspath(base.eval.voc) if base.eval.voc else None
-    return Scale(name, config, words, scenes, args.runs / name, base)
+    return Scale(name, config, words, scenes, args.runs / name, base, processes)
 
 
 # ---------------------------------------------------------------------------------------------------------- plan and run
@@ -263,7 +289,9 @@ def start(selection: "Selection", scale: "Scale", jobs: int, gpus: str, out: Pat
     write()
     for table in selection.tables:
         pages.show(pages.collect(table, selection, scale))
-        print("written to " + ", ".join(map(str, pages.names(table.name, scale.name, out))))
+        print(
+            "written to " + ", ".join(str(file) for file in pages.names(table.name, scale.name, out) if file.exists())
+        )
     for failure in failures:
         print(f"failed: {failure}")
     if failures:

@@ -37,9 +37,8 @@ class Job:
             words += ["--skip-existing", "--out", str(run.folder)]
             words += ["--data", scale.scenes] if scale.scenes else []
             words.append("--only-untrained" if run.row.untrained else "--only-trained")
-            if run.config is None and not run.row.untrained:  # weights know no photos
-                words += ["--train", str(scale.base.data.shards)]
-                words += ["--val", scale.base.data.val] if scale.base.data.val else []
+            for option, photos in zip(("--train", "--val"), run.photos, strict=True):
+                words += [option, photos] if photos else []
             self.programs.append(("measuring", ["-m", "eval", "compare", *words]))
         self.process: subprocess.Popen | None = None
         self.doing = ""

@@ -15,7 +15,7 @@ from rich.table import Table as Printed
 
 from eval.tables import MEASURE_ROWS, measure_of, read_object
 from runtime.errors import UserError, plural
-from runtime.files import refusal, write_atomic
+from runtime.files import atomic_path, refusal, write_atomic
 from runtime.metrics import read_jsonl, versions
 from tools.paper.runs import Run, Scale, Selection
 from tools.paper.tables import FIGURES, Row, Table
@@ -172,10 +172,13 @@ def markdown(results: Results, picture: str) -> str:
     hours = f"{results['hours']:.1f} hours of training and measuring"
     text += [f"Here: `{results['config']}`{words}, {plural(seeds, 'seed')}, {hours}.", ""]
     text += ["Figures are percent: mean (least – most) over seeds; differences are taken seed by seed.", ""]
-    text += [] if results["complete"] else ["**Not complete**: not every run has been trained and measured.", ""]
+    missing = "not every run has been trained and measured" if results["figures"] else "nothing has been measured yet"
+    text += [] if results["complete"] else [f"**Not complete**: {missing}.", ""]
     text += [f"Left out: {row}" for row in results["left_out"]] + [""] * bool(results["left_out"])
-    legend = "; ".join(f"{FIGURES[key]}: {label}" for key, label in results["figures"].items())
-    text += [*lines(overview(results)), f"{legend}.", "", f"![{results['title']}]({picture})", ""]
+    text += lines(overview(results))
+    if results["figures"]:
+        legend = "; ".join(f"{FIGURES[key]}: {label}" for key, label in results["figures"].items())
+        text += [f"{legend}.", "", f"![{results['title']}]({picture})", ""]
     for key in compared(results):
         title, cells = comparison(results, key)
         text += [f"## {title}", "", *lines(cells)]
@@ -291,7 +294,8 @@ def draw(results: Results, file: Path) -> None:
     mark = "line: mean" if curves else "bar: mean"
     title = f"{results['title']}, %.  Dots: seeds, {mark}{', diamond: the paper' if paper else ''}"
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    figure.savefig(file, metadata={"Software": AUTHOR})
+    with atomic_path(file) as draft:
+        figure.savefig(draft, format="png", metadata={"Software": AUTHOR})
 
 
 def _two_lines(text: str) -> str:

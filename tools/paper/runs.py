@@ -15,7 +15,7 @@ from eval import preflight
 from eval.compare import ON_PHOTOS
 from eval.html import read_metrics
 from eval.masks import check_scenes
-from eval.provenance import known_weights
+from eval.provenance import known_weights, weights_of
 from eval.tables import read_object
 from pipeline.mixture import AnyShards, open_training
 from pipeline.plan import Plan
@@ -24,6 +24,7 @@ from runtime.command import again
 from runtime.config import TIMM, Config, diff, dump_config, load_config
 from runtime.config.messages import COMMAND_LINE
 from runtime.errors import UserError, suggest_path
+from runtime.files import refusal
 from tools.paper.tables import Row, Table
 
 BACKBONE = "backbone.safetensors"  # of a run folder: what a finished run has learned
@@ -40,6 +41,7 @@ class Scale:
     scenes: str | None  # to segment
     folder: Path  # of its runs
     base: Config
+    processes: int = 1  # of each training
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Run:
     seed: int | None = None
     start: "Run | None" = None  # from whose weights it is trained, or whose network before training it is
     measures: list[str] = field(default_factory=list)  # of all its tables, those that the data allows
+    photos: tuple[str | None, str | None] = (None, None)  # that it is measured on, (train, val); None: its own
     steps: int = 0
 
     @property
@@ -78,11 +81,14 @@ class Run:
         return self.trained_steps() >= self.steps and (self.folder / BACKBONE).is_file()
 
     def figures(self, scenes: str | None) -> dict[str, Any]:
-        """The column of the run's measures.json that belongs to its weights and these scenes; {} if there is none."""
+        """The column of the run's measures.json that belongs to its weights, these scenes and the tables' protocols; {}
+        if there is none."""
         results = read_object(self.folder / "measures.json")
         weights = known_weights(self.network)
+        own = {"data": scenes, "bank": self.photos[0], "val": self.photos[1]}
+        own |= dict.fromkeys(("limit", "size", "palette"))  # a part of the photos, another size
         try:
-            if results["settings"]["data"] == scenes and weights:
+            if all(results["settings"].get(name) == value for name, value in own.items()) and weights:
                 columns = [c for c in results["networks"].values() if c["untrained"] == self.row.untrained]
                 if self.row.untrained:  # the hash of its weights is in no file
                     return next(c for c in columns if c["path"] == str(Path(self.network)))
@@ -147,10 +153,11 @@ def select(
             try:
                 config = _config_of(row, table, scale)
             except UserError as error:
+                reason = str(error).removeprefix(f"{COMMAND_LINE}: ")
                 if needed and not row.optional:
-                    raise
+                    raise UserError(f"{table.name}, row {row.name}: {reason}{_others(table, rows, scale)}") from None
                 if needed:
-                    found.left_out[table.name].append(f"{row.label}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}")
+                    found.left_out[table.name].append(f"{row.label}: {reason}")
                 continue
             what = f"weights {row.weights}" if row.weights else f"{row.start} untrained"
             name = names.setdefault(dump_config(config) if config else what, row.name)
@@ -170,6 +177,19 @@ def select(
     return found
 
 
+def _others(table: Table, rows: Sequence[str], scale: Scale) -> str:
+    """The end of a message on a row whose config is wrong: rows that can be made without it."""
+    wrong = set()
+    for row in table.rows:
+        try:
+            _config_of(row, table, scale)
+        except UserError:
+            wrong.add(row.name)
+    sound = [row.name for row in table.rows if not wrong & _with_others(table, [row.name])]
+    sound = [name for name in sound if not rows or name in rows]
+    return f"; the others: --rows {','.join(sound)}" if sound else ""
+
+
 def _with_others(table: Table, names: Sequence[str]) -> set[str | None]:
     """The named rows of a table, with the rows that they are compared with or start from."""
     found: set[str | None] = set(names)
@@ -186,7 +206,8 @@ def _config_of(row: Row, table: Table, scale: Scale) -> Config | None:
     if row.weights or row.untrained:
         return None
     start = [f"model.init={row.start}"] if row.start else []  # its name: the seed's own file is not known yet
-    config = load_config(row.config or scale.config, [*scale.words, *row.words, *start])
+    words = [*scale.words, *row.words, *start]
+    config = load_config(row.config or scale.config, words, processes=scale.processes)
     config.run.folder = None  # the name of the file, which is no part of a run
     return config
 
@@ -197,8 +218,9 @@ def _runs_of(
     """A run for each seed; one in all for weights. starts: those of the row's `start`, one for each seed, or one for all."""
     if row.untrained:
         return [Run(f"{name}-{s.seed}", row, scale.folder / f"{name}-{s.seed}", seed=s.seed, start=s) for s in starts]
-    if config is None:
-        return [Run(name, row, scale.folder / name)]
+    if config is None:  # weights know no photos
+        data = scale.base.data
+        return [Run(name, row, scale.folder / name, photos=(str(data.shards), data.val))]
     runs = []
     for i, seed in enumerate(seeds):
         own, start = copy.deepcopy(config), starts[i % len(starts)] if starts else None
@@ -216,17 +238,20 @@ def _runs_of(
 
 
 def check(runs: Sequence[Run], scale: Scale) -> list[str]:
-    """Fills in each run's steps, and takes out the measures that the data does not allow; returns their names.
+    """Fills in each run's steps, and takes out the measures that the data does not allow; returns messages on them.
 
-    Raises UserError if data or weights are missing, or if a folder holds something else than its run. Writes nothing.
+    Raises UserError if data or weights are missing, if nothing can be measured, or if a folder holds something else than its
+    run. Writes nothing.
     """
     opened: dict[str, tuple[AnyShards, dict[str, Any]]] = {}
+    no_photos = ""
     for run in runs:
         if run.row.untrained:
             continue
         if run.config is None:
             if not run.network.startswith(TIMM) and not Path(run.network).exists():
                 raise UserError(f"{run.network}: no such file or run{suggest_path(run.network)}")
+            weights_of(run.network)  # raises for a folder that holds none
             continue
         config, place = run.config, str(run.config.data.shards)
         first = place not in opened
@@ -238,18 +263,29 @@ def check(runs: Sequence[Run], scale: Scale) -> list[str]:
         plan = Plan(shards, batch=config.optim.global_batch_size, seed=config.seed, holdout=holdout)
         run.steps = config.steps(plan.steps_per_epoch)
         if first:
-            preflight.check_photos(config, shards, plan)
+            no_photos = preflight.why_no_knn(config, shards, plan)
         preflight.check_writable(run.folder)
         if run.start is None or run.start.config is None:  # else the weights are made before they are needed
             preflight.check_weights(config.model.init, bool(run.trained_steps()))
         _check_same(run, data)
     if scale.scenes is not None:
         check_scenes(scale.scenes, palette_option=False)
-        return []
-    impossible = {measure for run in runs for measure in run.measures if measure not in ON_PHOTOS}
-    for run in runs:
-        run.measures = [measure for measure in run.measures if measure in ON_PHOTOS]
-    return sorted(impossible)
+    no_scenes = "no scenes to segment, see --voc FOLDER" if scale.scenes is None else ""
+    messages = []
+    for reason, on_photos in ((no_photos, True), (no_scenes, False)):
+        lost = {m: None for run in runs for m in run.measures if reason and (m in ON_PHOTOS) == on_photos}
+        for run in runs:
+            run.measures = [m for m in run.measures if m not in lost]
+        messages += [f"{', '.join(lost)}: cannot be measured ({reason})"] if lost else []
+    if messages and not any(run.measures for run in runs):
+        raise UserError(f"nothing can be measured: {'; '.join(messages)}")
+    return messages
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError if the runs' folder cannot be written to."""
+    if reason := refusal(folder):
+        raise UserError(f"--runs {folder.parent}: nothing can be written there ({reason})")
 
 
 def _check_same(run: Run, data: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ FIGURES = {  # what tables show, and its short heading
     CLS: "k-NN",
     SEG: "mIoU",
     "knn_top1_patches": "k-NN, patches",
+    "linear_top1": "linear",
     "cluster_seg_miou_500": "500 clusters",
     "retrieval_seg_miou": "retrieval",
     "points_patch_large": "large, patch",
