@@ -9,12 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator,
 from runtime.methods import METHODS
 
 SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)  # of every section
-
-
-LOCALITY = (
-    0.1,
-    1e4,
-)  # reference.locality: below, a token between patches attends to none, at last NaN; above, no prior
+# of reference.locality: below, a token between two patches attends to none of them; above, the prior changes nothing
+LOCALITY = (0.1, 1e4)
 
 
 def as_list(value: Any) -> Any:
