@@ -273,11 +273,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def precision_warning(context: DistributedContext) -> str:
-    """A warning if the device only emulates the run's precision, else "" """
-    if context.dtype != torch.bfloat16 or has_bfloat16(context.device):
-        return ""
-    return "bfloat16 is not in this device's hardware, torch's emulation is slow: use speed.precision=float32"
+def precision_note(context: DistributedContext, asked: str) -> str:
+    """A note if another precision is faster on this device than the run's, else "". asked: speed.precision."""
+    if context.dtype == torch.bfloat16 and not has_bfloat16(context.device):
+        return "bfloat16 is not in this device's hardware, torch's emulation is slow: use speed.precision=float32"
+    if asked == "auto" and context.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return "this CPU multiplies in bfloat16: speed.precision=bfloat16 is faster"
+    return ""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from runtime.config import Config, dump_run_config
-from runtime.distributed import DistributedContext, precision_warning
+from runtime.distributed import DistributedContext, precision_note
 from runtime.errors import RunError, UserError
 from runtime.files import write_atomic
 from runtime.loggers import Loggers
@@ -55,7 +55,7 @@ class RunLog:
         context = self.context
         self.log(describe(self.config, self.plan, context.world_size, str(context.device), str(context.dtype)))
         self.log(f"resumed at step {self.start} from {checkpoint}" if checkpoint else f"a new run in {self.folder}")
-        for message in [*messages, *self.notes, compiled, precision_warning(context)]:
+        for message in [*messages, *self.notes, compiled, precision_note(context, self.config.speed.precision)]:
             if message:
                 self.log(message)
         if self.logger:

@@ -109,11 +109,13 @@ def test_two_processes_and_accumulation_agree_with_one(tiny_config, tmp_path, pr
 def test_bfloat16_trains(tiny_config, tmp_path):
     """Autocast: parameters, centers and losses stay float32, and losses are close to those of float32."""
     words = ["optim.epochs=1", "optim.warmup_epochs=0", "model.drop_path=0"]
-    run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'exact'}")
+    usual = run_program("train.py", tiny_config, *words, f"run.folder={tmp_path / 'exact'}").stdout
     stdout = run_program(
         "train.py", tiny_config, *words, f"run.folder={tmp_path / 'half'}", "speed.precision=bfloat16"
     ).stdout
     assert ("not in this device's hardware" in stdout) != distributed.has_bfloat16(torch.device("cpu"))
+    assert ("bfloat16 is faster" in usual) == torch.cpu._is_avx512_bf16_supported()
+    assert "bfloat16 is faster" not in stdout
     a, b = metrics(tmp_path / "exact"), metrics(tmp_path / "half")
     assert a[0]["loss"] != b[0]["loss"]
     assert b[-1]["loss"] == pytest.approx(a[-1]["loss"], rel=2e-2)
