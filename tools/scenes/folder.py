@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from runtime.cores import usable_cores
 from runtime.errors import UserError
 from runtime.files import try_lock
 from tools.scenes.classes import CLASSES
@@ -121,7 +122,7 @@ def _paint_all(work: Path, *, train: int, val: int, size: int, seed: int) -> Non
         for kind in CLASSES:
             (work / split / kind).mkdir(parents=True)
     step = at_once(size)
-    with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(8, usable_cores())) as pool:
         for split, count in (("train", train), ("val", val)):
             chunks = [range(i, min(i + step, count)) for i in range(0, count, step)]
             job = partial(write_chunk, folder=work, seed=seed, split=split, size=size)
